@@ -1,0 +1,115 @@
+"""Full-size SDXL with random weights on the CPU: a few training steps, and the file read back by others.
+
+    python -m benchmarks.full_size --work DIR      (writes a base of 7 GB into DIR once)
+
+Prints peak memory, seconds a step, and how many keys this pack and diffusers apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sdxl_lora_core.lora_files import merge_into, read_lora
+from torch import nn
+
+from sdxl_lora_core.base_model import DATA, load_part, open_base
+from sdxl_lora_core.config import DatasetConfig, TrainConfig
+from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.training import train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=3)
+    args = parser.parse_args()
+    folder = args.work / "random-sdxl"
+    if not (folder / "model_index.json").exists():
+        write_random_base(folder)
+    base = open_base(folder, "bf16", args.work / "hashes")
+    dataset = load_caption_dataset(
+        write_pictures(args.work / "pictures", args.size), DatasetConfig(resolution=args.size)
+    )
+    shutil.rmtree(args.work / "runs", ignore_errors=True)
+    folders = RunFolders(args.work / "runs/loras", args.work / "runs/runs", args.work / "cache", lambda name: False)
+    marks: list[float] = []
+    config = TrainConfig(steps=args.steps, precision="bf16")
+    result = train(
+        base, dataset, config, folders=folders, device=torch.device("cpu"),
+        on_step=lambda report: marks.append(time.perf_counter()) if report.phase == "training" else None,
+    )  # fmt: skip
+    print(f"peak memory of training: {peak_gb():.2f} GB")
+    print("seconds a step:", [round(b - a, 2) for a, b in zip(marks, marks[1:], strict=False)])
+    print(f"tensors in the file: {len(load_file(result.lora_path))}; losses {result.report['loss']:.4f}")
+    unet: Any = load_part(base, "unet", torch.bfloat16)
+    print("this pack:", merge_into(unet, read_lora(result.lora_path).unet, 1.0))
+    print("diffusers:", applied_by_diffusers(unet, result.lora_path), "modules carry the adapter")
+
+
+def write_random_base(folder: Path) -> None:
+    """The real architecture from the pack's own configuration files, bf16, small random weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    shutil.copytree(DATA, folder, dirs_exist_ok=True)
+    (folder / "model_index.json").unlink()
+    makers = {
+        "unet": lambda: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(DATA), subfolder="unet")),
+        "vae": lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(str(DATA), subfolder="vae")),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder")),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(
+            CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder_2")
+        ),
+    }
+    for part, make in makers.items():
+        with torch.device("meta"):
+            module: Any = make()
+        fill(module.to(torch.bfloat16).to_empty(device="cpu")).save_pretrained(folder / part)
+    shutil.copy(DATA / "model_index.json", folder)
+
+
+def fill(module: nn.Module) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in module.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.02, generator=generator)
+        else:
+            parameter.data.fill_(1.0 if parameter.ndim == 1 else 0.0)
+    return module
+
+
+def write_pictures(folder: Path, size: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(3):
+        Image.new("RGB", (size, size), (80 * number, 120, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a plain picture, number {number}")
+    return folder
+
+
+def applied_by_diffusers(unet: Any, lora: Path) -> int:
+    from diffusers import StableDiffusionXLPipeline
+
+    state_dict, alphas = StableDiffusionXLPipeline.lora_state_dict(str(lora), unet_config=unet.config)[:2]
+    StableDiffusionXLPipeline.load_lora_into_unet(state_dict, alphas, unet)
+    return sum(1 for module in unet.modules() if "default_0" in getattr(module, "lora_A", {}))
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The nodes of the pack, by id. Ids are frozen: saved graphs name them."""
+
+from .base_model import LoadSDXLBase
+from .dataset import LoadCaptionDataset
+from .generation import SDXLGenerateCached
+from .lora import LoadLoRA
+from .scoring import CLIPScore
+from .training import TrainSDXLLoRA
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {
+    "LoadCaptionDataset": LoadCaptionDataset,
+    "LoadSDXLBase": LoadSDXLBase,
+    "TrainSDXLLoRA": TrainSDXLLoRA,
+    "LoadLoRA": LoadLoRA,
+    "SDXLGenerateCached": SDXLGenerateCached,
+    "CLIPScore": CLIPScore,
+}
+
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
+    "LoadCaptionDataset": "Load Caption Dataset",
+    "LoadSDXLBase": "Load SDXL Base",
+    "TrainSDXLLoRA": "Train SDXL LoRA",
+    "LoadLoRA": "Load LoRA (SDXL)",
+    "SDXLGenerateCached": "SDXL Generate (cached)",
+    "CLIPScore": "CLIP Score",
+}

@@ -1,0 +1,124 @@
+"""The names that widgets offer for datasets, bases, LoRAs and CLIP models, and the paths behind them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from ..sdxl_lora_core.files import safe_path
+from . import host
+
+Kind = Literal["dataset", "base", "lora", "clip"]
+
+_ASSETS = Path(__file__).parent.parent / "assets"
+_BUNDLED: dict[Kind, dict[str, Path]] = {
+    "dataset": {"sample: 8-bit (bundled)": _ASSETS / "sample-dataset"},
+    "base": {"tiny-sdxl (bundled)": _ASSETS / "tiny-sdxl"},
+    "lora": {f"{name} (bundled)": _ASSETS / "loras" / f"{name}.safetensors" for name in ("8bit_style", "line_style")},
+    "clip": {"tiny-clip (bundled)": _ASSETS / "tiny-clip"},
+}
+_DATASETS = " [datasets]"
+_WANTED: dict[Kind, str] = {
+    "dataset": "a folder inside ComfyUI's input folder",
+    "base": "a .safetensors file in the checkpoints folder, or a folder with model_index.json in the diffusers folder",
+    "lora": "a .safetensors file in the loras folder",
+    "clip": "a folder with config.json in the clip_score or clip_vision folder",
+}
+
+
+def names(kind: Kind) -> list[str]:
+    """What a combo offers, the bundled ones last."""
+    return [*sorted(_found(kind)), *_BUNDLED[kind]]
+
+
+def find(kind: Kind, name: str) -> Path:
+    """The file or folder behind a name. Raises FileNotFoundError, or ValueError for a path that leaves its folder."""
+    if name in _BUNDLED[kind]:
+        return _BUNDLED[kind][name]
+    found = _found(kind)
+    for root in found.get(name, []):
+        if (path := root / name.removesuffix(_DATASETS)).exists():
+            return path
+    # Not offered: a folder further down, or a file made a moment ago.
+    for root in _typed(kind):
+        if (path := safe_path(root, name)).exists():
+            return path
+    raise FileNotFoundError(f"{name!r} was not found: choose {_WANTED[kind]}. There are: {', '.join(names(kind))}")
+
+
+def check(kind: Kind, name: str | None) -> bool | str:
+    """For VALIDATE_INPUTS: True, or what is wrong with the name. The name that a link will bring is None."""
+    try:
+        return name is None or find(kind, name).exists() or f"{name!r} is missing: install the pack again"
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def content(kind: Kind, name: str | None, fingerprint: Callable[[Path], str]) -> str:
+    """For IS_CHANGED: what stands behind the name now. Never raises."""
+    try:
+        return fingerprint(find(kind, name)) if name else ""
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def stamp(path: Path) -> str:
+    """Sizes and times of a file, or of the files in a folder: other when the content may be other."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return " ".join(f"{file.name}-{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
+
+
+def lora_name_taken(file_name: str) -> bool:
+    return any((root / file_name).exists() for root in host.roots("loras"))
+
+
+def _found(kind: Kind) -> dict[str, list[Path]]:
+    """For each name the roots it may lie in."""
+    match kind:
+        case "dataset":
+            return _subfolders([host.input_folder()]) | _subfolders(host.roots("datasets"), _DATASETS)
+        case "base":
+            return _weights("checkpoints") | _folders_with("model_index.json", "diffusers")
+        case "lora":
+            return _weights("loras")
+        case "clip":
+            return _folders_with("config.json", "clip_vision") | _folders_with("config.json", "clip_score")
+
+
+def _typed(kind: Kind) -> list[Path]:
+    match kind:
+        case "dataset":
+            return [host.input_folder()]
+        case "base":
+            return host.roots("checkpoints") + host.roots("diffusers")
+        case "lora":
+            return host.roots("loras")
+        case "clip":
+            return host.roots("clip_score") + host.roots("clip_vision")
+
+
+def _weights(folder_type: str) -> dict[str, list[Path]]:
+    roots = host.roots(folder_type)
+    return {name: roots for name in host.file_names(folder_type) if name.lower().endswith((".safetensors", ".sft"))}
+
+
+def _subfolders(roots: list[Path], suffix: str = "") -> dict[str, list[Path]]:
+    return {
+        path.name + suffix: roots
+        for root in roots
+        if root.is_dir()
+        for path in root.iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    }
+
+
+def _folders_with(marker: str, folder_type: str) -> dict[str, list[Path]]:
+    roots = host.roots(folder_type)
+    return {
+        Path(folder).relative_to(root).as_posix(): roots
+        for root in roots
+        for folder, _, files in os.walk(root, followlinks=True)
+        if marker in files and Path(folder) != root
+    }

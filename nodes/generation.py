@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..sdxl_lora_core.base_model import SDXLBase
+from ..sdxl_lora_core.config import (
+    ATTENTIONS,
+    CACHE_MODES,
+    OFFLOADS,
+    PROMPT_SYNTAXES,
+    SAMPLERS,
+    SCHEDULES,
+    GenerateConfig,
+)
+from ..sdxl_lora_core.generation import GeneratedImage, LoRARef, generate
+from . import folders, host
+from .wires import CATEGORY, Widget, read_stack, to_image, widget
+
+_PROMPT = "a red circle on a blue background"
+
+
+class SDXLGenerateCached:
+    """Makes images, or finds those again that were made with the same settings."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Generates images with an SDXL base and a stack of LoRAs. An image that was made before with the same "
+        "content and settings comes from the disk cache in milliseconds, pixel for pixel."
+    )
+    SEARCH_ALIASES = ["sdxl sampler", "text to image", "txt2img", "cached generation", "dpm++ 2m karras", "ksampler"]
+    RETURN_TYPES = ("IMAGE", "STRING", "STRING")
+    RETURN_NAMES = ("images", "info", "prompts")
+    OUTPUT_TOOLTIPS = (
+        "All images as one batch: prompts outer, seeds inner.",
+        "For each image its seed, cache key, whether it was found or made, and the seconds, as JSON.",
+        "One line for each image: its prompt.",
+    )
+    OUTPUT_NODE = True
+    FUNCTION = "generate"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "base": ("SDXL_BASE", {"tooltip": "The model, from Load SDXL Base."}),
+                "prompt": (
+                    "STRING",
+                    {"default": _PROMPT, "multiline": True, "tooltip": "What the image shows."},
+                ),
+                "negative_prompt": widget(
+                    GenerateConfig, "negative_prompt", "STRING", "What the image should not show.", multiline=True
+                ),
+                "seed": widget(
+                    GenerateConfig, "seed", "INT",
+                    "Decides the noise that the image starts from. Image n of a prompt uses seed + n.",
+                    min=0, max=2**64 - 1, control_after_generate=True,
+                ),
+                "steps": widget(
+                    GenerateConfig, "steps", "INT", "Denoising steps. 20 to 30 is enough for DPM++ 2M.", min=1, max=1000
+                ),
+                "guidance": widget(
+                    GenerateConfig, "guidance", "FLOAT",
+                    "How strongly the prompt is followed (CFG). 1 turns it off and halves the time.",
+                    min=0.0, max=100.0, step=0.1,
+                ),
+                "width": widget(
+                    GenerateConfig, "width", "INT", "Width in pixels, a multiple of 8.", min=64, max=8192, step=8
+                ),
+                "height": widget(
+                    GenerateConfig, "height", "INT", "Height in pixels, a multiple of 8.", min=64, max=8192, step=8
+                ),
+                "count": widget(
+                    GenerateConfig, "count", "INT", "Images for each prompt, with seeds that follow.", min=1, max=1024
+                ),
+                "sampler": widget(GenerateConfig, "sampler", SAMPLERS, "The solver, named as in KSampler."),
+                "scheduler": widget(GenerateConfig, "scheduler", SCHEDULES, "The noise levels, named as in KSampler."),
+                "cache": widget(
+                    GenerateConfig, "cache", CACHE_MODES,
+                    "use: take images made before from disk. refresh: make and store them anew. off: neither.",
+                ),
+            },
+            "optional": {
+                "lora_stack": ("LORA_STACK", {"tooltip": "LoRAs to apply, from Load LoRA or Train SDXL LoRA."}),
+                **_advanced(),
+            },
+        }  # fmt: skip
+
+    @classmethod
+    def IS_CHANGED(cls, cache: str | None = None, **settings: Any) -> str | float:
+        return float("nan") if cache == "refresh" else ""
+
+    def generate(self, base: SDXLBase, lora_stack: Any = None, **settings: Any) -> dict[str, Any]:
+        config = GenerateConfig(**settings)
+        loras = [LoRARef(folders.find("lora", name), name, unet, text) for name, unet, text in read_stack(lora_stack)]
+        cache = host.cache_folder()
+        with host.parts() as parts, host.progress() as progress:
+            images = generate(
+                base, config, loras,
+                parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
+                on_step=progress,
+            )  # fmt: skip
+        pixels = [image.pixels for image in images]
+        info = json.dumps([_facts(image) for image in images], indent=2)
+        prompts = "\n".join(" ".join(image.prompt.split()) for image in images)
+        return host.show((to_image(pixels), info, prompts), _summary(images), pixels)
+
+
+def _facts(image: GeneratedImage) -> dict[str, Any]:
+    return {
+        "prompt": image.prompt,
+        "seed": image.seed,
+        "key": image.key,
+        "from_cache": image.hit,
+        "seconds": round(image.seconds, 3),
+    }
+
+
+def _summary(images: list[GeneratedImage]) -> str:
+    found = sum(image.hit for image in images)
+    seconds = sum(image.seconds for image in images)
+    return f"{len(images)} images, {found} from the cache, {seconds:.1f} s"
+
+
+def _advanced() -> dict[str, Widget]:
+    return {
+        "prompt_per_line": widget(
+            GenerateConfig, "prompt_per_line", "BOOLEAN", "Each line of prompt is a prompt of its own.", advanced=True
+        ),
+        "prompt_syntax": widget(
+            GenerateConfig, "prompt_syntax", PROMPT_SYNTAXES, "plain: the prompt is read as it stands.", advanced=True
+        ),
+        "batch_size": widget(
+            GenerateConfig, "batch_size", "INT",
+            "Images denoised together. More than 1 is faster on a GPU, but pixels then depend a little on the batch.",
+            min=1, max=64, advanced=True,
+        ),
+        "attention": widget(
+            GenerateConfig, "attention", ATTENTIONS,
+            "How attention is computed. auto: PyTorch's own choice. math: slow and exact.",
+            advanced=True,
+        ),
+        "attention_slicing": widget(
+            GenerateConfig, "attention_slicing", "BOOLEAN", "Attention in slices: less memory, slower.", advanced=True
+        ),
+        "vae_slicing": widget(
+            GenerateConfig, "vae_slicing", "BOOLEAN", "Decodes the images of a batch one by one.", advanced=True
+        ),
+        "vae_tiling": widget(
+            GenerateConfig, "vae_tiling", "BOOLEAN",
+            "Decodes in tiles: large images fit into little memory, seams can show.",
+            advanced=True,
+        ),
+        "offload": widget(
+            GenerateConfig, "offload", OFFLOADS,
+            "phase: text encoders, UNet and VAE leave the GPU when their phase is over. none: they stay. "
+            "auto: ComfyUI decides.",
+            advanced=True,
+        ),
+    }  # fmt: skip

@@ -1,0 +1,272 @@
+"""The only file that knows ComfyUI: its folders, its memory, its progress bar, its interrupt.
+
+Where ComfyUI is absent the same calls work on one folder, named by SDXL_LORA_HOME: results go into it, and `input/`,
+`datasets/`, `models/`, `user/` and `temp/` lie in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..sdxl_lora_core.files import write_atomic
+from ..sdxl_lora_core.loaded_parts import LoadedParts
+
+
+class Nothing:
+    """Stands in for ComfyUI's ExecutionBlocker: a node that receives it does not run."""
+
+
+def _comfy(module: str) -> Any:
+    """A module of the ComfyUI that loaded this pack; None where there is none."""
+    return importlib.import_module(module) if "folder_paths" in sys.modules else None
+
+
+# Folders
+
+
+def _home() -> Path:
+    return Path(os.environ.get("SDXL_LORA_HOME", "out")).absolute()
+
+
+def _directory(name: str, at_home: str) -> Path:
+    comfy = _comfy("folder_paths")
+    return Path(getattr(comfy, f"get_{name}_directory")()) if comfy else _home() / at_home
+
+
+def output_folder() -> Path:
+    return _directory("output", ".")
+
+
+def input_folder() -> Path:
+    return _directory("input", "input")
+
+
+def temp_folder() -> Path:
+    return _directory("temp", "temp")
+
+
+def roots(folder_type: str) -> list[Path]:
+    """The folders of one of ComfyUI's folder types, or of our own: clip_score, sdxl_lora_cache."""
+    comfy = _comfy("folder_paths")
+    if comfy is None:
+        at_home = {
+            "datasets": [_home() / "datasets"],
+            "loras": [_home() / "models/loras", _home() / "loras"],
+            "sdxl_lora_cache": [_home() / "user/sdxl_lora"],
+        }
+        return at_home.get(folder_type, [_home() / "models" / folder_type])
+    # extra_model_paths.yaml was read before: what it names stays.
+    types = comfy.folder_names_and_paths
+    types.setdefault("clip_score", ([os.path.join(comfy.models_dir, "clip_score")], set()))
+    types.setdefault("sdxl_lora_cache", ([os.path.join(comfy.get_user_directory(), "sdxl_lora")], set()))
+    return [Path(folder) for folder in types.get(folder_type, ([],))[0]]
+
+
+def file_names(folder_type: str) -> list[str]:
+    """Names of all files in those folders, relative to them."""
+    comfy = _comfy("folder_paths")
+    if comfy:
+        return comfy.get_filename_list(folder_type)  # remembered until a folder changes
+    return sorted(
+        str(path.relative_to(root)) for root in roots(folder_type) for path in root.rglob("*") if path.is_file()
+    )
+
+
+def cache_folder() -> Path:
+    """Where latents, prompts, images and hashes are kept between runs."""
+    return roots("sdxl_lora_cache")[0]
+
+
+# Devices and memory
+
+
+def device() -> torch.device:
+    management = _comfy("comfy.model_management")
+    if management:
+        return management.get_torch_device()
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class ComfyParts(LoadedParts):
+    """Loaded parts that ComfyUI may evict. What it takes for other models, or for "Unload models", is freed."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._patchers: dict[str, Any] = {}
+        self._in_use: set[str] = set()
+        self._moving = False
+
+    def arrive(self, part: str, module: nn.Module) -> None:
+        if part not in self._patchers:
+            self._patchers[part] = self._evictable(part, module)
+        self._in_use.add(part)
+        with self._own_move():
+            wanted = [self._patchers[name] for name in sorted(self._in_use)]
+            _comfy("comfy.model_management").load_models_gpu(wanted, force_full_load=True)
+
+    def rest(self, part: str, offload: bool | None = None) -> None:
+        self._in_use.discard(part)
+        super().rest(part, offload)
+
+    def leave(self, part: str, module: nn.Module) -> None:
+        with self._own_move():
+            self._patchers[part].detach()
+
+    def forget(self, part: str, module: nn.Module) -> None:
+        self._in_use.discard(part)
+        self._patchers.pop(part, None)
+
+    def end_use(self) -> None:
+        self._in_use.clear()
+
+    @contextmanager
+    def _own_move(self) -> Iterator[None]:
+        self._moving = True
+        try:
+            yield
+        finally:
+            self._moving = False
+
+    def _evictable(self, part: str, module: nn.Module) -> Any:
+        # ModelPatcher sets `device` on its model, which diffusers' models forbid: hence the module around it.
+        holder = nn.Module()
+        holder.part = module
+        patcher = _whole_patcher()(holder, self.device, torch.device("cpu"))
+        callbacks = _comfy("comfy.model_patcher").CallbacksMP
+        patcher.add_callback(callbacks.ON_DETACH, lambda *_: self._evicted(part, holder))
+        return patcher
+
+    def _evicted(self, part: str, holder: nn.Module) -> None:
+        if self._moving or self._held.get(part, (None, None))[1] is not holder.part:
+            return
+        # The weights go, the patcher stays: ComfyUI's list of models may not shrink while it is walked.
+        del self._held[part]
+        self._in_use.discard(part)
+        holder.part = None
+
+
+@functools.cache
+def _whole_patcher() -> Any:
+    class WholePatcher(_comfy("comfy.model_patcher").ModelPatcher):
+        def partially_unload(self, *args: Any, **kwargs: Any) -> int:
+            return 0  # diffusers' layers cannot run from two devices, so ComfyUI has to take the whole part
+
+    return WholePatcher
+
+
+@functools.cache
+def _owner() -> LoadedParts:
+    return ComfyParts(device()) if _comfy("folder_paths") else LoadedParts(device())
+
+
+@contextmanager
+def parts() -> Iterator[LoadedParts]:
+    """The one owner of weights that stay between runs. After the block, or its failure, nothing counts as in use."""
+    owner = _owner()
+    try:
+        yield owner
+    finally:
+        if isinstance(owner, ComfyParts):
+            owner.end_use()
+
+
+@contextmanager
+def training_mode() -> Iterator[None]:
+    """Inside, autograd works, though ComfyUI runs nodes in inference mode, and the device's memory is free."""
+    _owner().drop_all()
+    management = _comfy("comfy.model_management")
+    if management:
+        management.unload_all_models()
+        management.soft_empty_cache()
+    announces = hasattr(management, "in_training")
+    try:
+        if announces:
+            management.in_training = True
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        if announces:
+            management.in_training = False
+
+
+# Progress and results
+
+
+class Progress:
+    """Shows progress on the node and in the terminal. Every call is a point where the user's cancel takes effect."""
+
+    def __init__(self) -> None:
+        self._phase: tuple[str, int] | None = None
+        self._terminal: Any = None
+        self._node: Any = None
+
+    def __call__(self, done: int, total: int, phase: str = "", detail: str = "") -> None:
+        if self._phase != (phase, total):
+            self._begin(phase, total)
+        self._terminal.set_postfix_str(detail, refresh=False)
+        self._terminal.update(done - self._terminal.n)
+        if self._node:
+            self._node.update_absolute(done, total)
+            _comfy("comfy.model_management").throw_exception_if_processing_interrupted()
+
+    def close(self) -> None:
+        if self._terminal:
+            self._terminal.close()
+
+    def _begin(self, phase: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self.close()
+        self._phase = (phase, total)
+        self._terminal = tqdm(total=total, desc=phase or None, leave=False)
+        comfy = _comfy("comfy.utils")
+        self._node = comfy.ProgressBar(total) if comfy else None
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    bar = Progress()
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def nothing() -> Any:
+    """The output that keeps whatever hangs on it from running."""
+    graph = _comfy("comfy_execution.graph_utils")
+    return graph.ExecutionBlocker(None) if graph else Nothing()
+
+
+def show(result: tuple[Any, ...], text: str, images: list[np.ndarray] | None = None) -> dict[str, Any]:
+    """A node's return value: its outputs, and what the page shows on the node. Images are uint8 [H, W, 3]."""
+    ui: dict[str, Any] = {"text": (text,)}
+    if images:
+        ui["images"] = [_preview(pixels) for pixels in images]
+    return {"ui": ui, "result": result}
+
+
+def _preview(pixels: np.ndarray) -> dict[str, str]:
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, format="PNG", compress_level=1)
+    name = f"{hashlib.sha256(encoded.getvalue()).hexdigest()[:24]}.png"
+    path = temp_folder() / "sdxl_lora" / name
+    if not path.exists():
+        write_atomic(path, lambda file: file.write_bytes(encoded.getvalue()))
+    return {"filename": name, "subfolder": "sdxl_lora", "type": "temp"}

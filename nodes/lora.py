@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from typing import Any
+
+from ..sdxl_lora_core.lora_files import describe_lora
+from . import folders, host
+from .wires import CATEGORY, StackEntry, read_stack
+
+INCOMING = "(incoming)"
+
+
+class LoadLoRA:
+    """Adds a LoRA to a stack, or weighs the one that comes in."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Adds a LoRA to a stack. With (incoming) the strengths apply to the last LoRA of the stack that comes in, "
+        "so that one trained in this graph can be weighted."
+    )
+    SEARCH_ALIASES = ["lora loader", "lora stack", "apply lora", "lora strength"]
+    RETURN_TYPES = ("LORA_STACK", "STRING")
+    RETURN_NAMES = ("lora_stack", "info")
+    OUTPUT_TOOLTIPS = (
+        "The incoming LoRAs and this one, for SDXL Generate (cached) or another pack's LoRA stack input.",
+        "Keys, rank, trigger words and what the LoRA was trained on.",
+    )
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
+        return {
+            "required": {
+                "lora_name": (
+                    [INCOMING, *folders.names("lora")],
+                    {"tooltip": f"A file in the loras folder. {INCOMING}: the last LoRA of the incoming stack."},
+                ),
+                "strength_model": ("FLOAT", {**strength, "tooltip": "Strength on the UNet. 0 turns it off."}),
+                "strength_clip": (
+                    "FLOAT",
+                    {**strength, "tooltip": "Strength on the text encoders, for LoRAs that change them."},
+                ),
+                "enabled": ("BOOLEAN", {"default": True, "tooltip": "Off: the LoRA is left out of the stack."}),
+            },
+            "optional": {
+                "lora_stack": ("LORA_STACK", {"tooltip": "LoRAs to apply before this one."}),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, lora_name: str | None = None) -> bool | str:
+        return lora_name == INCOMING or folders.check("lora", lora_name)
+
+    @classmethod
+    def IS_CHANGED(cls, lora_name: str | None = None, **settings: Any) -> str:
+        return "" if lora_name == INCOMING else folders.content("lora", lora_name, folders.stamp)
+
+    def load(
+        self, lora_name: str, strength_model: float, strength_clip: float, enabled: bool, lora_stack: Any = None
+    ) -> dict[str, Any]:
+        stack = read_stack(lora_stack)
+        if lora_name == INCOMING:
+            if not stack:
+                raise ValueError(f"lora_name is {INCOMING} but lora_stack brings no LoRA: connect one or choose a file")
+            lora_name = stack.pop()[0]
+        entry: StackEntry = (lora_name, strength_model, strength_clip)
+        info = describe_lora(folders.find("lora", lora_name)) if enabled else f"{lora_name} is off"
+        return host.show(([*stack, entry] if enabled else stack, info), info)

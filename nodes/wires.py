@@ -1,0 +1,88 @@
+"""The values that travel on our wires, and the widgets that stand for a setting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig, default, from_mapping
+
+StackEntry = tuple[str, float, float]
+Widget = tuple[str | list[str], dict[str, Any]]
+CATEGORY = "SDXL LoRA"
+
+
+def widget(
+    config: type[DatasetConfig | TrainConfig | GenerateConfig],
+    option: str,
+    kind: str | Sequence[str],
+    tooltip: str,
+    **options: Any,
+) -> Widget:
+    """An input for one setting, with its one stated default. A sequence of choices makes a combo."""
+    declared = kind if isinstance(kind, str) else list(kind)
+    return declared, {"default": default(config, option), "tooltip": tooltip, **options}
+
+
+def to_image(pixels: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [H, W, 3] arrays of one size as ComfyUI's IMAGE: float32 [B, H, W, 3] in 0..1."""
+    return torch.from_numpy(np.stack(pixels)).float() / 255
+
+
+def from_image(image: Tensor) -> list[np.ndarray]:
+    """ComfyUI's IMAGE as uint8 [H, W, 3] arrays; transparency is laid on white, grey becomes RGB."""
+    values = image.detach().float().nan_to_num().clamp(0, 1).cpu()
+    if values.shape[-1] == 4:
+        values, alpha = values[..., :3], values[..., 3:]
+        values = values * alpha + 1 - alpha
+    return list((values.expand(*values.shape[:3], 3) * 255).round().to(torch.uint8).numpy())
+
+
+def read_stack(stack: Any) -> list[StackEntry]:
+    """A LORA_STACK of any pack as a new list of (name, strength on the UNet, strength on the text encoders).
+
+    Accepts None, pairs, triples (a subclass is kept) and mappings. Raises ValueError for anything else.
+    """
+    entries = [_read_entry(entry) for entry in stack or []]
+    return [entry for entry in entries if entry[0] not in ("", "None")]
+
+
+def _read_entry(entry: Any) -> StackEntry:
+    if isinstance(entry, tuple) and len(entry) == 3:
+        return entry
+    if isinstance(entry, Mapping):
+        name = entry.get("name") or entry.get("lora_name") or entry.get("lora") or ""
+        model = entry.get("strength_model", entry.get("strength", 1.0))
+        return str(name), float(model), float(entry.get("strength_clip", model))
+    if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) in (2, 3):
+        return str(entry[0]), float(entry[1]), float(entry[-1])
+    raise ValueError(f"lora_stack holds {entry!r}: expected (name, strength_model, strength_clip)")
+
+
+def train_config(options: Mapping[str, Any] | None, widgets: Mapping[str, Any]) -> TrainConfig:
+    """The widgets' settings with those of TRAIN_OPTIONS.
+
+    Raises ValueError for an unknown option, and for one that contradicts a widget that was changed.
+    """
+    settings = dict(widgets)
+    if isinstance(settings.get("sample_prompts"), str):
+        settings["sample_prompts"] = lines(settings["sample_prompts"])
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    for option, value in (options or {}).items():
+        if option not in known:
+            raise ValueError(f"options: unknown setting {option}; known are {', '.join(sorted(known))}")
+        chosen = settings.get(option, value)
+        if chosen not in (value, default(TrainConfig, option)):
+            raise ValueError(f"options sets {option} to {value}, the widget {option} to {chosen}: set only one of them")
+        settings[option] = value
+    return from_mapping(TrainConfig, settings, "TrainSDXLLoRA")
+
+
+def lines(text: str) -> tuple[str, ...]:
+    """The lines of a multiline widget that are not empty."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,55 @@
+"""LoRA on the UNet through peft (Hu et al., arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .lora_files import LoRAModule
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention+ff": _ATTENTION + _FEED_FORWARD,
+    "all-linear": (*_ATTENTION, *_FEED_FORWARD, "proj_in", "proj_out"),
+}
+
+
+def add_lora(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
+    """Puts a LoRA on the modules of `config.target_modules` and returns its parameters, float32, in a fixed order.
+
+    `down` starts at random from `config.seed`, `up` at zero, so that training starts at the base itself.
+    """
+    from peft import LoraConfig
+
+    adapter = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, and divides it as a float
+        lora_dropout=config.dropout,
+        target_modules=list(PRESETS[config.target_modules]),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        unet.add_adapter(adapter)
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def lora_modules(unet: Any, alpha: float) -> dict[str, LoRAModule]:
+    """The adapter's matrices by the diffusers name of the module they sit on, copied to the CPU."""
+    modules = {}
+    for name, module in unet.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+            modules[name] = LoRAModule(down=_copy(down), up=_copy(up), alpha=alpha)
+    return modules
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

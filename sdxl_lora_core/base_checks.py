@@ -1,0 +1,145 @@
+"""Tells SDXL from everything else, by a checkpoint's header or a diffusers folder's settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from .model_kinds import UNET, kind_of
+from .weights_file import WeightsHeader
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+WANTED = "give an SDXL base: a single-file checkpoint (.safetensors) or a diffusers folder with model_index.json"
+PIPELINE = "StableDiffusionXLPipeline"
+PART_CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+_PREDICTIONS: dict[str, PredictionType] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+_CHANNELS = {8: "an image-editing model", 9: "an inpainting model"}
+_TIME_IDS = 6  # original height and width, crop top and left, target height and width
+
+
+class Prediction(NamedTuple):
+    """What the UNet predicts, and whether its schedule ends in pure noise (zero terminal SNR)."""
+
+    type: PredictionType
+    zero_terminal_snr: bool
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError or ValueError naming the file."""
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} is missing: the model folder is not complete, fetch it again") from error
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error}): fetch the model again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} does not hold a JSON object: fetch the model again")
+    return values
+
+
+def require_checkpoint(header: WeightsHeader, configs: Path) -> Prediction:
+    """Raises ValueError unless `header` is a whole SDXL checkpoint of the size that `configs` describe."""
+    name, kind = header.path.name, kind_of(header)
+    if kind != "an SDXL checkpoint":
+        raise ValueError(f"{name} is {kind}: {WANTED}")
+    if "edm_mean" in header.shapes or "edm_vpred.sigma_max" in header.shapes:
+        raise ValueError(f"{name} is an SDXL relative with an EDM schedule, such as Playground v2.5: {WANTED}")
+    unet = read_json(configs / "unet" / "config.json")
+    _require_channels(name, _shape(header, "input_blocks.0.0.weight"))
+    blocks = sum(re.search(r"transformer_blocks\.\d+\.norm1\.weight$", tensor) is not None for tensor in header.shapes)
+    if blocks != _transformer_blocks(unet):
+        raise ValueError(
+            f"{name} has {blocks} transformer blocks where SDXL has {_transformer_blocks(unet)},"
+            f" as SSD-1B and other cut-down models do: {WANTED}"
+        )
+    width = _shape(header, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+    if width[1] != unet["cross_attention_dim"]:
+        raise ValueError(
+            f"{name} takes text of width {width[1]} where SDXL takes {unet['cross_attention_dim']}: {WANTED}"
+        )
+    return _prediction_in(header)
+
+
+def require_folder(folder: Path) -> Prediction:
+    """Raises ValueError unless `folder` holds an SDXL pipeline as diffusers writes it. Sizes are free."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"folder {folder.name} has no model_index.json: {WANTED}")
+    _require_pipeline(folder.name, read_json(folder / "model_index.json"))
+    unet, vae, text, text_2 = (read_json(folder / part / "config.json") for part in PART_CLASSES)
+    _require_channels(folder.name, (0, unet["in_channels"]))
+    text_width = text["hidden_size"] + text_2["hidden_size"]
+    time_width = text_2["projection_dim"] + _TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
+    found = unet["cross_attention_dim"], unet.get("projection_class_embeddings_input_dim")
+    if unet.get("addition_embed_type") != "text_time" or found != (text_width, time_width):
+        raise ValueError(
+            f"folder {folder.name}: the UNet takes text of width {found[0]} and added input of width {found[1]}, but"
+            f" the text encoders give {text_width} and {time_width}, so these are not the parts of one SDXL: {WANTED}"
+        )
+    if vae.get("latents_mean") is not None:
+        raise ValueError(f"folder {folder.name} has a VAE with latents_mean, as Playground v2.5: {WANTED}")
+    return _prediction_of_scheduler(folder)
+
+
+def _require_pipeline(name: str, index: Mapping[str, Any]) -> None:
+    if index.get("_class_name") != PIPELINE:
+        raise ValueError(f"folder {name} is a {index.get('_class_name')} and not a {PIPELINE}: {WANTED}")
+    for part, wanted in PART_CLASSES.items():
+        _, found = index.get(part) or (None, None)
+        if found != wanted:
+            raise ValueError(f"folder {name} has {found or 'nothing'} as its {part}, not {wanted}: {WANTED}")
+
+
+def _require_channels(name: str, shape: tuple[int, ...]) -> None:
+    if shape[1] != 4:
+        kind = _CHANNELS.get(shape[1], "another kind of model")
+        raise ValueError(f"{name} has a UNet with {shape[1]} input channels, so it is {kind}: {WANTED} (4 channels)")
+
+
+def _shape(header: WeightsHeader, tensor: str) -> tuple[int, ...]:
+    shape = header.shapes.get(UNET + tensor, ())
+    if len(shape) < 2:
+        raise ValueError(f"{header.path.name} lacks the tensor {UNET}{tensor}: {WANTED}")
+    return shape
+
+
+def _transformer_blocks(unet: Mapping[str, Any]) -> int:
+    """How many there are in the whole UNet: each stage's depth times its attentions on the way down and up."""
+    depths, layers = unet["transformer_layers_per_block"], unet["layers_per_block"]
+    stages = sum(
+        depth * (layers + layers + 1)
+        for depth, kind in zip(depths, unet["down_block_types"], strict=True)
+        if kind.startswith("CrossAttn")
+    )
+    return stages + depths[-1]
+
+
+def _prediction_in(header: WeightsHeader) -> Prediction:
+    """By the marker tensors `v_pred` and `ztsnr` that trainers leave in a checkpoint, else by its ModelSpec."""
+    zero_snr = "ztsnr" in header.shapes
+    if "v_pred" in header.shapes:
+        return Prediction("v_prediction", zero_snr)
+    return Prediction(_known(header.path.name, header.metadata.get("modelspec.prediction_type", "epsilon")), zero_snr)
+
+
+def _prediction_of_scheduler(folder: Path) -> Prediction:
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if str(scheduler.get("_class_name", "")).startswith("EDM"):
+        raise ValueError(f"folder {folder.name} has an EDM schedule, such as Playground v2.5: {WANTED}")
+    prediction = _known(f"folder {folder.name}", scheduler.get("prediction_type", "epsilon"))
+    return Prediction(prediction, bool(scheduler.get("rescale_betas_zero_snr", False)))
+
+
+def _known(where: str, prediction: str) -> PredictionType:
+    if prediction not in _PREDICTIONS:
+        raise ValueError(f"{where} says its prediction type is {prediction!r}: SDXL's are epsilon and v_prediction")
+    return _PREDICTIONS[prediction]

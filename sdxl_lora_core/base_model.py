@@ -1,0 +1,174 @@
+"""An SDXL base model: what is it, where does each part lie, and how is a part loaded.
+
+Opening reads headers, settings and hashes, never weights. Everything that is not SDXL is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from . import base_parts
+from .base_checks import WANTED, Prediction, PredictionType, read_json, require_checkpoint, require_folder
+from .base_parts import PARTS, Part
+from .config import PRECISIONS, Precision
+from .files import file_sha256, json_sha256
+from .weights_file import read_header
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+DATA = Path(__file__).parent / "data"
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class SDXLBase:
+    """A handle without weights. `part_hashes` are (part, SHA-256) for the four parts and the two tokenizers.
+
+    `fingerprint` is content only: the same files elsewhere, or at another precision, have the same one. `configs` is
+    the folder with each part's settings: the model's own, or the pack's `data` for a single file.
+    """
+
+    path: Path
+    layout: Literal["single_file", "diffusers"]
+    name: str
+    precision: Precision
+    prediction_type: PredictionType
+    zero_terminal_snr: bool
+    fingerprint: str
+    part_hashes: tuple[tuple[str, str], ...]
+    configs: Path
+
+
+def open_base(
+    path: Path, precision: Precision = "auto", hash_memo: Path | None = None, *, configs: Path = DATA
+) -> SDXLBase:
+    """Checks and hashes a base. `hash_memo` is a folder that remembers hashes of large files (see file_sha256).
+
+    `configs` describes single files; a folder describes itself.
+    Raises FileNotFoundError if nothing is there, ValueError for anything but SDXL, saying what it is instead.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if path.is_dir():
+        prediction = require_folder(path)
+        hashes = {part: _folder_part_hash(path / part, part, hash_memo) for part in PARTS}
+        return _handle(path, path, precision, prediction, hashes)
+    if not path.exists():
+        raise FileNotFoundError(f"base model {path.name} does not exist: {WANTED}")
+    prediction = require_checkpoint(read_header(path), configs)
+    return _handle(path, configs, precision, prediction, dict.fromkeys(PARTS, file_sha256(path, hash_memo)))
+
+
+def load_tokenizers(base: SDXLBase) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """CLIP's tokenizer twice, padding with the end token and with "!". Reads local files only."""
+    from transformers import CLIPTokenizer
+
+    def load(name: str) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(str(base.configs / name), local_files_only=True)
+
+    return load("tokenizer"), load("tokenizer_2")
+
+
+def load_part(base: SDXLBase, part: Part, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """One part in eval mode without gradients. Reads only that part's tensors and never the network.
+
+    Raises ValueError if tensors are missing, unknown or of the wrong shape.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}")
+    if base.layout == "diffusers":
+        module = base_parts.from_folder(base.path, part, dtype)
+    else:
+        module = base_parts.from_single_file(base.path, base.configs, part, dtype)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def scheduler_config(base: SDXLBase) -> dict[str, Any]:
+    """The noise schedule as diffusers' schedulers take it: betas, steps, prediction type, zero terminal SNR."""
+    settings = {name: value for name, value in _schedule(base.configs).items() if not name.startswith("_")}
+    settings["prediction_type"] = base.prediction_type
+    settings["rescale_betas_zero_snr"] = base.zero_terminal_snr
+    if base.zero_terminal_snr:
+        settings["timestep_spacing"] = "trailing"  # samples the step of zero SNR: Lin et al., arXiv 2305.08891
+    return settings
+
+
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """What weights are computed in. auto: bf16 on CUDA that has it, fp16 on other CUDA and on MPS, fp32 on the CPU.
+
+    Raises ValueError for bf16 on a CUDA device without it.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ValueError("precision is 'bf16', which this GPU does not have: choose 'fp16' or 'auto'")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def describe_base(base: SDXLBase) -> str:
+    """Three lines for a person: what it is, how it predicts, its fingerprint."""
+    single = base.layout == "single_file"
+    files = [base.path] if single else [file for part in PARTS for file in base_parts.find_weights(base.path / part)[1]]
+    size = sum(file.stat().st_size for file in files)
+    layout = "single-file checkpoint" if single else "diffusers folder"
+    snr = ", zero terminal SNR" if base.zero_terminal_snr else ""
+    return (
+        f"{base.name}: SDXL, {layout}, {size / 1e9:.2f} GB of weights\n"
+        f"{base.prediction_type} prediction{snr}; precision {base.precision}\n"
+        f"fingerprint {base.fingerprint}"
+    )
+
+
+def quick_fingerprint(path: Path) -> str:
+    """Changes when a file's name, size or time does. Reads no content and never raises."""
+    try:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+        return json_sha256([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    except OSError as error:
+        return f"unreadable: {type(error).__name__}"
+
+
+def _handle(
+    path: Path, configs: Path, precision: Precision, prediction: Prediction, hashes: dict[str, str]
+) -> SDXLBase:
+    hashes = hashes | {name: _tokenizer_hash(configs / name) for name in TOKENIZERS}
+    return SDXLBase(
+        path=path,
+        layout="diffusers" if path == configs else "single_file",
+        name=path.name.removesuffix(".safetensors"),
+        precision=precision,
+        prediction_type=prediction.type,
+        zero_terminal_snr=prediction.zero_terminal_snr,
+        fingerprint=json_sha256([hashes, prediction, _schedule(configs)]),
+        part_hashes=tuple(sorted(hashes.items())),
+        configs=configs,
+    )
+
+
+def _folder_part_hash(folder: Path, part: Part, memo: Path | None) -> str:
+    """Over settings and weights, so that either one's change is seen. Every weight file is checked to be whole."""
+    _, files = base_parts.find_weights(folder)
+    for file in files:
+        read_header(file)
+    settings = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
+    return json_sha256([part, settings, [file_sha256(file, memo) for file in files]])
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"{folder.name}/ holds no tokenizer: the model folder is not complete, fetch it again")
+    return json_sha256([[file.name, file_sha256(file)] for file in files])
+
+
+def _schedule(configs: Path) -> dict[str, Any]:
+    return read_json(configs / "scheduler" / "scheduler_config.json")

@@ -1,0 +1,103 @@
+"""Loads one part of SDXL, from a diffusers folder or out of a single-file checkpoint, offline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .base_checks import PART_CLASSES, read_json
+from .model_kinds import TEXT, TEXT_2, UNET, VAE
+
+Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+_PREFIXES: dict[Part, str] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "text_encoder_2": TEXT_2}
+# What published files hold besides weights: a buffer older transformers saved, and CLIP's unused temperature.
+_HARMLESS = ("position_ids", "logit_scale")
+
+
+def find_weights(folder: Path) -> tuple[str | None, list[Path]]:
+    """The variant (None or "fp16") and the files of a part's folder: one file, or the shards its index lists.
+
+    The full-precision file wins over an fp16 variant beside it. Raises FileNotFoundError if there are no safetensors.
+    """
+    for variant, infix in ((None, ""), ("fp16", ".fp16")):
+        for stem in ("diffusion_pytorch_model", "model"):
+            file = folder / f"{stem}{infix}.safetensors"
+            index = folder / f"{stem}.safetensors.index{infix}.json"
+            if file.is_file():
+                return variant, [file]
+            if index.is_file():
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+                return variant, [folder / Path(shard).name for shard in shards]
+    pickles = [file.name for file in folder.glob("*.bin")]
+    found = f"only {pickles[0]}, which is a pickle and is not opened" if pickles else "no weights"
+    raise FileNotFoundError(f"{folder.name}/ holds {found}: fetch the .safetensors files of the model")
+
+
+def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
+    """Raises ValueError if the files do not hold exactly the part's tensors."""
+    variant, _ = find_weights(folder / part)
+    dtype_option = "torch_dtype" if part in ("unet", "vae") else "dtype"
+    module, info = _part_class(part).from_pretrained(
+        str(folder),
+        subfolder=part,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **{dtype_option: dtype},
+    )
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    _require_complete([str(name) for name in wrong if not str(name).endswith(_HARMLESS)], part, folder)
+    return module
+
+
+def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype) -> nn.Module:
+    """Reads the part's tensors only and renames them as diffusers does. Raises ValueError if any is missing."""
+    tensors = _read_tensors(file, _PREFIXES[part])
+    try:
+        module = _convert(tensors, configs, part, dtype)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"the {part} in {file.name} does not fit ({error}): fetch the checkpoint again") from error
+    _require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file)
+    return module
+
+
+def _convert(tensors: Mapping[str, Tensor], configs: Path, part: Part, dtype: torch.dtype) -> nn.Module:
+    part_class = _part_class(part)
+    if part in ("unet", "vae"):
+        return part_class.from_single_file(
+            tensors, config=str(configs), subfolder=part, torch_dtype=dtype, local_files_only=True
+        )
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+
+    return create_diffusers_clip_model_from_ldm(
+        part_class, tensors, subfolder=part, config=str(configs), torch_dtype=dtype, local_files_only=True
+    )
+
+
+def _read_tensors(file: Path, prefix: str) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as weights:
+        return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(prefix)}  # noqa: SIM118
+
+
+def _part_class(part: Part) -> Any:
+    import diffusers
+    import transformers
+
+    return getattr(diffusers if part in ("unet", "vae") else transformers, PART_CLASSES[part])
+
+
+def _require_complete(wrong: list[str], part: Part, source: Path) -> None:
+    if wrong:
+        shown = ", ".join(sorted(wrong)[:3])
+        raise ValueError(
+            f"the {part} in {source.name} does not fit: {len(wrong)} tensors are missing, unknown or of another shape"
+            f" ({shown}); fetch the model again"
+        )

@@ -1,0 +1,116 @@
+"""A CLIP model from a local folder of transformers, and what it makes of texts and pictures: unit vectors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+_IMAGES_AT_ONCE = 8
+_LEGACY_EOS = 2  # in configs from before transformers 4.31: the model then pools at the highest token id
+
+
+def load_clip(folder: Path) -> torch.nn.Module:
+    """The CLIPModel of a local transformers folder, float32, eval mode, on the CPU.
+
+    Safetensors only; nothing is downloaded. Raises FileNotFoundError or ValueError saying what the folder lacks.
+    """
+    from safetensors import SafetensorError
+    from transformers import CLIPModel
+
+    _check_folder(folder)
+    try:
+        loaded: Any = CLIPModel.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the CLIP model in {folder.name!r} cannot be loaded: {error}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"the CLIP model in {folder.name!r} lacks {len(missing)} weights, as {missing[0]}: copy the whole model"
+        )
+    return model.float().eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, model: Any) -> Any:
+    """The folder's tokenizer. Raises FileNotFoundError if there is none, ValueError if it is another model's."""
+    from transformers import AutoTokenizer
+
+    # Without these files transformers would make an empty tokenizer and say nothing.
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise FileNotFoundError(f"{folder.name!r} has no tokenizer.json or vocab.json: copy the tokenizer files to it")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    end, expected = tokenizer.eos_token_id, model.config.text_config.eos_token_id
+    fits = end == len(tokenizer) - 1 if expected == _LEGACY_EOS else end == expected
+    if not fits or len(tokenizer) > model.config.text_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder.name!r} ({len(tokenizer)} tokens, end token {end}) is not this model's "
+            f"({model.config.text_config.vocab_size} tokens, end token {expected}): copy the one that belongs to it"
+        )
+    return tokenizer
+
+
+def load_processor(folder: Path, model: Any) -> Any:
+    """The image processor that computes with Pillow: scores must not depend on whether torchvision is installed."""
+    import transformers
+
+    # Transformers 4 has the one with Pillow under the plain name.
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return kind.from_pretrained(str(folder), local_files_only=True)
+    side = model.config.vision_config.image_size
+    return kind(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def embed_text(model: Any, tokenizer: Any, text: str, warnings: list[str]) -> Tensor:
+    """A text as a unit vector, float32 [D] on the CPU; what does not fit the model's length goes to `warnings`.
+
+    Alone and unpadded, so that no other text has a part in it. The end token, where CLIP pools, survives the cut.
+    """
+    limit = model.config.text_config.max_position_embeddings
+    whole = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    cut = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+    if not text:
+        warnings.append("a prompt has no text: its scores mean nothing")
+    if len(whole) > len(cut):
+        lost = tokenizer.decode(whole[len(cut) - 1 : -1]).strip()
+        warnings.append(f"a prompt of {len(whole) - 2} tokens was cut to {limit - 2}; not scored: {lost!r}")
+    return _normalised(model.get_text_features(input_ids=torch.tensor([cut], device=model.device)))[0]
+
+
+def embed_images(model: Any, processor: Any, images: Sequence[np.ndarray]) -> Tensor:
+    """Pictures (uint8 [H, W, 3]) as unit vectors, float32 [N, D] on the CPU."""
+    features = []
+    for start in range(0, len(images), _IMAGES_AT_ONCE):
+        pictures = [Image.fromarray(image) for image in images[start : start + _IMAGES_AT_ONCE]]
+        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+        features.append(_normalised(model.get_image_features(pixel_values=pixels.to(model.device))))
+    return torch.cat(features)
+
+
+def _check_folder(folder: Path) -> None:
+    wanted = "give a folder with a CLIP model of transformers (config.json, model.safetensors, tokenizer files)"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder.name!r} has no config.json: {wanted}")
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder.name}/config.json is no JSON object: {wanted}") from error
+    if kind != "clip":
+        raise ValueError(f"{folder.name!r} holds a model of type {kind!r}, not 'clip' (picture and text): {wanted}")
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise FileNotFoundError(f"{folder.name!r} has no model.safetensors (other formats are not opened): {wanted}")
+
+
+def _normalised(features: Any) -> Tensor:
+    # Transformers 5 returns an object here, with the projected features as pooler_output; 4 returns the tensor.
+    tensor = features if isinstance(features, Tensor) else features.pooler_output
+    tensor = tensor.float().cpu()
+    return tensor / tensor.norm(dim=-1, keepdim=True)

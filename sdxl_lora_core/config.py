@@ -1,0 +1,235 @@
+"""Every setting, its default and its range. Node widgets, the command line and run.yaml all read them from here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Sampler = Literal["dpmpp_2m"]
+Schedule = Literal["karras", "normal"]
+CacheMode = Literal["use", "refresh", "off"]
+PromptSyntax = Literal["plain"]
+Attention = Literal["auto", "sdpa", "math"]
+Offload = Literal["auto", "none", "phase"]
+TargetModules = Literal["attention", "attention+ff", "all-linear"]
+LRSchedule = Literal["constant", "linear", "cosine"]
+Switch = Literal["auto", "on", "off"]
+LoRAFormat = Literal["kohya", "peft"]
+WeightType = Literal["fp16", "bf16", "fp32"]
+
+PRECISIONS = get_args(Precision)
+SAMPLERS = get_args(Sampler)
+SCHEDULES = get_args(Schedule)
+CACHE_MODES = get_args(CacheMode)
+PROMPT_SYNTAXES = get_args(PromptSyntax)
+ATTENTIONS = get_args(Attention)
+OFFLOADS = get_args(Offload)
+TARGET_MODULES = get_args(TargetModules)
+LR_SCHEDULES = get_args(LRSchedule)
+SWITCHES = get_args(Switch)
+
+Config = TypeVar("Config", bound="DatasetConfig | TrainConfig | GenerateConfig")
+
+
+def _check_range(config: object, option: str, low: float, high: float) -> None:
+    value = getattr(config, option)
+    if not low <= value <= high:
+        raise ValueError(f"{option} is {value}: give a value from {low:g} to {high:g}")
+
+
+def _check_choice(config: object, option: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, option)
+    if value not in choices:
+        raise ValueError(f"{option} is {value!r}: choose one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """How a folder becomes training data.
+
+    resolution is the side in pixels of the square whose area no bucket exceeds. repeats counts how often an image is
+    seen in one epoch. flip adds mirrored images with an even chance.
+    """
+
+    trigger_word: str = ""
+    resolution: int = 1024
+    validation_percent: int = 0
+    repeats: int = 1
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self, "resolution", 64, 4096)
+        _check_range(self, "validation_percent", 0, 50)
+        _check_range(self, "repeats", 1, 1000)
+        if self.resolution % 16:
+            raise ValueError(f"resolution is {self.resolution}: give a multiple of 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. steps are optimizer updates; each sees batch_size x gradient_accumulation images."""
+
+    lora_name: str = "my_lora"
+    steps: int = 1000
+    learning_rate: float = 1e-4
+    rank: int = 8
+    alpha: float = 16.0
+    batch_size: int = 1
+    seed: int = 0
+    sample_prompts: tuple[str, ...] = ()
+
+    gradient_accumulation: int = 1
+    lr_schedule: LRSchedule = "constant"
+    lr_warmup_steps: int = 0
+    target_modules: TargetModules = "attention"
+    dropout: float = 0.0
+    caption_dropout: float = 0.0
+    precision: Precision = "auto"
+    gradient_checkpointing: Switch = "auto"
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 250
+    sample_steps: int = 25
+    sample_guidance: float = 7.0
+    save_format: LoRAFormat = "kohya"
+    save_dtype: WeightType = "fp16"
+
+    # What a run is called, how long it lasts and what is shown of it does not change a single step.
+    OUTSIDE_FINGERPRINT = (
+        "lora_name", "steps", "sample_prompts", "sample_steps", "sample_guidance",
+        "checkpoint_every", "save_format", "save_dtype",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        _check_range(self, "steps", 1, 1_000_000)
+        _check_range(self, "learning_rate", 1e-8, 1.0)
+        _check_range(self, "rank", 1, 1024)
+        _check_range(self, "alpha", 1e-3, 4096)
+        _check_range(self, "batch_size", 1, 256)
+        _check_range(self, "seed", 0, 2**64 - 1)
+        _check_range(self, "gradient_accumulation", 1, 1024)
+        _check_range(self, "lr_warmup_steps", 0, 1_000_000)
+        _check_range(self, "dropout", 0, 0.9)
+        _check_range(self, "caption_dropout", 0, 1)
+        _check_range(self, "adam_beta1", 0, 0.9999)
+        _check_range(self, "adam_beta2", 0, 0.99999)
+        _check_range(self, "weight_decay", 0, 10)
+        _check_range(self, "max_grad_norm", 0, 1e6)
+        _check_range(self, "checkpoint_every", 1, 1_000_000)
+        _check_range(self, "sample_steps", 1, 200)
+        _check_range(self, "sample_guidance", 0, 50)
+        _check_choice(self, "lr_schedule", LR_SCHEDULES)
+        _check_choice(self, "target_modules", TARGET_MODULES)
+        _check_choice(self, "precision", PRECISIONS)
+        _check_choice(self, "gradient_checkpointing", SWITCHES)
+        _check_choice(self, "save_format", get_args(LoRAFormat))
+        _check_choice(self, "save_dtype", get_args(WeightType))
+        if self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
+            raise ValueError(
+                f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end before"
+            )
+        if (
+            not self.lora_name
+            or set(self.lora_name) & set('/\\<>:"|?*')
+            or self.lora_name.strip(" .") != self.lora_name
+        ):
+            raise ValueError(
+                f'lora_name is {self.lora_name!r}: give a plain file name without slashes or any of <>:"|?*'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """One request for images. width and height are pixels; guidance 1 turns classifier-free guidance off."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 7.0
+    width: int = 1024
+    height: int = 1024
+    count: int = 1
+    sampler: Sampler = "dpmpp_2m"
+    scheduler: Schedule = "karras"
+    cache: CacheMode = "use"
+
+    prompt_per_line: bool = False
+    prompt_syntax: PromptSyntax = "plain"
+    batch_size: int = 1
+    attention: Attention = "auto"
+    attention_slicing: bool = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    offload: Offload = "auto"
+
+    def __post_init__(self) -> None:
+        _check_range(self, "seed", 0, 2**64 - 1)
+        _check_range(self, "steps", 1, 1000)
+        _check_range(self, "guidance", 0, 100)
+        _check_range(self, "count", 1, 1024)
+        _check_range(self, "batch_size", 1, 64)
+        for side in ("width", "height"):
+            _check_range(self, side, 64, 8192)
+            if getattr(self, side) % 8:
+                value = getattr(self, side)
+                near = round(value / 8) * 8
+                raise ValueError(f"{side} is {value}: give a multiple of 8, {near} for example")
+        _check_choice(self, "sampler", SAMPLERS)
+        _check_choice(self, "scheduler", SCHEDULES)
+        _check_choice(self, "cache", CACHE_MODES)
+        _check_choice(self, "prompt_syntax", PROMPT_SYNTAXES)
+        _check_choice(self, "attention", ATTENTIONS)
+        _check_choice(self, "offload", OFFLOADS)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The single prompt, or one for each line that is not empty."""
+        if not self.prompt_per_line:
+            return (self.prompt,)
+        return tuple(line.strip() for line in self.prompt.splitlines() if line.strip()) or ("",)
+
+
+def default(config: type[Config], option: str) -> Any:
+    """The one stated default of an option, for widgets."""
+    return {field.name: field.default for field in dataclasses.fields(config)}[option]
+
+
+def to_yaml(path: Path, sections: dict[str, Any]) -> None:
+    """Writes plain values and config dataclasses, a section each."""
+    import yaml
+
+    from .files import write_text_atomic
+
+    plain = {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in sections.items()
+    }
+    plain = {
+        name: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in plain.items()
+    }
+    write_text_atomic(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def from_mapping(config: type[Config], values: dict[str, Any], where: str) -> Config:
+    """The dataclass with `values`, checked by pydantic. Raises ValueError naming every unknown or wrong setting."""
+    from pydantic import TypeAdapter, ValidationError
+
+    known = {field.name for field in dataclasses.fields(config)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    try:
+        return TypeAdapter(config).validate_python(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc'])) or where}: {item['msg']}" for item in error.errors()]
+        raise ValueError(f"{where}: " + "; ".join(lines)) from error

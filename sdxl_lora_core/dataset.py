@@ -1,0 +1,247 @@
+"""A folder of captioned pictures as training data: what is used, what is not and why, and how it is cut."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from .buckets import bucket_for, center_crop
+from .captions import FolderFiles, Problem, clean_caption, read_captions, scan_folder
+from .config import DatasetConfig
+from .drawing import CELL, fit, sheet
+from .files import file_sha256, json_sha256
+from .images import decode, open_image, strict_pillow
+
+_FINGERPRINT_VERSION = 1
+# A picture of 64 megapixels takes up to a gigabyte while it is converted, so not one thread per core.
+_DECODERS = 4
+
+
+@dataclass(frozen=True)
+class CaptionEntry:
+    """One picture. width and height in px as it is seen (after EXIF rotation); caption with the trigger word."""
+
+    image: Path
+    caption: str
+    width: int
+    height: int
+    sha256: str
+    repeats: int
+    flip: bool
+    resolution: int
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        return bucket_for(self.width, self.height, self.resolution)
+
+
+@dataclass(frozen=True)
+class CaptionDataset:
+    """Pictures to train on and pictures to validate with, and what could not be used.
+
+    The fingerprint is over what training sees: file contents, captions and settings in their order, no path or time.
+    """
+
+    entries: tuple[CaptionEntry, ...]
+    validation: tuple[CaptionEntry, ...]
+    fingerprint: str
+    problems: tuple[Problem, ...]
+    trigger_words: tuple[str, ...]
+    name: str
+
+
+def load_caption_dataset(
+    folder: Path, config: DatasetConfig, chained: CaptionDataset | None = None, hash_memo: Path | None = None
+) -> CaptionDataset:
+    """Reads every picture of `folder` once, checks it, and pairs it with its caption (layouts: see read_captions).
+
+    `chained` comes first in the result, so that concepts can be trained together; each keeps its own settings.
+    `hash_memo` is a folder that remembers file hashes. Raises FileNotFoundError if the folder is not there, ValueError
+    with the reasons if it holds nothing that can be used.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"the dataset folder {folder.name!r} does not exist")
+    if not folder.is_dir():
+        raise ValueError(f"{folder.name!r} is a file: give the folder that holds the pictures and captions")
+    files = scan_folder(folder)
+    found = len(files.images)
+    entries = _read_entries(files, config, hash_memo)
+    problems = [Problem(f"{folder.name}/{p.file}", p.reason, p.skipped) for p in dict.fromkeys(files.problems)]
+    if not entries:
+        raise ValueError(_nothing_left(folder.name, found, problems))
+    return _joined(chained, folder.name, config, entries, problems)
+
+
+def quick_fingerprint(folder: Path) -> str:
+    """Changes when a file in `folder` comes, goes, grows or is touched. Looks at no content and never raises."""
+    digest = hashlib.sha256()
+    for path in _paths_below(folder):
+        try:
+            stat = os.stat(path)
+        except OSError:
+            continue
+        digest.update(os.fsencode(os.path.relpath(path, folder)))
+        digest.update(f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def contact_sheet(dataset: CaptionDataset, limit: int = 24) -> Image.Image:
+    """Up to `limit` pictures, spread evenly over the data set, with their captions, on one page."""
+    entries = [*dataset.entries, *dataset.validation]
+    shown = [entries[number * len(entries) // limit] for number in range(limit)] if len(entries) > limit else entries
+    held_out = set(dataset.validation)
+    cells = [
+        (fit(open_image(entry.image), CELL), f"(validation) {entry.caption}" if entry in held_out else entry.caption)
+        for entry in shown
+    ]
+    more = f" and {len(entries) - len(shown)} more, not shown" if len(entries) > len(shown) else ""
+    return sheet(cells, f"{dataset.name}: {len(shown)} images{more}")
+
+
+def describe(dataset: CaptionDataset, limit: int = 40) -> str:
+    """The report: counts, buckets, trigger words, what is enlarged, what was skipped (at most `limit` names each)."""
+    per_epoch = sum(entry.repeats for entry in dataset.entries)
+    resolutions = sorted({entry.resolution for entry in dataset.entries})
+    lines = [
+        f"{dataset.name}: {_images(len(dataset.entries))} to train on, {per_epoch} per epoch with repeats",
+        f"validation: {_images(len(dataset.validation))}",
+        f"trigger words: {', '.join(dataset.trigger_words) or 'none'}",
+        f"resolution: {', '.join(map(str, resolutions))}",
+        f"flip: {sum(entry.flip for entry in dataset.entries)} of {len(dataset.entries)}",
+        *_bucket_table(dataset.entries),
+        *_enlarged(dataset.entries, limit),
+        *_problem_lines("skipped", [problem for problem in dataset.problems if problem.skipped], limit),
+        *_problem_lines("used, but look at", [problem for problem in dataset.problems if not problem.skipped], limit),
+        f"fingerprint: {dataset.fingerprint[:16]}",
+    ]
+    return "\n".join(lines)
+
+
+def with_trigger_word(caption: str, trigger_word: str) -> str:
+    """The trigger in front, `trigger, caption`, unless the caption has it already: whole words, in any case."""
+    trigger = clean_caption(trigger_word)
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+        return caption
+    return f"{trigger}, {caption}"
+
+
+def _paths_below(folder: Path) -> list[str]:
+    if "\0" in str(folder):
+        return []
+    return sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
+
+
+def _read_entries(files: FolderFiles, config: DatasetConfig, hash_memo: Path | None) -> list[CaptionEntry]:
+    captions = read_captions(files)
+    usable = [(key, path) for key, path in files.images if key in captions]
+    with strict_pillow(), ThreadPoolExecutor(_DECODERS) as pool:
+        checked = list(pool.map(lambda item: _check(item[1], hash_memo), usable))
+    entries = []
+    for (key, path), facts in zip(usable, checked, strict=True):
+        if isinstance(facts, str):
+            files.problems.append(Problem(key, facts))
+            continue
+        caption = with_trigger_word(captions[key], config.trigger_word)
+        entries.append(CaptionEntry(path, caption, *facts, config.repeats, config.flip, config.resolution))
+    return entries
+
+
+def _check(path: Path, hash_memo: Path | None) -> tuple[int, int, str] | str:
+    """Width, height and hash of a picture, or why it cannot be used."""
+    try:
+        width, height = decode(path).size
+        return width, height, file_sha256(path, hash_memo)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def _joined(
+    chained: CaptionDataset | None,
+    name: str,
+    config: DatasetConfig,
+    entries: Sequence[CaptionEntry],
+    problems: Sequence[Problem],
+) -> CaptionDataset:
+    training, validation = _split(entries, config.validation_percent)
+    words = [clean_caption(config.trigger_word)]
+    if chained is not None:
+        training, validation = [*chained.entries, *training], [*chained.validation, *validation]
+        problems, words = [*chained.problems, *problems], [*chained.trigger_words, *words]
+        name = f"{chained.name} + {name}"
+    words = [word for word in dict.fromkeys(words) if word]
+    fingerprint = _fingerprint(training, validation, words)
+    return CaptionDataset(tuple(training), tuple(validation), fingerprint, tuple(problems), tuple(words), name)
+
+
+def _split(entries: Sequence[CaptionEntry], percent: int) -> tuple[list[CaptionEntry], list[CaptionEntry]]:
+    """Training and validation. The choice is by content, so copies of a picture stay on one side, and adding pictures
+    moves few others; at least one picture each if there are two."""
+    contents = sorted({entry.sha256 for entry in entries}, key=lambda sha256: json_sha256(["validation", sha256]))
+    count = min(max(1, round(len(contents) * percent / 100)), len(contents) - 1) if percent else 0
+    held_out = set(contents[:count])
+    training = [entry for entry in entries if entry.sha256 not in held_out]
+    return training, [entry for entry in entries if entry.sha256 in held_out]
+
+
+def _fingerprint(
+    training: Sequence[CaptionEntry], validation: Sequence[CaptionEntry], trigger_words: Sequence[str]
+) -> str:
+    parts = [[[e.sha256, e.caption, e.repeats, e.flip, e.resolution] for e in part] for part in (training, validation)]
+    return json_sha256([_FINGERPRINT_VERSION, *parts, list(trigger_words)])
+
+
+def _nothing_left(name: str, found: int, problems: Sequence[Problem]) -> str:
+    if not problems:
+        return f"the dataset folder {name!r} holds no pictures: put pictures with captions into it"
+    files: dict[str, list[str]] = {}
+    for problem in problems:
+        files.setdefault(problem.reason, []).append(problem.file)
+    reasons = [f"{names[0]}{_others(len(names) - 1)} {reason}" for reason, names in files.items()]
+    more = f"; and {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
+    return f"none of the {_images(found)} in the dataset folder {name!r} can be used: {'; '.join(reasons[:5])}{more}"
+
+
+def _bucket_table(entries: Sequence[CaptionEntry]) -> list[str]:
+    images = Counter(entry.bucket for entry in entries)
+    per_epoch: Counter[tuple[int, int]] = Counter()
+    for entry in entries:
+        per_epoch[entry.bucket] += entry.repeats
+    rows = [f"  {w:>5} x {h:<5} {images[w, h]:>6} {per_epoch[w, h]:>10}" for w, h in sorted(images)]
+    return ["buckets:", f"  {'width x height':<13} {'images':>6} {'per epoch':>9}", *rows]
+
+
+def _enlarged(entries: Sequence[CaptionEntry], limit: int) -> list[str]:
+    lines = []
+    for entry in entries:
+        crop = center_crop(entry.width, entry.height, entry.bucket)
+        if crop.resized_w > entry.width or crop.resized_h > entry.height:
+            bucket = f"{crop.bucket_w}x{crop.bucket_h}"
+            lines.append(f"  {entry.image.name}: {entry.width}x{entry.height}, trained at {bucket}")
+    return _titled("smaller than their bucket, so enlarged (soft; a lower resolution avoids it)", lines, limit)
+
+
+def _problem_lines(title: str, problems: Sequence[Problem], limit: int) -> list[str]:
+    return _titled(title, [f"  {problem.file}: {problem.reason}" for problem in problems], limit)
+
+
+def _titled(title: str, lines: Sequence[str], limit: int) -> list[str]:
+    if not lines:
+        return []
+    more = [f"  ... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return [f"{title}: {len(lines)}", *lines[:limit], *more]
+
+
+def _others(count: int) -> str:
+    return f" and {count} others" if count > 1 else " and 1 other" if count else ""
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"

@@ -1,0 +1,91 @@
+"""Text under pictures: contact sheets and score strips. Knows neither data sets nor scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+_INK, _PAPER, _FAINT = (24, 24, 24), (255, 255, 255), (120, 120, 120)
+_LINE_HEIGHT = 1.35
+CELL = 256
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def text_strip(width: int, lines: Sequence[str], size: int) -> Image.Image:
+    """Lines of text on white, `size` px high each, for under a picture. Each is cut to `width` px with an ellipsis."""
+    strip = Image.new("RGB", (width, strip_height(len(lines), size)), _PAPER)
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size)
+    margin = size // 3
+    for number, line in enumerate(lines):
+        text = wrap(line, font, width - 2 * margin, max_lines=1)
+        draw.text((margin, margin + number * size * _LINE_HEIGHT), "".join(text), fill=_INK, font=font)
+    return strip
+
+
+def strip_height(lines: int, size: int) -> int:
+    return round(lines * size * _LINE_HEIGHT) + 2 * (size // 3)
+
+
+def wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
+    """Text in lines of at most `width` px, broken between words where it can be; an ellipsis where it was cut."""
+    lines, rest = [], text.strip()
+    while rest and len(lines) < max_lines:
+        line = _longest_fit(rest, font, width)
+        if len(line) < len(rest) and len(lines) == max_lines - 1:
+            line = _longest_fit(rest, font, width - math.ceil(font.getlength("…"))).rstrip(" ,") + "…"
+            lines.append(line)
+            break
+        lines.append(line.rstrip())
+        rest = rest[len(line) :].lstrip()
+    return lines
+
+
+def fit(picture: Image.Image, side: int) -> Image.Image:
+    """The picture scaled so that its longer side is `side` px."""
+    scale = side / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    # Enlarged pixels stay pixels: a blurred thumbnail would hide that the picture is small.
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def sheet(cells: Sequence[tuple[Image.Image, str]], footer: str, cell: int = CELL, text_size: int = 15) -> Image.Image:
+    """Pictures in a grid, each fitted into `cell` x `cell` px with its text in up to four lines below."""
+    columns = min(6, max(1, math.ceil(math.sqrt(len(cells)))))
+    gap, text_height = cell // 16, strip_height(4, text_size)
+    rows = math.ceil(len(cells) / columns)
+    width, row_height = gap + columns * (cell + gap), cell + text_height + gap
+    page = Image.new("RGB", (width, gap + rows * row_height + strip_height(1, text_size)), _PAPER)
+    font = ImageFont.load_default(text_size)
+    for number, (picture, text) in enumerate(cells):
+        left, top = gap + number % columns * (cell + gap), gap + number // columns * row_height
+        _paste_cell(page, picture, wrap(text, font, cell, max_lines=4), (left, top), cell, font)
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, page.height - strip_height(1, text_size)), "".join(wrap(footer, font, width - 2 * gap, 1)),
+              fill=_FAINT, font=font)  # fmt: skip
+    return page
+
+
+def _paste_cell(
+    page: Image.Image, picture: Image.Image, lines: Sequence[str], corner: tuple[int, int], cell: int, font: Font
+) -> None:
+    left, top = corner
+    thumbnail = fit(picture, cell)
+    page.paste(thumbnail, (left + (cell - thumbnail.width) // 2, top + (cell - thumbnail.height) // 2))
+    line_height = font.getbbox("Ag")[3] * _LINE_HEIGHT
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(page).text((left, top + cell + 6 + number * line_height), line, fill=_INK, font=font)
+
+
+def _longest_fit(text: str, font: Font, width: int) -> str:
+    """The longest start of the text that is at most `width` px long: whole words, else characters, at least one."""
+    if font.getlength(text) <= width:
+        return text
+    low, high = 1, len(text)
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle)
+    space = text.rfind(" ", 0, low + 1)
+    return text[:space] if space > 0 else text[:low]

@@ -1,0 +1,84 @@
+"""Paths that came from a widget, writes that survive a crash, and content hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_FORBIDDEN = set('<>:"|?*\\') | {chr(code) for code in range(32)}
+
+
+def safe_path(root: Path, user: str) -> Path:
+    """`user`, a relative path from a widget or a request, as a real path inside `root`.
+
+    Raises ValueError for anything that leaves `root` (absolute, drive, `..`, a link that points outside) and for names
+    that some operating system cannot hold.
+    """
+    parts = user.split("/")
+    for part in parts:
+        if part in ("", ".", "..") or part.endswith((" ", ".")) or _RESERVED.fullmatch(part) or _FORBIDDEN & set(part):
+            raise ValueError(f"{user!r} is not a usable relative path: name a file or folder inside {root.name!r}")
+    resolved = root.resolve()
+    path = (resolved / user).resolve()
+    if not path.is_relative_to(resolved):
+        raise ValueError(f"{user!r} leads outside of {root.name!r}: name a file or folder inside it")
+    return path
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary file beside `path`, then moves that to `path`: whole or not at all.
+
+    Raises OSError with the path and the free space if the disk is full; the old file then still stands.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path.name}: {error.strerror or error}", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def canonical_json(value: object) -> str:
+    """One text for one value: sorted keys, no spaces, NaN refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def json_sha256(value: object) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path, memo: Path | None = None) -> str:
+    """SHA-256 of the file's bytes. `memo` is a folder that remembers it while inode, size and mtime stay the same."""
+    if memo is None:
+        return _hash_file(path)
+    stat = path.stat()
+    identity = [str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
+    note = memo / f"{json_sha256(identity)}.txt"
+    try:
+        return note.read_text(encoding="ascii")
+    except FileNotFoundError:
+        digest = _hash_file(path)
+        with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run a second hashing
+            write_text_atomic(note, digest)
+        return digest
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

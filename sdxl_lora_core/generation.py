@@ -1,0 +1,171 @@
+"""Images from an SDXL base with a stack of LoRAs, each made once and alone."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .base_model import SDXLBase, resolve_dtype
+from .config import GenerateConfig
+from .image_cache import ImageCache
+from .image_keys import KEYED_LIBRARIES, image_key, image_settings, is_guided
+from .image_maker import ImageMaker, offload_choice
+from .loaded_parts import LoadedParts
+from .lora_stack import LoRARef, open_stack
+from .text_embeds import TextEmbeds, TextPhase
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """`pixels` are uint8 [H, W, 3]; `hit`: they were in the cache; `seconds` is what making or reading took."""
+
+    pixels: np.ndarray
+    prompt: str
+    seed: int
+    key: str
+    hit: bool
+    seconds: float
+
+
+def generate(
+    base: SDXLBase,
+    config: GenerateConfig,
+    loras: Sequence[LoRARef] = (),
+    *,
+    parts: LoadedParts,
+    cache_folder: Path | None,
+    hash_memo: Path | None = None,
+    prompt_cache: Path | None = None,
+    on_step: OnStep = lambda done, total: None,
+) -> list[GeneratedImage]:
+    """All images of the request: prompts outer, count inner, seeds seed ... seed + count - 1.
+
+    `cache_folder` is the images/ folder (None: no cache), `hash_memo` remembers the hashes of LoRA files, and
+    `prompt_cache` is the folder that holds prompts/. If every image is in the cache, no weights are loaded and
+    diffusers is not imported. Otherwise `on_step(done, total)` counts the denoising steps of the missing images. It
+    may raise to cancel: the exception passes through, and every image finished before is in the cache.
+
+    Raises FileNotFoundError or ValueError for a LoRA that is missing or does not fit, ValueError for an image that is
+    not finite.
+    """
+    stack = open_stack(loras, hash_memo)
+    dtype = resolve_dtype(base.precision, parts.device)
+    hashes = [(entry.sha256, entry.ref.strength_model, entry.ref.strength_clip) for entry in stack]
+    settings = image_settings(base, config, hashes, dtype, parts.device)
+    session = _Session(
+        config=config,
+        settings=settings,
+        cache=ImageCache(cache_folder) if cache_folder and config.cache != "off" else None,
+        text_phase=TextPhase(base, stack, parts, dtype, offload_choice(config), prompt_cache),
+        maker=ImageMaker(base, config, stack, parts, dtype),
+        on_step=on_step,
+    )
+    requests = _requests(config, settings)
+    images = session.find(requests)
+    missing = [request for request in dict.fromkeys(requests) if request.key not in images]
+    images |= session.make(missing)
+    return [images[request.key] for request in requests]
+
+
+@dataclass(frozen=True)
+class _Request:
+    prompt: str
+    seed: int
+    key: str
+
+
+def _requests(config: GenerateConfig, settings: dict[str, Any]) -> list[_Request]:
+    seeds = [(config.seed + number) % 2**64 for number in range(config.count)]
+    return [_Request(prompt, seed, image_key(settings, prompt, seed)) for prompt in config.prompts for seed in seeds]
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One call of `generate`: what its images share."""
+
+    config: GenerateConfig
+    settings: dict[str, Any]
+    cache: ImageCache | None
+    text_phase: TextPhase
+    maker: ImageMaker
+    on_step: OnStep
+
+    def find(self, requests: Sequence[_Request]) -> dict[str, GeneratedImage]:
+        if self.cache is None or self.config.cache == "refresh":
+            return {}
+        found = {}
+        for request in dict.fromkeys(requests):
+            start = time.perf_counter()
+            pixels = self.cache.load(request.key)
+            if pixels is not None:
+                found[request.key] = _image(request, pixels, True, time.perf_counter() - start)
+        return found
+
+    def make(self, missing: Sequence[_Request]) -> dict[str, GeneratedImage]:
+        if not missing:
+            return {}
+        images: dict[str, GeneratedImage] = {}
+        steps, size = self.config.steps, self.config.batch_size
+        embeds = functools.cache(lambda: self.text_phase.encode(self._texts(missing)))
+        self.on_step(0, steps * len(missing))
+        # In ComfyUI's inference mode every tensor made here, weights among them, would be unfit for training.
+        with torch.inference_mode(False), torch.no_grad():
+            for first in range(0, len(missing), size):
+                report = functools.partial(self._report, steps * first, steps * len(missing))
+                images |= self._make_batch(missing[first : first + size], embeds, report)
+        return images
+
+    def _make_batch(
+        self, batch: Sequence[_Request], embeds: Callable[[], dict[str, TextEmbeds]], report: Callable[[int], None]
+    ) -> dict[str, GeneratedImage]:
+        keys = [request.key for request in batch]
+        with self.cache.locked(keys, waiting=lambda: report(0)) if self.cache else nullcontext():
+            images = self.find(batch)  # somebody may have made them while this process waited
+            left = [request for request in batch if request.key not in images]
+            return images | self._make_now(left, embeds(), report) if left else images
+
+    def _make_now(
+        self, batch: Sequence[_Request], embeds: dict[str, TextEmbeds], report: Callable[[int], None]
+    ) -> dict[str, GeneratedImage]:
+        start = time.perf_counter()
+        made = self.maker.make(
+            [embeds[request.prompt] for request in batch],
+            embeds[self.config.negative_prompt] if is_guided(self.config) else None,
+            [request.seed for request in batch],
+            lambda steps: report(steps * len(batch)),
+        )
+        seconds = (time.perf_counter() - start) / len(batch)
+        if self.cache:
+            for request, pixels in zip(batch, made, strict=True):
+                self.cache.store(request.key, pixels, self._manifest(request))
+        return {
+            request.key: _image(request, pixels, False, seconds) for request, pixels in zip(batch, made, strict=True)
+        }
+
+    def _texts(self, requests: Sequence[_Request]) -> list[str]:
+        texts = [request.prompt for request in requests]
+        return [*texts, self.config.negative_prompt] if is_guided(self.config) else texts
+
+    def _report(self, before: int, total: int, steps: int) -> None:
+        self.on_step(before + steps, total)
+
+    def _manifest(self, request: _Request) -> dict[str, Any]:
+        return {
+            "settings": {**self.settings, "prompt": request.prompt, "seed": request.seed},
+            "versions": {name: version(name) for name in KEYED_LIBRARIES},
+        }
+
+
+def _image(request: _Request, pixels: np.ndarray, hit: bool, seconds: float) -> GeneratedImage:
+    return GeneratedImage(pixels, request.prompt, request.seed, request.key, hit, seconds)

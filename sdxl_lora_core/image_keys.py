@@ -1,0 +1,75 @@
+"""What an image depends on. All of it is the cache key; nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from . import base_model
+from .base_model import SDXLBase
+from .config import GenerateConfig
+from .image_cache import key_of
+
+# Raised when a prompt syntax is read in another way, so that images made the old way are not found.
+PARSER_VERSIONS = {"plain": 1}
+KEYED_LIBRARIES = ("torch", "diffusers")
+
+
+def image_settings(
+    base: SDXLBase,
+    config: GenerateConfig,
+    loras: Sequence[tuple[str, float, float]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Everything that the images of one request share, as JSON values. `loras` are (SHA-256, UNet, text strength).
+
+    Left out because no pixel depends on it: names, paths, the host, other images of the request, offload.
+    """
+    guided = is_guided(config)
+    return {
+        "base": [list(pair) for pair in base.part_hashes],
+        "loras": [[digest, float(unet), float(text)] for digest, unet, text in loras],
+        "negative_prompt": config.negative_prompt if guided else "",
+        "guidance": float(config.guidance) if guided else 1.0,
+        "steps": config.steps,
+        "size": [config.width, config.height],
+        "sampler": config.sampler,
+        "schedule": scheduler_settings(base, config),
+        "prompt_syntax": [config.prompt_syntax, PARSER_VERSIONS[config.prompt_syntax]],
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "attention": attention_backend(config),
+        "attention_slicing": config.attention_slicing,
+        "vae_tiling": config.vae_tiling,
+        "vae_slicing": config.vae_slicing and config.batch_size > 1,
+        "batch_size": config.batch_size,
+        "libraries": {name: ".".join(version(name).split(".")[:2]) for name in KEYED_LIBRARIES},
+    }
+
+
+def image_key(settings: dict[str, Any], prompt: str, seed: int) -> str:
+    return key_of({**settings, "prompt": prompt, "seed": seed})
+
+
+def is_guided(config: GenerateConfig) -> bool:
+    """Whether classifier-free guidance runs. At 1 and below the negative prompt has no say (arXiv 2207.12598)."""
+    return config.guidance > 1
+
+
+def attention_backend(config: GenerateConfig) -> str:
+    """ "sdpa": the fastest kernel that torch has here; "math": the plain formula."""
+    return "math" if config.attention == "math" else "sdpa"
+
+
+def scheduler_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]:
+    """For diffusers' DPMSolverMultistepScheduler: DPM-Solver++(2M), arXiv 2211.01095, Karras' sigmas, 2206.00364."""
+    return {
+        **base_model.scheduler_config(base),
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "use_karras_sigmas": config.scheduler == "karras",
+    }

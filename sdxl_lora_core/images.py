@@ -1,0 +1,143 @@
+"""Opens a picture from anywhere as the RGB pixels a person sees, or says why it cannot be used."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps
+
+from .buckets import Crop
+
+MAX_PIXELS = 64 * 2**20
+MAX_SIDE = 16384
+
+# The formats that are decoded. Anything else Pillow knows is refused: an EPS named .png would start Ghostscript.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+# What Pillow raises for damaged files (found by flipping bytes in every format).
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError, LookupError, struct.error, zlib.error)
+# Pillow's switches belong to the process: two threads that set and restore them at once would leave them wrong.
+_SWITCHES = threading.Lock()
+
+
+@contextmanager
+def strict_pillow() -> Iterator[None]:
+    """Truncated files are errors in here, whatever other code in the process has set, and that is put back after.
+
+    Pillow's own size limit is off in here because `decode` has a lower one of its own that does not only warn.
+    """
+    with _SWITCHES:
+        found = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = found
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture as RGB: turned as EXIF says, in sRGB, transparent parts on white, 16-bit grey scaled to 8.
+
+    The first frame of an animation. Raises ValueError naming the file and the reason if it is damaged, too large
+    (over 64 megapixels or 16384 pixels on a side) or no picture; FileNotFoundError if it is not there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is not there: it was moved or deleted after the folder was read")
+    try:
+        with strict_pillow():
+            return decode(path)
+    except ValueError as error:
+        raise ValueError(f"{path.name} {error}") from error
+
+
+def decode(path: Path) -> Image.Image:
+    """`open_image` for callers that hold `strict_pillow` around many files or threads, and name the file themselves."""
+    try:
+        _verify(path)
+        with Image.open(path, formats=_known_formats()) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except _DAMAGE as error:
+        raise ValueError(f"cannot be used: {_reason(error)}") from error
+
+
+def crop_to_bucket(image: Image.Image, crop: Crop) -> Image.Image:
+    """Lanczos resize to crop.resized_w x crop.resized_h, then the bucket cut out of it, in one step.
+
+    Only the bucket's own pixels are computed: resizing first would need gigabytes for a very long, thin picture.
+    """
+    scale_x, scale_y = image.width / crop.resized_w, image.height / crop.resized_h
+    box = (
+        crop.left * scale_x,
+        crop.top * scale_y,
+        min((crop.left + crop.bucket_w) * scale_x, image.width),
+        min((crop.top + crop.bucket_h) * scale_y, image.height),
+    )
+    return image.resize((crop.bucket_w, crop.bucket_h), Image.Resampling.LANCZOS, box=box)
+
+
+def _verify(path: Path) -> None:
+    # verify() sees a PNG without its end, which load() lets pass; load() sees half a JPEG, which verify() lets pass.
+    with Image.open(path, formats=_known_formats()) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            raise ValueError(
+                f"{width}x{height} is too large: scale it down to at most {MAX_PIXELS // 2**20} megapixels "
+                f"and {MAX_SIDE} pixels on a side"
+            )
+        image.verify()
+
+
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is not a picture in a format that is read here (PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF)"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _from_deep_grey(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        # The profile is for the picture, not for the white behind it.
+        rgb = _to_srgb(rgba.convert("RGB"), profile)
+        return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), rgba.getchannel("A"))
+    return _to_srgb(image if image.mode == "CMYK" else image.convert("RGB"), profile)
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow would clip at 255, as 8-bit RGB. Older versions of Pillow open it in mode I."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels have 32 bits: save it with 8 or 16 bits")
+    eight_bits = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    return Image.fromarray(eight_bits).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB or CMYK in sRGB. A broken profile, or one for another kind of pixels, counts as none."""
+    if not profile:
+        return image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source) and image.mode == "RGB":
+            return image
+        target = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image.convert("RGB")
+    return converted if converted is not None else image.convert("RGB")

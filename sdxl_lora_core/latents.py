@@ -1,0 +1,47 @@
+"""Images as the VAE's posterior, and latents drawn from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .buckets import Crop
+
+
+def crop_pixels(image: Image.Image, crop: Crop, mirrored: bool) -> Tensor:
+    """The bucket's part of an RGB image as float32 [3, H, W] in -1..1."""
+    resized = image.resize((crop.resized_w, crop.resized_h), Image.Resampling.LANCZOS)
+    part = resized.crop((crop.left, crop.top, crop.left + crop.bucket_w, crop.top + crop.bucket_h))
+    if mirrored:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.asarray(part, dtype=np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def encode_posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each float32 [B, 4, H/8, W/8], in the scale that the UNet sees.
+
+    The scale is (z - latents_mean) * scaling_factor / latents_std; SDXL's own VAE has 0.13025 and no mean or std.
+    """
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    mean, std = posterior.mean.float(), posterior.std.float()
+    scale: Tensor | float = vae.config.scaling_factor
+    if vae.config.get("latents_mean") is not None:
+        shift, spread = (
+            mean.new_tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+        )
+        mean, scale = mean - shift, scale / spread
+    return (mean * scale).cpu(), (std * scale).cpu()
+
+
+def time_ids(original: tuple[int, int], crop: Crop, mirrored: bool) -> Tensor:
+    """SDXL's micro-conditioning, float32 [6]: original h, w, crop top, left, target h, w (all in pixels, h first).
+
+    float32, because bfloat16 holds whole numbers only up to 256. Source: arXiv 2307.01952, section 2.2.
+    """
+    width, height = original
+    left = crop.resized_w - crop.bucket_w - crop.left if mirrored else crop.left
+    return torch.tensor([height, width, crop.top, left, crop.bucket_h, crop.bucket_w], dtype=torch.float32)

@@ -1,0 +1,56 @@
+"""The owner of loaded weights: one module per part, reloaded only when its content key changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class LoadedParts:
+    """Holds at most one module for each part of a model and moves whole parts to and from the device.
+
+    `offload` says whether a part leaves the device when its phase is over. Subclasses with another memory manager
+    override `arrive`, `leave` and `forget`.
+    """
+
+    def __init__(self, device: torch.device, offload: bool = False) -> None:
+        self.device = device
+        self.offload = offload
+        self._held: dict[str, tuple[str, nn.Module]] = {}
+
+    def borrow(self, part: str, key: str, load: Callable[[], nn.Module]) -> nn.Module:
+        """The module of `part` on the device. `load` is called when what is held has another key than `key`."""
+        # ComfyUI calls from inside inference mode; weights loaded or moved in there could never be trained on.
+        with torch.inference_mode(False), torch.no_grad():
+            if part not in self._held or self._held[part][0] != key:
+                self.drop(part)
+                self._held[part] = key, load()
+            module = self._held[part][1]
+            self.arrive(part, module)
+            return module
+
+    def rest(self, part: str, offload: bool | None = None) -> None:
+        """The phase that needed `part` is over. `offload` decides for this call in place of the owner's own setting."""
+        if part in self._held and (self.offload if offload is None else offload):
+            with torch.inference_mode(False), torch.no_grad():
+                self.leave(part, self._held[part][1])
+
+    def drop(self, part: str) -> None:
+        """Lets go of `part`; the next borrow loads it anew."""
+        if part in self._held:
+            self.forget(part, self._held.pop(part)[1])
+
+    def drop_all(self) -> None:
+        for part in list(self._held):
+            self.drop(part)
+
+    def arrive(self, part: str, module: nn.Module) -> None:
+        module.to(self.device)
+
+    def leave(self, part: str, module: nn.Module) -> None:
+        module.to("cpu")
+
+    def forget(self, part: str, module: nn.Module) -> None:
+        """Called with a part that is no longer held."""

@@ -1,0 +1,118 @@
+"""How others spell a LoRA's tensors: which part and module a key belongs to, and what it is there.
+
+| writer                       | key                                                                        |
+|------------------------------|----------------------------------------------------------------------------|
+| kohya                        | lora_unet_input_blocks_4_1_..._attn1_to_q.lora_down.weight, .alpha         |
+| kohya over diffusers' names  | lora_unet_down_blocks_1_attentions_0_..._attn1_to_q.lora_down.weight       |
+| diffusers with peft          | unet.down_blocks.1.attentions.0...attn1.to_q.lora_A.weight                 |
+| peft alone                   | base_model.model.down_blocks.1.attentions.0...attn1.to_q.lora_A.weight     |
+| diffusers of 2023            | unet.down_blocks...attn1.processor.to_q_lora.down.weight, .lora.down.weight |
+| ComfyUI                      | diffusion_model.input_blocks.4.1...attn1.to_q.lora_down.weight             |
+
+The text encoders are lora_te1_/lora_te2_, text_encoder./text_encoder_2. or text_encoders.clip_l./clip_g.transformer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from .base_parts import Part
+from .lora_names import diffusers_block_name, dotted
+
+Role = Literal["down", "mid", "up", "alpha", "dora_scale", "magnitude"]
+SETTINGS_KEY = "lora_adapter_metadata"  # diffusers keeps peft's settings under it, as JSON
+
+_ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
+    (re.compile(r"(?:\.|_)lora(?:_linear_layer)?[._]down(?:\.weight)?$"), "down"),
+    (re.compile(r"(?:\.|_)lora(?:_linear_layer)?[._]up(?:\.weight)?$"), "up"),
+    (re.compile(r"\.lora_mid\.weight$"), "mid"),
+    (re.compile(r"\.lora_A(?:\.(?!weight$)\w+)?(?:\.weight)?$"), "down"),
+    (re.compile(r"\.lora_B(?:\.(?!weight$)\w+)?(?:\.weight)?$"), "up"),
+    (re.compile(r"\.alpha$"), "alpha"),
+    (re.compile(r"\.dora_scale$"), "dora_scale"),
+    (re.compile(r"\.lora_magnitude_vector(?:\.\w+)*$"), "magnitude"),
+)
+_PARTS: tuple[tuple[str, Part, bool], ...] = (  # the prefix, its part, whether kohya's flat spelling follows
+    ("lora_unet_", "unet", True),
+    ("lycoris_", "unet", True),
+    ("lora_te1_", "text_encoder", True),
+    ("lora_te2_", "text_encoder_2", True),
+    ("text_encoders.clip_l.transformer.", "text_encoder", False),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2", False),
+    ("text_encoder_2.", "text_encoder_2", False),
+    ("text_encoder.", "text_encoder", False),
+    ("unet.", "unet", False),
+    ("model.diffusion_model.", "unet", False),
+    ("diffusion_model.", "unet", False),
+)
+_PEFT_WRAPPER = "base_model.model."
+_DIFFUSERS_UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)(\.|$)")
+_TEXT_MODULE = re.compile(r"text_model\.|text_projection$")
+
+
+class Place(NamedTuple):
+    """Where a tensor belongs: a module of a part, by diffusers' path."""
+
+    part: Part
+    module: str
+
+
+def role_of(key: str) -> tuple[str, Role] | None:
+    """The key without its ending, and what the ending says the tensor is. None for anything that is not low-rank."""
+    for pattern, role in _ROLES:
+        if found := pattern.search(key):
+            return key[: found.start()], role
+    return None
+
+
+def place_of(key: str) -> Place | None:
+    """The module that a key without its ending names, in any of the spellings above."""
+    name = key.removeprefix(_PEFT_WRAPPER)
+    part, flat = "unet", False
+    for prefix, named, spelled_flat in _PARTS:
+        if name.startswith(prefix):
+            name, part, flat = name.removeprefix(prefix).removeprefix(_PEFT_WRAPPER), named, spelled_flat
+            break
+    path = dotted(name) if flat else name
+    module = _unet_module(path) if part == "unet" else _text_module(path)
+    return None if module is None else Place(part, module)
+
+
+def peft_alpha(settings: Mapping[str, Any], place: Place, rank: int) -> float:
+    """The alpha that peft's settings give a module; the rank, thus a scale of 1, where they are silent.
+
+    `settings` are those of one adapter, or of several with the part's name before each key, as diffusers writes them.
+    """
+    part = f"{place.part}."
+    own = {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)} or settings
+    alpha = own.get("lora_alpha") or rank
+    for pattern, value in (own.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", place.module):
+            alpha = value
+    return float(alpha) * (math.sqrt(rank) if own.get("use_rslora") else 1.0)
+
+
+def peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's settings in a file's metadata, empty if there are none. Raises ValueError if they are damaged."""
+    try:
+        settings = json.loads(metadata.get(SETTINGS_KEY, "{}"))
+    except ValueError as error:
+        raise ValueError(f"the file's metadata {SETTINGS_KEY} is not JSON ({error}): save it again") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _unet_module(path: str) -> str | None:
+    path = path.replace(".processor.", ".")
+    if path.endswith(".to_out"):
+        path += ".0"
+    return path if _DIFFUSERS_UNET.match(path) else diffusers_block_name(path)
+
+
+def _text_module(path: str) -> str | None:
+    if path.startswith("encoder."):  # transformers from 5.6 on has no text_model around it
+        path = f"text_model.{path}"
+    return path if _TEXT_MODULE.match(path) else None

@@ -1,0 +1,111 @@
+"""The words in a LoRA file's header: kohya's `ss_*` and Stability's `modelspec.*`, as galleries and loaders read them.
+
+Only what follows from the run's settings and data: no clock, path, host or duration, so equal runs give equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from .config import LoRAFormat, Precision, TrainConfig
+from .files import canonical_json
+
+_IMPLEMENTATIONS: dict[LoRAFormat, str] = {
+    "kohya": "https://github.com/Stability-AI/generative-models",  # ModelSpec's name for SAI's block names
+    "peft": "diffusers",
+}
+
+
+def lora_metadata(
+    config: TrainConfig, *, name: str, base_name: str, base_hash: str, prediction_type: str, zero_terminal_snr: bool,
+    precision: Precision, resolution: int, dataset_name: str, images: int, repeats: int = 1,
+    trigger_words: Sequence[str] = (), tag_counts: Mapping[str, int] | None = None, steps: int | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Metadata for write_lora. `precision` is the one computed in, `steps` those taken (config.steps unless cut short).
+
+    `base_hash` is the base's fingerprint, `tag_counts` come from tag_counts(), `images` are distinct training images.
+    """
+    tags = {word: images for word in trigger_words} | dict(tag_counts or {})
+    v_prediction = prediction_type == "v_prediction"
+    values: dict[str, object] = {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_output_name": name,
+        "ss_sd_model_name": base_name,
+        "ss_sd_model_hash": base_hash[:8],
+        "ss_new_sd_model_hash": base_hash,
+        "ss_v_parameterization": v_prediction,
+        "ss_zero_terminal_snr": zero_terminal_snr,
+        "ss_mixed_precision": "no" if precision == "fp32" else precision,
+        "ss_steps": config.steps if steps is None else steps,
+        **_dataset_values(dataset_name, images, repeats, resolution, config.batch_size, tags, trigger_words),
+        **_training_values(config),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": _IMPLEMENTATIONS[config.save_format],
+        "modelspec.title": name,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+    }
+    if trigger_words:
+        values["modelspec.trigger_phrase"] = ", ".join(trigger_words)
+    return {key: str(value) for key, value in values.items()}
+
+
+def tag_counts(captions: Iterable[str]) -> dict[str, int]:
+    """How often each comma-separated part of the captions occurs, as `ss_tag_frequency` counts."""
+    tags = (tag.strip() for caption in captions for tag in caption.split(","))
+    return dict(Counter(tag for tag in tags if tag))
+
+
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The trigger words a file names, empty if it names none."""
+    return tuple(word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip())
+
+
+def _training_values(config: TrainConfig) -> dict[str, object]:
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": config.rank,
+        "ss_network_alpha": config.alpha,
+        "ss_network_dropout": config.dropout,
+        "ss_network_args": canonical_json({"target_modules": config.target_modules}),
+        "ss_caption_dropout_rate": config.caption_dropout,
+        "ss_max_train_steps": config.steps,
+        "ss_learning_rate": config.learning_rate,
+        "ss_unet_lr": config.learning_rate,
+        "ss_lr_scheduler": config.lr_schedule,
+        "ss_lr_warmup_steps": config.lr_warmup_steps,
+        "ss_optimizer": f"torch.optim.AdamW(betas=({config.adam_beta1}, {config.adam_beta2}),"
+        f"weight_decay={config.weight_decay})",
+        "ss_max_grad_norm": config.max_grad_norm,
+        "ss_gradient_accumulation_steps": config.gradient_accumulation,
+        "ss_total_batch_size": config.batch_size * config.gradient_accumulation,
+        "ss_seed": config.seed,
+    }
+
+
+def _dataset_values(
+    name: str, images: int, repeats: int, resolution: int, batch_size: int, tags: Mapping[str, int],
+    trigger_words: Sequence[str],
+) -> dict[str, object]:  # fmt: skip
+    folder = {"n_repeats": repeats, "img_count": images}
+    subset = {"num_repeats": repeats, "img_count": images, "image_dir": name, "class_tokens": ", ".join(trigger_words)}
+    dataset = {
+        "is_dreambooth": True,
+        "batch_size_per_device": batch_size,
+        "num_train_images": images * repeats,
+        "resolution": [resolution, resolution],
+        "enable_bucket": True,
+        "tag_frequency": {name: tags},
+        "subsets": [subset],
+    }
+    return {
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_enable_bucket": True,
+        "ss_num_train_images": images * repeats,
+        "ss_num_reg_images": 0,
+        "ss_dataset_dirs": canonical_json({name: folder}),
+        "ss_datasets": canonical_json([dataset]),
+        "ss_tag_frequency": canonical_json({name: tags}),
+    }

@@ -1,0 +1,78 @@
+"""Names what a weights file holds, from the names and shapes of its tensors, so that a refusal can say it."""
+
+from __future__ import annotations
+
+import re
+
+from .weights_file import WeightsHeader, first_names
+
+UNET = "model.diffusion_model."
+TEXT = "conditioner.embedders.0.transformer."
+TEXT_2 = "conditioner.embedders.1.model."
+VAE = "first_stage_model."
+
+_ADAPTER = re.compile(r"[._](lora_|lora\.|hada_|lokr_|oft_)|\.(alpha|dora_scale|diff|diff_b)$")
+
+# The first rule whose prefixes all occur names the file.
+_CHECKPOINTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    ((UNET + "joint_blocks.",), "a Stable Diffusion 3 checkpoint"),
+    ((UNET + "double_blocks.",), "a Flux checkpoint"),
+    (("double_blocks.",), "a Flux transformer"),
+    (("joint_blocks.",), "a Stable Diffusion 3 transformer"),
+    (("cond_stage_model.transformer.",), "a Stable Diffusion 1.x checkpoint"),
+    (("cond_stage_model.model.",), "a Stable Diffusion 2.x checkpoint"),
+    ((UNET, TEXT, TEXT_2, VAE), "an SDXL checkpoint"),
+    ((UNET, TEXT, TEXT_2), "an SDXL checkpoint without its VAE"),
+    ((UNET, "conditioner.embedders.0.model."), "an SDXL refiner checkpoint"),
+    ((UNET,), "a diffusion model without its text encoders"),
+    (("input_blocks.",), "a UNet alone"),
+    (("down_blocks.",), "a UNet alone"),
+    (("control_model.",), "a ControlNet"),
+    (("transformer_blocks.",), "a diffusion transformer alone"),
+    (("encoder.", "decoder."), "a VAE alone"),
+    ((VAE,), "a VAE alone"),
+    (("text_model.",), "a text encoder alone"),
+    (("vision_model.",), "a CLIP vision model"),
+)
+
+# SDXL has no attention in its outermost stage; Stable Diffusion 1 and 2 have.
+_OUTER_ATTENTION = re.compile(
+    r"input_blocks[._][12][._]1[._]|output_blocks[._](6|7|8|9|10|11)[._]1[._]"
+    r"|down_blocks[._]0[._]attentions|up_blocks[._]3[._]attentions"
+)
+_CROSS_ATTENTION_INPUT = re.compile(r"attn2[._].*to_[kv].*(lora[._]down|lora_A|lora\.down)")
+_ADAPTERS: tuple[tuple[str, str], ...] = (
+    (r"double_blocks|single_blocks|single_transformer_blocks", "a Flux or HunyuanVideo LoRA"),
+    (r"joint_blocks|transformer\.transformer_blocks", "a Stable Diffusion 3 LoRA"),
+    (r"^(diffusion_model|lora_unet|transformer)[._](blocks|layers)[._]\d", "a LoRA of a video or image transformer"),
+    (r"^(lora_prior|prior)[._]", "a Stable Cascade LoRA"),
+)
+
+
+def kind_of(header: WeightsHeader) -> str:
+    """ "a Flux checkpoint", "a LoRA", ...: what the file is, as far as its tensor names tell."""
+    if is_adapter(header):
+        return foreign_adapter(header) or "a LoRA"
+    for prefixes, kind in _CHECKPOINTS:
+        if header.has(*prefixes):
+            return kind
+    return f"a file of unknown content (its first tensors: {first_names(header.shapes) or 'none'})"
+
+
+def is_adapter(header: WeightsHeader) -> bool:
+    return any(_ADAPTER.search(name) for name in header.shapes)
+
+
+def foreign_adapter(header: WeightsHeader) -> str | None:
+    """The architecture of an adapter that is not SDXL's, or None if nothing speaks against SDXL."""
+    for pattern, kind in _ADAPTERS:
+        if any(re.search(pattern, name) for name in header.shapes):
+            return kind
+    inputs = (shape for name, shape in header.shapes.items() if _CROSS_ATTENTION_INPUT.search(name))
+    widths = {shape[1] for shape in inputs if len(shape) > 1}
+    if 1024 in widths:
+        return "a Stable Diffusion 2.x LoRA"
+    old_text_encoder = any(name.startswith("lora_te_") for name in header.shapes)
+    if 768 in widths or old_text_encoder or any(_OUTER_ATTENTION.search(name) for name in header.shapes):
+        return "a Stable Diffusion 1.x LoRA"
+    return None

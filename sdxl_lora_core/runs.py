@@ -1,0 +1,124 @@
+"""Names and folders of training runs: which name is free, which run is already there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .base_model import SDXLBase
+from .config import TrainConfig, to_yaml
+from .dataset import CaptionDataset
+from .files import json_sha256, write_text_atomic
+
+RANDOMNESS_VERSION = 1  # raised when noise, order or initialisation change: old runs are then not continued
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    """Where a run reads and writes. `taken` says whether a LoRA's file name exists in any folder of LoRAs."""
+
+    loras: Path
+    runs: Path
+    cache: Path
+    taken: Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its name, its folder, and the identity by which it is found again."""
+
+    name: str
+    folder: Path
+    lora_path: Path
+    identity: str
+
+    @property
+    def finished(self) -> bool:
+        return self.lora_path.exists() and (self.folder / "finished").exists()
+
+
+def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> str:
+    """What decides every step of the run: base, dataset contents and settings, but not its name or its length."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in TrainConfig.OUTSIDE_FINGERPRINT}
+    return json_sha256(
+        {"base": base.fingerprint, "dataset": dataset.fingerprint, "settings": settings, "version": RANDOMNESS_VERSION}
+    )
+
+
+@contextmanager
+def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Iterator[Run]:
+    """The run of this fingerprint and length if there is one, else the next name that is free everywhere.
+
+    A run that another process holds is passed over, so that two trainings never share a folder. Raises OSError before
+    anything long begins if the folders cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    identity = json_sha256([fingerprint, config.steps, config.save_format, config.save_dtype])
+    _check_writable(folders)
+    for name in _names(config.lora_name):
+        run = Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
+        known = _identity(run.folder)
+        if known not in (None, identity) or (known is None and folders.taken(run.lora_path.name)):
+            continue
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        try:
+            if _identity(run.folder) in (None, identity):
+                write_text_atomic(run.folder / "identity", identity)
+                yield run
+                return
+        finally:
+            lock.release()
+
+
+def save_settings(
+    run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, facts: dict[str, Any]
+) -> None:
+    """Writes run.yaml: everything that repeats the run, paths included."""
+    to_yaml(
+        run.folder / "run.yaml",
+        {
+            "base": {"path": str(base.path), "precision": base.precision, "fingerprint": base.fingerprint},
+            "dataset": {
+                "name": dataset.name,
+                "folders": sorted({str(entry.image.parent) for entry in dataset.entries}),
+                "images": len(dataset.entries),
+                "fingerprint": dataset.fingerprint,
+            },
+            "train": config,
+            "run": facts,
+        },
+    )
+
+
+def _names(wanted: str) -> Iterator[str]:
+    yield wanted
+    for number in range(2, 100_000):
+        yield f"{wanted}_{number:05d}"
+
+
+def _identity(folder: Path) -> str | None:
+    file = folder / "identity"
+    return file.read_text(encoding="utf-8") if file.exists() else None
+
+
+def _check_writable(folders: RunFolders) -> None:
+    for folder in (folders.loras, folders.runs, folders.cache):
+        probe = folder / f".probe-{os.getpid()}"
+        try:
+            write_text_atomic(probe, "probe")
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot write to {folder}: {error.strerror}; training has not started"
+            ) from error

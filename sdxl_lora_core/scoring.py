@@ -1,0 +1,174 @@
+"""CLIP score: how well pictures show what a text says (Radford et al., arXiv:2103.00020; Hessel et al., 2104.08718)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .clip_model import embed_images, embed_text, load_clip, load_processor, load_tokenizer
+from .drawing import text_strip
+
+log = logging.getLogger("sdxl_lora")
+
+CONVENTION = "clip_score = 100 * max(cosine, 0) per image; clipscore_w25 = 2.5 * max(cosine, 0); no text prefix"
+
+_TAG = re.compile(r"<\s*\w+\s*:[^<>]*>")  # <lora:name:0.8>
+_EMBEDDING = re.compile(r"\bembedding:[^\s,()\[\]:]+", re.IGNORECASE)
+_WEIGHT = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*(?=[)\]])")
+_BREAK = re.compile(r"\bBREAK\b")
+_BRACKET = re.compile(r"\\([()\[\]])|[()\[\]]")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One picture against one text. cosine in -1..1, clip_score in 0..100, clipscore_w25 in 0..2.5; NaN if unknown."""
+
+    cosine: float
+    clip_score: float
+    clipscore_w25: float
+    prompt: str
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """Scores in the order of the pictures; `order` holds their indices, best first. `model` is the CLIP's name.
+
+    Scores of different CLIP models cannot be compared with each other.
+    """
+
+    scores: tuple[Score, ...]
+    order: tuple[int, ...]
+    warnings: tuple[str, ...]
+    model: str
+
+    @property
+    def mean(self) -> float:
+        """Mean clip_score of the pictures that have one; NaN if none has."""
+        known = self._known()
+        return statistics.fmean(known) if known else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation (n - 1) of the clip_scores; 0 for a single picture."""
+        known = self._known()
+        return statistics.stdev(known) if len(known) > 1 else 0.0
+
+    def to_json(self) -> str:
+        """The whole report. A score that is not a number becomes null. A maximum is not a mean: both are given."""
+        rows = [
+            {"rank": self.order.index(i) + 1, "image": i, "prompt": s.prompt, "cosine": _rounded(s.cosine),
+             "clip_score": _rounded(s.clip_score), "clipscore_w25": _rounded(s.clipscore_w25)}
+            for i, s in enumerate(self.scores)
+        ]  # fmt: skip
+        summary = {
+            "model": self.model,
+            "convention": CONVENTION,
+            "images": len(self.scores),
+            "mean": _rounded(self.mean),
+            "standard_deviation": _rounded(self.deviation),
+            "max": _rounded(self.scores[self.order[0]].clip_score),
+            "order": list(self.order),
+            "warnings": list(self.warnings),
+            "scores": rows,
+        }
+        return json.dumps(summary, ensure_ascii=False, indent=1, allow_nan=False)
+
+    def _known(self) -> list[float]:
+        return [score.clip_score for score in self.scores if math.isfinite(score.clip_score)]
+
+
+def score_images(
+    images: Sequence[np.ndarray],
+    prompts: Sequence[str],
+    clip_folder: Path,
+    device: torch.device | str = "cpu",
+    load: Callable[[Path], torch.nn.Module] = load_clip,
+) -> ScoreReport:
+    """Scores pictures (uint8 [H, W, 3], any sizes) against one text for all, or one text each.
+
+    Prompt syntax is taken out first (`plain_text`). What a picture scores does not depend on the others. `load` is
+    for an owner of models that may have this one at hand. Raises ValueError if the counts do not match.
+    """
+    texts = _one_each([plain_text(prompt) for prompt in prompts], len(images))
+    model = load(clip_folder).to(device)
+    tokenizer, processor = load_tokenizer(clip_folder, model), load_processor(clip_folder, model)
+    warnings: list[str] = []
+    with torch.inference_mode():
+        unique = {text: embed_text(model, tokenizer, text, warnings) for text in dict.fromkeys(texts)}
+        pictures = embed_images(model, processor, images)
+    cosines = [float(picture @ unique[text]) for picture, text in zip(pictures, texts, strict=True)]
+    warnings += _doubts(model, clip_folder.name, images, cosines)
+    for warning in warnings:
+        log.warning("CLIP score: %s", warning)
+    scores = tuple(_score(cosine, text) for cosine, text in zip(cosines, texts, strict=True))
+    return ScoreReport(scores, rank(cosines), tuple(warnings), clip_folder.name)
+
+
+def rank(cosines: Sequence[float]) -> tuple[int, ...]:
+    """Indices, best first; equal ones in their own order, what is not a number last."""
+    return tuple(sorted(range(len(cosines)), key=lambda i: (math.isnan(cosines[i]), -cosines[i], i)))
+
+
+def plain_text(prompt: str) -> str:
+    """What a prompt says, without its syntax: (word:1.2), [word], <lora:name:1>, BREAK and embedding:name.
+
+    Escaped brackets stay, as brackets.
+    """
+    text = _WEIGHT.sub("", _EMBEDDING.sub("", _TAG.sub("", prompt)))
+    text = _BRACKET.sub(lambda match: match[1] or "", _BREAK.sub(",", text))
+    parts = (" ".join(part.split()) for part in text.split(","))
+    return ", ".join(part for part in parts if part)
+
+
+def annotate(images: Sequence[np.ndarray], report: ScoreReport) -> list[np.ndarray]:
+    """The pictures, best first, with a strip below: rank, clip_score, prompt. uint8 [H + strip, W, 3].
+
+    `images` are those that were scored, in their own order.
+    """
+    if len(images) != len(report.scores):
+        raise ValueError(f"there are {len(images)} images and {len(report.scores)} scores: give the scored images")
+    return [_with_strip(images[i], report.scores[i], place) for place, i in enumerate(report.order, start=1)]
+
+
+def _with_strip(image: np.ndarray, score: Score, place: int) -> np.ndarray:
+    value = f"{score.clip_score:.1f}" if math.isfinite(score.clip_score) else "no score"
+    strip = text_strip(image.shape[1], [f"#{place}  CLIP {value}", score.prompt], size=max(12, image.shape[1] // 32))
+    return np.concatenate([image, np.asarray(strip)])
+
+
+def _score(cosine: float, text: str) -> Score:
+    clamped = cosine if math.isnan(cosine) else max(cosine, 0.0)
+    return Score(cosine, 100 * clamped, 2.5 * clamped, text)
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _one_each(texts: Sequence[str], images: int) -> list[str]:
+    if not images:
+        raise ValueError("there are 0 images to score: give at least one")
+    if len(texts) not in (1, images):
+        raise ValueError(f"there are {len(texts)} prompts and {images} images: give one prompt, or one for each image")
+    return list(texts) * images if len(texts) == 1 else list(texts)
+
+
+def _doubts(model: Any, name: str, images: Sequence[np.ndarray], cosines: Sequence[float]) -> list[str]:
+    unknown = [i for i, cosine in enumerate(cosines) if math.isnan(cosine)]
+    doubts = [f"image {i} has no score (not a number), so it is ranked last" for i in unknown]
+    side = model.config.vision_config.image_size
+    largest = max(max(image.shape[:2]) for image in images)
+    # No CLIP that was trained on photographs looks at fewer than 224 pixels.
+    if side < 224 and largest > 2 * side:
+        doubts.append(f"{name} knows small drawings ({side} px) only: at {largest} px its scores mean little")
+    return doubts

@@ -1,0 +1,185 @@
+"""The whole job: captioned images in, a LoRA file, its samples and its run folder out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import generation
+from .base_model import SDXLBase, resolve_dtype
+from .charts import draw_loss_chart, smoothed
+from .config import GenerateConfig, TrainConfig, WeightType
+from .dataset import CaptionDataset
+from .files import write_atomic, write_text_atomic
+from .generation import LoadedParts, LoRARef
+from .lora_files import LoRAFile, kohya_state_dict, read_lora, write_lora
+from .lora_metadata import lora_metadata, tag_counts
+from .runs import Run, RunFolders, claim_run, run_fingerprint, save_settings
+from .training_loop import OnStep, StepReport, Trained, train_adapter
+
+log = logging.getLogger("sdxl_lora")
+_DTYPES: dict[WeightType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves. samples are uint8 [H, W, 3]; state_dict has kohya's UNet keys."""
+
+    lora_name: str
+    lora_path: Path
+    state_dict: dict[str, Tensor]
+    loss_chart: Path
+    samples: list[np.ndarray]
+    report: dict[str, Any]
+    reused: bool
+
+
+def train(
+    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, folders: RunFolders, device: torch.device,
+    on_step: OnStep = lambda report: None, should_stop: Callable[[], bool] = lambda: False,
+    parts: LoadedParts | None = None,
+) -> TrainResult:  # fmt: skip
+    """Trains, or continues, or finds the same run finished. `parts` owns the weights that draw the samples.
+
+    Raises what `on_step` raises (after a checkpoint), OSError when a folder cannot be written, ValueError for data that
+    cannot be trained on, RuntimeError when the loss was never finite.
+    """
+    if not dataset.entries:
+        raise ValueError(f"dataset {dataset.name} has no images to train on")
+    fingerprint = run_fingerprint(base, dataset, config)
+    with claim_run(folders, config, fingerprint) as run:
+        reused = run.finished
+        if not reused:
+            _train_and_save(run, base, dataset, config, fingerprint, folders, device, on_step, should_stop)
+        report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
+        report["reused"] = reused
+        samples = _draw_samples(
+            run, base, dataset, config, folders, parts or LoadedParts(device, offload=True), on_step
+        )
+        return TrainResult(
+            lora_name=run.lora_path.name,
+            lora_path=run.lora_path,
+            state_dict=kohya_state_dict(read_lora(run.lora_path), torch.float32),
+            loss_chart=run.folder / "loss.png",
+            samples=samples,
+            report=report,
+            reused=reused,
+        )
+
+
+def _train_and_save(
+    run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, fingerprint: str, folders: RunFolders,
+    device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
+) -> None:  # fmt: skip
+    started = time.monotonic()
+    trained = train_adapter(
+        base, dataset, config,
+        cache=folders.cache, checkpoints=run.folder / "checkpoints", fingerprint=fingerprint,
+        device=device, on_step=on_step, should_stop=should_stop,
+    )  # fmt: skip
+    metadata = _metadata(run.name, base, dataset, config, trained, resolve_dtype(config.precision, device))
+    lora = LoRAFile(unet=trained.modules, metadata=metadata)
+    write_lora(run.lora_path, lora, _DTYPES[config.save_dtype], config.save_format)
+    report = _report(run, base, dataset, config, trained)
+    facts = {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 1), "device": str(device)}
+    save_settings(run, base, dataset, config, facts)
+    _write_metrics(run.folder / "metrics.csv", trained)
+    draw_loss_chart(run.folder / "loss.png", run.name, trained.state.losses, trained.state.learning_rates)
+    write_text_atomic(run.folder / "report.json", json.dumps(report, indent=2))
+    write_text_atomic(run.folder / "finished", fingerprint)
+
+
+def _metadata(
+    name: str, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, trained: Trained, dtype: torch.dtype
+) -> dict[str, str]:
+    (precision,) = (option for option, computed in _DTYPES.items() if computed == dtype)
+    return lora_metadata(
+        config,
+        name=name,
+        base_name=base.name,
+        base_hash=base.fingerprint,
+        prediction_type=base.prediction_type,
+        zero_terminal_snr=base.zero_terminal_snr,
+        precision=precision,
+        resolution=max(entry.resolution for entry in dataset.entries),
+        dataset_name=dataset.name,
+        images=len(dataset.entries),
+        repeats=max(entry.repeats for entry in dataset.entries),
+        trigger_words=dataset.trigger_words,
+        tag_counts=tag_counts(entry.caption for entry in dataset.entries),
+        steps=trained.state.step,
+    )
+
+
+def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, trained: Trained) -> dict[str, Any]:
+    state = trained.state
+    report: dict[str, Any] = {
+        "lora": run.lora_path.name,
+        "base": base.name,
+        "images": len(dataset.entries),
+        "steps": state.step,
+        "loss": _finite(smoothed(state.losses)[-1]),
+        "modules": len(trained.modules),
+        "trigger_words": list(dataset.trigger_words),
+        "skipped_steps": state.skipped,
+        "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems],
+    }
+    if run.name != config.lora_name:
+        report["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"
+    if trained.stopped_early:
+        report["stopped"] = f"stopped on request after {state.step} of {config.steps} steps"
+    if trained.validation_loss is not None:
+        report["validation_loss"] = trained.validation_loss
+        report["validation_loss_before"] = state.first_validation_loss
+    return report
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _write_metrics(path: Path, trained: Trained) -> None:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["step", "loss", "learning_rate"])
+    rows.writerows(
+        (step, loss, rate)
+        for step, (loss, rate) in enumerate(zip(trained.state.losses, trained.state.learning_rates, strict=True), 1)
+    )
+    write_text_atomic(path, text.getvalue())
+
+
+def _draw_samples(
+    run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, folders: RunFolders, parts: LoadedParts,
+    on_step: OnStep,
+) -> list[np.ndarray]:  # fmt: skip
+    """The sample prompts through the same path as SDXLGenerateCached, with the finished file."""
+    if not config.sample_prompts:
+        return []
+    side = max(entry.resolution for entry in dataset.entries)
+    request = GenerateConfig(
+        prompt="\n".join(config.sample_prompts), prompt_per_line=True, seed=config.seed, width=side, height=side,
+        steps=config.sample_steps, guidance=config.sample_guidance,
+    )  # fmt: skip
+    images = generation.generate(
+        base, request, [LoRARef(run.lora_path, run.name, 1.0, 1.0)],
+        parts=parts, cache_folder=folders.cache / "images", hash_memo=folders.cache / "hashes",
+        on_step=lambda done, total: on_step(StepReport("drawing samples", done, total)),
+    )  # fmt: skip
+    for number, image in enumerate(images):
+        path = run.folder / "samples" / f"{number:02d}.png"
+        write_atomic(path, lambda file, pixels=image.pixels: Image.fromarray(pixels).save(file, format="PNG"))
+    return [image.pixels for image in images]

@@ -1,0 +1,256 @@
+"""The training loop: one adapter on one SDXL UNet, from the cached data to its matrices."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import base_model, precompute
+from .adapters import add_lora, lora_modules
+from .base_model import SDXLBase
+from .checkpoints import LoopState, load_newest, save_checkpoint
+from .config import TrainConfig
+from .dataset import CaptionDataset
+from .lora_files import LoRAModule
+from .losses import loss_per_sample, training_target
+from .training_data import VALIDATION_TIMESTEPS, Batch, TrainingData, generator
+
+log = logging.getLogger("sdxl_lora")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What is going on. done of total counts the phase's own items; loss and learning_rate only while training."""
+
+    phase: str
+    done: int
+    total: int
+    loss: float | None = None
+    learning_rate: float | None = None
+
+
+OnStep = Callable[[StepReport], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished loop: the adapter's matrices by diffusers module name, and how it went."""
+
+    modules: dict[str, LoRAModule]
+    state: LoopState
+    validation_loss: float | None
+    stopped_early: bool
+
+
+def train_adapter(
+    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Path, fingerprint: str,
+    device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
+) -> Trained:  # fmt: skip
+    """Caches, then trains until `config.steps` or `should_stop`. Continues from the newest checkpoint in `checkpoints`.
+
+    `on_step` may raise to cancel: a checkpoint is written first and the exception passes through. Raises ValueError for
+    an image that changed, RuntimeError when the loss was never finite, OSError when a cache or checkpoint cannot be
+    written.
+    """
+    dtype = base_model.resolve_dtype(config.precision, device)
+    data = TrainingData(base, dataset, config, cache, device, dtype)
+    data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
+    with Loop(base, config, data, device, dtype) as loop:
+        return loop.run(checkpoints, fingerprint, on_step, should_stop)
+
+
+class Loop:
+    """The UNet with its adapter, the optimizer and where they stand. Closing it frees their memory."""
+
+    def __init__(
+        self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        from diffusers import DDPMScheduler
+
+        self.config, self.data, self.device, self.dtype = config, data, device, dtype
+        self.scheduler = DDPMScheduler.from_config(base_model.scheduler_config(base))
+        self.unet: Any = base_model.load_part(base, "unet", dtype, device)
+        self.parameters = add_lora(self.unet, config)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.state = LoopState()
+        self.checkpointing = config.gradient_checkpointing == "on"
+        if self.checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.unet, self.optimizer, self.parameters
+        precompute.release_memory(self.device)
+
+    def run(self, checkpoints: Path, fingerprint: str, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
+        require_space(checkpoints, self.parameters)
+        restored = load_newest(checkpoints, fingerprint, self.parameters, self.optimizer)
+        if restored:
+            self.state, scaler = restored
+            self.scaler.load_state_dict(scaler)
+        elif self.data.validation:
+            self.state.first_validation_loss = self.validation_loss(on_step)
+        stopped = False
+        while self.state.step < self.config.steps and not stopped:
+            self.update()
+            if self.state.step % self.config.checkpoint_every == 0:
+                self.save(checkpoints, fingerprint)
+            self.report(on_step, checkpoints, fingerprint)
+            stopped = should_stop()
+        if self.state.step % self.config.checkpoint_every:
+            self.save(checkpoints, fingerprint)
+        self.check_result()
+        validation = self.validation_loss(on_step) if self.data.validation else None
+        return Trained(lora_modules(self.unet, self.config.alpha), self.state, validation, stopped)
+
+    def report(self, on_step: OnStep, checkpoints: Path, fingerprint: str) -> None:
+        try:
+            on_step(
+                StepReport(
+                    "training", self.state.step, self.config.steps, self.state.losses[-1], self.state.learning_rates[-1]
+                )
+            )
+        except BaseException:
+            self.save(checkpoints, fingerprint)
+            raise
+
+    def save(self, checkpoints: Path, fingerprint: str) -> None:
+        """A disk that fills up costs the checkpoint, not the run."""
+        scaler = self.scaler.state_dict()
+        try:
+            save_checkpoint(checkpoints, fingerprint, self.state, self.parameters, self.optimizer, scaler)
+        except OSError as error:
+            log.warning("no checkpoint at step %d: %s", self.state.step, error)
+
+    def update(self) -> None:
+        """One optimizer update; not taken where the loss or the gradient is not finite."""
+        step = self.state.step
+        rate = self.config.learning_rate * lr_factor(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        try:
+            loss = self.accumulate(step)
+        except torch.OutOfMemoryError:
+            if self.checkpointing or self.config.gradient_checkpointing == "off":
+                raise
+            self.turn_on_checkpointing()
+            loss = self.accumulate(step)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if math.isfinite(loss) and bool(norm.isfinite()):
+            self.optimizer.step()
+        else:
+            self.state.skipped.append(step + 1)
+            log.warning("step %d is not taken: loss %s, gradient norm %s", step + 1, loss, norm.item())
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step = step + 1
+        self.state.losses.append(loss)
+        self.state.learning_rates.append(rate)
+
+    def turn_on_checkpointing(self) -> None:
+        log.warning("out of memory without gradient checkpointing: it is on from here, and steps take longer")
+        self.optimizer.zero_grad(set_to_none=True)
+        precompute.release_memory(self.device)
+        self.unet.enable_gradient_checkpointing()
+        self.checkpointing = True
+
+    def accumulate(self, step: int) -> float:
+        """Adds up the gradient of the mean loss over the effective batch and returns that loss."""
+        micro_batches = self.data.micro_batches(step)
+        total = sum(len(indices) for indices in micro_batches)
+        self.unet.train()
+        loss, position = 0.0, 0
+        for indices in micro_batches:
+            batch = self.data.batch(indices, step, position, self.scheduler.config.num_train_timesteps)
+            with layer_dropout(self.config, step, position, self.device):
+                part = self.losses(batch).sum() / total
+                self.scaler.scale(part).backward()
+            loss += part.item()
+            position += len(indices)
+        return loss
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each sample, float32 [B]."""
+        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        prediction = self.unet(
+            noisy.to(self.dtype),
+            batch.timesteps,
+            encoder_hidden_states=batch.embeds,
+            added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
+        ).sample
+        target = training_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
+        return loss_per_sample(prediction, target)
+
+    @torch.no_grad()
+    def validation_loss(self, on_step: OnStep) -> float:
+        self.unet.eval()
+        total = len(self.data.validation) * len(VALIDATION_TIMESTEPS)
+        losses = []
+        for done, batch in enumerate(self.data.validation_batches()):
+            on_step(StepReport("validating", done, total))
+            losses.append(self.losses(batch).item())
+        return sum(losses) / total
+
+    def check_result(self) -> None:
+        if not any(math.isfinite(loss) for loss in self.state.losses):
+            raise RuntimeError(
+                f"the loss was not finite in any of {self.state.step} steps, so there is no LoRA to save: "
+                "use precision bf16 or fp32, or a lower learning_rate"
+            )
+
+
+@contextmanager
+def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.device) -> Iterator[None]:
+    """Seeds the dropout layers by step and position and puts the global random state back afterwards."""
+    if config.dropout == 0:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(generator(config.seed, step, position).initial_seed())
+        yield
+
+
+def require_space(folder: Path, parameters: list[Tensor]) -> None:
+    """Raises OSError while nothing is lost yet: three checkpoints of weights and two moments, and the LoRA."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = 10 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the run needs about {needed / 1e6:.0f} MB for its checkpoints and {free / 1e6:.0f} MB are free: "
+            "make room or lower the rank; training has not started",
+        )
+
+
+def lr_factor(config: TrainConfig, step: int) -> float:
+    """The learning rate at 0-based `step` as a share of `config.learning_rate`: warm-up, then the schedule."""
+    if step < config.lr_warmup_steps:
+        return (step + 1) / config.lr_warmup_steps
+    progress = (step - config.lr_warmup_steps) / (config.steps - config.lr_warmup_steps)
+    if config.lr_schedule == "linear":
+        return 1 - progress
+    if config.lr_schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0

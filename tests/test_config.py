@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig, default, from_mapping, to_yaml
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (TrainConfig, {"steps": 0}, "steps is 0: give a value from 1"),
+        (TrainConfig, {"rank": 0}, "rank is 0"),
+        (TrainConfig, {"learning_rate": 0.0}, "learning_rate is 0"),
+        (TrainConfig, {"lora_name": "a/b"}, "lora_name is 'a/b'"),
+        (TrainConfig, {"lora_name": ""}, "lora_name is ''"),
+        (TrainConfig, {"lora_name": ".."}, "lora_name is '..'"),
+        (TrainConfig, {"lr_schedule": "spiral"}, "choose one of constant, linear, cosine"),
+        (TrainConfig, {"steps": 10, "lr_warmup_steps": 10}, "lr_warmup_steps is 10 and steps is 10"),
+        (DatasetConfig, {"resolution": 1000}, "multiple of 16"),
+        (DatasetConfig, {"validation_percent": 60}, "from 0 to 50"),
+        (GenerateConfig, {"prompt": "x", "width": 1001}, "width is 1001: give a multiple of 8, 1000 for example"),
+        (GenerateConfig, {"prompt": "x", "sampler": "euler"}, "sampler is 'euler': choose one of dpmpp_2m"),
+        (GenerateConfig, {"prompt": "x", "count": 0}, "count is 0"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_name(config: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        config(**values)
+
+
+def test_one_prompt_or_one_a_line() -> None:
+    assert GenerateConfig(prompt="a\nb").prompts == ("a\nb",)
+    assert GenerateConfig(prompt=" a \n\nb", prompt_per_line=True).prompts == ("a", "b")
+    assert GenerateConfig(prompt="", prompt_per_line=True).prompts == ("",)
+
+
+def test_settings_survive_yaml(tmp_path: Path) -> None:
+    config = TrainConfig(lora_name="naïve", steps=7, sample_prompts=("a", "b"), precision="fp32")
+    to_yaml(tmp_path / "run.yaml", {"train": config})
+    read = yaml.safe_load((tmp_path / "run.yaml").read_text(encoding="utf-8"))
+    assert from_mapping(TrainConfig, read["train"], "run.yaml") == config
+
+
+def test_unknown_and_wrong_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown setting network_dim; known are .*rank"):
+        from_mapping(TrainConfig, {"network_dim": 8}, "run.yaml")
+    with pytest.raises(ValueError, match="steps: Input should be a valid integer"):
+        from_mapping(TrainConfig, {"steps": "many"}, "run.yaml")
+
+
+def test_widget_defaults_are_the_dataclass_defaults() -> None:
+    assert default(TrainConfig, "rank") == TrainConfig().rank
+    assert default(GenerateConfig, "guidance") == GenerateConfig(prompt="").guidance

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from sdxl_lora_core import files
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "..", "../a", "a/../b", "/etc", "a//b", "C:/x", "a\\b", "con", "nul.txt", "a.", "b ", "a\0b"]
+)
+def test_paths_that_leave_or_confuse_are_refused(tmp_path: Path, bad: str) -> None:
+    with pytest.raises(ValueError):
+        files.safe_path(tmp_path, bad)
+
+
+def test_a_link_that_points_outside_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="outside"):
+        files.safe_path(root, "link/secret.txt")
+
+
+def test_a_plain_name_is_found_inside(tmp_path: Path) -> None:
+    assert (
+        files.safe_path(tmp_path, "style/my lora.safetensors") == tmp_path.resolve() / "style" / "my lora.safetensors"
+    )
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    files.write_text_atomic(target, "old")
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"could not write file\.txt: No space left") as caught:
+        files.write_atomic(target, fail)
+    assert caught.value.errno == errno.ENOSPC
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_hashes_follow_content_not_names(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"same")
+    assert files.file_sha256(tmp_path / "a") == files.file_sha256(tmp_path / "b")
+
+
+def test_a_remembered_hash_is_not_read_again_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, memo = tmp_path / "weights", tmp_path / "memo"
+    target.write_bytes(b"one")
+    first = files.file_sha256(target, memo)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_hash_file", lambda path: pytest.fail("read again"))
+        assert files.file_sha256(target, memo) == first
+    target.write_bytes(b"three")
+    assert files.file_sha256(target, memo) != first
+
+
+def test_canonical_json_does_not_depend_on_order() -> None:
+    assert files.json_sha256({"a": 1, "b": [2.5]}) == files.json_sha256({"b": [2.5], "a": 1})
+    with pytest.raises(ValueError):
+        files.canonical_json(float("nan"))

@@ -1,0 +1,318 @@
+"""The nodes' contract with saved graphs and with ComfyUI, without ComfyUI."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tools.run_workflow import ROOT, load_pack
+
+PACK = load_pack()
+NODES: dict[str, Any] = PACK.NODE_CLASS_MAPPINGS
+host, folders, wires = PACK.nodes.host, PACK.nodes.folders, PACK.nodes.wires
+
+# id -> (required inputs, optional inputs, outputs), all in order. Saved graphs hold widget values by position: this
+# table may grow at the end of the optional inputs and nowhere else.
+CONTRACT = {
+    "LoadCaptionDataset": (
+        "folder trigger_word resolution validation_percent",
+        "dataset repeats flip",
+        "dataset:CAPTION_DATASET preview:IMAGE report:STRING count:INT",
+    ),
+    "LoadSDXLBase": ("base precision", "", "base:SDXL_BASE info:STRING"),
+    "TrainSDXLLoRA": (
+        "base dataset lora_name steps learning_rate rank alpha batch_size seed sample_prompts",
+        "options gradient_accumulation lr_schedule lr_warmup_steps target_modules dropout caption_dropout precision "
+        "gradient_checkpointing",
+        "lora_stack:LORA_STACK lora_name:STRING lora:LORA_MODEL loss_chart:IMAGE samples:IMAGE report:STRING",
+    ),
+    "LoadLoRA": (
+        "lora_name strength_model strength_clip enabled",
+        "lora_stack",
+        "lora_stack:LORA_STACK info:STRING",
+    ),
+    "SDXLGenerateCached": (
+        "base prompt negative_prompt seed steps guidance width height count sampler scheduler cache",
+        "lora_stack prompt_per_line prompt_syntax batch_size attention attention_slicing vae_slicing vae_tiling offload",
+        "images:IMAGE info:STRING prompts:STRING",
+    ),
+    "CLIPScore": (
+        "images prompt clip_model",
+        "",
+        "images:IMAGE best:IMAGE mean:FLOAT scores:FLOAT annotated:IMAGE report:STRING",
+    ),
+}
+DEFAULTS = {
+    "LoadCaptionDataset": {"trigger_word": "", "resolution": 1024, "validation_percent": 0},
+    "TrainSDXLLoRA": {
+        "lora_name": "my_lora", "steps": 1000, "learning_rate": 1e-4, "rank": 8, "alpha": 16, "batch_size": 1,
+        "seed": 0, "sample_prompts": "",
+    },
+    "LoadLoRA": {"strength_model": 1.0, "strength_clip": 1.0, "enabled": True},
+    "SDXLGenerateCached": {
+        "steps": 25, "guidance": 7.0, "width": 1024, "height": 1024, "count": 1, "sampler": "dpmpp_2m",
+        "scheduler": "karras", "cache": "use",
+    },
+}  # fmt: skip
+OUTPUT_NODES = {"TrainSDXLLoRA", "SDXLGenerateCached", "CLIPScore"}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def inputs_of(node: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    declared = node.INPUT_TYPES()
+    return {**declared["required"], **declared.get("optional", {})}
+
+
+def test_the_ids_and_their_display_names() -> None:
+    assert list(NODES) == list(CONTRACT)
+    assert set(PACK.NODE_DISPLAY_NAME_MAPPINGS) == set(CONTRACT)
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_inputs_and_outputs_are_frozen(node_id: str) -> None:
+    required, optional, outputs = CONTRACT[node_id]
+    declared = NODES[node_id].INPUT_TYPES()
+    assert list(declared["required"]) == required.split()
+    assert list(declared.get("optional", {})) == optional.split()
+    found = zip(NODES[node_id].RETURN_NAMES, NODES[node_id].RETURN_TYPES, strict=True)
+    assert [f"{name}:{kind}" for name, kind in found] == outputs.split()
+
+
+@pytest.mark.parametrize("node_id", DEFAULTS)
+def test_defaults_are_frozen(node_id: str) -> None:
+    declared = inputs_of(NODES[node_id])
+    assert {name: declared[name][1]["default"] for name in DEFAULTS[node_id]} == DEFAULTS[node_id]
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_everything_is_explained(node_id: str) -> None:
+    node = NODES[node_id]
+    assert node.CATEGORY == "SDXL LoRA" and node.DESCRIPTION and len(node.SEARCH_ALIASES) >= 3
+    assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
+    assert getattr(node, "OUTPUT_NODE", False) == (node_id in OUTPUT_NODES)
+    for name, (_, options) in inputs_of(node).items():
+        assert options.get("tooltip"), f"{node_id}.{name} has no tooltip"
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_optional_inputs_are_links_or_advanced_and_come_last(node_id: str) -> None:
+    optional = NODES[node_id].INPUT_TYPES().get("optional", {})
+    advanced = [bool(options.get("advanced")) for _, options in optional.values()]
+    is_link = [isinstance(kind, str) and kind not in ("INT", "FLOAT", "STRING", "BOOLEAN") for kind, _ in optional.values()]
+    assert advanced == [not link for link in is_link]
+    assert advanced == sorted(advanced)
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_the_function_takes_all_inputs_and_needs_only_the_required(node_id: str) -> None:
+    node = NODES[node_id]
+    signature = inspect.signature(getattr(node(), node.FUNCTION))
+    required = dict.fromkeys(node.INPUT_TYPES()["required"])
+    signature.bind(**required)
+    signature.bind(**dict.fromkeys(inputs_of(node)))
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_help_page_names_every_input_and_output(node_id: str) -> None:
+    page = (ROOT / "web/docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    for name in [*inputs_of(NODES[node_id]), *NODES[node_id].RETURN_NAMES]:
+        assert f"`{name}`" in page, f"{node_id}.md does not explain {name}"
+
+
+def test_only_generation_has_a_seed_that_moves() -> None:
+    assert inputs_of(NODES["TrainSDXLLoRA"])["seed"][1]["control_after_generate"] is False
+    assert inputs_of(NODES["SDXLGenerateCached"])["seed"][1]["control_after_generate"] is True
+
+
+def test_importing_the_pack_is_cheap() -> None:
+    heavy = ["diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib", "torchvision"]
+    code = f"""
+import importlib.util, json, sys, time
+import numpy, torch, safetensors.torch, PIL.Image
+before = time.perf_counter()
+root = {str(ROOT)!r}
+spec = importlib.util.spec_from_file_location("pack-1/nodes_x_1", root + "/__init__.py", submodule_search_locations=[root])
+sys.modules["pack-1/nodes_x_1"] = pack = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+seconds = time.perf_counter() - before
+print(json.dumps([len(pack.NODE_CLASS_MAPPINGS), seconds, [name for name in {heavy} if name in sys.modules]]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, seconds, loaded = json.loads(done.stdout)
+    assert (count, loaded) == (6, [])
+    assert seconds < 0.5, "0.2 s on a machine at rest"
+
+
+def test_stack_of_any_pack_is_read_and_never_changed() -> None:
+    class Blocks(tuple):
+        blocks = "1,0,1"
+
+    special = Blocks(("c.safetensors", 0.5, 0.0))
+    stack: list[Any] = [("a.safetensors", 0.8), ["b.safetensors", 1, 2], {"name": "d.safetensors", "strength": 0.3}]
+    stack += [special, ("None", 1.0, 1.0)]
+    before = list(stack)
+    read = wires.read_stack(stack)
+    assert read == [
+        ("a.safetensors", 0.8, 0.8), ("b.safetensors", 1.0, 2.0), ("d.safetensors", 0.3, 0.3),
+        ("c.safetensors", 0.5, 0.0),
+    ]  # fmt: skip
+    assert read[3] is special
+    assert stack == before
+    assert wires.read_stack(None) == []
+    with pytest.raises(ValueError, match=r"lora_stack holds 'a\.safetensors'"):
+        wires.read_stack(["a.safetensors"])
+
+
+def test_images_go_in_and_out_without_a_change() -> None:
+    pixels = [np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5 for _ in range(2)]
+    image = wires.to_image(pixels)
+    assert image.shape == (2, 4, 4, 3) and image.dtype == torch.float32 and float(image.max()) <= 1
+    assert all(np.array_equal(a, b) for a, b in zip(wires.from_image(image), pixels, strict=True))
+    transparent = torch.zeros(1, 2, 2, 4)
+    assert wires.from_image(transparent)[0].min() == 255
+    assert wires.from_image(torch.full((1, 2, 2, 1), math.nan))[0].shape == (2, 2, 3)
+
+
+def test_options_fill_in_and_contradictions_name_both() -> None:
+    widgets = {"steps": 20, "seed": 0, "sample_prompts": "one\n\n two "}
+    config = wires.train_config({"weight_decay": 0.1, "seed": 5}, widgets)
+    assert (config.steps, config.seed, config.weight_decay, config.sample_prompts) == (20, 5, 0.1, ("one", "two"))
+    with pytest.raises(ValueError, match="options sets steps to 30, the widget steps to 20"):
+        wires.train_config({"steps": 30}, widgets)
+    with pytest.raises(ValueError, match="unknown setting stepz"):
+        wires.train_config({"stepz": 30}, widgets)
+
+
+def test_names_of_datasets(home: Path) -> None:
+    for folder in ("input/photos", "input/photos/nested", "datasets/more", "input/.hidden"):
+        (home / folder).mkdir(parents=True)
+    assert folders.names("dataset") == ["more [datasets]", "photos", "sample: 8-bit (bundled)"]
+    assert folders.find("dataset", "more [datasets]") == home / "datasets/more"
+    assert folders.find("dataset", "photos/nested") == home / "input/photos/nested"
+    assert folders.check("dataset", None) is True
+    assert "'../photos' is not a usable relative path" in folders.check("dataset", "../photos")
+    assert "was not found" in folders.check("dataset", "nowhere")
+
+
+def test_names_of_models(home: Path) -> None:
+    for file in ("checkpoints/a.safetensors", "checkpoints/old.ckpt", "diffusers/x/model_index.json", "loras/l.safetensors"):
+        path = home / "models" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (home / "loras").mkdir()
+    (home / "loras/trained.safetensors").write_bytes(b"")
+    assert folders.names("base") == ["a.safetensors", "x", "tiny-sdxl (bundled)"]
+    assert folders.names("lora")[:2] == ["l.safetensors", "trained.safetensors"]
+    assert folders.lora_name_taken("trained.safetensors") and not folders.lora_name_taken("other.safetensors")
+    assert NODES["LoadLoRA"].VALIDATE_INPUTS(lora_name="(incoming)") is True
+    assert "was not found" in NODES["LoadLoRA"].VALIDATE_INPUTS(lora_name="other.safetensors")
+
+
+def test_changes_on_disk_are_seen_and_errors_are_not_raised(home: Path) -> None:
+    (home / "input/photos").mkdir(parents=True)
+    is_changed = NODES["LoadCaptionDataset"].IS_CHANGED
+    before = is_changed(folder="photos", resolution=64)
+    (home / "input/photos/a.txt").write_text("a caption", encoding="utf-8")
+    assert is_changed(folder="photos", resolution=64) != before
+    assert "was not found" in is_changed(folder="gone")
+    assert math.isnan(NODES["SDXLGenerateCached"].IS_CHANGED(cache="refresh"))
+
+
+def test_incoming_lora_is_weighted_and_can_be_left_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PACK.nodes.lora, "describe_lora", lambda path: path.name)
+    (home / "loras").mkdir()
+    for name in ("first.safetensors", "trained.safetensors"):
+        (home / "loras" / name).write_bytes(b"")
+    stack = [("first.safetensors", 1.0, 1.0), ("trained.safetensors", 1.0, 1.0)]
+    node = NODES["LoadLoRA"]()
+    weighted, info = node.load("(incoming)", 0.5, 0.25, True, lora_stack=stack)["result"]
+    assert weighted == [stack[0], ("trained.safetensors", 0.5, 0.25)]
+    assert info == "trained.safetensors"
+    assert node.load("(incoming)", 0.5, 0.5, False, lora_stack=stack)["result"][0] == stack[:1]
+    assert node.load("trained.safetensors", 0.5, 0.5, True)["result"][0] == [("trained.safetensors", 0.5, 0.5)]
+    assert len(stack) == 2
+    with pytest.raises(ValueError, match="lora_stack brings no LoRA"):
+        node.load("(incoming)", 1.0, 1.0, True)
+
+
+def test_training_mode_undoes_inference_mode() -> None:
+    with torch.inference_mode(), host.training_mode():
+        layer = torch.nn.Linear(2, 1)
+        layer(torch.ones(1, 2)).sum().backward()
+        assert layer.weight.grad is not None
+
+
+def test_previews_are_written_once_by_content(home: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    first, second = (host.show((1,), "text", [pixels])["ui"]["images"][0] for _ in range(2))
+    assert first == second
+    assert (home / "temp" / first["subfolder"] / first["filename"]).is_file()
+
+
+class FakeComfy:
+    """The parts of ComfyUI's memory management that ComfyParts talks to."""
+
+    def __init__(self) -> None:
+        self.loaded: list[list[Any]] = []
+
+    def load_models_gpu(self, patchers: list[Any], force_full_load: bool) -> None:
+        self.loaded.append([patcher.model.part for patcher in patchers])
+
+
+class FakePatcher:
+    def __init__(self, model: Any, load_device: torch.device, offload_device: torch.device) -> None:
+        self.model = model
+        self.callbacks: list[Any] = []
+
+    def add_callback(self, kind: str, callback: Any) -> None:
+        self.callbacks.append(callback)
+
+    def detach(self) -> None:
+        for callback in self.callbacks:
+            callback(self, True)
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch) -> FakeComfy:
+    fake = FakeComfy()
+    patching = SimpleNamespace(ModelPatcher=FakePatcher, CallbacksMP=SimpleNamespace(ON_DETACH="on_detach"))
+    modules = {"comfy.model_management": fake, "comfy.model_patcher": patching}
+    monkeypatch.setattr(host, "_comfy", modules.get)
+    host._whole_patcher.cache_clear()
+    return fake
+
+
+def test_parts_in_use_are_loaded_together_and_evicted_ones_are_freed(comfy: FakeComfy) -> None:
+    owner = host.ComfyParts(torch.device("cpu"))
+    first, second = torch.nn.Linear(1, 1), torch.nn.Linear(2, 2)
+    owner.borrow("text_encoder", "a", lambda: first)
+    owner.borrow("text_encoder_2", "b", lambda: second)
+    assert comfy.loaded[-1] == [first, second]
+    owner.rest("text_encoder")
+    assert owner.borrow("text_encoder_2", "b", lambda: torch.nn.Linear(3, 3)) is second
+    assert comfy.loaded[-1] == [second]
+    owner._patchers["text_encoder_2"].detach()
+    third = torch.nn.Linear(3, 3)
+    assert owner.borrow("text_encoder_2", "b", lambda: third) is third, "ComfyUI took the second one"
+
+
+def test_leaving_the_device_is_not_being_evicted(comfy: FakeComfy) -> None:
+    owner = host.ComfyParts(torch.device("cpu"))
+    layer = torch.nn.Linear(1, 1)
+    owner.borrow("unet", "a", lambda: layer)
+    owner.rest("unet", offload=True)
+    assert owner.borrow("unet", "a", lambda: torch.nn.Linear(2, 2)) is layer

@@ -1,0 +1,78 @@
+"""python tools/dev.py demo | test | test-comfy | lint: the project's commands, the same on every system.
+
+The first call makes `.venv` and installs requirements-dev.txt into it; later calls need no network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+REQUIREMENTS = ROOT / "requirements-dev.txt"
+
+
+def main() -> int:
+    tasks = {"demo": demo, "test": test, "test-comfy": test_comfy, "lint": lint}
+    if len(sys.argv) != 2 or sys.argv[1] not in tasks:
+        print(__doc__)
+        return 2
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is the one file an older Python gets to run
+        print(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: {sys.executable}")
+        return 2
+    install()
+    return tasks[sys.argv[1]]()
+
+
+def install() -> None:
+    """Makes .venv once, and again after requirements-dev.txt has changed."""
+    mark = VENV / "installed"
+    digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    if mark.exists() and mark.read_text() == digest:
+        return
+    print("Installing into .venv (once; a few minutes) ...", flush=True)
+    venv.create(VENV, with_pip=True)
+    pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(REQUIREMENTS)]
+    subprocess.run(pip, check=True)
+    mark.write_text(digest)
+
+
+def run(*arguments: str, **environment: str) -> int:
+    return subprocess.run(
+        [str(PYTHON), *arguments], cwd=ROOT, env={**os.environ, **environment}, check=False
+    ).returncode
+
+
+def demo() -> int:
+    started = time.monotonic()
+    code = run("tools/demo.py")
+    if code == 0:
+        print(f"The demo took {time.monotonic() - started:.0f} s.")
+    return code
+
+
+def test() -> int:
+    return run("-m", "pytest", "-q", "--ignore=tests/comfy", "--ignore=tests/gpu")
+
+
+def test_comfy() -> int:
+    return run("-m", "pytest", "-q", "tests/comfy", REQUIRE_COMFYUI="1")
+
+
+def lint() -> int:
+    return (
+        run("-m", "ruff", "check", ".")
+        or run("-m", "ruff", "format", "--check", ".")
+        or run("-m", "basedpyright", "--level", "error")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

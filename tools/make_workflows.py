@@ -1,0 +1,161 @@
+"""Writes workflows/*.json, for ComfyUI's page, from workflows/api/*.json and the node definitions.
+
+    python tools/make_workflows.py
+
+The API files are the source: after a change there, or of a node's inputs, run this again (a test compares the two).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from run_workflow import CORE_NODES, ROOT, Workflow, load_pack
+
+NOTES = {
+    "train_and_compare": (
+        "## Train a LoRA and see what it changed\n\n"
+        "Runs as it is: a tiny SDXL and 24 sample images come with the pack. The same prompts and seeds are drawn "
+        "without and with the new LoRA, and CLIP scores both.\n\n"
+        "**For your own images**: choose your checkpoint in *Load SDXL Base* and your folder in *Load Caption "
+        "Dataset*, set its resolution and the images' width and height to 1024, and start with 1000 steps at a "
+        "learning rate of 0.0001. The bundled CLIP knows only the bundled shapes: choose a real one in *CLIP Score*."
+    ),
+    "generate_with_lora_stack": (
+        "## Two LoRAs in a row\n\n"
+        "Each *Load LoRA (SDXL)* adds one LoRA to the stack. Switch one off with *enabled*, or change a strength, and "
+        "run again: images made before come back from the cache at once."
+    ),
+    "score_images": (
+        "## Keep the best of many\n\n"
+        "Eight images of one prompt, sorted by how well they fit it. Put *Load Image* or any other image batch in "
+        "place of the generator to score images of your own."
+    ),
+}
+COLUMN, GAP, LINE, TEXT = 440, 60, 24, 110
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
+
+
+def main() -> None:
+    for path in sorted((ROOT / "workflows/api").glob("*.json")):
+        graph = ui_graph(json.loads(path.read_text(encoding="utf-8")), NOTES[path.stem])
+        write(ROOT / "workflows" / path.name, graph)
+
+
+def write(path: Path, graph: dict[str, Any]) -> None:
+    path.write_text(json.dumps(graph, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def ui_graph(workflow: Workflow, note: str) -> dict[str, Any]:
+    """The page's form (litegraph 0.4) of an API-format workflow."""
+    classes = {**CORE_NODES, **load_pack().NODE_CLASS_MAPPINGS}
+    nodes = [_node(int(key), node, classes[node["class_type"]]) for key, node in workflow.items()]
+    by_id = {node["id"]: node for node in nodes}
+    links: list[list[Any]] = []
+    for node in nodes:
+        for slot, entry in enumerate(node["inputs"]):
+            source = workflow[str(node["id"])]["inputs"].get(entry["name"])
+            if isinstance(source, list):
+                output = by_id[int(source[0])]["outputs"][source[1]]
+                links.append([len(links) + 1, int(source[0]), source[1], node["id"], slot, output["type"]])
+                entry["link"] = len(links)
+                output["links"].append(len(links))
+    _place(nodes, links)
+    nodes.append(_note(max(by_id) + 1, note))
+    return {
+        "last_node_id": nodes[-1]["id"],
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def _node(node_id: int, node: dict[str, Any], node_class: Any) -> dict[str, Any]:
+    declared = {**node_class.INPUT_TYPES()["required"], **node_class.INPUT_TYPES().get("optional", {})}
+    widgets = {name: spec for name, spec in declared.items() if _is_widget(spec)}
+    sockets = [name for name in declared if name not in widgets or isinstance(node["inputs"].get(name), list)]
+    names = getattr(node_class, "RETURN_NAMES", node_class.RETURN_TYPES)
+    return {
+        "id": node_id,
+        "type": node["class_type"],
+        "title": node["_meta"]["title"],
+        "pos": [0, 0],
+        "size": [COLUMN - GAP, _height(widgets, sockets, node_class)],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [_socket(name, declared[name], name in widgets) for name in sockets],
+        "outputs": [
+            {"name": name, "type": kind, "links": []} for name, kind in zip(names, node_class.RETURN_TYPES, strict=True)
+        ],
+        "properties": {"Node name for S&R": node["class_type"]},
+        "widgets_values": [value for name, spec in widgets.items() for value in _values(name, spec, node["inputs"])],
+    }
+
+
+def _is_widget(spec: tuple[Any, ...]) -> bool:
+    return isinstance(spec[0], list) or spec[0] in WIDGETS
+
+
+def _socket(name: str, spec: tuple[Any, ...], is_widget: bool) -> dict[str, Any]:
+    kind = "COMBO" if isinstance(spec[0], list) else spec[0]
+    return {"name": name, "type": kind, "link": None} | ({"widget": {"name": name}} if is_widget else {})
+
+
+def _values(name: str, spec: tuple[Any, ...], inputs: dict[str, Any]) -> list[Any]:
+    """A widget's value and, after a seed, that of the page's second widget."""
+    options = spec[1] if len(spec) > 1 else {}
+    value = inputs.get(name, options.get("default"))
+    if isinstance(value, list):  # a link brings it; the widget keeps its default
+        value = options.get("default", "")
+    if options.get("control_after_generate"):
+        return [value, "fixed"]
+    return [value, "image"] if options.get("image_upload") else [value]
+
+
+def _height(widgets: dict[str, Any], sockets: list[str], node_class: Any) -> int:
+    shown = [spec[1] if len(spec) > 1 else {} for spec in widgets.values()]
+    shown = [options for options in shown if not options.get("advanced")]
+    rows = max(len(sockets), len(node_class.RETURN_TYPES)) + len(shown)
+    rows += sum(bool(options.get("control_after_generate")) for options in shown)
+    picture = 260 if getattr(node_class, "OUTPUT_NODE", False) else 0
+    return 60 + rows * LINE + picture + TEXT * sum(bool(options.get("multiline")) for options in shown)
+
+
+def _place(nodes: list[dict[str, Any]], links: list[list[Any]]) -> None:
+    """Columns by distance from the start, so that links run from left to right."""
+    column = {node["id"]: 1 for node in nodes}
+    for _ in nodes:
+        for _, source, _, target, _, _ in links:
+            column[target] = max(column[target], column[source] + 1)
+    bottom = dict.fromkeys(column.values(), 0)
+    for order, node in enumerate(sorted(nodes, key=lambda node: column[node["id"]])):
+        place = column[node["id"]]
+        node["order"] = order
+        node["pos"] = [place * COLUMN, bottom[place]]
+        bottom[place] += node["size"][1] + GAP
+
+
+def _note(node_id: int, text: str) -> dict[str, Any]:
+    return {
+        "id": node_id,
+        "type": "MarkdownNote",
+        "pos": [0, 0],
+        "size": [COLUMN - GAP, 380],
+        "flags": {},
+        "order": node_id,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "properties": {},
+        "widgets_values": [text],
+    }
+
+
+if __name__ == "__main__":
+    main()

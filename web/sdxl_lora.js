@@ -1,0 +1,45 @@
+// Hides advanced inputs on frontends that only note them in the widget's options (ComfyUI 0.3.64), and shows a node's
+// text under its widgets.
+import { app } from "../../scripts/app.js";
+
+const OURS = new Set([
+  "LoadCaptionDataset",
+  "LoadSDXLBase",
+  "TrainSDXLLoRA",
+  "LoadLoRA",
+  "SDXLGenerateCached",
+  "CLIPScore",
+]);
+
+function hideAdvanced(node) {
+  for (const widget of node.widgets ?? []) {
+    if (widget.options?.advanced) widget.advanced = true;
+  }
+  node.setSize?.(node.computeSize());
+}
+
+function showText(node, lines) {
+  let widget = node.widgets?.find((candidate) => candidate.name === "sdxl_lora_text");
+  if (!widget) {
+    const area = document.createElement("textarea");
+    area.className = "comfy-multiline-input";
+    area.readOnly = true;
+    widget = node.addDOMWidget("sdxl_lora_text", "text", area, { serialize: false, getMinHeight: () => 90 });
+    widget.serialize = false; // keeps it out of the saved graph
+    node.setSize?.([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+  }
+  widget.element.value = lines.join("\n");
+}
+
+app.registerExtension({
+  name: "sdxl_lora.nodes",
+  nodeCreated(node) {
+    if (!OURS.has(node.comfyClass)) return;
+    hideAdvanced(node);
+    const before = node.onExecuted;
+    node.onExecuted = function (output) {
+      before?.apply(this, arguments);
+      if (output?.text) showText(this, output.text);
+    };
+  },
+});
