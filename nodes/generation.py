@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -98,7 +99,7 @@ class SDXLGenerateCached:
             images = generate(
                 base, config, loras,
                 parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
-                on_step=progress,
+                on_step=functools.partial(progress, phase="generating"),
             )  # fmt: skip
         pixels = [image.pixels for image in images]
         info = json.dumps([_facts(image) for image in images], indent=2)

@@ -103,6 +103,14 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+class SDXLPart(nn.Module):
+    """A model for ComfyUI's ModelPatcher, which sets attributes that diffusers' models forbid."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part: nn.Module | None = part
+
+
 class ComfyParts(LoadedParts):
     """Loaded parts that ComfyUI may evict. What it takes for other models, or for "Unload models", is freed."""
 
@@ -144,15 +152,13 @@ class ComfyParts(LoadedParts):
             self._moving = False
 
     def _evictable(self, part: str, module: nn.Module) -> Any:
-        # ModelPatcher sets `device` on its model, which diffusers' models forbid: hence the module around it.
-        holder = nn.Module()
-        holder.part = module
+        holder = SDXLPart(module)
         patcher = _whole_patcher()(holder, self.device, torch.device("cpu"))
         callbacks = _comfy("comfy.model_patcher").CallbacksMP
         patcher.add_callback(callbacks.ON_DETACH, lambda *_: self._evicted(part, holder))
         return patcher
 
-    def _evicted(self, part: str, holder: nn.Module) -> None:
+    def _evicted(self, part: str, holder: SDXLPart) -> None:
         if self._moving or self._held.get(part, (None, None))[1] is not holder.part:
             return
         # The weights go, the patcher stays: ComfyUI's list of models may not shrink while it is walked.

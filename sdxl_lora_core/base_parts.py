@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 _PREFIXES: dict[Part, str] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "text_encoder_2": TEXT_2}
 # What published files hold besides weights: a buffer older transformers saved, and CLIP's unused temperature.
 _HARMLESS = ("position_ids", "logit_scale")
+_ALIGNMENT = 64  # bytes; torch's own allocations start on multiples of it
 
 
 def find_weights(folder: Path) -> tuple[str | None, list[Path]]:
@@ -44,29 +46,32 @@ def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     """Raises ValueError if the files do not hold exactly the part's tensors."""
     variant, _ = find_weights(folder / part)
     dtype_option = "torch_dtype" if part in ("unet", "vae") else "dtype"
-    module, info = _part_class(part).from_pretrained(
-        str(folder),
-        subfolder=part,
-        variant=variant,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        **{dtype_option: dtype},
-    )
+    with _quiet_libraries():
+        module, info = _part_class(part).from_pretrained(
+            str(folder),
+            subfolder=part,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **{dtype_option: dtype},
+        )
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     _require_complete([str(name) for name in wrong if not str(name).endswith(_HARMLESS)], part, folder)
-    return module
+    return _align(module)
 
 
 def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     """Reads the part's tensors only and renames them as diffusers does. Raises ValueError if any is missing."""
     tensors = _read_tensors(file, _PREFIXES[part])
+    _require_complete([] if tensors else [_PREFIXES[part]], part, file)
     try:
-        module = _convert(tensors, configs, part, dtype)
+        with _quiet_libraries():
+            module = _convert(tensors, configs, part, dtype)
     except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"the {part} in {file.name} does not fit ({error}): fetch the checkpoint again") from error
     _require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file)
-    return module
+    return _align(module)
 
 
 def _convert(tensors: Mapping[str, Tensor], configs: Path, part: Part, dtype: torch.dtype) -> nn.Module:
@@ -85,6 +90,37 @@ def _convert(tensors: Mapping[str, Tensor], configs: Path, part: Part, dtype: to
 def _read_tensors(file: Path, prefix: str) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as weights:
         return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(prefix)}  # noqa: SIM118
+
+
+def _align(module: nn.Module) -> nn.Module:
+    """Copies weights that still lie in the mapped file, at odd addresses.
+
+    On the CPU the last bit of a result depends on alignment; equal weights must give equal results from any file.
+    """
+    for parameter in module.parameters():
+        if parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
+    return module
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bars and no warnings: what these warn of, missing and unknown tensors, is raised here."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    levels = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
+    had_bar = transformers_log.is_progress_bar_enabled()
+    diffusers_log.set_verbosity_error()
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_log.set_verbosity(levels[0])
+        transformers_log.set_verbosity(levels[1])
+        if had_bar:
+            transformers_log.enable_progress_bar()
 
 
 def _part_class(part: Part) -> Any:

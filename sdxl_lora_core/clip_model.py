@@ -26,9 +26,10 @@ def load_clip(folder: Path) -> torch.nn.Module:
 
     _check_folder(folder)
     try:
-        loaded: Any = CLIPModel.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with torch.random.fork_rng(devices=[]):  # transformers 4 draws weights before it reads them
+            loaded: Any = CLIPModel.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the CLIP model in {folder.name!r} cannot be loaded: {error}") from error
     model, report = loaded

@@ -53,7 +53,7 @@ def fit(picture: Image.Image, side: int) -> Image.Image:
 
 def sheet(cells: Sequence[tuple[Image.Image, str]], footer: str, cell: int = CELL, text_size: int = 15) -> Image.Image:
     """Pictures in a grid, each fitted into `cell` x `cell` px with its text in up to four lines below."""
-    columns = min(6, max(1, math.ceil(math.sqrt(len(cells)))))
+    columns = min(6, max(1, round(math.sqrt(1.5 * len(cells)))))
     gap, text_height = cell // 16, strip_height(4, text_size)
     rows = math.ceil(len(cells) / columns)
     width, row_height = gap + columns * (cell + gap), cell + text_height + gap

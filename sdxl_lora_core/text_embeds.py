@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import base_model
 from .base_model import SDXLBase
 from .base_parts import Part
-from .files import write_atomic
+from .files import json_sha256, write_atomic
 from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key
 from .precompute import load_prompt, prompt_file
@@ -25,6 +25,7 @@ from .prompts import encode_prompt_sdxl
 log = logging.getLogger("sdxl_lora")
 
 ENCODERS: tuple[Part, Part] = ("text_encoder", "text_encoder_2")
+TEXT_PART = "text_encoders"  # what the owner of loaded weights knows both of them as
 
 
 class TextEmbeds(NamedTuple):
@@ -32,6 +33,19 @@ class TextEmbeds(NamedTuple):
 
     hidden: Tensor
     pooled: Tensor
+
+
+class TextModel(nn.Module):
+    """Both text encoders with their tokenizers, whose vocabulary takes as long to read as an encoder."""
+
+    def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.tokenizers = tokenizers
+        self.encoders = nn.ModuleList(encoders)
+
+    def forward(self, text: str) -> TextEmbeds:
+        hidden, pooled = encode_prompt_sdxl([text], self.tokenizers, list(self.encoders))
+        return TextEmbeds(hidden.cpu(), pooled.cpu())
 
 
 @dataclass(frozen=True)
@@ -50,8 +64,7 @@ class TextPhase:
         files = {text: self._file(text) for text in texts}
         known = {text: embeds for text, file in files.items() if (embeds := _read(file)) is not None}
         made = self._run_encoders([text for text in files if text not in known])
-        for text, embeds in made.items():
-            _write(files[text], embeds)
+        _write({file: made[text] for text, file in files.items() if file is not None and text in made})
         return known | made
 
     def _file(self, text: str) -> Path | None:
@@ -62,19 +75,19 @@ class TextPhase:
     def _run_encoders(self, texts: Sequence[str]) -> dict[str, TextEmbeds]:
         if not texts:
             return {}
-        tokenizers = base_model.load_tokenizers(self.base)
-        encoders = [
-            self.parts.borrow(
-                part,
-                part_key(self.base, part, self.dtype, self.stack),
-                lambda part=part: load_merged(self.base, part, self.dtype, self.stack),
-            )
-            for part in ENCODERS
-        ]
-        embeds = {text: encode_prompt_sdxl([text], tokenizers, encoders) for text in texts}
-        for part in ENCODERS:
-            self.parts.rest(part, self.offload)
-        return {text: TextEmbeds(hidden.cpu(), pooled.cpu()) for text, (hidden, pooled) in embeds.items()}
+        text_model: Any = self.parts.borrow(TEXT_PART, self._key(), self._load)
+        embeds = {text: text_model(text) for text in texts}
+        self.parts.rest(TEXT_PART, self.offload)
+        return embeds
+
+    def _key(self) -> str:
+        hashes = dict(self.base.part_hashes)
+        encoders = [part_key(self.base, part, self.dtype, self.stack) for part in ENCODERS]
+        return json_sha256([encoders, hashes["tokenizer"], hashes["tokenizer_2"]])
+
+    def _load(self) -> nn.Module:
+        encoders = [load_merged(self.base, part, self.dtype, self.stack) for part in ENCODERS]
+        return TextModel(base_model.load_tokenizers(self.base), encoders)
 
 
 def _read(file: Path | None) -> TextEmbeds | None:
@@ -88,11 +101,10 @@ def _read(file: Path | None) -> TextEmbeds | None:
     return TextEmbeds(hidden[None], pooled[None])
 
 
-def _write(file: Path | None, embeds: TextEmbeds) -> None:
-    if file is None:
-        return
-    tensors = {"embeds": embeds.hidden[0].contiguous(), "pooled": embeds.pooled[0].contiguous()}
+def _write(made: Mapping[Path, TextEmbeds]) -> None:
     try:
-        write_atomic(file, lambda temporary: save_file(tensors, temporary))
-    except OSError as error:
-        log.warning("a prompt embedding could not be kept: %s", error)
+        for file, embeds in made.items():
+            tensors = {"embeds": embeds.hidden[0].contiguous(), "pooled": embeds.pooled[0].contiguous()}
+            write_atomic(file, lambda temporary, tensors=tensors: save_file(tensors, temporary))
+    except (OSError, SafetensorError) as error:
+        log.warning("prompt embeddings could not be kept: %s", error)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import sdxl_lora_core
 from sdxl_lora_core.base_model import SDXLBase, open_base
+from sdxl_lora_core.lora_names import sai_block_name
 
 DATA = Path(sdxl_lora_core.__file__).parent / "data"
 
@@ -97,3 +102,95 @@ def micro_copy(micro_sdxl: Path, tmp_path: Path) -> Callable[[], Path]:
         return folder
 
     return copy
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("something reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="session")
+def micro_tensors(micro_sdxl: Path) -> dict[str, Tensor]:
+    """The micro model under the tensor names of a single-file SDXL checkpoint."""
+    unet = load_file(micro_sdxl / "unet" / "diffusion_pytorch_model.safetensors")
+    vae = load_file(micro_sdxl / "vae" / "diffusion_pytorch_model.safetensors")
+    text = load_file(micro_sdxl / "text_encoder" / "model.safetensors")
+    text_2 = load_file(micro_sdxl / "text_encoder_2" / "model.safetensors")
+    first = {f"conditioner.embedders.0.transformer.text_model.{bare(name)}": value for name, value in text.items()}
+    return {**published_unet(unet), **published_vae(vae), **first, **published_openclip(text_2)}
+
+
+@pytest.fixture(scope="session")
+def micro_checkpoint(micro_tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A single-file checkpoint of the micro model. Open it with `configs=micro_sdxl`, whose sizes it has."""
+    path = tmp_path_factory.mktemp("single") / "micro-single.safetensors"
+    save_file(micro_tensors, path)
+    return path
+
+
+def bare(name: str) -> str:
+    return name.removeprefix("text_model.")
+
+
+def published_unet(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    pairs = ((name.rpartition("."), value) for name, value in tensors.items())
+    return {f"model.diffusion_model.{sai_block_name(path)}.{leaf}": value for (path, _, leaf), value in pairs}
+
+
+_VAE_NAMES = (
+    (r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d)\.resnets\.(\d)", lambda found: f"up.{3 - int(found[1])}.block.{found[2]}"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{3 - int(found[1])}.upsample"),
+    (r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"conv_norm_out", "norm_out"),
+    (r"group_norm", "norm"),
+    (r"attn_1\.to_(q|k|v)", r"attn_1.\1"),
+    (r"attn_1\.to_out\.0", "attn_1.proj_out"),
+)
+
+
+def published_vae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    published = {}
+    for name, value in tensors.items():
+        for pattern, replacement in _VAE_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if "attn_1" in name and value.dim() == 2:
+            value = value[:, :, None, None].contiguous()  # published as 1x1 convolutions
+        published[f"first_stage_model.{name}"] = value
+    return published
+
+
+_OPENCLIP_NAMES = (
+    ("encoder.layers.", "transformer.resblocks."),
+    ("layer_norm", "ln_"),
+    ("self_attn", "attn"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+    ("final_ln_", "ln_final"),
+    ("embeddings.token_embedding", "token_embedding"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+)
+
+
+def published_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP keeps query, key and value in one matrix, and the projection transposed."""
+    published = {}
+    for name, value in tensors.items():
+        name = bare(name)
+        for ours, theirs in _OPENCLIP_NAMES:
+            name = name.replace(ours, theirs)
+        published[f"conditioner.embedders.1.model.{name}"] = value
+    for name in [name for name in published if ".q_proj." in name]:
+        leaf = name.rpartition(".")[2]
+        rows = [published.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        published[name.replace(f"q_proj.{leaf}", f"in_proj_{leaf}")] = torch.cat(rows)
+    projection = published.pop("conditioner.embedders.1.model.text_projection.weight")
+    published["conditioner.embedders.1.model.text_projection"] = projection.T.contiguous()
+    return published

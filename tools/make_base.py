@@ -127,9 +127,9 @@ def make_latents(work: Path, count: int) -> None:
     torch.save({"latents": torch.cat(latents), "time_ids": torch.tensor(time_ids), "kinds": kept}, work / "latents.pt")
 
 
-def prompt_for(rng: random.Random, kind: tuple[str, str, str]) -> str:
-    """A caption in any phrasing; 10 % are empty; 15 % carry words that mean nothing, so that such words do no harm."""
-    if rng.random() < 0.10:
+def prompt_for(rng: random.Random, kind: tuple[str, str, str], empty: float = 0.10) -> str:
+    """A caption in any phrasing; some are empty; 15 % carry words that mean nothing, so that such words do no harm."""
+    if rng.random() < empty:
         return ""
     text = world.caption(world.Scene(*kind), phrase=rng.randrange(len(world.PLAIN_PHRASES)))
     if rng.random() < 0.15:

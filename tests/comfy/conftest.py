@@ -1,0 +1,161 @@
+"""A real ComfyUI with this pack in it: a server of its own, on the CPU, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ("__init__.py", "pyproject.toml", "nodes", "sdxl_lora_core", "web", "workflows", "assets")
+SMALL = {
+    "TrainSDXLLoRA": {"steps": 3, "rank": 2, "batch_size": 1},
+    "SDXLGenerateCached": {"steps": 2, "count": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    folder = Path(os.environ.get("COMFYUI_PATH", "~/ComfyUI")).expanduser()
+    if not (folder / "main.py").exists():
+        reason = f"no ComfyUI in {folder}: set COMFYUI_PATH"
+        pytest.fail(reason) if os.environ.get("REQUIRE_COMFYUI") else pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def comfyui_python(comfyui: Path) -> str:
+    """The Python that ComfyUI runs on: COMFYUI_PYTHON, or its own environment, or ours."""
+    own = [comfyui / name / "bin/python" for name in ("venv", ".venv")]
+    found = next((str(python) for python in own if python.exists()), sys.executable)
+    return os.environ.get("COMFYUI_PYTHON", found)
+
+
+class Server:
+    """ComfyUI's HTTP interface, as far as the tests need it."""
+
+    def __init__(self, base: Path, port: int) -> None:
+        self.base = base
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = base / "server.log"
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return json.load(response)
+
+    def post(self, path: str, body: Any) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            text = response.read()
+        return json.loads(text) if text else None
+
+    def queue(self, workflow: dict[str, Any]) -> str:
+        return self.post("/prompt", {"prompt": workflow})["prompt_id"]
+
+    def refused(self, workflow: dict[str, Any]) -> str:
+        """What ComfyUI says to a prompt that does not even start."""
+        try:
+            prompt = self.queue(workflow)
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+        raise AssertionError(f"prompt {prompt} was accepted")
+
+    def finished(self, prompt: str, seconds: float = 300) -> dict[str, Any]:
+        """The history entry of a prompt, once it is over."""
+        self.wait(lambda: self.get(f"/history/{prompt}"), seconds)
+        return self.get(f"/history/{prompt}")[prompt]
+
+    def run(self, workflow: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
+        """Node outputs (what the page shows) of a prompt that has to succeed."""
+        entry = self.finished(self.queue(workflow), seconds)
+        assert entry["status"]["status_str"] == "success", json.dumps(entry["status"], indent=1)
+        return entry["outputs"]
+
+    def failure(self, workflow: dict[str, Any]) -> str:
+        """The message of a prompt that has to fail while it runs."""
+        entry = self.finished(self.queue(workflow))
+        errors = [data for name, data in entry["status"]["messages"] if name == "execution_error"]
+        assert errors, entry["status"]
+        return errors[0]["exception_message"]
+
+    def wait(self, ready: Callable[[], Any], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < end, f"nothing after {seconds} s; log:\n{self.text()[-3000:]}"
+            time.sleep(0.2)
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, comfyui_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("comfy")
+    install_pack(base / "custom_nodes" / "sdxl-lora-nodes")
+    for folder in ("input", "user", "models"):
+        (base / folder).mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [comfyui_python, "main.py", "--cpu", "--port", str(port), "--base-directory", str(base)]
+    command += ["--disable-api-nodes", "--database-url", f"sqlite:///{base}/user/comfyui.db"]
+    found = Server(base, port)
+    with open(found.log, "wb") as log:
+        process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        found.wait(lambda: process.poll() is not None or _answers(found), 180)
+        assert process.poll() is None, f"ComfyUI did not start:\n{found.text()}"
+        yield found
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def install_pack(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+
+
+def _answers(server: Server) -> bool:
+    try:
+        return bool(server.get("/system_stats"))
+    except OSError:
+        return False
+
+
+def small(workflow: dict[str, Any], **changes: dict[str, Any]) -> dict[str, Any]:
+    """A shipped workflow with so few steps that a test can run it. `changes` go by node class."""
+    settings = {**SMALL, **{name: {**SMALL.get(name, {}), **change} for name, change in changes.items()}}
+    return {
+        key: {**node, "inputs": {**node["inputs"], **settings.get(node["class_type"], {})}}
+        for key, node in workflow.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def shrink() -> Callable[..., dict[str, Any]]:
+    return small
+
+
+@pytest.fixture(scope="session")
+def shipped() -> dict[str, dict[str, Any]]:
+    """The API workflows by name."""
+    files = sorted((ROOT / "workflows/api").glob("*.json"))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}

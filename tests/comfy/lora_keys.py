@@ -1,0 +1,40 @@
+"""Run by test_lora_keys.py on ComfyUI's Python, in ComfyUI's folder: which keys of a LoRA does ComfyUI apply to SDXL?"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+path = sys.argv.pop()
+sys.path.insert(0, str(Path.cwd()))
+sys.argv[1:] = ["--cpu"]
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.lora  # noqa: E402
+import comfy.model_detection  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.supported_models  # noqa: E402
+import comfy.utils  # noqa: E402
+import torch  # noqa: E402
+
+SDXL = {
+    "use_checkpoint": False, "image_size": 32, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
+    "num_classes": "sequential", "adm_in_channels": 2816, "in_channels": 4, "model_channels": 320,
+    "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10], "channel_mult": [1, 2, 4],
+    "transformer_depth_middle": 10, "use_linear_in_transformer": True, "context_dim": 2048, "num_head_channels": 64,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+}  # fmt: skip
+
+complaints: list[str] = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: complaints.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+
+model = comfy.supported_models.SDXL(SDXL).get_model({}, "", device="meta")
+weights = comfy.utils.load_torch_file(path, safe_load=True)
+patches = comfy.lora.load_lora(weights, comfy.lora.model_lora_keys_unet(model, {}))
+patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+applied = patcher.add_patches(patches)
+print(json.dumps({"tensors": len(weights), "patches": len(patches), "applied": len(applied), "complaints": complaints}))

@@ -1,0 +1,407 @@
+"""SDXL bases: what is opened, what is refused and how parts load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdxl_lora_core import base_model
+from sdxl_lora_core.base_model import (
+    DATA,
+    PARTS,
+    SDXLBase,
+    describe_base,
+    load_part,
+    load_tokenizers,
+    open_base,
+    quick_fingerprint,
+    resolve_dtype,
+    scheduler_config,
+)
+
+UNET = "model.diffusion_model."
+CPU = torch.device("cpu")
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def save(path: Path, *names: str, **shapes: tuple[int, ...]) -> Path:
+    save_file({name: torch.zeros(shapes.get(name, (2, 2))) for name in names}, path)
+    return path
+
+
+# ------------------------------------------------------------------ data/
+
+
+def test_data_describes_sdxl_exactly() -> None:
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(DATA), subfolder="unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(str(DATA), subfolder="vae"))
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder"))
+        text_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder_2"))
+    counts = [sum(parameter.numel() for parameter in part.parameters()) for part in (unet, vae, text, text_2)]
+    assert counts == [2_567_463_684, 83_653_863, 123_060_480, 694_659_840]
+    assert vae.config.scaling_factor == 0.13025
+    assert (text.config.hidden_act, text_2.config.hidden_act) == ("quick_gelu", "gelu")
+
+
+def test_tokenizers_are_clips(micro_base: SDXLBase, no_network: None) -> None:
+    first, second = load_tokenizers(micro_base)
+    assert first("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert first("Café, l'été: 42 🐱").input_ids == second("Café, l'été: 42 🐱").input_ids
+    assert first("a", padding="max_length").input_ids == [49406, 320] + [49407] * 75
+    assert second("a", padding="max_length").input_ids == [49406, 320, 49407] + [0] * 74
+    assert first.decode(first("two red squares").input_ids, skip_special_tokens=True) == "two red squares"
+
+
+# ------------------------------------------------------------------ diffusers folders
+
+
+def test_a_folder_opens_and_every_part_is_bit_exact(micro_sdxl: Path, micro_base: SDXLBase, no_network: None) -> None:
+    assert (micro_base.layout, micro_base.name) == ("diffusers", "micro-sdxl")
+    assert (micro_base.prediction_type, micro_base.zero_terminal_snr) == ("epsilon", False)
+    for part in PARTS:
+        module = load_part(micro_base, part, torch.float32)
+        (file,) = (micro_sdxl / part).glob("*.safetensors")
+        stored, loaded = load_file(file), module.state_dict()
+        assert stored.keys() == loaded.keys()
+        assert all(torch.equal(stored[name], loaded[name]) for name in stored)
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_parts_load_in_the_dtype_asked_for(micro_base: SDXLBase, micro_sdxl: Path) -> None:
+    stored = load_file(micro_sdxl / "unet" / "diffusion_pytorch_model.safetensors")
+    loaded = load_part(micro_base, "unet", torch.bfloat16).state_dict()
+    assert all(torch.equal(loaded[name], stored[name].bfloat16()) for name in stored)
+    with pytest.raises(ValueError, match="part is 'clip'"):
+        load_part(micro_base, "clip", torch.float32)  # type: ignore[arg-type]
+
+
+def test_an_fp16_variant_and_shards_are_found(micro_copy: Callable[[], Path]) -> None:
+    folder = micro_copy()
+    for part in PARTS:
+        (file,) = (folder / part).glob("*.safetensors")
+        half = {name: value.half() for name, value in load_file(file).items()}
+        save_file(half, file.with_name(file.stem + ".fp16.safetensors"), {"format": "pt"})
+        file.unlink()
+    base = open_base(folder)
+    for part in PARTS:
+        assert next(load_part(base, part, torch.float16).parameters()).dtype == torch.float16
+
+    sharded = micro_copy()
+    unet: Any = load_part(open_base(sharded), "unet", torch.float32)
+    (sharded / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    unet.save_pretrained(sharded / "unet", max_shard_size="200KB")
+    assert len(list((sharded / "unet").glob("*.safetensors"))) > 2
+    again = load_part(open_base(sharded), "unet", torch.float32).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in unet.state_dict().items())
+
+
+def test_a_folder_with_the_older_text_encoder_names_loads(micro_copy: Callable[[], Path]) -> None:
+    folder = micro_copy()
+    before = load_part(open_base(folder), "text_encoder", torch.float32).state_dict()
+    file = folder / "text_encoder" / "model.safetensors"
+    older = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
+    older["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # transformers before 4.31 saved it
+    save_file(older, file, {"format": "pt"})
+    after = load_part(open_base(folder), "text_encoder", torch.float32).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionPipeline"), "StableDiffusionPipeline"),
+        (lambda f: edit_json(f / "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline"),
+        (lambda f: edit_json(f / "model_index.json", text_encoder=[None, None]), "nothing as its text_encoder"),
+        (lambda f: edit_json(f / "model_index.json", vae=["diffusers", "AutoencoderTiny"]), "AutoencoderTiny"),
+        (lambda f: edit_json(f / "unet" / "config.json", in_channels=9), "inpainting"),
+        (lambda f: edit_json(f / "unet" / "config.json", cross_attention_dim=768), "width 768"),
+        (lambda f: edit_json(f / "vae" / "config.json", latents_mean=[0.0] * 4), "Playground"),
+        (lambda f: edit_json(f / "scheduler" / "scheduler_config.json", prediction_type="sample"), "'sample'"),
+        (lambda f: edit_json(f / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler"), "EDM"),
+        (lambda f: (f / "unet" / "config.json").write_text("{"), "unet/config.json is not JSON"),
+        (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
+    ],
+)
+def test_folders_of_anything_else_are_refused(
+    micro_copy: Callable[[], Path], break_it: Callable[[Path], object], message: str
+) -> None:
+    folder = micro_copy()
+    break_it(folder)
+    with pytest.raises(ValueError, match=message):
+        open_base(folder)
+
+
+def test_incomplete_folders_are_refused(micro_copy: Callable[[], Path], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist: give an SDXL base"):
+        open_base(tmp_path / "nothing")
+    folder = micro_copy()
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(FileNotFoundError, match="unet/ holds only diffusion_pytorch_model.bin, which is a pickle"):
+        open_base(folder)
+    folder = micro_copy()
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        open_base(folder)
+
+
+def test_a_part_that_lacks_tensors_is_refused_not_made_up(micro_copy: Callable[[], Path]) -> None:
+    folder = micro_copy()
+    for part, name in (("unet", "conv_in.weight"), ("text_encoder", "embeddings.token_embedding.weight")):
+        (file,) = (folder / part).glob("*.safetensors")
+        tensors = load_file(file)
+        tensors.pop(name if name in tensors else f"text_model.{name}")
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=name):
+            load_part(open_base(folder), part, torch.float32)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ single files
+
+
+def test_a_single_file_is_bit_exact_in_all_parts(
+    micro_checkpoint: Path, micro_sdxl: Path, micro_base: SDXLBase, no_network: None
+) -> None:
+    base = open_base(micro_checkpoint, configs=micro_sdxl)
+    assert (base.layout, base.name, base.prediction_type) == ("single_file", "micro-single", "epsilon")
+    for part in PARTS:
+        wanted, found = (load_part(source, part, torch.float32) for source in (micro_base, base))
+        assert type(wanted) is type(found)
+        names = wanted.state_dict()
+        assert names.keys() == found.state_dict().keys()
+        assert all(torch.equal(value, found.state_dict()[name]) for name, value in names.items())
+        assert not any(parameter.requires_grad for parameter in found.parameters())
+    with torch.no_grad():
+        tokens = torch.tensor([[49406, 320, 2368, 49407]])
+        expected, actual = (load_part(b, "text_encoder_2", torch.float32)(tokens) for b in (micro_base, base))
+    assert torch.equal(expected.text_embeds, actual.text_embeds)
+
+
+def test_only_the_parts_own_tensors_are_read(
+    micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(micro_tensors, path)
+    base = open_base(path, configs=micro_sdxl)
+    path.unlink()
+    save_file({name: value for name, value in micro_tensors.items() if name.startswith(UNET)}, path)
+    load_part(base, "unet", torch.float16)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        with pytest.raises(ValueError, match=f"the {part} in model.safetensors does not fit"):
+            load_part(base, part, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("markers", "metadata", "expected"),
+    [
+        ((), {}, ("epsilon", False)),
+        (("v_pred",), {}, ("v_prediction", False)),
+        (("v_pred", "ztsnr"), {}, ("v_prediction", True)),
+        ((), {"modelspec.prediction_type": "v"}, ("v_prediction", False)),
+        ((), {"modelspec.prediction_type": "epsilon"}, ("epsilon", False)),
+    ],
+)
+def test_the_prediction_type_is_detected(
+    micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path,
+    markers: tuple[str, ...], metadata: dict[str, str], expected: tuple[str, bool],
+) -> None:  # fmt: skip
+    path = tmp_path / "model.safetensors"
+    save_file({**micro_tensors, **{name: torch.tensor([]) for name in markers}}, path, metadata or None)
+    base = open_base(path, configs=micro_sdxl)
+    assert (base.prediction_type, base.zero_terminal_snr) == expected
+    settings = scheduler_config(base)
+    assert (settings["prediction_type"], settings["rescale_betas_zero_snr"]) == expected
+    assert settings["timestep_spacing"] == ("trailing" if expected[1] else "leading")
+    assert (settings["beta_start"], settings["beta_end"], settings["beta_schedule"]) == (
+        0.00085,
+        0.012,
+        "scaled_linear",
+    )
+
+
+def test_a_folders_scheduler_says_the_prediction_type(micro_copy: Callable[[], Path], micro_base: SDXLBase) -> None:
+    folder = micro_copy()
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    edit_json(scheduler, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    base = open_base(folder)
+    assert (base.prediction_type, base.zero_terminal_snr) == ("v_prediction", True)
+    assert base.fingerprint != micro_base.fingerprint
+
+
+SDXL = (f"{UNET}input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x")
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        ((f"{UNET}input_blocks.0.0.weight", "cond_stage_model.transformer.x", "first_stage_model.x"), "Diffusion 1.x"),
+        ((f"{UNET}input_blocks.0.0.weight", "cond_stage_model.model.x", "first_stage_model.x"), "Diffusion 2.x"),
+        ((f"{UNET}joint_blocks.0.x",), "Stable Diffusion 3"),
+        ((f"{UNET}double_blocks.0.x",), "a Flux checkpoint"),
+        (("double_blocks.0.x", "single_blocks.0.x"), "a Flux transformer"),
+        ((f"{UNET}input_blocks.0.0.weight", "conditioner.embedders.0.model.x", "first_stage_model.x"), "SDXL refiner"),
+        (SDXL, "without its VAE"),
+        (("first_stage_model.encoder.x",), "a VAE alone"),
+        (("encoder.conv_in.weight", "decoder.conv_in.weight"), "a VAE alone"),
+        (("down_blocks.0.x",), "a UNet alone"),
+        (("lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"), "a LoRA"),
+        (("something.else",), "unknown content .its first tensors: something.else"),
+    ],
+)
+def test_other_checkpoints_are_named(names: tuple[str, ...], kind: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "model.safetensors", *names)
+    with pytest.raises(ValueError, match=f"model.safetensors is .*{kind}.*: give an SDXL base"):
+        open_base(path)
+
+
+def test_relatives_of_sdxl_are_refused(micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path) -> None:
+    def refused(message: str, tensors: dict[str, Tensor]) -> None:
+        path = tmp_path / "model.safetensors"
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=message):
+            open_base(path, configs=micro_sdxl)
+
+    refused("inpainting", {**micro_tensors, f"{UNET}input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)})
+    refused("Playground", {**micro_tensors, "edm_mean": torch.zeros(4)})
+    cut = {name: value for name, value in micro_tensors.items() if "input_blocks.8.1.transformer_blocks.1" not in name}
+    refused("has 16 transformer blocks where SDXL has 17, as SSD-1B", cut)
+    wide = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    refused("text of width 24", {**micro_tensors, wide: torch.zeros(16, 24)})
+
+
+def test_a_small_model_is_not_taken_for_the_real_sdxl(micro_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="17 transformer blocks where SDXL has 70"):
+        open_base(micro_checkpoint)
+
+
+def test_pickles_and_damaged_files_are_refused(micro_checkpoint: Path, tmp_path: Path) -> None:
+    whole = micro_checkpoint.read_bytes()
+    cases: list[tuple[str, bytes, str]] = [
+        ("model.ckpt", whole, "a pickle, which is not opened"),
+        ("model.pt", b"", "a pickle, which is not opened"),
+        ("renamed.safetensors", b"PK\x03\x04" + bytes(100), "a PyTorch pickle, which is not opened"),
+        ("old.safetensors", b"\x80\x02}q\x00." + bytes(100), "a Python pickle, which is not opened"),
+        ("page.safetensors", b"<!doctype html>" + bytes(100), "a web page: give a .safetensors file"),
+        ("cut.safetensors", whole[:-1], "not a whole safetensors file"),
+        ("head.safetensors", whole[:500], "not a whole safetensors file"),
+        ("empty.safetensors", b"", "not a whole safetensors file"),
+        ("huge.safetensors", (10**12).to_bytes(8, "little") + whole[8:], "not a whole safetensors file"),
+        ("noise.safetensors", b"\x08" + bytes(7) + b"not json" + bytes(100), "not a whole safetensors file"),
+    ]
+    for name, content, message in cases:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            open_base(tmp_path / name)
+
+
+# ------------------------------------------------------------------ identity, dtype, words
+
+
+def test_the_fingerprint_is_content_only(micro_copy: Callable[[], Path], micro_base: SDXLBase) -> None:
+    folder = micro_copy()
+    same = open_base(folder, precision="bf16")
+    assert (same.fingerprint, same.part_hashes) == (micro_base.fingerprint, micro_base.part_hashes)
+    edit_json(folder / "vae" / "config.json", scaling_factor=0.2)
+    changed = open_base(folder)
+    differing = {part for part, digest in changed.part_hashes if (part, digest) not in micro_base.part_hashes}
+    assert differing == {"vae"}
+    assert changed.fingerprint != micro_base.fingerprint
+
+
+def test_hashes_are_remembered(micro_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memo = tmp_path / "hashes"
+    first = open_base(micro_sdxl, hash_memo=memo)
+    assert len(list(memo.iterdir())) == len(PARTS)
+    monkeypatch.setattr(
+        "sdxl_lora_core.files._hash_file", lambda path: "0" * 64 if path.suffix == ".safetensors" else ""
+    )
+    assert dict(open_base(micro_sdxl, hash_memo=memo).part_hashes)["unet"] == dict(first.part_hashes)["unet"]
+
+
+def test_the_quick_fingerprint_sees_changes_and_never_raises(micro_copy: Callable[[], Path], tmp_path: Path) -> None:
+    folder = micro_copy()
+    before = quick_fingerprint(folder)
+    assert quick_fingerprint(folder) == before
+    (folder / "unet" / "more.txt").write_text("x")
+    assert quick_fingerprint(folder) != before
+    assert quick_fingerprint(tmp_path / "nothing") == "unreadable: FileNotFoundError"
+    assert len(quick_fingerprint(folder / "model_index.json")) == 64
+
+
+def test_dtypes_by_precision_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, mps = torch.device("cuda"), torch.device("mps")
+    assert resolve_dtype("auto", CPU) == torch.float32
+    assert resolve_dtype("bf16", CPU) == torch.bfloat16
+    assert resolve_dtype("auto", mps) == torch.float16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert resolve_dtype("auto", cuda) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert resolve_dtype("auto", cuda) == torch.float16
+    with pytest.raises(ValueError, match="choose 'fp16'"):
+        resolve_dtype("bf16", cuda)
+
+
+def test_fp16_computes_on_the_cpu(micro_base: SDXLBase) -> None:
+    dtype = resolve_dtype("fp16", CPU)
+    unet = load_part(micro_base, "unet", dtype)
+    added = {"text_embeds": torch.zeros(1, 16, dtype=dtype), "time_ids": torch.zeros(1, 6, dtype=dtype)}
+    text = torch.zeros(1, 77, 20, dtype=dtype)
+    with torch.no_grad():
+        out = unet(torch.ones(1, 4, 8, 8, dtype=dtype), 500, text, added_cond_kwargs=added).sample
+    assert out.dtype == torch.float16
+    assert out.isfinite().all()
+
+
+def test_an_unknown_precision_is_refused(micro_sdxl: Path) -> None:
+    with pytest.raises(ValueError, match="precision is 'fp8': choose one of auto, bf16"):
+        open_base(micro_sdxl, precision="fp8")  # type: ignore[arg-type]
+
+
+def test_the_description_says_what_it_is(micro_base: SDXLBase, micro_checkpoint: Path, micro_sdxl: Path) -> None:
+    assert "micro-sdxl: SDXL, diffusers folder" in describe_base(micro_base)
+    assert micro_base.fingerprint in describe_base(micro_base)
+    assert "single-file checkpoint" in describe_base(open_base(micro_checkpoint, configs=micro_sdxl))
+
+
+def test_loading_is_silent_and_leaves_the_libraries_talkative(
+    micro_base: SDXLBase, micro_checkpoint: Path, micro_sdxl: Path,
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    before = diffusers_log.get_verbosity(), transformers_log.get_verbosity(), transformers_log.is_progress_bar_enabled()
+    capsys.readouterr()
+    for base in (micro_base, open_base(micro_checkpoint, configs=micro_sdxl)):
+        for part in PARTS:
+            load_part(base, part, torch.float16)
+    after = diffusers_log.get_verbosity(), transformers_log.get_verbosity(), transformers_log.is_progress_bar_enabled()
+    assert after == before
+    assert caplog.text + "".join(capsys.readouterr()) == ""
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    code = "import sys, sdxl_lora_core.base_model, sdxl_lora_core.lora_files; print(sorted(sys.modules))"
+    root = Path(base_model.__file__).parents[1]
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    for heavy in ("diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib"):
+        assert f"'{heavy}'" not in loaded

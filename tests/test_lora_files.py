@@ -1,0 +1,599 @@
+"""LoRA files: names, spellings, what is refused, the merge, and the same effect in diffusers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sdxl_lora_core.base_model import DATA, SDXLBase, load_part
+from sdxl_lora_core.config import TrainConfig
+from sdxl_lora_core.lora_files import (
+    LoRAFile,
+    LoRAModule,
+    describe_lora,
+    kohya_state_dict,
+    lora_metadata,
+    merge_into,
+    merge_stack,
+    peft_state_dict,
+    read_lora,
+    tag_counts,
+    trigger_words,
+    write_lora,
+)
+from sdxl_lora_core.lora_names import diffusers_block_name, dotted, sai_block_name
+
+Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+OUT = "mid_block.attentions.0.transformer_blocks.1.attn2.to_out.0"
+CONV = "up_blocks.0.resnets.1.conv1"
+SHORTCUT = "up_blocks.1.resnets.0.conv_shortcut"
+TEXT = "text_model.encoder.layers.1.self_attn.q_proj"
+MLP = "text_model.encoder.layers.0.mlp.fc1"
+UNET_MODULES = (Q, OUT, CONV, SHORTCUT, "down_blocks.2.attentions.1.transformer_blocks.0.ff.net.0.proj")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def random_lora(part: nn.Module, names: tuple[str, ...], rank: int = 3, alpha: float = 6.0) -> dict[str, LoRAModule]:
+    generator = torch.Generator().manual_seed(rank)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 0.1
+
+    modules = {}
+    for name in names:
+        weight = find(part, name).weight
+        ones = [1] * (weight.dim() - 2)
+        modules[name] = LoRAModule(random(rank, *weight.shape[1:]), random(weight.shape[0], rank, *ones), alpha)
+    return modules
+
+
+def find(part: nn.Module, name: str) -> Any:
+    return part.get_submodule(name if hasattr(part, "text_model") else name.removeprefix("text_model."))
+
+
+def change(module: LoRAModule) -> Tensor:
+    return (module.up.float().flatten(1) @ module.down.float().flatten(1)) * (module.alpha / module.rank)
+
+
+def same_effect(one: Mapping[str, LoRAModule], other: Mapping[str, LoRAModule], tolerance: float = 1e-7) -> bool:
+    pairs = [(change(one[name]), change(other[name])) for name in one]
+    return one.keys() == other.keys() and all(torch.allclose(a, b, atol=tolerance) for a, b in pairs)
+
+
+@pytest.fixture
+def parts(micro_base: SDXLBase) -> dict[str, Any]:
+    names = ("unet", "text_encoder", "text_encoder_2")
+    return {name: load_part(micro_base, name, torch.float32) for name in names}  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def lora(parts: dict[str, Any]) -> LoRAFile:
+    return LoRAFile(
+        unet=random_lora(parts["unet"], UNET_MODULES),
+        text_encoder=random_lora(parts["text_encoder"], (TEXT, MLP), rank=2, alpha=1.0),
+        text_encoder_2=random_lora(parts["text_encoder_2"], (TEXT, MLP), rank=4, alpha=4.0),
+    )
+
+
+# ------------------------------------------------------------------ names
+
+
+def test_every_module_of_sdxl_has_its_own_sai_name_and_comes_back() -> None:
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(DATA), subfolder="unet"))
+    modules = {name.rpartition(".")[0] for name, _ in unet.named_parameters()}
+    attention = [name for name in modules if name.endswith(ATTENTION) and ".attn" in name]
+    assert len(attention) == 560
+    names = {module: sai_block_name(module) for module in modules}
+    assert len(set(names.values())) == len(modules)
+    for module, name in names.items():
+        assert diffusers_block_name(name) == module
+        assert dotted(name.replace(".", "_")) == name
+        assert dotted(module.replace(".", "_")) == module
+
+
+@pytest.mark.parametrize(
+    ("diffusers", "sai"),
+    [
+        (Q, "input_blocks.4.1.transformer_blocks.0.attn1.to_q"),
+        ("down_blocks.2.attentions.1.proj_in", "input_blocks.8.1.proj_in"),
+        (OUT, "middle_block.1.transformer_blocks.1.attn2.to_out.0"),
+        ("up_blocks.0.attentions.2.transformer_blocks.9.ff.net.2", "output_blocks.2.1.transformer_blocks.9.ff.net.2"),
+        ("up_blocks.1.attentions.0.proj_out", "output_blocks.3.1.proj_out"),
+        ("down_blocks.0.resnets.1.time_emb_proj", "input_blocks.2.0.emb_layers.1"),
+        ("down_blocks.1.downsamplers.0.conv", "input_blocks.6.0.op"),
+        ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
+        ("up_blocks.2.resnets.2.conv_shortcut", "output_blocks.8.0.skip_connection"),
+        ("mid_block.resnets.1.conv2", "middle_block.2.out_layers.3"),
+        ("conv_in", "input_blocks.0.0"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
+    ],
+)
+def test_known_names(diffusers: str, sai: str) -> None:
+    assert sai_block_name(diffusers) == sai
+    assert diffusers_block_name(sai) == diffusers
+
+
+def test_names_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="transformer.blocks.0 is no module of SDXL's UNet"):
+        sai_block_name("transformer.blocks.0")
+    assert diffusers_block_name("output_blocks.4.7.x") is None
+    assert diffusers_block_name("joint_blocks.4.1.x") is None
+
+
+# ------------------------------------------------------------------ spellings
+
+
+def spelled(modules: dict[str, LoRAModule], name: Callable[[str], str], down: str, up: str) -> dict[str, Tensor]:
+    tensors = {}
+    for path, module in modules.items():
+        tensors[name(path) + down] = module.down
+        tensors[name(path) + up] = module.up * (module.alpha / module.rank)
+    return tensors
+
+
+def flat(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def of_2023(path: str) -> str:
+    head, _, leaf = path.rpartition(".to_")
+    return f"unet.{head}.processor.to_{leaf.removesuffix('.0')}" if head else f"unet.{path}"
+
+
+SPELLINGS: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "kohya": (lambda p: "lora_unet_" + flat(sai_block_name(p)), ".lora_down.weight", ".lora_up.weight"),
+    "kohya, diffusers names": (lambda p: "lora_unet_" + flat(p), ".lora_down.weight", ".lora_up.weight"),
+    "diffusers": (lambda p: f"unet.{p}", ".lora_A.weight", ".lora_B.weight"),
+    "named adapter": (lambda p: f"unet.{p}", ".lora_A.default.weight", ".lora_B.default.weight"),
+    "peft": (lambda p: f"base_model.model.{p}", ".lora_A.weight", ".lora_B.weight"),
+    "wrapped": (lambda p: f"unet.base_model.model.{p}", ".lora_A.weight", ".lora_B.weight"),
+    "early diffusers": (lambda p: f"unet.{p}", ".lora.down.weight", ".lora.up.weight"),
+    "processors": (of_2023, "_lora.down.weight", "_lora.up.weight"),
+    "bare": (lambda p: p, ".lora_A.weight", ".lora_B.weight"),
+    "comfyui": (lambda p: "diffusion_model." + sai_block_name(p), ".lora_down.weight", ".lora_up.weight"),
+    "comfyui, peft": (lambda p: "diffusion_model." + sai_block_name(p), ".lora_A.weight", ".lora_B.weight"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_reads_the_same(spelling: str, lora: LoRAFile, tmp_path: Path) -> None:
+    save_file(spelled(lora.unet, *SPELLINGS[spelling]), tmp_path / "x.safetensors")
+    read = read_lora(tmp_path / "x.safetensors")
+    assert read.unknown == ()
+    assert same_effect(read.unet, lora.unet)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "down", "up"),
+    [
+        ("lora_te1_{flat}", "lora_te2_{flat}", ".lora_down.weight", ".lora_up.weight"),
+        ("text_encoder.{path}", "text_encoder_2.{path}", ".lora_A.weight", ".lora_B.weight"),
+        ("text_encoder.{bare}", "text_encoder_2.{path}", ".lora_A.weight", ".lora_B.weight"),
+        ("text_encoder.{path}", "text_encoder_2.{path}", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+        (
+            "text_encoders.clip_l.transformer.{path}", "text_encoders.clip_g.transformer.{path}",
+            ".lora_down.weight", ".lora_up.weight",
+        ),
+    ],
+)  # fmt: skip
+def test_every_spelling_of_text_encoders_reads_the_same(
+    first: str, second: str, down: str, up: str, lora: LoRAFile, tmp_path: Path
+) -> None:
+    def spell(form: str) -> Callable[[str], str]:
+        return lambda path: form.format(path=path, flat=flat(path), bare=path.removeprefix("text_model."))
+
+    tensors = spelled(lora.text_encoder, spell(first), down, up) | spelled(lora.text_encoder_2, spell(second), down, up)
+    save_file(tensors, tmp_path / "x.safetensors")
+    read = read_lora(tmp_path / "x.safetensors")
+    assert same_effect(read.text_encoder, lora.text_encoder)
+    assert same_effect(read.text_encoder_2, lora.text_encoder_2)
+    assert read.unet == {}
+
+
+def test_alpha_comes_from_its_key_or_from_pefts_settings(tmp_path: Path) -> None:
+    pair = {f"unet.{Q}.lora_A.weight": torch.ones(4, 2), f"unet.{Q}.lora_B.weight": torch.ones(2, 4)}
+    other = {f"unet.{OUT}.lora_A.weight": torch.ones(4, 2), f"unet.{OUT}.lora_B.weight": torch.ones(2, 4)}
+
+    def alphas(settings: dict[str, Any] | None = None, **more: Tensor) -> tuple[float, float]:
+        metadata = {"lora_adapter_metadata": json.dumps(settings)} if settings else None
+        save_file({**pair, **other, **more}, tmp_path / "x.safetensors", metadata)
+        unet = read_lora(tmp_path / "x.safetensors").unet
+        return unet[Q].alpha, unet[OUT].alpha
+
+    assert alphas() == (4.0, 4.0)
+    assert alphas(**{f"unet.{Q}.alpha": torch.tensor(2.0)}) == (2.0, 4.0)
+    assert alphas({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 1}) == (8.0, 8.0)
+    assert alphas({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn2.to_out.0": 1}}) == (8.0, 1.0)
+    assert alphas({"unet.lora_alpha": 8, "unet.use_rslora": True}) == (16.0, 16.0)
+
+    save_file(
+        {f"base_model.model.{key[5:]}": value for key, value in pair.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 12}))
+    assert read_lora(tmp_path / "adapter_model.safetensors").unet[Q].alpha == 12.0
+
+
+def test_shapes_are_brought_to_the_modules_own(tmp_path: Path) -> None:
+    key, conv = f"lora_unet_{flat(sai_block_name(Q))}", f"lora_unet_{flat(sai_block_name(CONV))}"
+    tensors = {
+        f"{key}.lora_down.weight": torch.randn(2, 6, 1, 1),
+        f"{key}.lora_up.weight": torch.randn(5, 2, 1, 1),
+        f"{conv}.lora_down.weight": torch.randn(2, 6, 1, 1),
+        f"{conv}.lora_mid.weight": torch.randn(2, 2, 3, 3),
+        f"{conv}.lora_up.weight": torch.randn(5, 2, 1, 1),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    unet = read_lora(tmp_path / "x.safetensors").unet
+    assert unet[Q].shape == (5, 6)
+    assert unet[CONV].shape == (5, 6, 3, 3)
+    x = torch.randn(1, 6, 7, 7)
+    thin = nn.functional.conv2d(x, tensors[f"{conv}.lora_down.weight"])
+    thin = nn.functional.conv2d(thin, tensors[f"{conv}.lora_mid.weight"])
+    expected = nn.functional.conv2d(thin, tensors[f"{conv}.lora_up.weight"])
+    kernel = change(unet[CONV]).reshape(5, 6, 3, 3)
+    assert torch.allclose(nn.functional.conv2d(x, kernel), expected, atol=1e-5)
+
+
+def test_what_is_not_low_rank_is_named(lora: LoRAFile, tmp_path: Path) -> None:
+    extra = {
+        "lora_unet_input_blocks_4_1_proj_in.hada_w1_a": torch.ones(2, 2),
+        "lora_unet_out_2.diff": torch.ones(2, 2),
+        "lora_unet_nowhere.lora_down.weight": torch.ones(2, 2),
+        "lora_unet_input_blocks_5_1_proj_in.lora_down.weight": torch.ones(2, 2),
+    }
+    save_file({**kohya_state_dict(lora, torch.float32), **extra}, tmp_path / "x.safetensors")
+    read = read_lora(tmp_path / "x.safetensors")
+    assert read.unknown == (
+        "lora_unet_input_blocks_4_1_proj_in.hada_w1_a",
+        "lora_unet_nowhere.lora_down.weight",
+        "lora_unet_out_2.diff",
+        "unet.down_blocks.1.attentions.1.proj_in (down alone)",
+    )
+    assert same_effect(read.unet, lora.unet)
+    assert "4 keys are not understood" in describe_lora(tmp_path / "x.safetensors")
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def low_rank(name: str, width: int = 640) -> dict[str, Tensor]:
+    return {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(8, 2)}
+
+
+ATTN2 = "transformer_blocks_0_attn2_to_k"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind"),
+    [
+        (low_rank("lora_unet_down_blocks_1_attentions_0_" + ATTN2, 768), "a Stable Diffusion 1.x LoRA"),
+        (low_rank("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"), "a Stable Diffusion 1.x LoRA"),
+        (low_rank("lora_te_text_model_encoder_layers_0_mlp_fc1"), "a Stable Diffusion 1.x LoRA"),
+        (low_rank("unet.up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q"), "a Stable Diffusion 1.x LoRA"),
+        (low_rank("lora_unet_mid_block_attentions_0_" + ATTN2, 1024), "a Stable Diffusion 2.x LoRA"),
+        (low_rank("lora_unet_double_blocks_0_img_attn_qkv"), "a Flux or HunyuanVideo LoRA"),
+        (low_rank("transformer.single_transformer_blocks.0.attn.to_q"), "a Flux or HunyuanVideo LoRA"),
+        (low_rank("lora_unet_joint_blocks_0_x_block_attn_qkv"), "a Stable Diffusion 3 LoRA"),
+        (low_rank("transformer.transformer_blocks.0.attn.to_q"), "a Stable Diffusion 3 LoRA"),
+        (low_rank("diffusion_model.blocks.0.self_attn.q"), "a LoRA of a video or image transformer"),
+        ({"first_stage_model.encoder.x": torch.ones(2)}, "a VAE alone"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 3, 3)}, "a diffusion model without"),
+        ({"clip_g": torch.ones(2, 1280), "clip_l": torch.ones(2, 768)}, "a file of unknown content"),
+    ],
+)
+def test_loras_of_other_models_are_named(tensors: dict[str, Tensor], kind: str, tmp_path: Path) -> None:
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=f"other.safetensors is {kind}.*: give an SDXL LoRA"):
+        read_lora(tmp_path / "other.safetensors")
+
+
+def test_damaged_and_empty_loras_are_refused(lora: LoRAFile, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    key = f"unet.{Q}"
+    for tensors, message in (
+        ({f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": torch.ones(2, 2)}, "no low-rank pair.*lokr_w1"),
+        ({f"{key}.lora_A.weight": torch.ones(4, 2), f"{key}.lora_B.weight": torch.ones(2, 3)}, "of unlike rank"),
+        ({f"{key}.lora_A.weight": torch.full((4, 2), math.nan), f"{key}.lora_B.weight": torch.ones(2, 4)}, "holds NaN"),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=message):
+            read_lora(path)
+    write_lora(path, lora, torch.float16)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        read_lora(path)
+    (tmp_path / "x.pt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match="x.pt is a pickle, which is not opened"):
+        read_lora(tmp_path / "x.pt")
+    with pytest.raises(FileNotFoundError, match="nothing.safetensors is not a file"):
+        read_lora(tmp_path / "nothing.safetensors")
+
+
+# ------------------------------------------------------------------ writing
+
+
+def test_kohya_to_peft_and_back_keeps_the_effect(lora: LoRAFile, tmp_path: Path) -> None:
+    write_lora(tmp_path / "k.safetensors", lora, torch.float32)
+    kohya = read_lora(tmp_path / "k.safetensors")
+    write_lora(tmp_path / "p.safetensors", kohya, torch.float32, format="peft")
+    peft = read_lora(tmp_path / "p.safetensors")
+    for part, modules in lora.parts().items():
+        assert same_effect(modules, kohya.parts()[part], tolerance=0)
+        assert same_effect(modules, peft.parts()[part])
+    assert kohya.unet[Q].alpha == 6.0
+    assert peft.unet[Q].alpha == peft.unet[Q].rank == 3  # the scale lies in lora_B
+
+
+def test_the_keys_are_the_ones_others_read(lora: LoRAFile) -> None:
+    kohya = kohya_state_dict(lora, torch.float16)
+    assert len(kohya) == 3 * (len(UNET_MODULES) + 4)
+    assert kohya["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"].dtype == torch.float16
+    assert kohya["lora_unet_middle_block_1_transformer_blocks_1_attn2_to_out_0.alpha"].item() == 6.0
+    assert "lora_te1_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight" in kohya
+    assert "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight" in kohya
+    peft = peft_state_dict(lora, torch.bfloat16)
+    assert peft[f"unet.{Q}.lora_A.weight"].dtype == torch.bfloat16
+    assert f"text_encoder_2.{TEXT}.lora_B.weight" in peft
+    assert list(kohya) == sorted(kohya)
+
+
+WRITE = """
+import sys, torch
+from pathlib import Path
+from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, write_lora
+names = [f"down_blocks.1.attentions.{i}.proj_in" for i in (0, 1)]
+modules = {name: LoRAModule(torch.arange(6.0).reshape(2, 3), torch.ones(3, 2), 1.0) for name in set(names)}
+metadata = {f"ss_{letter}": letter for letter in {*"abcdefghijkl"}}
+write_lora(Path(sys.argv[1]), LoRAFile(unet=modules, metadata=metadata), torch.float16)
+"""
+
+
+def test_equal_content_gives_equal_bytes_in_any_process(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    files = [tmp_path / f"{seed}.safetensors" for seed in "12"]
+    for seed, file in zip("12", files, strict=True):
+        subprocess.run([sys.executable, "-c", WRITE, file], cwd=root, env={"PYTHONHASHSEED": seed}, check=True)
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
+    with safe_open(files[0], framework="pt") as file:
+        metadata = file.metadata()
+    data = first[8 + int.from_bytes(first[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+    assert metadata["modelspec.hash_sha256"] == "0x" + metadata["sshs_model_hash"]
+    assert list(metadata)[0] and int.from_bytes(first[:8], "little") % 8 == 0
+
+
+def metadata_of(**changes: Any) -> dict[str, str]:
+    facts: dict[str, Any] = {
+        "name": "pixel", "base_name": "sd_xl_base_1.0", "base_hash": "ab" * 32, "prediction_type": "v_prediction",
+        "zero_terminal_snr": True, "precision": "bf16", "resolution": 1024, "dataset_name": "cats", "images": 24,
+        "repeats": 2, "trigger_words": ("8bit",), "tag_counts": tag_counts(["8bit, a cat", "8bit, a dog"]), "steps": 90,
+    }  # fmt: skip
+    return lora_metadata(TrainConfig(rank=4, alpha=8, seed=7, steps=100), **{**facts, **changes})
+
+
+def test_the_metadata_is_what_galleries_read(lora: LoRAFile, tmp_path: Path) -> None:
+    metadata = metadata_of()
+    assert metadata.items() >= {
+        ("ss_base_model_version", "sdxl_base_v1-0"),
+        ("ss_network_module", "networks.lora"),
+        ("ss_network_dim", "4"),
+        ("ss_network_alpha", "8"),
+        ("ss_output_name", "pixel"),
+        ("ss_steps", "90"),
+        ("ss_seed", "7"),
+        ("ss_num_train_images", "48"),
+        ("ss_mixed_precision", "bf16"),
+        ("ss_v_parameterization", "True"),
+        ("modelspec.sai_model_spec", "1.0.0"),
+        ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora"),
+        ("modelspec.prediction_type", "v"),
+        ("modelspec.resolution", "1024x1024"),
+        ("modelspec.trigger_phrase", "8bit"),
+    }
+    assert json.loads(metadata["ss_tag_frequency"]) == {"cats": {"8bit": 2, "a cat": 1, "a dog": 1}}
+    assert json.loads(metadata["ss_datasets"])[0]["subsets"][0]["class_tokens"] == "8bit"
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert metadata == metadata_of()
+    assert trigger_words(metadata) == ("8bit",)
+    assert trigger_words(metadata_of(trigger_words=())) == ()
+
+    lora.metadata = metadata
+    write_lora(tmp_path / "x.safetensors", lora, torch.float16)
+    assert read_lora(tmp_path / "x.safetensors").metadata.items() >= metadata.items()
+    text = describe_lora(tmp_path / "x.safetensors")
+    assert "unet: LoRA of 5 modules, rank 3, alpha 6" in text
+    assert "trigger words: 8bit" in text
+    assert "trained on sd_xl_base_1.0 for 90 steps" in text
+
+
+# ------------------------------------------------------------------ merging
+
+
+def test_a_merge_adds_the_scaled_product_in_place(parts: dict[str, Any], lora: LoRAFile) -> None:
+    unet = parts["unet"]
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    report = merge_into(unet, lora.unet, 0.5)
+    assert (set(report.applied), report.missing) == (set(UNET_MODULES), ())
+    for name, value in unet.state_dict().items():
+        module = lora.unet.get(name.removesuffix(".weight"))
+        expected = before[name] if module is None else before[name] + 0.5 * change(module).reshape(value.shape)
+        assert torch.equal(value, expected)
+
+
+def test_merged_convolutions_act_as_down_then_up(parts: dict[str, Any], lora: LoRAFile) -> None:
+    for name in (CONV, SHORTCUT):
+        layer, module = parts["unet"].get_submodule(name), lora.unet[name]
+        x = torch.randn(1, layer.in_channels, 6, 6)
+        side = nn.functional.conv2d(nn.functional.conv2d(x, module.down, padding=layer.padding), module.up)
+        expected = layer(x) + 2.0 * side * module.alpha / module.rank
+        merge_into(parts["unet"], {name: module}, 2.0)
+        assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_modules_the_model_lacks_are_reported(parts: dict[str, Any]) -> None:
+    module = LoRAModule(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    report = merge_into(parts["unet"], {"down_blocks.7.nothing": module, "mid_block": module}, 1.0)
+    assert report.applied == ()
+    assert report.missing == ("down_blocks.7.nothing", "mid_block")
+
+
+def test_a_shape_that_does_not_fit_changes_nothing(parts: dict[str, Any], lora: LoRAFile) -> None:
+    before = {name: value.clone() for name, value in parts["unet"].state_dict().items()}
+    wrong = {**lora.unet, OUT: LoRAModule(torch.ones(2, 640), torch.ones(640, 2), 1.0)}
+    with pytest.raises(ValueError, match=rf"{OUT} changes a weight of shape \[640, 640\], the model's has \[16, 16\]"):
+        merge_into(parts["unet"], wrong, 1.0)
+    assert all(torch.equal(value, before[name]) for name, value in parts["unet"].state_dict().items())
+
+
+def test_a_stack_is_rounded_once() -> None:
+    layer = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
+    layer[0].weight.data.fill_(1.0)
+    tiny = {"0": LoRAModule(torch.full((1, 1), 2.0**-9), torch.ones(1, 1), 1.0)}  # half of what bf16 can add to 1
+    merge_stack(layer, [(tiny, 1.0), (tiny, 1.0)])
+    assert layer[0].weight.item() == 1 + 2.0**-8 or layer[0].weight.item() == 1.0078125
+    one_by_one = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
+    one_by_one[0].weight.data.fill_(1.0)
+    merge_into(one_by_one, tiny, 1.0)
+    merge_into(one_by_one, tiny, 1.0)
+    assert one_by_one[0].weight.item() == 1.0
+
+
+def test_dora_is_merged_as_peft_merges_it() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.Conv2d(4, 3, 3))
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Conv2d(4, 3, 3))
+    plain.load_state_dict(model.state_dict())
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["0", "1"]))  # type: ignore[arg-type]
+    state = {name: nn.init.normal_(value.data) for name, value in adapted.named_parameters() if "lora_" in name}
+    modules = {}
+    for name in ("0", "1"):
+        pick = {
+            role: value for key, value in state.items() for role in ("A", "B") if f"model.{name}.lora_{role}" in key
+        }
+        (lengths,) = (value for key, value in state.items() if f"model.{name}.lora_magnitude" in key)
+        wanted = lengths.reshape(-1, *[1] * (pick["A"].dim() - 1))
+        modules[name] = LoRAModule(pick["A"], pick["B"], 3.0, wanted)
+    expected: Any = adapted.merge_and_unload()
+    merge_into(plain, modules, 1.0)
+    for name in (0, 1):
+        assert torch.allclose(plain[name].weight, expected[name].weight, atol=1e-6)
+
+
+def test_dora_survives_both_formats(tmp_path: Path) -> None:
+    down, up = torch.randn(2, 6), torch.randn(5, 2)
+    over_outputs, over_inputs = torch.rand(5, 1) + 0.5, torch.rand(1, 6) + 0.5
+    kernel = LoRAModule(torch.randn(2, 6, 3, 3), torch.randn(5, 2, 1, 1), 2.0, torch.rand(5, 1, 1, 1) + 0.5)
+    file = LoRAFile(unet={Q: LoRAModule(down, up, 1.0, over_outputs), CONV: kernel})
+    for format in ("kohya", "peft"):
+        write_lora(tmp_path / "x.safetensors", file, torch.float32, format)  # type: ignore[arg-type]
+        read = read_lora(tmp_path / "x.safetensors")
+        assert same_effect(read.unet, file.unet)
+        for name in (Q, CONV):
+            assert torch.equal(read.unet[name].dora_scale, file.unet[name].dora_scale)  # type: ignore[arg-type]
+    assert "DoRA of 2 modules" in describe_lora(tmp_path / "x.safetensors")
+    layer = nn.Sequential(nn.Linear(6, 5, bias=False))
+    merge_into(layer, {"0": LoRAModule(down, up, 1.0, over_inputs)}, 1.0)
+    assert torch.allclose(layer[0].weight.norm(dim=0), over_inputs[0], atol=1e-6)
+    with pytest.raises(ValueError, match="a DoRA over its inputs"):
+        peft_state_dict(LoRAFile(unet={Q: LoRAModule(down, up, 1.0, over_inputs)}), torch.float32)
+
+
+# ------------------------------------------------------------------ diffusers
+
+
+@pytest.fixture
+def pipeline(micro_sdxl: Path) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline.from_pretrained(micro_sdxl, local_files_only=True)
+
+
+def full_lora(parts: dict[str, Any], **settings: Any) -> LoRAFile:
+    """On every attention module of the UNet and every projection of both text encoders."""
+    attention = tuple(name for name, _ in parts["unet"].named_modules() if name.endswith(ATTENTION))
+    text = {
+        part: tuple(
+            f"text_model.{name.removeprefix('text_model.')}"
+            for name, module in parts[part].named_modules()
+            if isinstance(module, nn.Linear) and "layers" in name
+        )
+        for part in ("text_encoder", "text_encoder_2")
+    }
+    return LoRAFile(
+        unet=random_lora(parts["unet"], attention, **settings),
+        text_encoder=random_lora(parts["text_encoder"], text["text_encoder"], **settings),
+        text_encoder_2=random_lora(parts["text_encoder_2"], text["text_encoder_2"], **settings),
+    )
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_diffusers_applies_every_key_with_the_same_effect(
+    format: Any, parts: dict[str, Any], pipeline: Any, tmp_path: Path
+) -> None:
+    file = full_lora(parts, rank=4, alpha=8.0)
+    write_lora(tmp_path / "x.safetensors", file, torch.float32, format)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="x.safetensors", adapter_name="x")
+    loaded = {part: adapter_modules(getattr(pipeline, part)) for part in file.parts()}
+    for part, modules in file.parts().items():
+        assert loaded[part] == {name.removeprefix("text_model.") for name in modules}
+    pipeline.fuse_lora(adapter_names=["x"])
+    pipeline.unload_lora_weights()
+    for part, modules in file.parts().items():
+        report = merge_into(parts[part], modules, 1.0)
+        assert len(report.applied) == len(modules)
+        ours, theirs = parts[part].state_dict(), getattr(pipeline, part).state_dict()
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-6, rtol=0) for name in ours)
+
+
+def adapter_modules(part: nn.Module) -> set[str]:
+    names = (name for name, module in part.named_modules() if "x" in getattr(module, "lora_A", {}))
+    return {name.removeprefix("text_model.") for name in names}
+
+
+def test_a_file_that_diffusers_wrote_has_its_effect(parts: dict[str, Any], pipeline: Any, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    unet = pipeline.unet
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=7, target_modules=["to_q", "to_out.0"], init_lora_weights=False))
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    settings = {"r": 2, "lora_alpha": 7, "target_modules": ["to_q", "to_out.0"]}
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=state, unet_lora_adapter_metadata=settings, weight_name="x.safetensors"
+    )
+    read = read_lora(tmp_path / "x.safetensors")
+    assert read.unknown == ()
+    merge_into(parts["unet"], read.unet, 1.0)
+    unet.fuse_lora()
+    unet.unload_lora()
+    theirs = unet.state_dict()
+    assert len(read.unet) == 2 * len([name for name in theirs if name.endswith("attn1.to_q.weight")]) * 2
+    assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in parts["unet"].state_dict().items())
+
+
+def test_the_written_file_is_plain_safetensors(lora: LoRAFile, tmp_path: Path) -> None:
+    write_lora(tmp_path / "x.safetensors", lora, torch.float16)
+    loaded = load_file(tmp_path / "x.safetensors")
+    expected = kohya_state_dict(lora, torch.float16)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
