@@ -36,10 +36,10 @@ def bucket_for(width: int, height: int, resolution: int) -> Bucket:
         raise ValueError(f"the picture is {width}x{height}: both sides have to be at least 1 pixel")
     wanted = math.log(width / height)
 
-    def badness(bucket: Bucket) -> tuple[float, int, float]:
+    def badness(bucket: Bucket) -> tuple[float, float]:
         shape = math.log(bucket[0] / bucket[1])
-        # Rounded, so that a picture and the same picture turned by 90 degrees decide alike.
-        return round(abs(shape - wanted), 9), -bucket[0] * bucket[1], round(abs(shape), 9)
+        # Rounded, and ties to the squarer one, so that a picture turned by 90 degrees gets its bucket turned.
+        return round(abs(shape - wanted), 9), round(abs(shape), 9)
 
     return min(_buckets(resolution), key=badness)
 

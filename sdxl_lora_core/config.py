@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -207,16 +208,7 @@ def to_yaml(path: Path, sections: dict[str, Any]) -> None:
 
     from .files import write_text_atomic
 
-    plain = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-        for name, value in sections.items()
-    }
-    plain = {
-        name: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-        if isinstance(value, dict)
-        else value
-        for name, value in plain.items()
-    }
+    plain = json.loads(json.dumps(sections, default=dataclasses.asdict))  # tuples become lists
     write_text_atomic(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 

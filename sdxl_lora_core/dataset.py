@@ -48,6 +48,7 @@ class CaptionDataset:
     """Pictures to train on and pictures to validate with, and what could not be used.
 
     The fingerprint is over what training sees: file contents, captions and settings in their order, no path or time.
+    `sources` are the folders in their order with their settings: loading them again gives this dataset again.
     """
 
     entries: tuple[CaptionEntry, ...]
@@ -56,6 +57,7 @@ class CaptionDataset:
     problems: tuple[Problem, ...]
     trigger_words: tuple[str, ...]
     name: str
+    sources: tuple[tuple[Path, DatasetConfig], ...] = ()
 
 
 def load_caption_dataset(
@@ -77,7 +79,7 @@ def load_caption_dataset(
     problems = [Problem(f"{folder.name}/{p.file}", p.reason, p.skipped) for p in dict.fromkeys(files.problems)]
     if not entries:
         raise ValueError(_nothing_left(folder.name, found, problems))
-    return _joined(chained, folder.name, config, entries, problems)
+    return _joined(chained, folder, config, entries, problems)
 
 
 def quick_fingerprint(folder: Path) -> str:
@@ -165,20 +167,23 @@ def _check(path: Path, hash_memo: Path | None) -> tuple[int, int, str] | str:
 
 def _joined(
     chained: CaptionDataset | None,
-    name: str,
+    folder: Path,
     config: DatasetConfig,
     entries: Sequence[CaptionEntry],
     problems: Sequence[Problem],
 ) -> CaptionDataset:
     training, validation = _split(entries, config.validation_percent)
-    words = [clean_caption(config.trigger_word)]
+    words, name = [clean_caption(config.trigger_word)], folder.name
+    sources = (*(chained.sources if chained else ()), (folder, config))
     if chained is not None:
         training, validation = [*chained.entries, *training], [*chained.validation, *validation]
         problems, words = [*chained.problems, *problems], [*chained.trigger_words, *words]
         name = f"{chained.name} + {name}"
     words = [word for word in dict.fromkeys(words) if word]
     fingerprint = _fingerprint(training, validation, words)
-    return CaptionDataset(tuple(training), tuple(validation), fingerprint, tuple(problems), tuple(words), name)
+    return CaptionDataset(
+        tuple(training), tuple(validation), fingerprint, tuple(problems), tuple(words), name, sources
+    )
 
 
 def _split(entries: Sequence[CaptionEntry], percent: int) -> tuple[list[CaptionEntry], list[CaptionEntry]]:

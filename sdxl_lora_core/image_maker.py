@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from .image_keys import attention_backend, scheduler_settings
 from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key
 from .text_embeds import TextEmbeds
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 VAE_SCALE = 8  # pixels to a latent cell
 LATENT_CHANNELS = 4
@@ -55,34 +52,33 @@ class ImageMaker:
     def _denoise(
         self, conditioning: dict[str, Tensor], seeds: Sequence[int], on_step: Callable[[int], object]
     ) -> Tensor:
-        unet: Any = self._borrow("unet")
-        _slice_attention(unet, self.config.attention_slicing)
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = _pipeline(self.base, self.config, unet)(
-            **conditioning,
-            guidance_scale=self.config.guidance,
-            num_inference_steps=self.config.steps,
-            width=self.config.width,
-            height=self.config.height,
-            latents=_noise(self.config, draws).to(self.dtype),
-            generator=draws,
-            output_type="latent",
-            callback_on_step_end=lambda pipeline, step, timestep, tensors: _report(on_step, step),
-        ).images
-        self._rest("unet")
-        return latents
+        with self._phase("unet") as unet:
+            _slice_attention(unet, self.config.attention_slicing)
+            return _pipeline(self.base, self.config, unet)(
+                **conditioning,
+                guidance_scale=self.config.guidance,
+                num_inference_steps=self.config.steps,
+                width=self.config.width,
+                height=self.config.height,
+                latents=_noise(self.config, draws).to(self.dtype),
+                generator=draws,
+                output_type="latent",
+                callback_on_step_end=lambda pipeline, step, timestep, tensors: _report(on_step, step),
+            ).images
 
     def _decode(self, latents: Tensor) -> np.ndarray:
-        vae: Any = self._borrow("vae")
-        vae.use_slicing, vae.use_tiling = self.config.vae_slicing, self.config.vae_tiling
-        image = vae.decode(_unscaled(latents.to(vae.device, vae.dtype), vae.config), return_dict=False)[0].float().cpu()
-        self._rest("vae")
-        _require_finite(image, latents, self.dtype, vae.dtype)
+        with self._phase("vae") as vae:
+            vae.use_slicing, vae.use_tiling = self.config.vae_slicing, self.config.vae_tiling
+            unscaled = _unscaled(latents.to(vae.device, vae.dtype), vae.config)
+            image = vae.decode(unscaled, return_dict=False)[0].float().cpu()
+            _require_finite(image, latents, self.dtype, vae.dtype)
         pixels = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
         return (pixels * 255).round().astype(np.uint8)
 
-    def _borrow(self, part: Part) -> nn.Module:
-        return self.parts.borrow(part, part_key(self.base, part, self.dtype, self.stack), lambda: self._load(part))
+    def _phase(self, part: Part) -> AbstractContextManager[Any]:
+        key = part_key(self.base, part, self.dtype, self.stack)
+        return self.parts.phase(part, key, lambda: self._load(part), offload_choice(self.config))
 
     def _load(self, part: Part) -> nn.Module:
         if part != "vae":
@@ -92,27 +88,22 @@ class ImageMaker:
         vae: Any = base_model.load_part(self.base, part, torch.float32)
         return vae if vae.config.force_upcast else vae.half()  # SDXL's own VAE overflows in fp16
 
-    def _rest(self, part: Part) -> None:
-        self.parts.rest(part, offload_choice(self.config))
-
 
 def offload_choice(config: GenerateConfig) -> bool | None:
     """None leaves it to the owner of the parts."""
     return {"auto": None, "phase": True, "none": False}[config.offload]
 
 
-def _pipeline(base: SDXLBase, config: GenerateConfig, unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
+def _pipeline(base: SDXLBase, config: GenerateConfig, unet: nn.Module) -> Any:
     """Diffusers' SDXL pipeline around the UNet alone: text and VAE have their own phases."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 
-    others: Any = dict.fromkeys(["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
-    pipeline = StableDiffusionXLPipeline(
-        unet=unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(scheduler_settings(base, config)),
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-        **others,
-    )
+    elsewhere = dict.fromkeys(["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+    own: dict[str, Any] = {
+        "unet": unet,
+        "scheduler": DPMSolverMultistepScheduler.from_config(scheduler_settings(base, config)),
+    }
+    pipeline = StableDiffusionXLPipeline(**elsewhere, **own, force_zeros_for_empty_prompt=False, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -144,7 +135,7 @@ def _unscaled(latents: Tensor, vae_config: Any) -> Tensor:
     return latents * spread / vae_config.scaling_factor + mean
 
 
-def _attention(config: GenerateConfig) -> AbstractContextManager[None]:
+def _attention(config: GenerateConfig) -> AbstractContextManager[Any]:
     if attention_backend(config) == "sdpa":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -156,9 +147,9 @@ def _slice_attention(unet: nn.Module, sliced: bool) -> None:
     """Half of the heads at a time, or all at once again."""
     from diffusers.models.attention_processor import Attention
 
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            module.set_attention_slice(max(1, module.heads // 2) if sliced else None)
+    attentions: Any = [module for module in unet.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        attention.set_attention_slice(max(1, attention.heads // 2) if sliced else None)
 
 
 def _require_finite(image: Tensor, latents: Tensor, unet_dtype: torch.dtype, vae_dtype: torch.dtype) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -19,6 +20,16 @@ class LoadedParts:
         self.device = device
         self.offload = offload
         self._held: dict[str, tuple[str, nn.Module]] = {}
+
+    @contextmanager
+    def phase(
+        self, part: str, key: str, load: Callable[[], nn.Module], offload: bool | None = None
+    ) -> Iterator[nn.Module]:
+        """borrow, and rest afterwards, whatever happens in between."""
+        try:
+            yield self.borrow(part, key, load)
+        finally:
+            self.rest(part, offload)
 
     def borrow(self, part: str, key: str, load: Callable[[], nn.Module]) -> nn.Module:
         """The module of `part` on the device. `load` is called when what is held has another key than `key`."""

@@ -88,13 +88,10 @@ def save_settings(
     to_yaml(
         run.folder / "run.yaml",
         {
-            "base": {"path": str(base.path), "precision": base.precision, "fingerprint": base.fingerprint},
-            "dataset": {
-                "name": dataset.name,
-                "folders": sorted({str(entry.image.parent) for entry in dataset.entries}),
-                "images": len(dataset.entries),
-                "fingerprint": dataset.fingerprint,
-            },
+            "base": {"path": str(base.path), "precision": base.precision},
+            "datasets": [
+                {"folder": str(folder), **dataclasses.asdict(settings)} for folder, settings in dataset.sources
+            ],
             "train": config,
             "run": facts,
         },

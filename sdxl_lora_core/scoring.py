@@ -131,13 +131,11 @@ def plain_text(prompt: str) -> str:
 
 
 def annotate(images: Sequence[np.ndarray], report: ScoreReport) -> list[np.ndarray]:
-    """The pictures, best first, with a strip below: rank, clip_score, prompt. uint8 [H + strip, W, 3].
-
-    `images` are those that were scored, in their own order.
-    """
+    """The scored pictures in their own order, with a strip below: rank, clip_score, prompt. uint8 [H + strip, W, 3]."""
     if len(images) != len(report.scores):
         raise ValueError(f"there are {len(images)} images and {len(report.scores)} scores: give the scored images")
-    return [_with_strip(images[i], report.scores[i], place) for place, i in enumerate(report.order, start=1)]
+    places = {index: place for place, index in enumerate(report.order, start=1)}
+    return [_with_strip(image, report.scores[i], places[i]) for i, image in enumerate(images)]
 
 
 def _with_strip(image: np.ndarray, score: Score, place: int) -> np.ndarray:

@@ -75,10 +75,8 @@ class TextPhase:
     def _run_encoders(self, texts: Sequence[str]) -> dict[str, TextEmbeds]:
         if not texts:
             return {}
-        text_model: Any = self.parts.borrow(TEXT_PART, self._key(), self._load)
-        embeds = {text: text_model(text) for text in texts}
-        self.parts.rest(TEXT_PART, self.offload)
-        return embeds
+        with self.parts.phase(TEXT_PART, self._key(), self._load, self.offload) as text_model:
+            return {text: text_model(text) for text in texts}
 
     def _key(self) -> str:
         hashes = dict(self.base.part_hashes)

@@ -94,7 +94,10 @@ def _train_and_save(
     lora = LoRAFile(unet=trained.modules, metadata=metadata)
     write_lora(run.lora_path, lora, _DTYPES[config.save_dtype], config.save_format)
     report = _report(run, base, dataset, config, trained)
-    facts = {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 1), "device": str(device)}
+    facts = {
+        "fingerprint": fingerprint, "base": base.fingerprint, "dataset": dataset.fingerprint,
+        "seconds": round(time.monotonic() - started, 1), "device": str(device),
+    }  # fmt: skip
     save_settings(run, base, dataset, config, facts)
     _write_metrics(run.folder / "metrics.csv", trained)
     draw_loss_chart(run.folder / "loss.png", run.name, trained.state.losses, trained.state.learning_rates)
@@ -135,7 +138,7 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
         "modules": len(trained.modules),
         "trigger_words": list(dataset.trigger_words),
         "skipped_steps": state.skipped,
-        "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems],
+        "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped],
     }
     if run.name != config.lora_name:
         report["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"

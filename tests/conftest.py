@@ -52,7 +52,7 @@ MICRO_TEXT_2: dict[str, Any] = {
 }
 
 
-def micro_config(config_class: Any, part: str, sizes: dict[str, Any]) -> dict[str, Any]:
+def sdxl_config(config_class: Any, part: str, sizes: dict[str, Any]) -> dict[str, Any]:
     return {**config_class.load_config(str(DATA), subfolder=part, local_files_only=True), **sizes}
 
 
@@ -63,12 +63,12 @@ def write_micro_sdxl(folder: Path) -> None:
     text = CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder", **MICRO_TEXT)
     text_2 = CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder_2", **MICRO_TEXT_2)
     StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_config(micro_config(AutoencoderKL, "vae", MICRO_VAE)),
+        vae=AutoencoderKL.from_config(sdxl_config(AutoencoderKL, "vae", MICRO_VAE)),
         text_encoder=CLIPTextModel(text),
         text_encoder_2=CLIPTextModelWithProjection(text_2),
         tokenizer=CLIPTokenizer.from_pretrained(DATA / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(DATA / "tokenizer_2"),
-        unet=UNet2DConditionModel.from_config(micro_config(UNet2DConditionModel, "unet", MICRO_UNET)),
+        unet=UNet2DConditionModel.from_config(sdxl_config(UNet2DConditionModel, "unet", MICRO_UNET)),
         scheduler=EulerDiscreteScheduler.from_pretrained(DATA, subfolder="scheduler"),
         add_watermarker=False,
     ).save_pretrained(folder)
@@ -102,6 +102,23 @@ def micro_copy(micro_sdxl: Path, tmp_path: Path) -> Callable[[], Path]:
         return folder
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def empty_sdxl() -> dict[str, Any]:
+    """The four parts of the real SDXL, as `data` describes it, on the meta device: names and shapes, no memory."""
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    text, text_2 = (CLIPTextConfig.from_pretrained(DATA, subfolder=part) for part in ("text_encoder", "text_encoder_2"))
+    with init_empty_weights():
+        return {
+            "unet": UNet2DConditionModel.from_config(sdxl_config(UNet2DConditionModel, "unet", {})),
+            "vae": AutoencoderKL.from_config(sdxl_config(AutoencoderKL, "vae", {})),
+            "text_encoder": CLIPTextModel(text),
+            "text_encoder_2": CLIPTextModelWithProjection(text_2),
+        }
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,14 @@ def settings(**changes: Any) -> GenerateConfig:
     return GenerateConfig(**{"prompt": "a red circle", "width": 64, "height": 64, "steps": 3, "seed": 5, **changes})
 
 
-def pixels(base: SDXLBase, config: GenerateConfig, loras: list[LoRARef] | None = None, **options: Any) -> np.ndarray:
-    """The images without a cache, [N, H, W, 3] as int."""
-    options = {"parts": SHARED, "cache_folder": None, **options}
-    return np.stack([image.pixels for image in generate(base, config, loras or [], **options)]).astype(int)
+def draw(base: SDXLBase, config: GenerateConfig, loras: Sequence[LoRARef] = (), **options: Any) -> list[GeneratedImage]:
+    """generate, without a cache and with the shared owner unless `options` say otherwise."""
+    return generate(base, config, loras, **{"parts": SHARED, "cache_folder": None, **options})
+
+
+def pixels(base: SDXLBase, config: GenerateConfig, loras: Sequence[LoRARef] = (), **options: Any) -> np.ndarray:
+    """What `draw` gives, [N, H, W, 3] as int, so that differences can be negative."""
+    return np.stack([image.pixels for image in draw(base, config, loras, **options)]).astype(int)
 
 
 def hits(images: list[GeneratedImage]) -> list[bool]:

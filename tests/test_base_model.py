@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sdxl_lora_core import base_model
 from sdxl_lora_core.base_model import (
-    DATA,
     PARTS,
     SDXLBase,
     describe_base,
@@ -44,20 +43,17 @@ def save(path: Path, *names: str, **shapes: tuple[int, ...]) -> Path:
 # ------------------------------------------------------------------ data/
 
 
-def test_data_describes_sdxl_exactly() -> None:
-    from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(DATA), subfolder="unet"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(str(DATA), subfolder="vae"))
-        text = CLIPTextModel(CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder"))
-        text_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder_2"))
-    counts = [sum(parameter.numel() for parameter in part.parameters()) for part in (unet, vae, text, text_2)]
-    assert counts == [2_567_463_684, 83_653_863, 123_060_480, 694_659_840]
-    assert vae.config.scaling_factor == 0.13025
-    assert (text.config.hidden_act, text_2.config.hidden_act) == ("quick_gelu", "gelu")
+def test_data_describes_sdxl_exactly(empty_sdxl: dict[str, Any]) -> None:
+    counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in empty_sdxl.items()}
+    assert counts == {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    }
+    assert empty_sdxl["vae"].config.scaling_factor == 0.13025
+    assert empty_sdxl["text_encoder"].config.hidden_act == "quick_gelu"
+    assert empty_sdxl["text_encoder_2"].config.hidden_act == "gelu"
 
 
 def test_tokenizers_are_clips(micro_base: SDXLBase, no_network: None) -> None:

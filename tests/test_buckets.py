@@ -33,6 +33,7 @@ SIZES = (
         ((10000, 100), 1024, (2048, 512)),
         ((300, 200), 128, (160, 96)),
         ((128, 128), 128, (128, 128)),
+        ((80, 40), 128, (160, 96)),  # as near to 192x80: the squarer one
     ],
 )
 def test_well_known_sizes_get_the_buckets_that_sdxl_was_trained_on(size, resolution, bucket):

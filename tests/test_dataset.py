@@ -416,7 +416,8 @@ def test_metadata_problems_are_named_with_their_line(tmp_path):
     lines = {f"metadata.jsonl line {number}" for number in (2, 3, 4, 5, 6, 7, 8, 11)}
     assert set(found) == lines | {"c.png"}
     assert "'gone.png'" in found["metadata.jsonl line 2"]
-    assert "../outside.png" in found["metadata.jsonl line 3"] and "/etc/passwd" in found["metadata.jsonl line 4"]
+    assert "'../outside.png' is not a usable relative path" in found["metadata.jsonl line 3"]
+    assert "'/etc/passwd' is not a usable relative path" in found["metadata.jsonl line 4"]
     assert "no JSON" in found["metadata.jsonl line 5"] and "another caption" in found["metadata.jsonl line 8"]
 
 
@@ -464,6 +465,7 @@ def test_trigger_word_comes_first_unless_it_is_there():
     assert with_trigger_word("a red cat", "pxl") == "pxl, a red cat"
     assert with_trigger_word("A PXL cat", "pxl") == "A PXL cat"
     assert with_trigger_word("a category", "cat") == "cat, a category"
+    assert with_trigger_word("a bobcat", "cat") == "cat, a bobcat"
     assert with_trigger_word("8-bit cat", "8-bit") == "8-bit cat"
     assert with_trigger_word("a cat", " \n") == "a cat"
     assert with_trigger_word("c++ code", "c++") == "c++ code"
@@ -541,6 +543,8 @@ def test_fingerprint_is_over_content_and_settings_not_paths_and_times(tmp_path):
     others.add(load(tmp_path / "a", {"00.txt": "another"}).fingerprint)
     others.add(load(tmp_path / "a", {"00.txt": "number 0", "00.png": png("white")}).fingerprint)
     assert len(others | {first.fingerprint}) == 8
+    # A trigger word that every caption has already changes no caption, but what is written into the LoRA.
+    assert load(tmp_path / "elsewhere", trigger_word="number").fingerprint != first.fingerprint
 
 
 def test_hashes_are_of_the_files_and_remembered(tmp_path):

@@ -1,12 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from sdxl_lora_core.base_model import SDXLBase, open_base
 from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import GeneratedImage, LoadedParts, LoRARef, generate
-from tests.micro_images import *
+from sdxl_lora_core.generation import LoRARef
+from tests.micro_images import TRAINED, WatchedParts, draw, edit_json, pixels, settings, weighted, write_lora
 
 
 @pytest.fixture
@@ -120,17 +113,17 @@ def test_vae_with_mean_and_spread_of_its_own(micro_copy: Callable[[], Path], mic
     ],
     ids=str,
 )
-def test_every_setting_acts(micro_base: SDXLBase, parts: WatchedParts, changes: dict[str, Any]) -> None:
-    before = pixels(micro_base, settings(), parts=parts)
-    assert abs(pixels(micro_base, settings(**changes), parts=parts) - before).max() > 1
+def test_every_setting_acts(micro_base: SDXLBase, changes: dict[str, Any]) -> None:
+    before = pixels(micro_base, settings())
+    assert abs(pixels(micro_base, settings(**changes)) - before).max() > 1
 
 
 def test_width_and_height(micro_base: SDXLBase) -> None:
     assert pixels(micro_base, settings(width=96, height=72)).shape == (1, 72, 96, 3)
 
 
-def test_largest_seed_wraps(micro_base: SDXLBase, parts: WatchedParts) -> None:
-    last, first = generate(micro_base, settings(seed=2**64 - 1, count=2), parts=parts, cache_folder=None)
+def test_largest_seed_wraps(micro_base: SDXLBase) -> None:
+    last, first = draw(micro_base, settings(seed=2**64 - 1, count=2))
     assert (last.seed, first.seed) == (2**64 - 1, 0)
     np.testing.assert_array_equal(first.pixels, pixels(micro_base, settings(seed=0))[0])
 
@@ -151,10 +144,10 @@ def test_without_guidance_the_unet_runs_once_and_the_negative_prompt_has_no_say(
 # Many images
 
 
-def test_an_image_does_not_depend_on_the_others(micro_base: SDXLBase, parts: WatchedParts) -> None:
+def test_an_image_does_not_depend_on_the_others(micro_base: SDXLBase) -> None:
     prompts = ["a red circle", "a blue square"]
     config = settings(prompt="\n".join(prompts), prompt_per_line=True, count=2)
-    together = generate(micro_base, config, parts=parts, cache_folder=None)
+    together = draw(micro_base, config)
     assert [(image.prompt, image.seed) for image in together] == [(text, seed) for text in prompts for seed in (5, 6)]
     for image in together:
         alone = pixels(micro_base, settings(prompt=image.prompt, seed=image.seed))[0]
@@ -162,23 +155,19 @@ def test_an_image_does_not_depend_on_the_others(micro_base: SDXLBase, parts: Wat
 
 
 def test_batches_are_nearly_the_same_and_have_their_own_keys(micro_base: SDXLBase, parts: WatchedParts) -> None:
-    single = generate(micro_base, settings(count=3), parts=parts, cache_folder=None)
+    single = draw(micro_base, settings(count=3), parts=parts)
     parts.held("unet").register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     sizes: list[int] = []
-    batched = generate(micro_base, settings(count=3, batch_size=2), parts=parts, cache_folder=None)
+    batched = draw(micro_base, settings(count=3, batch_size=2), parts=parts)
     assert sizes == [4, 4, 4, 2, 2, 2]
     for one, other in zip(single, batched, strict=True):
         assert abs(one.pixels.astype(int) - other.pixels).max() <= 1
         assert (one.seed, one.key == other.key) == (other.seed, False)
 
 
-def test_equal_requests_are_made_once(micro_base: SDXLBase, parts: WatchedParts) -> None:
+def test_equal_requests_are_made_once(micro_base: SDXLBase) -> None:
     steps = []
     config = settings(prompt="a red circle\na red circle", prompt_per_line=True)
-    images = generate(
-        micro_base, config, parts=parts, cache_folder=None, on_step=lambda done, total: steps.append((done, total))
-    )
+    images = draw(micro_base, config, on_step=lambda done, total: steps.append((done, total)))
     assert len(images) == 2 and images[0] == images[1]
     assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
-
-

@@ -1,26 +1,20 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from sdxl_lora_core.base_model import SDXLBase, open_base
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import GeneratedImage, LoadedParts, LoRARef, generate
-from tests.micro_images import *
-
+from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.generation import GeneratedImage, LoadedParts, LoRARef
+from tests.micro_images import CPU, WatchedParts, draw, hits, pixels, settings, write_lora
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -39,93 +33,81 @@ def lora(micro_base: SDXLBase, tmp_path_factory: pytest.TempPathFactory) -> LoRA
     return write_lora(tmp_path_factory.mktemp("loras") / "style.safetensors", micro_base, seed=1)
 
 
-@pytest.fixture(scope="session")
-def unet_lora(micro_base: SDXLBase, tmp_path_factory: pytest.TempPathFactory) -> LoRARef:
-    path = tmp_path_factory.mktemp("loras") / "unet.safetensors"
-    return write_lora(path, micro_base, seed=2, trained={"unet": TRAINED["unet"]})
-
-
 # Cache, progress, cancelling
 
 
-def test_count_4_finds_what_count_1_made(micro_base: SDXLBase, parts: WatchedParts, cache: Path) -> None:
+def test_count_4_finds_what_count_1_made(micro_base: SDXLBase, cache: Path) -> None:
     steps = []
-    made = generate(micro_base, settings(seed=6), parts=parts, cache_folder=cache)
-    images = generate(
-        micro_base, settings(count=4), parts=parts, cache_folder=cache,
+    made = draw(micro_base, settings(seed=6), cache_folder=cache)
+    images = draw(
+        micro_base, settings(count=4), cache_folder=cache,
         on_step=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
     assert hits(images) == [False, True, False, False]
     assert images[1].key == made[0].key
     np.testing.assert_array_equal(images[1].pixels, made[0].pixels)
     assert steps == [(done, 9) for done in range(10)]
-    again = generate(micro_base, settings(count=4), parts=parts, cache_folder=cache, on_step=pytest.fail)
+    again = draw(micro_base, settings(count=4), cache_folder=cache, on_step=pytest.fail)
     assert hits(again) == [True] * 4
     assert all(np.array_equal(one.pixels, other.pixels) for one, other in zip(images, again, strict=True))
 
 
-def test_renamed_lora_is_the_same_lora(
-    micro_base: SDXLBase, parts: WatchedParts, cache: Path, lora: LoRARef, tmp_path: Path
-) -> None:
-    generate(micro_base, settings(), [lora], parts=parts, cache_folder=cache)
+def test_renamed_lora_is_the_same_lora(micro_base: SDXLBase, cache: Path, lora: LoRARef, tmp_path: Path) -> None:
+    draw(micro_base, settings(), [lora], cache_folder=cache)
     copy = LoRARef(tmp_path / "renamed.safetensors", "renamed", lora.strength_model, lora.strength_clip)
     shutil.copy(lora.path, copy.path)
     memo = tmp_path / "hashes"
-    assert hits(generate(micro_base, settings(), [copy], parts=parts, cache_folder=cache, hash_memo=memo)) == [True]
+    assert hits(draw(micro_base, settings(), [copy], cache_folder=cache, hash_memo=memo)) == [True]
     write_lora(copy.path, micro_base, seed=9)  # retrained under the same name
-    assert hits(generate(micro_base, settings(), [copy], parts=parts, cache_folder=cache, hash_memo=memo)) == [False]
+    assert hits(draw(micro_base, settings(), [copy], cache_folder=cache, hash_memo=memo)) == [False]
 
 
-def test_refresh_makes_and_replaces(micro_base: SDXLBase, parts: WatchedParts, cache: Path) -> None:
-    generate(micro_base, settings(), parts=parts, cache_folder=cache)
+def test_refresh_makes_and_replaces(micro_base: SDXLBase, cache: Path) -> None:
+    draw(micro_base, settings(), cache_folder=cache)
     png = next(cache.rglob("image.png"))
     good = png.read_bytes()
     png.write_bytes(b"damaged")
-    assert hits(generate(micro_base, settings(cache="refresh"), parts=parts, cache_folder=cache)) == [False]
+    assert hits(draw(micro_base, settings(cache="refresh"), cache_folder=cache)) == [False]
     assert png.read_bytes() == good
-    assert hits(generate(micro_base, settings(cache="refresh"), parts=parts, cache_folder=cache)) == [False]
+    assert hits(draw(micro_base, settings(cache="refresh"), cache_folder=cache)) == [False]
 
 
-def test_off_neither_reads_nor_writes(micro_base: SDXLBase, parts: WatchedParts, cache: Path) -> None:
+def test_off_neither_reads_nor_writes(micro_base: SDXLBase, cache: Path) -> None:
     for _ in range(2):
-        assert hits(generate(micro_base, settings(cache="off"), parts=parts, cache_folder=cache)) == [False]
+        assert hits(draw(micro_base, settings(cache="off"), cache_folder=cache)) == [False]
     assert not cache.exists()
 
 
-def test_damaged_entry_heals(
-    micro_base: SDXLBase, parts: WatchedParts, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = generate(micro_base, settings(), parts=parts, cache_folder=cache)
+def test_damaged_entry_heals(micro_base: SDXLBase, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = draw(micro_base, settings(), cache_folder=cache)
     png = next(cache.rglob("image.png"))
     png.write_bytes(png.read_bytes()[:-100])
-    healed = generate(micro_base, settings(), parts=parts, cache_folder=cache)
+    healed = draw(micro_base, settings(), cache_folder=cache)
     np.testing.assert_array_equal(healed[0].pixels, made[0].pixels)
     assert [record.levelno for record in caplog.records if record.name == "sdxl_lora"] == [logging.WARNING]
-    assert hits(generate(micro_base, settings(), parts=parts, cache_folder=cache)) == [True]
+    assert hits(draw(micro_base, settings(), cache_folder=cache)) == [True]
 
 
 def test_cache_that_cannot_be_written_costs_one_warning(
-    micro_base: SDXLBase, parts: WatchedParts, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    micro_base: SDXLBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    images = generate(micro_base, settings(count=2), parts=parts, cache_folder=tmp_path / "file" / "images")
+    images = draw(micro_base, settings(count=2), cache_folder=tmp_path / "file" / "images")
     assert hits(images) == [False, False]
     messages = [record.message for record in caplog.records if record.name == "sdxl_lora"]
     assert len([message for message in messages if "not kept" in message]) == 1
 
 
 @pytest.mark.parametrize("at", [0, 1, 3, 4, 6, 7, 8])
-def test_cancel_passes_through_and_loses_nothing(
-    micro_base: SDXLBase, parts: WatchedParts, cache: Path, at: int
-) -> None:
+def test_cancel_passes_through_and_loses_nothing(micro_base: SDXLBase, cache: Path, at: int) -> None:
     def cancel(done: int, total: int) -> None:
         if done == at:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        generate(micro_base, settings(count=3), parts=parts, cache_folder=cache, on_step=cancel)
+        draw(micro_base, settings(count=3), cache_folder=cache, on_step=cancel)
     finished = max(0, at - 1) // 3
-    again = generate(micro_base, settings(count=3), parts=parts, cache_folder=cache)
+    again = draw(micro_base, settings(count=3), cache_folder=cache)
     assert hits(again) == [number < finished for number in range(3)]
     np.testing.assert_array_equal(again[2].pixels, pixels(micro_base, settings(seed=7))[0])
     assert not list(cache.rglob("*.lock"))
@@ -139,9 +121,7 @@ def test_two_threads_make_one_image(micro_base: SDXLBase, cache: Path) -> None:
         def count(done: int, total: int) -> None:
             made.append(done)
 
-        images.extend(
-            generate(micro_base, settings(steps=6), parts=LoadedParts(CPU), cache_folder=cache, on_step=count)
-        )
+        images.extend(draw(micro_base, settings(steps=6), parts=LoadedParts(CPU), cache_folder=cache, on_step=count))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -152,8 +132,8 @@ def test_two_threads_make_one_image(micro_base: SDXLBase, cache: Path) -> None:
     assert made.count(6) == 1
 
 
-def test_cache_holds_no_path(micro_base: SDXLBase, parts: WatchedParts, cache: Path, lora: LoRARef) -> None:
-    generate(micro_base, settings(), [lora], parts=parts, cache_folder=cache)
+def test_cache_holds_no_path(micro_base: SDXLBase, cache: Path, lora: LoRARef) -> None:
+    draw(micro_base, settings(), [lora], cache_folder=cache)
     files = [file for file in cache.rglob("*") if file.is_file()]
     stored = b"".join(file.read_bytes() for file in files)
     assert len(files) == 2
@@ -199,9 +179,8 @@ def test_global_randomness_is_left_alone(micro_base: SDXLBase) -> None:
     np.testing.assert_array_equal(pixels(micro_base, settings()), first)
 
 
-def test_weights_loaded_in_inference_mode_can_be_trained(
-    micro_base: SDXLBase, parts: WatchedParts, lora: LoRARef
-) -> None:
+def test_weights_loaded_in_inference_mode_can_be_trained(micro_base: SDXLBase, lora: LoRARef) -> None:
+    parts = WatchedParts()
     with torch.inference_mode():
         pixels(micro_base, settings(), [lora], parts=parts)
         assert torch.is_inference_mode_enabled()
@@ -226,9 +205,9 @@ print(found[0].hit, sorted(heavy))
 
 
 def test_a_hit_in_another_process_imports_nothing_heavy(
-    micro_sdxl: Path, micro_base: SDXLBase, parts: WatchedParts, cache: Path, lora: LoRARef
+    micro_sdxl: Path, micro_base: SDXLBase, cache: Path, lora: LoRARef
 ) -> None:
-    generate(micro_base, settings(), [lora], parts=parts, cache_folder=cache)
+    draw(micro_base, settings(), [lora], cache_folder=cache)
     command = [sys.executable, "-c", HIT, str(micro_sdxl), str(cache), str(lora.path)]
     answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert answer.stdout == "True []\n"

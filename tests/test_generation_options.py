@@ -1,12 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
-import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from sdxl_lora_core.base_model import SDXLBase, open_base
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import GeneratedImage, LoadedParts, LoRARef, generate
-from tests.micro_images import *
+from tests.micro_images import WatchedParts, draw, edit_json, pixels, settings
 
 
 @pytest.fixture
@@ -32,7 +22,7 @@ def test_attention_math_holds_for_one_call(micro_base: SDXLBase, parts: WatchedP
         seen = set()
         config = settings(attention=attention)
         see = lambda done, total: seen.add(torch.backends.cuda.flash_sdp_enabled()) if done else None  # noqa: E731
-        generate(micro_base, config, parts=parts, cache_folder=None, on_step=see)
+        draw(micro_base, config, parts=parts, on_step=see)
         return seen
 
     assert [fast_kernels(attention) for attention in ("auto", "math", "sdpa")] == [{True}, {False}, {True}]
@@ -83,6 +73,16 @@ def test_offload_by_phase_holds_one_phase_on_the_device(micro_base: SDXLBase, pa
     ]  # fmt: skip
 
 
+def test_cancelled_phase_leaves_the_device(micro_base: SDXLBase, parts: WatchedParts) -> None:
+    def cancel(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(micro_base, settings(offload="phase"), parts=parts, on_step=cancel)
+    assert parts.taken_events("leave") == ["leave text_encoders", "leave unet"]
+
+
 @pytest.mark.parametrize(("option", "owner", "leaves"), [("auto", True, 3), ("auto", False, 0), ("none", True, 0)])
 def test_offload_auto_is_the_owners_choice(micro_base: SDXLBase, option: str, owner: bool, leaves: int) -> None:
     parts = WatchedParts(offload=owner)
@@ -114,7 +114,5 @@ def test_image_that_is_not_finite_is_an_error_with_a_remedy(
     micro_base: SDXLBase, cache: Path, part: str, word: str
 ) -> None:
     with pytest.raises(ValueError, match=f"{word} gave .* not finite .*precision to fp32 or bf16"):
-        generate(micro_base, settings(steps=1), parts=WatchedParts(broken=part), cache_folder=cache)
+        draw(micro_base, settings(steps=1), parts=WatchedParts(broken=part), cache_folder=cache)
     assert not list(cache.rglob("*.png"))
-
-

@@ -1,13 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
-import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdxl_lora_core.base_model import SDXLBase, open_base
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import GeneratedImage, LoadedParts, LoRARef, generate
-from tests.micro_images import *
+from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.generation import LoRARef
+from tests.micro_images import TRAINED, WatchedParts, draw, hits, pixels, settings, weighted, write_lora
 
 
 @pytest.fixture
@@ -54,19 +45,20 @@ def test_the_same_file_twice_acts_twice(micro_base: SDXLBase, lora: LoRARef) -> 
     assert abs(twice - pixels(micro_base, settings(), [weighted(lora, 1.0, 0.5)])).max() <= 1
 
 
-def test_strength_zero_costs_nothing(micro_base: SDXLBase, tmp_path: Path, cache: Path, parts: WatchedParts) -> None:
+def test_strength_zero_costs_nothing(micro_base: SDXLBase, tmp_path: Path) -> None:
+    cache = tmp_path / "images"
     (tmp_path / "broken.safetensors").write_text("never read")
     off = LoRARef(tmp_path / "broken.safetensors", "broken", 0.0, 0.0)
-    bare = generate(micro_base, settings(), parts=parts, cache_folder=cache)
-    assert hits(generate(micro_base, settings(), [off], parts=parts, cache_folder=cache)) == [True]
-    assert generate(micro_base, settings(), [off], parts=parts, cache_folder=None)[0].key == bare[0].key
+    bare = draw(micro_base, settings(), cache_folder=cache)
+    assert hits(draw(micro_base, settings(), [off], cache_folder=cache)) == [True]
+    assert draw(micro_base, settings(), [off])[0].key == bare[0].key
 
 
 def test_only_what_changed_is_loaded_again(
     micro_base: SDXLBase, parts: WatchedParts, lora: LoRARef, unet_lora: LoRARef
 ) -> None:
     def loads(*stack: LoRARef, **changes: Any) -> list[str]:
-        generate(micro_base, settings(**{"steps": 1, **changes}), stack, parts=parts, cache_folder=None)
+        draw(micro_base, settings(**{"steps": 1, **changes}), stack, parts=parts)
         return [event.removeprefix("load ") for event in parts.taken_events("load")]
 
     assert loads() == ["text_encoders", "unet", "vae"]
@@ -78,35 +70,31 @@ def test_only_what_changed_is_loaded_again(
     assert loads(weighted(lora, 1.0, 0.5)) == ["text_encoders"]
 
 
-def test_taking_the_stack_off_restores_the_base(micro_base: SDXLBase, parts: WatchedParts, lora: LoRARef) -> None:
-    before = pixels(micro_base, settings(), parts=parts)
-    pixels(micro_base, settings(), [lora], parts=parts)
-    np.testing.assert_array_equal(pixels(micro_base, settings(), parts=parts), before)
+def test_taking_the_stack_off_restores_the_base(micro_base: SDXLBase, lora: LoRARef) -> None:
+    before = pixels(micro_base, settings())
+    pixels(micro_base, settings(), [lora])
+    np.testing.assert_array_equal(pixels(micro_base, settings()), before)
 
 
 def test_missing_lora_is_named(micro_base: SDXLBase, tmp_path: Path, parts: WatchedParts) -> None:
     gone = LoRARef(tmp_path / "gone.safetensors", "gone", 1.0, 1.0)
     with pytest.raises(FileNotFoundError, match="LoRA gone does not exist"):
-        generate(micro_base, settings(), [gone], parts=parts, cache_folder=None)
+        draw(micro_base, settings(), [gone], parts=parts)
     assert not parts.events
 
 
-def test_lora_that_fits_nowhere_is_refused_and_then_forgotten(
-    micro_base: SDXLBase, tmp_path: Path, parts: WatchedParts
-) -> None:
+def test_lora_that_fits_nowhere_is_refused_and_then_forgotten(micro_base: SDXLBase, tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     stem = "unet.down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"
     save_file({f"{stem}.lora_A.weight": torch.ones(4, 8), f"{stem}.lora_B.weight": torch.ones(8, 4)}, path)
     with pytest.raises(ValueError, match="LoRA foreign: none of its 1 unet modules"):
-        generate(micro_base, settings(), [LoRARef(path, "foreign", 1.0, 1.0)], parts=parts, cache_folder=None)
-    np.testing.assert_array_equal(pixels(micro_base, settings(), parts=parts), pixels(micro_base, settings()))
+        draw(micro_base, settings(), [LoRARef(path, "foreign", 1.0, 1.0)])
+    np.testing.assert_array_equal(pixels(micro_base, settings()), pixels(micro_base, settings()))
 
 
 def test_lora_that_fits_in_part_is_warned_about(
     micro_base: SDXLBase, tmp_path: Path, lora: LoRARef, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from safetensors.torch import load_file
-
     path = tmp_path / "half.safetensors"
     stem = "unet.down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"
     extra = {f"{stem}.lora_A.weight": torch.ones(4, 8), f"{stem}.lora_B.weight": torch.ones(8, 4)}
@@ -114,5 +102,3 @@ def test_lora_that_fits_in_part_is_warned_about(
     half = pixels(micro_base, settings(), [LoRARef(path, "half", 1.0, 1.0)])
     np.testing.assert_array_equal(half, pixels(micro_base, settings(), [lora]))
     assert "LoRA half" in caplog.text and "down_blocks.7" in caplog.text
-
-

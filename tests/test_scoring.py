@@ -315,15 +315,23 @@ def report_of(scores):
     return ScoreReport(rows, rank([row.cosine for row in rows]), (), "x")
 
 
-def test_annotated_pictures_are_untouched_above_their_strip_and_come_best_first():
+def test_annotated_pictures_keep_order_and_pixels_and_get_a_strip_of_their_own():
     images = [np.full((128, 128, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
     annotated = annotate(images, report_of([20.0, math.nan, 31.0]))
-    assert [int(image[0, 0, 0]) for image in annotated] == [30, 10, 20]
+    assert [int(image[0, 0, 0]) for image in annotated] == [10, 20, 30]
     assert len({image.shape for image in annotated}) == 1 and annotated[0].dtype == np.uint8
-    assert annotated[0].shape[0] > 128 and annotated[0].shape[1:] == (128, 3)
-    assert (annotated[0][:128] == 30).all() and (annotated[0][128:] < 100).any() and (annotated[0][128:] == 255).any()
-    strips = [image[128:].tobytes() for image in annotated]
-    assert len(set(strips)) == 3
+    assert annotated[2].shape[0] > 128 and annotated[2].shape[1:] == (128, 3)
+    assert (annotated[2][:128] == 30).all() and (annotated[2][128:] < 100).any() and (annotated[2][128:] == 255).any()
+    assert len({image[128:].tobytes() for image in annotated}) == 3
+
+
+def test_the_strip_shows_rank_and_score():
+    strips = {
+        scores: annotate(pictures(2, width=256), report_of(scores))[0][SIDE:].tobytes()
+        for scores in ((20.0, 31.0), (20.0, 30.0), (20.0, 10.0), (21.0, 31.0))
+    }
+    assert strips[20.0, 31.0] == strips[20.0, 30.0]
+    assert len(set(strips.values())) == 3
 
 
 def test_annotating_other_pictures_than_those_scored_is_an_error():

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from sdxl_lora_core import base_model, checkpoints, precompute, training_loop
 from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.cli import main
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.runs import RunFolders
@@ -31,7 +32,7 @@ from sdxl_lora_core.training_data import TrainingData, generator
 from sdxl_lora_core.training_loop import Loop, StepReport, lr_factor
 
 CPU = torch.device("cpu")
-SMALL = TrainConfig(lora_name="small", steps=4, learning_rate=1e-3, rank=2, alpha=4, batch_size=2, save_dtype="fp32")
+SMALL = TrainConfig(lora_name="small", steps=4, learning_rate=1e-3, rank=2, alpha=4.0, batch_size=2, save_dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -478,3 +479,44 @@ def test_a_mirrored_crop_has_mirrored_coordinates(micro_base: SDXLBase, tmp_path
     crop = plain.crop
     assert plain.time_ids().tolist() == [64, 101, crop.top, crop.left, crop.bucket_h, crop.bucket_w]
     assert mirrored.time_ids()[3] == crop.resized_w - crop.bucket_w - crop.left
+
+
+def test_run_yaml_repeats_the_run_from_the_command_line(
+    run: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run()
+    settings = tmp_path / "a" / "runs" / "small" / "run.yaml"
+    main(
+        [
+            "train",
+            str(settings),
+            "--output",
+            str(tmp_path / "again"),
+            "--home",
+            str(tmp_path / "home"),
+            "--device",
+            "cpu",
+        ]
+    )
+    repeated = tmp_path / "again" / "loras" / "small.safetensors"
+    assert same_tensors(load_file(repeated), load_file(result.lora_path))
+    assert repeated.read_bytes() == lora_bytes(result)
+    assert str(repeated) in capsys.readouterr().out
+
+
+def test_a_wrong_run_yaml_is_refused_before_anything_is_opened(run: Train, tmp_path: Path) -> None:
+    run()
+    settings = tmp_path / "a" / "runs" / "small" / "run.yaml"
+    settings.write_text(settings.read_text(encoding="utf-8").replace("rank: 2", "rnak: 2"), encoding="utf-8")
+    with pytest.raises(SystemExit, match="run.yaml: train: unknown setting rnak"):
+        main(["train", str(settings), "--output", str(tmp_path)])
+
+
+def test_inspect_says_what_a_path_is(
+    run: Train, micro_sdxl: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, words in [(micro_sdxl, "SDXL, diffusers folder"), (run().lora_path, "rank 2"), (pictures, "5 images")]:
+        main(["inspect", str(path)])
+        assert words in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="does not exist"):
+        main(["inspect", "nowhere"])

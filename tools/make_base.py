@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import world
 from make_tokenizer import PROMPT_WORDS
-from make_vae import random_scene, to_tensor
+from make_vae import to_tensor
 
 WIDTHS = (64, 96)
 TIME_IDS = 6
@@ -174,7 +175,8 @@ def main() -> None:
     model = TinySDXL(args.work)
     print({part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS}, flush=True)
     if args.steps == 0:
-        return model.save(args.work)
+        model.save(args.work)
+        return
     if not (args.work / "latents.pt").exists():
         make_latents(args.work, args.drawings)
     train(model, torch.load(args.work / "latents.pt", weights_only=True), args)
@@ -182,6 +184,9 @@ def main() -> None:
 
 def train(model: TinySDXL, data: dict, args: argparse.Namespace) -> None:
     noise = DDPMScheduler(**NOISE)
+    model.unet.set_attn_processor(AttnProcessor())  # on a CPU plain attention trains 1.5 times faster than the fused one
+    model.text_encoder.set_attn_implementation("eager")
+    model.text_encoder_2.set_attn_implementation("eager")
     optimizer = torch.optim.AdamW(groups(model), lr=args.lr, betas=(0.9, 0.99))
     average = {name: value.clone() for name, value in model.state_dict().items()}
     first, state_file = 0, args.work / "base.pt"

@@ -12,10 +12,12 @@ import world
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 520
-PROMPT_WORDS = """
-the of and with in on a an one two big small bright dark nice simple flat soft clean poster photo picture painting
-sketch style icon logo art best quality high low blurry ugly bad sharp detailed pixel retro game colour color shape
-background""".split()
+PROMPT_WORDS = [
+    *("the", "of", "and", "with", "in", "on", "a", "an", "one", "two", "big", "small", "bright", "dark", "nice"),
+    *("simple", "flat", "soft", "clean", "poster", "photo", "picture", "painting", "sketch", "style", "icon", "logo"),
+    *("art", "best", "quality", "high", "low", "blurry", "ugly", "bad", "sharp", "detailed", "pixel", "retro", "game"),
+    *("colour", "color", "shape", "background"),
+]
 
 
 def byte_letters() -> list[str]:

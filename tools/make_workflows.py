@@ -1,6 +1,6 @@
 """Writes workflows/*.json, for ComfyUI's page, from workflows/api/*.json and the node definitions.
 
-    python tools/make_workflows.py
+    python -m tools.make_workflows
 
 The API files are the source: after a change there, or of a node's inputs, run this again (a test compares the two).
 """
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from run_workflow import CORE_NODES, ROOT, Workflow, load_pack
+from tools.run_workflow import CORE_NODES, ROOT, Workflow, load_pack
 
 NOTES = {
     "train_and_compare": (

@@ -180,6 +180,7 @@ def _outlines(shape: str) -> list[tuple[list[tuple[float, float]], int]]:
             ([(-1, -0.28), (0.05, -0.28), (0.05, -0.8), (1.05, 0), (0.05, 0.8), (0.05, 0.28), (-1, 0.28)], 255)
         ]
     if shape == "flower":
-        petals = [_disc(0.62 * math.sin(2 * math.pi * i / 5), -0.62 * math.cos(2 * math.pi * i / 5), 0.42) for i in range(5)]
+        turns = [2 * math.pi * i / 5 for i in range(5)]
+        petals = [_disc(0.62 * math.sin(turn), -0.62 * math.cos(turn), 0.42) for turn in turns]
         return [(petal, 255) for petal in petals] + [(_disc(0, 0, 0.26), 0)]
     raise ValueError(f"unknown shape {shape!r}: use one of {', '.join(SHAPES)}")

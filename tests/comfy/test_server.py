@@ -97,12 +97,10 @@ def test_training_after_generation_and_the_reverse_in_one_process(server: Any) -
 def test_second_run_finds_everything_again(server: Any) -> None:
     workflow = {**picture(["train", 0], seed=21), **job(train={"lora_name": "again"})}
     server.run(workflow)
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    server.wait(lambda: not server.get("/queue")["queue_running"], 30)
+    server.run(picture(seed=22))  # makes ComfyUI forget the outputs of nodes that are not in this prompt
     second = server.run(workflow)
-    if "train" in second:
-        assert json.loads(second["train"]["text"][0])["reused"] is True
-        assert "1 from the cache" in second["picture"]["text"][0]
+    assert json.loads(second["train"]["text"][0])["reused"] is True
+    assert "1 from the cache" in second["picture"]["text"][0]
     assert not (server.base / "output/loras/again_00002.safetensors").exists()
 
 
@@ -180,27 +178,29 @@ def test_datasets_that_cannot_be_used(server: Any, png: bytes) -> None:
     assert sorted((server.base / "output").rglob("*.safetensors")) == loras
 
 
-def test_a_caption_in_utf_16_is_named(server: Any, png: bytes) -> None:
-    files = {"a.png": png, "a.txt": "ein Kreis".encode("utf-16"), "b.png": png, "b.txt": b"a circle"}
+def test_captions_in_utf_16_are_read_or_named(server: Any, png: bytes) -> None:
+    files = {"a.png": png, "a.txt": "ein Kreis".encode("utf-16"), "b.png": png, "b.txt": "a ring".encode("utf-16-le")}
     outputs = server.run(job(dataset={"folder": folder_with(server, "utf16", files)}, train={"lora_name": "utf16"}))
-    assert "a.txt" in outputs["dataset"]["text"][0] or "a.png" in outputs["dataset"]["text"][0]
+    report = outputs["dataset"]["text"][0]
+    assert "1 image to train on" in report
+    assert re.search(r"b\.(png|txt).*UTF-16 without its mark", report), report
 
 
 def test_models_of_another_kind(server: Any) -> None:
     checkpoints, loras = server.base / "models/checkpoints", server.base / "models/loras"
     for folder in (checkpoints, loras):
         folder.mkdir(exist_ok=True)
-    attention = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    save_file({attention: torch.zeros(320, 768)}, checkpoints / "sd15.safetensors")
-    assert re.search(r"SD ?1|Stable Diffusion 1", server.failure(job(base={"base": "sd15.safetensors"})))
+    unet = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    text = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    save_file({unet: torch.zeros(320, 768), text: torch.zeros(3072, 768)}, checkpoints / "sd15.safetensors")
+    assert "a Stable Diffusion 1.x checkpoint" in server.failure(job(base={"base": "sd15.safetensors"}))
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     weights = {f"{key}.lora_down.weight": torch.zeros(4, 768), f"{key}.lora_up.weight": torch.zeros(320, 4)}
     save_file(weights, loras / "sd15-lora.safetensors")
     load = {"class_type": "LoadLoRA", "inputs": {
         "lora_name": "sd15-lora.safetensors", "strength_model": 1.0, "strength_clip": 1.0, "enabled": True,
     }}  # fmt: skip
-    message = server.failure({**picture(["load", 0]), "load": load})
-    assert re.search(r"SD ?1|Stable Diffusion 1|SDXL", message), message
+    assert "a Stable Diffusion 1.x LoRA" in server.failure({**picture(["load", 0]), "load": load})
 
 
 def test_settings_out_of_range(server: Any) -> None:

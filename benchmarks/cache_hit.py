@@ -1,0 +1,93 @@
+"""How long SDXLGenerateCached takes when the image is there already, and what importing the pack costs.
+
+    python -m benchmarks.cache_hit
+
+The image is picture-like, 1024 x 1024, a PNG of at least 1.3 MB; the whole node call is timed in a warm process.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("diffusers", "transformers", "peft", "accelerate", "pydantic")
+IMPORT = (
+    "import sys, time, importlib.util as u, torch, numpy, PIL.Image; t = time.perf_counter();"
+    "s = u.spec_from_file_location('pack', '__init__.py', submodule_search_locations=['.']);"
+    "sys.modules['pack'] = m = u.module_from_spec(s); s.loader.exec_module(m); seconds = time.perf_counter() - t;"
+    f"print(round(seconds, 3), [name for name in {HEAVY} if name in sys.modules])"
+)
+
+
+def main() -> None:
+    seconds = [
+        subprocess.check_output([sys.executable, "-c", IMPORT], cwd=ROOT, text=True).split()[0] for _ in range(5)
+    ]
+    print(f"import of the pack beyond torch: {min(map(float, seconds))} s (best of 5: {', '.join(seconds)})")
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["SDXL_LORA_HOME"] = home
+        times, size = hits(Path(home))
+    median = statistics.median(times)
+    print(
+        f"hit, whole node call, PNG of {size / 1e6:.2f} MB: median {median * 1e3:.1f} ms, worst {max(times) * 1e3:.1f} ms"
+    )
+    print("heavy libraries loaded:", [name for name in HEAVY if name in sys.modules])
+
+
+def hits(home: Path, repeats: int = 20) -> tuple[list[float], int]:
+    """Seconds of each call, and the bytes of the PNG."""
+    sys.path.insert(0, str(ROOT / "tools"))  # run_workflow is a script, not a package
+    from run_workflow import load_pack
+
+    nodes = load_pack().NODE_CLASS_MAPPINGS
+    (base, _) = nodes["LoadSDXLBase"]().load(base="tiny-sdxl (bundled)", precision="fp32")["result"]
+    request: dict[str, Any] = {
+        "prompt": "a red heart on a sky background", "negative_prompt": "", "seed": 1, "steps": 25, "guidance": 7.0,
+        "width": 1024, "height": 1024, "count": 1, "sampler": "dpmpp_2m", "scheduler": "karras", "cache": "use",
+    }  # fmt: skip
+    path = fill_cache(home, base, request)
+    node, times = nodes["SDXLGenerateCached"](), []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        node.generate(base=base, **request)
+        times.append(time.perf_counter() - begun)
+    return times, path.stat().st_size
+
+
+def fill_cache(home: Path, base: Any, request: dict[str, Any]) -> Path:
+    """Puts an image under the request's key, as a run of SDXL would have left it."""
+    import sdxl_lora_nodes_pack.sdxl_lora_core as core  # type: ignore[import-not-found]
+    from sdxl_lora_nodes_pack.sdxl_lora_core import image_cache, image_keys  # type: ignore[import-not-found]
+
+    config = core.config.GenerateConfig(**request)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = image_keys.image_settings(base, config, [], torch.float32, device)
+    key = image_keys.image_key(settings, request["prompt"], request["seed"])
+    cache = image_cache.ImageCache(home / "user/sdxl_lora/images")
+    cache.store(key, picture(), {"settings": settings})
+    return next(cache.root.glob(f"v1/*/{key}/image.png"))
+
+
+def picture() -> np.ndarray:
+    """Soft forms with grain, 1024 x 1024, as a photograph compresses."""
+    noise = np.random.default_rng(0)
+    soft = Image.fromarray(noise.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize(
+        (1024, 1024), Image.Resampling.BICUBIC
+    )
+    grain = noise.normal(0, 3, (1024, 1024, 3))
+    return (np.asarray(soft) + grain).clip(0, 255).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""sdxl-lora: the engine from the command line.
+
+sdxl-lora train run.yaml               repeats the run that a node or an earlier call wrote down
+sdxl-lora inspect FILE_OR_FOLDER       says what a base, a LoRA or a dataset is
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base_model import SDXLBase, describe_base, open_base
+from .config import DatasetConfig, TrainConfig, from_mapping
+from .dataset import CaptionDataset, describe, load_caption_dataset
+from .lora_files import describe_lora
+from .runs import RunFolders
+from .training import train
+from .training_loop import StepReport
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sdxl-lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("train", help="train from a run.yaml")
+    command.add_argument("settings", type=Path)
+    command.add_argument("--output", type=Path, default=Path("output"), help="gets loras/ and lora_runs/")
+    command.add_argument("--home", type=Path, default=Path("output/sdxl_lora"), help="where the caches lie")
+    command.add_argument("--device", type=torch.device, default=_default_device())
+    command.set_defaults(run=_train)
+    command = commands.add_parser("inspect", help="describe a base, a LoRA or a dataset")
+    command.add_argument("path", type=Path)
+    command.set_defaults(run=_inspect)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"sdxl-lora: {error}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    base, dataset, config = read_run(options.settings, options.home / "hashes")
+    loras = options.output / "loras"
+    folders = RunFolders(loras, options.output / "lora_runs", options.home, lambda name: (loras / name).exists())
+    with _Bar() as bar:
+        result = train(base, dataset, config, folders=folders, device=options.device, on_step=bar)
+    print(json.dumps(result.report, indent=2))
+    print(result.lora_path)
+
+
+def read_run(path: Path, hash_memo: Path | None) -> tuple[SDXLBase, CaptionDataset, TrainConfig]:
+    """What a run.yaml asks for, every setting checked before any model or image is opened.
+
+    Raises ValueError naming the settings that are wrong, FileNotFoundError for a base or dataset that is gone.
+    """
+    import yaml
+
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or not {"base", "datasets", "train"} <= set(document):
+        raise ValueError(f"{path.name} is not a run: it needs the sections base, datasets and train")
+    config = from_mapping(TrainConfig, document["train"], f"{path.name}: train")
+    sources = [_source(path.name, section) for section in document["datasets"]]
+    base = open_base(Path(document["base"]["path"]), document["base"].get("precision", "auto"), hash_memo)
+    dataset: CaptionDataset | None = None
+    for folder, settings in sources:
+        dataset = load_caption_dataset(folder, settings, dataset, hash_memo)
+    if dataset is None:
+        raise ValueError(f"{path.name}: datasets is empty: name at least one folder")
+    return base, dataset, config
+
+
+def _source(file: str, section: dict[str, Any]) -> tuple[Path, DatasetConfig]:
+    settings = {name: value for name, value in section.items() if name != "folder"}
+    if "folder" not in section:
+        raise ValueError(f"{file}: datasets: every entry needs a folder")
+    return Path(section["folder"]), from_mapping(DatasetConfig, settings, f"{file}: datasets")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    """A path is a base, a LoRA or a dataset: the first reader that takes it describes it."""
+    readers: list[Callable[[Path], str]] = [
+        lambda path: describe_base(open_base(path)),
+        describe_lora,
+        lambda path: describe(load_caption_dataset(path, DatasetConfig())),
+    ]
+    refusals = []
+    for read in readers:
+        try:
+            return print(read(options.path))
+        except (ValueError, OSError) as error:
+            refusals.append(str(error))
+    raise ValueError("\n".join(refusals))
+
+
+class _Bar:
+    """A progress bar for each phase."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._bar: Any = None
+
+    def __call__(self, report: StepReport) -> None:
+        from tqdm import tqdm
+
+        if report.phase != self._phase:
+            self.close()
+            self._phase, self._bar = report.phase, tqdm(total=report.total, desc=report.phase)
+        if report.loss is not None:
+            self._bar.set_postfix_str(f"loss {report.loss:.4f}", refresh=False)
+        self._bar.update(report.done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,101 @@
+"""The shipped workflows in ComfyUI's page, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare"]
+VISIBLE = {  # widgets on the face of each node: what is not advanced, and the second widget of a seed that moves
+    "LoadCaptionDataset": 4,
+    "LoadSDXLBase": 2,
+    "TrainSDXLLoRA": 8,
+    "LoadLoRA": 4,
+    "SDXLGenerateCached": 12,
+    "CLIPScore": 2,
+}
+
+# Which widgets a node shows: litegraph asks isWidgetVisible, newer frontends read the options.
+FACES = """() => window.app.graph._nodes.map((node) => [
+  node.type,
+  (node.widgets ?? []).filter((widget) =>
+    node.isWidgetVisible ? node.isWidgetVisible(widget) : !(widget.advanced || widget.options?.advanced)
+  ).length,
+])"""
+
+
+@pytest.fixture(scope="module")
+def page(server: Any) -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium: install it or set CHROMIUM")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(server.url)
+        page.wait_for_function("window.app?.extensionManager && window.app?.graph && window.app?.canvas", timeout=120_000)
+        page.wait_for_function("!!window.LiteGraph.registered_node_types.TrainSDXLLoRA", timeout=60_000)
+        yield page
+        browser.close()
+
+
+def open_workflow(page: Any, name: str) -> None:
+    graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    page.evaluate("async (graph) => { await window.app.loadGraphData(graph); }", graph)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow_opens_with_the_right_values(page: Any, shipped: dict[str, Any], name: str) -> None:
+    open_workflow(page, name)
+    missing = "() => window.app.graph._nodes.filter((node) => node.has_errors).map((node) => node.type)"
+    assert page.evaluate(missing) == []
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    assert set(prompt) == set(shipped[name])
+    for key, node in shipped[name].items():
+        assert prompt[key]["class_type"] == node["class_type"]
+        assert {name: prompt[key]["inputs"].get(name) for name in node["inputs"]} == node["inputs"]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_advanced_inputs_are_hidden(page: Any, name: str) -> None:
+    open_workflow(page, name)
+    faces = [(kind, count) for kind, count in page.evaluate(FACES) if kind in VISIBLE]
+    assert faces == [(kind, VISIBLE[kind]) for kind, _ in faces] and faces
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow_runs_from_the_page(
+    page: Any, server: Any, shipped: dict[str, Any], shrink: Callable[..., Any], name: str
+) -> None:
+    open_workflow(page, name)
+    for key, node in shrink(shipped[name]).items():
+        page.evaluate(
+            """([key, inputs]) => {
+              for (const widget of window.app.graph.getNodeById(key).widgets ?? [])
+                if (widget.name in inputs && !Array.isArray(inputs[widget.name])) widget.value = inputs[widget.name];
+            }""",
+            [int(key), node["inputs"]],
+        )
+    before = set(server.get("/history"))
+    page.evaluate("async () => { await window.app.queuePrompt(0, 1); }")
+    server.wait(lambda: set(server.get("/history")) - before, 300)
+    (prompt,) = set(server.get("/history")) - before
+    status = server.get(f"/history/{prompt}")[prompt]["status"]
+    assert status["status_str"] == "success", status
+    texts = """() => window.app.graph._nodes
+      .flatMap((node) => node.widgets ?? []).filter((widget) => widget.name === "sdxl_lora_text")
+      .map((widget) => widget.element.value)"""
+    page.wait_for_function(f"({texts})().length >= 2", timeout=30_000)
+    assert all(page.evaluate(texts)), "a node shows an empty text"
+    saved = page.evaluate("() => window.app.graph.serialize().nodes.map((node) => [node.id, node.widgets_values ?? []])")
+    graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    counts = {node["id"]: len(node["widgets_values"]) for node in graph["nodes"]}
+    assert {key: len(values) for key, values in saved} == counts, "the text must stay out of the saved graph"

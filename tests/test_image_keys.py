@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_lora_core import image_keys
+from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.config import GenerateConfig
+from sdxl_lora_core.image_keys import image_key, image_settings
+
+REPOSITORY = Path(__file__).parent.parent
+LORAS = (("a" * 64, 1.0, 0.5), ("b" * 64, 0.8, 0.8))
+
+
+def config(**changes: Any) -> GenerateConfig:
+    return GenerateConfig(**{"prompt": "a red circle", "negative_prompt": "blurry", **changes})
+
+
+def key(
+    base: SDXLBase,
+    settings: GenerateConfig | None = None,
+    loras: tuple[tuple[str, float, float], ...] = LORAS,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda:0",
+    prompt: str = "a red circle",
+    seed: int = 0,
+) -> str:
+    return image_key(image_settings(base, settings or config(), loras, dtype, torch.device(device)), prompt, seed)
+
+
+def with_hash(base: SDXLBase, part: str) -> SDXLBase:
+    hashes = tuple((name, "0" * 64 if name == part else digest) for name, digest in base.part_hashes)
+    return dataclasses.replace(base, part_hashes=hashes)
+
+
+# What is in the key
+
+MOVES_PIXELS: dict[str, dict[str, Any]] = {
+    "negative_prompt": {"negative_prompt": "sharp"},
+    "steps": {"steps": 26},
+    "guidance": {"guidance": 7.5},
+    "width": {"width": 1032},
+    "height": {"height": 1032},
+    "scheduler": {"scheduler": "normal"},
+    "batch_size": {"batch_size": 2},
+    "attention": {"attention": "math"},
+    "attention_slicing": {"attention_slicing": True},
+    "vae_tiling": {"vae_tiling": True},
+}
+# prompt and seed enter by image; sampler and prompt_syntax have one value so far; vae_slicing counts in batches only
+KEYED_OTHERWISE = {"prompt", "seed", "sampler", "prompt_syntax", "vae_slicing"}
+MOVES_NOTHING: dict[str, dict[str, Any]] = {
+    "count": {"count": 4},
+    "cache": {"cache": "refresh"},
+    "prompt_per_line": {"prompt_per_line": True},
+    "offload": {"offload": "phase"},
+}
+
+
+def test_every_option_of_a_request_is_accounted_for() -> None:
+    options = {field.name for field in dataclasses.fields(GenerateConfig)}
+    assert options == {*MOVES_PIXELS, *KEYED_OTHERWISE, *MOVES_NOTHING}
+
+
+@pytest.mark.parametrize("option", MOVES_PIXELS)
+def test_option_changes_the_key(micro_base: SDXLBase, option: str) -> None:
+    assert key(micro_base, config(**MOVES_PIXELS[option])) != key(micro_base)
+
+
+@pytest.mark.parametrize("option", MOVES_NOTHING)
+def test_option_that_moves_nothing_leaves_the_key(micro_base: SDXLBase, option: str) -> None:
+    assert key(micro_base, config(**MOVES_NOTHING[option])) == key(micro_base)
+
+
+def test_width_and_height_are_told_apart(micro_base: SDXLBase) -> None:
+    assert key(micro_base, config(width=512)) != key(micro_base, config(height=512))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+def test_base_part_changes_the_key(micro_base: SDXLBase, part: str) -> None:
+    assert key(with_hash(micro_base, part)) != key(micro_base)
+
+
+@pytest.mark.parametrize("changes", [{"prediction_type": "v_prediction"}, {"zero_terminal_snr": True}], ids=str)
+def test_kind_of_base_changes_the_key(micro_base: SDXLBase, changes: dict[str, Any]) -> None:
+    assert key(dataclasses.replace(micro_base, **changes)) != key(micro_base)
+
+
+@pytest.mark.parametrize(
+    "loras",
+    [
+        (),
+        LORAS[:1],
+        LORAS[::-1],
+        (*LORAS, LORAS[1]),
+        (("c" * 64, 1.0, 0.5), LORAS[1]),
+        (("a" * 64, 1.01, 0.5), LORAS[1]),
+        (("a" * 64, 1.0, 0.51), LORAS[1]),
+        (("a" * 64, 0.5, 1.0), LORAS[1]),
+    ],
+    ids=["none", "one less", "order", "twice", "content", "UNet strength", "text strength", "strengths swapped"],
+)
+def test_lora_stack_changes_the_key(micro_base: SDXLBase, loras: tuple[tuple[str, float, float], ...]) -> None:
+    assert key(micro_base, loras=loras) != key(micro_base)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prompt": "a red circle "}, {"prompt": "A red circle"}, {"seed": 1}, {"dtype": torch.float16}, {"device": "cpu"}],
+    ids=str,
+)
+def test_prompt_seed_and_machine_change_the_key(micro_base: SDXLBase, changes: dict[str, Any]) -> None:
+    assert key(micro_base, **changes) != key(micro_base)
+
+
+@pytest.mark.parametrize("library", ["torch", "diffusers"])
+def test_minor_version_changes_the_key_and_patch_does_not(
+    micro_base: SDXLBase, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_version(number: str) -> str:
+        monkeypatch.setattr(image_keys, "version", lambda name: number if name == library else "1.0.0")
+        return key(micro_base)
+
+    assert with_version("2.13.0+cpu") == with_version("2.13.1+cu130") != with_version("2.14.0")
+
+
+def test_parser_version_changes_the_key(micro_base: SDXLBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(micro_base)
+    monkeypatch.setitem(image_keys.PARSER_VERSIONS, "plain", 2)
+    assert key(micro_base) != before
+
+
+def test_vae_slicing_counts_in_batches_only(micro_base: SDXLBase) -> None:
+    assert key(micro_base, config(vae_slicing=True)) == key(micro_base)
+    batches = config(batch_size=2)
+    assert key(micro_base, dataclasses.replace(batches, vae_slicing=True)) != key(micro_base, batches)
+
+
+# What is not
+
+
+def test_place_and_name_of_the_base_are_not_in_the_key(micro_base: SDXLBase) -> None:
+    renamed = dataclasses.replace(micro_base, path=Path("elsewhere"), name="renamed", precision="auto")
+    assert key(renamed) == key(micro_base)
+
+
+def test_second_gpu_has_the_same_key(micro_base: SDXLBase) -> None:
+    assert key(micro_base, device="cuda:1") == key(micro_base)
+
+
+def test_attention_auto_is_sdpa(micro_base: SDXLBase) -> None:
+    assert key(micro_base, config(attention="sdpa")) == key(micro_base, config(attention="auto"))
+
+
+def test_numbers_are_equal_whatever_their_type(micro_base: SDXLBase) -> None:
+    loras = ((LORAS[0][0], 1, 0.5), LORAS[1])
+    assert key(micro_base, config(guidance=7), loras=loras) == key(micro_base, config(guidance=7.0))
+
+
+def test_without_guidance_the_negative_prompt_is_not_in_the_key(micro_base: SDXLBase) -> None:
+    keys = {key(micro_base, config(guidance=guidance, negative_prompt=text)) for guidance in (0, 1) for text in "ab"}
+    assert len(keys) == 1
+
+
+KEY = """
+import sys
+from pathlib import Path
+import torch
+from sdxl_lora_core.base_model import open_base
+from sdxl_lora_core.config import GenerateConfig
+from sdxl_lora_core.image_keys import image_key, image_settings
+config = GenerateConfig(prompt="a red circle", negative_prompt="blurry")
+loras = (("a" * 64, 1.0, 0.5), ("b" * 64, 0.8, 0.8))
+settings = image_settings(open_base(Path(sys.argv[1])), config, loras, torch.bfloat16, torch.device("cuda:0"))
+print(image_key(settings, "a red circle", 0))
+"""
+
+
+def test_key_is_the_same_in_another_process(micro_sdxl: Path, micro_base: SDXLBase) -> None:
+    command = [sys.executable, "-c", KEY, str(micro_sdxl)]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    answer = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == key(micro_base)

@@ -1,0 +1,140 @@
+"""The shipped workflows: whole, up to date in both formats, and running."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tools.make_workflows import NOTES, ui_graph
+from tools.run_workflow import CORE_NODES, ROOT, load_pack, run, with_settings
+
+FILES = sorted((ROOT / "workflows/api").glob("*.json"))
+NODES: dict[str, Any] = {**CORE_NODES, **load_pack().NODE_CLASS_MAPPINGS}
+SMALL = {
+    "TrainSDXLLoRA": {"steps": 2, "rank": 2, "batch_size": 1},
+    "SDXLGenerateCached": {"steps": 2, "count": 1, "width": 64, "height": 64},
+    "LoadCaptionDataset": {"resolution": 64},
+}
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def small(workflow: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: {**node, "inputs": {**node["inputs"], **SMALL.get(node["class_type"], {})}}
+        for key, node in workflow.items()
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_inputs_and_links_agree_with_the_nodes(path: Path) -> None:
+    workflow = read(path)
+    for key, node in workflow.items():
+        declared = NODES[node["class_type"]].INPUT_TYPES()
+        known = {**declared["required"], **declared.get("optional", {})}
+        assert set(declared["required"]) <= set(node["inputs"]) <= set(known), f"{path.name} node {key}"
+        for name, value in node["inputs"].items():
+            kind = known[name][0]
+            if isinstance(value, list):
+                source = NODES[workflow[value[0]]["class_type"]]
+                assert source.RETURN_TYPES[value[1]] == kind
+            elif isinstance(kind, list):
+                assert value in kind
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_page_format_is_up_to_date(path: Path) -> None:
+    assert read(ROOT / "workflows" / path.name) == ui_graph(read(path), NOTES[path.stem]), "run python -m tools.make_workflows"
+    assert (ROOT / "workflows" / f"{path.stem}.jpg").is_file()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_runs_as_shipped_but_for_the_steps(path: Path, tmp_path: Path) -> None:
+    workflow = small(read(path))
+    outputs = run(workflow, tmp_path)
+    for key, node in workflow.items():
+        if node["class_type"] == "SDXLGenerateCached":
+            images, _, prompts = (values[0] for values in outputs[key])
+            assert images.shape == (len(prompts.splitlines()), 64, 64, 3) and images.std() > 0
+        if node["class_type"] == "CLIPScore":
+            assert 0 <= outputs[key][2][0] <= 100
+
+
+def test_a_loop_an_unknown_node_and_a_missing_input_are_named(tmp_path: Path) -> None:
+    base = {"class_type": "LoadSDXLBase", "inputs": {"base": "tiny-sdxl (bundled)", "precision": "auto"}}
+    with pytest.raises(ValueError, match="loop through node"):
+        run({"1": {**base, "inputs": {"base": ["2", 0]}}, "2": {**base, "inputs": {"base": ["1", 0]}}}, tmp_path)
+    with pytest.raises(ValueError, match="node 1: KSampler is unknown"):
+        run({"1": {"class_type": "KSampler", "inputs": {}}}, tmp_path)
+    with pytest.raises(ValueError, match="lacks the input precision"):
+        run({"1": {**base, "inputs": {"base": "tiny-sdxl (bundled)"}}}, tmp_path)
+    with pytest.raises(ValueError, match="node 7, which is not in the workflow"):
+        run({"1": {**base, "inputs": {"base": ["7", 0]}}}, tmp_path)
+
+
+def test_what_gets_nothing_does_not_run_and_lists_run_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Source:
+        RETURN_TYPES = ("INT", "IMAGE")
+        OUTPUT_IS_LIST = (True, False)
+        FUNCTION = "make"
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {}}
+
+        def make(self) -> tuple[Any, ...]:
+            return [1, 2, 3], load_pack().nodes.host.nothing()
+
+    class Double:
+        RETURN_TYPES = ("INT",)
+        FUNCTION = "double"
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {"value": ("INT", {})}}
+
+        def double(self, value: Any) -> tuple[int]:
+            return (value * 2,)
+
+    monkeypatch.setitem(CORE_NODES, "Source", Source)
+    monkeypatch.setitem(CORE_NODES, "Double", Double)
+    workflow = {
+        "1": {"class_type": "Source", "inputs": {}},
+        "2": {"class_type": "Double", "inputs": {"value": ["1", 0]}},
+        "3": {"class_type": "Double", "inputs": {"value": ["1", 1]}},
+        "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
+    }
+    outputs = run(workflow, tmp_path)
+    assert outputs["2"] == ([2, 4, 6],)
+    assert isinstance(outputs["3"][0][0], load_pack().nodes.host.Nothing)
+    assert not (tmp_path / "temp").exists()
+
+
+def test_settings_from_the_command_line() -> None:
+    workflow = {"3": {"class_type": "TrainSDXLLoRA", "inputs": {"steps": 5, "lora_name": "a"}}}
+    changed = with_settings(workflow, ["3.steps=7", "3.lora_name=b c"])
+    assert changed["3"]["inputs"] == {"steps": 7, "lora_name": "b c"}
+    assert workflow["3"]["inputs"]["steps"] == 5
+    with pytest.raises(ValueError, match=r"no input 3\.stepz"):
+        with_settings(workflow, ["3.stepz=7"])
+
+
+def test_load_and_save_image(tmp_path: Path) -> None:
+    (tmp_path / "input").mkdir()
+    red = torch.tensor([1.0, 0.0, 0.0]).expand(1, 2, 3, 3)
+    workflow = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "sub/a"}},
+    }
+    from PIL import Image
+
+    Image.new("RGB", (3, 2), (255, 0, 0)).save(tmp_path / "input/a.png")
+    assert torch.equal(run(workflow, tmp_path)["1"][0][0], red)
+    assert (tmp_path / "sub/a_00001_.png").is_file()
