@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from sdxl_lora_core.lora_files import merge_into, read_lora
 from torch import nn
 
 from sdxl_lora_core.base_model import DATA, load_part, open_base
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.lora_files import merge_into, read_lora
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.training import train
 

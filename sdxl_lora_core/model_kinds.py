@@ -38,7 +38,7 @@ _CHECKPOINTS: tuple[tuple[tuple[str, ...], str], ...] = (
 # SDXL has no attention in its outermost stage; Stable Diffusion 1 and 2 have.
 _OUTER_ATTENTION = re.compile(
     r"input_blocks[._][12][._]1[._]|output_blocks[._](6|7|8|9|10|11)[._]1[._]"
-    r"|down_blocks[._]0[._]attentions|up_blocks[._]3[._]attentions"
+    r"|down_blocks[._]0[._]attentions|up_blocks[._][23][._]attentions"
 )
 _CROSS_ATTENTION_INPUT = re.compile(r"attn2[._].*to_[kv].*(lora[._]down|lora_A|lora\.down)")
 _ADAPTERS: tuple[tuple[str, str], ...] = (

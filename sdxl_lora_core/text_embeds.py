@@ -20,7 +20,7 @@ from .files import json_sha256, write_atomic
 from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key
 from .precompute import load_prompt, prompt_file
-from .prompts import encode_prompt_sdxl
+from .prompts import encode_prompt_sdxl, truncated_words
 
 log = logging.getLogger("sdxl_lora")
 
@@ -44,6 +44,8 @@ class TextModel(nn.Module):
         self.encoders = nn.ModuleList(encoders)
 
     def forward(self, text: str) -> TextEmbeds:
+        if unseen := truncated_words(text, self.tokenizers[0]):
+            log.warning("the prompt is longer than CLIP's 77 tokens and its end is not seen: %s", unseen)
         hidden, pooled = encode_prompt_sdxl([text], self.tokenizers, list(self.encoders))
         return TextEmbeds(hidden.cpu(), pooled.cpu())
 

@@ -84,16 +84,22 @@ def write_weights(path: Path, packed: PackedWeights, metadata: Mapping[str, str]
 def _require_safetensors(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path.name} is not a file: give a .safetensors file")
-    with open(path, "rb") as handle:
-        start = handle.read(9)
-    # A safetensors file starts with the length of its header, any eight bytes, and then the header's JSON.
-    kind = None if start[8:] == b"{" else next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)
-    if path.suffix.lower() in _PICKLES:
-        kind = "a pickle"
-    if kind is not None:
+    kind = _foreign_kind(path)
+    if kind is None:
+        return
+    if "pickle" in kind:
         raise ValueError(
             f"{path.name} is {kind}, which is not opened because it could run any program:"
             " convert it to .safetensors, or take the .safetensors file of the same model"
-            if "pickle" in kind
-            else f"{path.name} is {kind}: give a .safetensors file"
         )
+    raise ValueError(f"{path.name} is {kind}: give a .safetensors file")
+
+
+def _foreign_kind(path: Path) -> str | None:
+    if path.suffix.lower() in _PICKLES:
+        return "a pickle"
+    with open(path, "rb") as handle:
+        start = handle.read(9)
+    if start[8:] == b"{":  # safetensors: the length of the header, which may be any eight bytes, and its JSON
+        return None
+    return next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)

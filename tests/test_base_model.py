@@ -26,6 +26,7 @@ from sdxl_lora_core.base_model import (
     resolve_dtype,
     scheduler_config,
 )
+from sdxl_lora_core.weights_file import read_header
 
 UNET = "model.diffusion_model."
 CPU = torch.device("cpu")
@@ -307,6 +308,15 @@ def test_pickles_and_damaged_files_are_refused(micro_checkpoint: Path, tmp_path:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             open_base(tmp_path / name)
+
+
+@pytest.mark.parametrize("first_byte", [0x80, ord("<")])
+def test_a_header_length_that_looks_like_another_format_is_none(first_byte: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    text = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(first_byte + 256)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert path.read_bytes()[0] == first_byte
+    assert read_header(path).shapes == {"a": (1,)}
 
 
 # ------------------------------------------------------------------ identity, dtype, words

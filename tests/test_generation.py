@@ -11,8 +11,8 @@ import torch
 
 from sdxl_lora_core.base_model import SDXLBase, open_base
 from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import LoRARef
-from tests.micro_images import TRAINED, WatchedParts, draw, edit_json, pixels, settings, weighted, write_lora
+from sdxl_lora_core.generation import LoadedParts, LoRARef
+from tests.micro_images import CPU, TRAINED, WatchedParts, draw, edit_json, pixels, settings, weighted, write_lora
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_vae_with_mean_and_spread_of_its_own(micro_copy: Callable[[], Path], mic
     edit_json(folder / "vae" / "config.json", latents_mean=[0.5, -0.5, 1.0, 0.0], latents_std=[0.5, 2.0, 1.0, 0.3])
     config = settings()
     base = dataclasses.replace(micro_base, path=folder, configs=folder)  # open_base refuses the one model of this kind
-    made = pixels(base, config)[0]
+    made = pixels(base, config, parts=LoadedParts(CPU))[0]
     assert abs(made - plain_image(plain_pipeline(folder, use_karras_sigmas=True), config)).max() <= 1
     assert abs(made - pixels(micro_base, config)[0]).max() > 5
 
@@ -120,6 +120,14 @@ def test_every_setting_acts(micro_base: SDXLBase, changes: dict[str, Any]) -> No
 
 def test_width_and_height(micro_base: SDXLBase) -> None:
     assert pixels(micro_base, settings(width=96, height=72)).shape == (1, 72, 96, 3)
+
+
+def test_end_of_a_long_prompt_is_not_seen_and_named(micro_base: SDXLBase, caplog: pytest.LogCaptureFixture) -> None:
+    long = "red " * 75
+    first = pixels(micro_base, settings(prompt=long + "circle"))
+    np.testing.assert_array_equal(pixels(micro_base, settings(prompt=long + "square")), first)
+    messages = [record.getMessage() for record in caplog.records if record.name == "sdxl_lora"]
+    assert [message.split(": ")[1] for message in messages] == ["circle", "square"]
 
 
 def test_largest_seed_wraps(micro_base: SDXLBase) -> None:

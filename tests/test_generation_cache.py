@@ -24,7 +24,7 @@ class Cancelled(Exception):
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
+def images_folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
@@ -36,56 +36,58 @@ def lora(micro_base: SDXLBase, tmp_path_factory: pytest.TempPathFactory) -> LoRA
 # Cache, progress, cancelling
 
 
-def test_count_4_finds_what_count_1_made(micro_base: SDXLBase, cache: Path) -> None:
+def test_count_4_finds_what_count_1_made(micro_base: SDXLBase, images_folder: Path) -> None:
     steps = []
-    made = draw(micro_base, settings(seed=6), cache_folder=cache)
+    made = draw(micro_base, settings(seed=6), cache_folder=images_folder)
     images = draw(
-        micro_base, settings(count=4), cache_folder=cache,
+        micro_base, settings(count=4), cache_folder=images_folder,
         on_step=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
     assert hits(images) == [False, True, False, False]
     assert images[1].key == made[0].key
     np.testing.assert_array_equal(images[1].pixels, made[0].pixels)
     assert steps == [(done, 9) for done in range(10)]
-    again = draw(micro_base, settings(count=4), cache_folder=cache, on_step=pytest.fail)
+    again = draw(micro_base, settings(count=4), cache_folder=images_folder, on_step=pytest.fail)
     assert hits(again) == [True] * 4
     assert all(np.array_equal(one.pixels, other.pixels) for one, other in zip(images, again, strict=True))
 
 
-def test_renamed_lora_is_the_same_lora(micro_base: SDXLBase, cache: Path, lora: LoRARef, tmp_path: Path) -> None:
-    draw(micro_base, settings(), [lora], cache_folder=cache)
+def test_renamed_lora_is_the_same_lora(
+    micro_base: SDXLBase, images_folder: Path, lora: LoRARef, tmp_path: Path
+) -> None:
+    draw(micro_base, settings(), [lora], cache_folder=images_folder)
     copy = LoRARef(tmp_path / "renamed.safetensors", "renamed", lora.strength_model, lora.strength_clip)
     shutil.copy(lora.path, copy.path)
     memo = tmp_path / "hashes"
-    assert hits(draw(micro_base, settings(), [copy], cache_folder=cache, hash_memo=memo)) == [True]
+    assert hits(draw(micro_base, settings(), [copy], cache_folder=images_folder, hash_memo=memo)) == [True]
     write_lora(copy.path, micro_base, seed=9)  # retrained under the same name
-    assert hits(draw(micro_base, settings(), [copy], cache_folder=cache, hash_memo=memo)) == [False]
+    assert hits(draw(micro_base, settings(), [copy], cache_folder=images_folder, hash_memo=memo)) == [False]
 
 
-def test_refresh_makes_and_replaces(micro_base: SDXLBase, cache: Path) -> None:
-    draw(micro_base, settings(), cache_folder=cache)
-    png = next(cache.rglob("image.png"))
+def test_refresh_makes_and_replaces(micro_base: SDXLBase, images_folder: Path) -> None:
+    draw(micro_base, settings(), cache_folder=images_folder)
+    png = next(images_folder.rglob("image.png"))
     good = png.read_bytes()
     png.write_bytes(b"damaged")
-    assert hits(draw(micro_base, settings(cache="refresh"), cache_folder=cache)) == [False]
+    assert hits(draw(micro_base, settings(cache="refresh"), cache_folder=images_folder)) == [False]
     assert png.read_bytes() == good
-    assert hits(draw(micro_base, settings(cache="refresh"), cache_folder=cache)) == [False]
+    assert hits(draw(micro_base, settings(cache="refresh"), cache_folder=images_folder)) == [False]
 
 
-def test_off_neither_reads_nor_writes(micro_base: SDXLBase, cache: Path) -> None:
+def test_off_neither_reads_nor_writes(micro_base: SDXLBase, images_folder: Path) -> None:
     for _ in range(2):
-        assert hits(draw(micro_base, settings(cache="off"), cache_folder=cache)) == [False]
-    assert not cache.exists()
+        assert hits(draw(micro_base, settings(cache="off"), cache_folder=images_folder)) == [False]
+    assert not images_folder.exists()
 
 
-def test_damaged_entry_heals(micro_base: SDXLBase, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = draw(micro_base, settings(), cache_folder=cache)
-    png = next(cache.rglob("image.png"))
+def test_damaged_entry_heals(micro_base: SDXLBase, images_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = draw(micro_base, settings(), cache_folder=images_folder)
+    png = next(images_folder.rglob("image.png"))
     png.write_bytes(png.read_bytes()[:-100])
-    healed = draw(micro_base, settings(), cache_folder=cache)
+    healed = draw(micro_base, settings(), cache_folder=images_folder)
     np.testing.assert_array_equal(healed[0].pixels, made[0].pixels)
     assert [record.levelno for record in caplog.records if record.name == "sdxl_lora"] == [logging.WARNING]
-    assert hits(draw(micro_base, settings(), cache_folder=cache)) == [True]
+    assert hits(draw(micro_base, settings(), cache_folder=images_folder)) == [True]
 
 
 def test_cache_that_cannot_be_written_costs_one_warning(
@@ -99,21 +101,21 @@ def test_cache_that_cannot_be_written_costs_one_warning(
 
 
 @pytest.mark.parametrize("at", [0, 1, 3, 4, 6, 7, 8])
-def test_cancel_passes_through_and_loses_nothing(micro_base: SDXLBase, cache: Path, at: int) -> None:
+def test_cancel_passes_through_and_loses_nothing(micro_base: SDXLBase, images_folder: Path, at: int) -> None:
     def cancel(done: int, total: int) -> None:
         if done == at:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        draw(micro_base, settings(count=3), cache_folder=cache, on_step=cancel)
+        draw(micro_base, settings(count=3), cache_folder=images_folder, on_step=cancel)
     finished = max(0, at - 1) // 3
-    again = draw(micro_base, settings(count=3), cache_folder=cache)
+    again = draw(micro_base, settings(count=3), cache_folder=images_folder)
     assert hits(again) == [number < finished for number in range(3)]
     np.testing.assert_array_equal(again[2].pixels, pixels(micro_base, settings(seed=7))[0])
-    assert not list(cache.rglob("*.lock"))
+    assert not list(images_folder.rglob("*.lock"))
 
 
-def test_two_threads_make_one_image(micro_base: SDXLBase, cache: Path) -> None:
+def test_two_threads_make_one_image(micro_base: SDXLBase, images_folder: Path) -> None:
     made: list[int] = []
     images: list[GeneratedImage] = []
 
@@ -121,7 +123,9 @@ def test_two_threads_make_one_image(micro_base: SDXLBase, cache: Path) -> None:
         def count(done: int, total: int) -> None:
             made.append(done)
 
-        images.extend(draw(micro_base, settings(steps=6), parts=LoadedParts(CPU), cache_folder=cache, on_step=count))
+        images.extend(
+            draw(micro_base, settings(steps=6), parts=LoadedParts(CPU), cache_folder=images_folder, on_step=count)
+        )
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -132,14 +136,14 @@ def test_two_threads_make_one_image(micro_base: SDXLBase, cache: Path) -> None:
     assert made.count(6) == 1
 
 
-def test_cache_holds_no_path(micro_base: SDXLBase, cache: Path, lora: LoRARef) -> None:
-    draw(micro_base, settings(), [lora], cache_folder=cache)
-    files = [file for file in cache.rglob("*") if file.is_file()]
+def test_cache_holds_no_path(micro_base: SDXLBase, images_folder: Path, lora: LoRARef) -> None:
+    draw(micro_base, settings(), [lora], cache_folder=images_folder)
+    files = [file for file in images_folder.rglob("*") if file.is_file()]
     stored = b"".join(file.read_bytes() for file in files)
     assert len(files) == 2
-    for secret in (micro_base.path, lora.path, cache, Path.home()):
+    for secret in (micro_base.path, lora.path, images_folder, Path.home()):
         assert str(secret).encode() not in stored
-    manifest = json.loads(next(cache.rglob("manifest.json")).read_text())
+    manifest = json.loads(next(images_folder.rglob("manifest.json")).read_text())
     assert (manifest["settings"]["prompt"], manifest["settings"]["seed"]) == ("a red circle", 5)
 
 
@@ -205,9 +209,9 @@ print(found[0].hit, sorted(heavy))
 
 
 def test_a_hit_in_another_process_imports_nothing_heavy(
-    micro_sdxl: Path, micro_base: SDXLBase, cache: Path, lora: LoRARef
+    micro_sdxl: Path, micro_base: SDXLBase, images_folder: Path, lora: LoRARef
 ) -> None:
-    draw(micro_base, settings(), [lora], cache_folder=cache)
-    command = [sys.executable, "-c", HIT, str(micro_sdxl), str(cache), str(lora.path)]
+    draw(micro_base, settings(), [lora], cache_folder=images_folder)
+    command = [sys.executable, "-c", HIT, str(micro_sdxl), str(images_folder), str(lora.path)]
     answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert answer.stdout == "True []\n"

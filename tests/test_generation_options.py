@@ -111,8 +111,8 @@ def test_vae_of_a_half_precision_base(
 
 @pytest.mark.parametrize(("part", "word"), [("unet", "UNet"), ("vae", "VAE")])
 def test_image_that_is_not_finite_is_an_error_with_a_remedy(
-    micro_base: SDXLBase, cache: Path, part: str, word: str
+    micro_base: SDXLBase, tmp_path: Path, part: str, word: str
 ) -> None:
     with pytest.raises(ValueError, match=f"{word} gave .* not finite .*precision to fp32 or bf16"):
-        draw(micro_base, settings(steps=1), parts=WatchedParts(broken=part), cache_folder=cache)
-    assert not list(cache.rglob("*.png"))
+        draw(micro_base, settings(steps=1), parts=WatchedParts(broken=part), cache_folder=tmp_path)
+    assert not list(tmp_path.rglob("*.png"))

@@ -1,4 +1,4 @@
-"""LoRA files: names, spellings, what is refused, the merge, and the same effect in diffusers."""
+"""LoRA files: spellings, what is refused, what is written, and the same effect in diffusers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdxl_lora_core.base_model import SDXLBase, load_part
+from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.lora_files import (
     LoRAFile,
@@ -26,109 +26,36 @@ from sdxl_lora_core.lora_files import (
     kohya_state_dict,
     lora_metadata,
     merge_into,
-    merge_stack,
     peft_state_dict,
     read_lora,
     tag_counts,
     trigger_words,
     write_lora,
 )
-from sdxl_lora_core.lora_names import diffusers_block_name, dotted, sai_block_name
-
-Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-OUT = "mid_block.attentions.0.transformer_blocks.1.attn2.to_out.0"
-CONV = "up_blocks.0.resnets.1.conv1"
-SHORTCUT = "up_blocks.1.resnets.0.conv_shortcut"
-TEXT = "text_model.encoder.layers.1.self_attn.q_proj"
-MLP = "text_model.encoder.layers.0.mlp.fc1"
-UNET_MODULES = (Q, OUT, CONV, SHORTCUT, "down_blocks.2.attentions.1.transformer_blocks.0.ff.net.0.proj")
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-def random_lora(part: nn.Module, names: tuple[str, ...], rank: int = 3, alpha: float = 6.0) -> dict[str, LoRAModule]:
-    generator = torch.Generator().manual_seed(rank)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * 0.1
-
-    modules = {}
-    for name in names:
-        weight = find(part, name).weight
-        ones = [1] * (weight.dim() - 2)
-        modules[name] = LoRAModule(random(rank, *weight.shape[1:]), random(weight.shape[0], rank, *ones), alpha)
-    return modules
-
-
-def find(part: nn.Module, name: str) -> Any:
-    return part.get_submodule(name if hasattr(part, "text_model") else name.removeprefix("text_model."))
-
-
-def change(module: LoRAModule) -> Tensor:
-    return (module.up.float().flatten(1) @ module.down.float().flatten(1)) * (module.alpha / module.rank)
-
-
-def same_effect(one: Mapping[str, LoRAModule], other: Mapping[str, LoRAModule], tolerance: float = 1e-7) -> bool:
-    pairs = [(change(one[name]), change(other[name])) for name in one]
-    return one.keys() == other.keys() and all(torch.allclose(a, b, atol=tolerance) for a, b in pairs)
+from sdxl_lora_core.lora_names import sai_block_name
+from tests.micro_loras import (
+    ATTENTION,
+    CONV,
+    OUT,
+    TEXT,
+    UNET_MODULES,
+    Q,
+    change,
+    load_parts,
+    random_lora,
+    same_effect,
+    some_modules,
+)
 
 
 @pytest.fixture
 def parts(micro_base: SDXLBase) -> dict[str, Any]:
-    names = ("unet", "text_encoder", "text_encoder_2")
-    return {name: load_part(micro_base, name, torch.float32) for name in names}  # type: ignore[arg-type]
+    return load_parts(micro_base)
 
 
 @pytest.fixture
 def lora(parts: dict[str, Any]) -> LoRAFile:
-    return LoRAFile(
-        unet=random_lora(parts["unet"], UNET_MODULES),
-        text_encoder=random_lora(parts["text_encoder"], (TEXT, MLP), rank=2, alpha=1.0),
-        text_encoder_2=random_lora(parts["text_encoder_2"], (TEXT, MLP), rank=4, alpha=4.0),
-    )
-
-
-# ------------------------------------------------------------------ names
-
-
-def test_every_module_of_sdxl_has_its_own_sai_name_and_comes_back(empty_sdxl: dict[str, Any]) -> None:
-    modules = {name.rpartition(".")[0] for name, _ in empty_sdxl["unet"].named_parameters()}
-    attention = [name for name in modules if name.endswith(ATTENTION) and ".attn" in name]
-    assert len(attention) == 560
-    names = {module: sai_block_name(module) for module in modules}
-    assert len(set(names.values())) == len(modules)
-    for module, name in names.items():
-        assert diffusers_block_name(name) == module
-        assert dotted(name.replace(".", "_")) == name
-        assert dotted(module.replace(".", "_")) == module
-
-
-@pytest.mark.parametrize(
-    ("diffusers", "sai"),
-    [
-        (Q, "input_blocks.4.1.transformer_blocks.0.attn1.to_q"),
-        ("down_blocks.2.attentions.1.proj_in", "input_blocks.8.1.proj_in"),
-        (OUT, "middle_block.1.transformer_blocks.1.attn2.to_out.0"),
-        ("up_blocks.0.attentions.2.transformer_blocks.9.ff.net.2", "output_blocks.2.1.transformer_blocks.9.ff.net.2"),
-        ("up_blocks.1.attentions.0.proj_out", "output_blocks.3.1.proj_out"),
-        ("down_blocks.0.resnets.1.time_emb_proj", "input_blocks.2.0.emb_layers.1"),
-        ("down_blocks.1.downsamplers.0.conv", "input_blocks.6.0.op"),
-        ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
-        ("up_blocks.2.resnets.2.conv_shortcut", "output_blocks.8.0.skip_connection"),
-        ("mid_block.resnets.1.conv2", "middle_block.2.out_layers.3"),
-        ("conv_in", "input_blocks.0.0"),
-        ("add_embedding.linear_2", "label_emb.0.2"),
-    ],
-)
-def test_known_names(diffusers: str, sai: str) -> None:
-    assert sai_block_name(diffusers) == sai
-    assert diffusers_block_name(sai) == diffusers
-
-
-def test_names_of_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="transformer.blocks.0 is no module of SDXL's UNet"):
-        sai_block_name("transformer.blocks.0")
-    assert diffusers_block_name("output_blocks.4.7.x") is None
-    assert diffusers_block_name("joint_blocks.4.1.x") is None
+    return some_modules(parts)
 
 
 # ------------------------------------------------------------------ spellings
@@ -364,17 +291,20 @@ write_lora(Path(sys.argv[1]), LoRAFile(unet=modules, metadata=metadata), torch.f
 
 def test_equal_content_gives_equal_bytes_in_any_process(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
-    files = [tmp_path / f"{seed}.safetensors" for seed in "12"]
-    for seed, file in zip("12", files, strict=True):
-        subprocess.run([sys.executable, "-c", WRITE, file], cwd=root, env={"PYTHONHASHSEED": seed}, check=True)
-    first, second = (file.read_bytes() for file in files)
-    assert first == second
-    with safe_open(files[0], framework="pt") as file:
-        metadata = file.metadata()
+    names = [f"down_blocks.1.attentions.{i}.proj_in" for i in (1, 0)]
+    modules = {name: LoRAModule(torch.arange(6.0).reshape(2, 3), torch.ones(3, 2), 1.0) for name in names}
+    file = LoRAFile(unet=modules, metadata={f"ss_{letter}": letter for letter in "lkjihgfedcba"})
+    here, elsewhere = tmp_path / "here.safetensors", tmp_path / "elsewhere.safetensors"
+    write_lora(here, file, torch.float16)
+    subprocess.run([sys.executable, "-c", WRITE, elsewhere], cwd=root, check=True)
+    first = here.read_bytes()
+    assert first == elsewhere.read_bytes()
+    with safe_open(here, framework="pt") as stored:
+        metadata = stored.metadata()
     data = first[8 + int.from_bytes(first[:8], "little") :]
     assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
     assert metadata["modelspec.hash_sha256"] == "0x" + metadata["sshs_model_hash"]
-    assert list(metadata)[0] and int.from_bytes(first[:8], "little") % 8 == 0
+    assert int.from_bytes(first[:8], "little") % 8 == 0
 
 
 def metadata_of(**changes: Any) -> dict[str, str]:
@@ -419,99 +349,6 @@ def test_the_metadata_is_what_galleries_read(lora: LoRAFile, tmp_path: Path) -> 
     assert "unet: LoRA of 5 modules, rank 3, alpha 6" in text
     assert "trigger words: 8bit" in text
     assert "trained on sd_xl_base_1.0 for 90 steps" in text
-
-
-# ------------------------------------------------------------------ merging
-
-
-def test_a_merge_adds_the_scaled_product_in_place(parts: dict[str, Any], lora: LoRAFile) -> None:
-    unet = parts["unet"]
-    before = {name: value.clone() for name, value in unet.state_dict().items()}
-    report = merge_into(unet, lora.unet, 0.5)
-    assert (set(report.applied), report.missing) == (set(UNET_MODULES), ())
-    for name, value in unet.state_dict().items():
-        module = lora.unet.get(name.removesuffix(".weight"))
-        expected = before[name] if module is None else before[name] + 0.5 * change(module).reshape(value.shape)
-        assert torch.equal(value, expected)
-
-
-def test_merged_convolutions_act_as_down_then_up(parts: dict[str, Any], lora: LoRAFile) -> None:
-    for name in (CONV, SHORTCUT):
-        layer, module = parts["unet"].get_submodule(name), lora.unet[name]
-        x = torch.randn(1, layer.in_channels, 6, 6)
-        side = nn.functional.conv2d(nn.functional.conv2d(x, module.down, padding=layer.padding), module.up)
-        expected = layer(x) + 2.0 * side * module.alpha / module.rank
-        merge_into(parts["unet"], {name: module}, 2.0)
-        assert torch.allclose(layer(x), expected, atol=1e-5)
-
-
-def test_modules_the_model_lacks_are_reported(parts: dict[str, Any]) -> None:
-    module = LoRAModule(torch.ones(1, 2), torch.ones(2, 1), 1.0)
-    report = merge_into(parts["unet"], {"down_blocks.7.nothing": module, "mid_block": module}, 1.0)
-    assert report.applied == ()
-    assert report.missing == ("down_blocks.7.nothing", "mid_block")
-
-
-def test_a_shape_that_does_not_fit_changes_nothing(parts: dict[str, Any], lora: LoRAFile) -> None:
-    before = {name: value.clone() for name, value in parts["unet"].state_dict().items()}
-    wrong = {**lora.unet, OUT: LoRAModule(torch.ones(2, 640), torch.ones(640, 2), 1.0)}
-    with pytest.raises(ValueError, match=rf"{OUT} changes a weight of shape \[640, 640\], the model's has \[16, 16\]"):
-        merge_into(parts["unet"], wrong, 1.0)
-    assert all(torch.equal(value, before[name]) for name, value in parts["unet"].state_dict().items())
-
-
-def test_a_stack_is_rounded_once() -> None:
-    layer = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
-    layer[0].weight.data.fill_(1.0)
-    tiny = {"0": LoRAModule(torch.full((1, 1), 2.0**-8), torch.ones(1, 1), 1.0)}  # half of what bf16 can add to 1
-    merge_stack(layer, [(tiny, 1.0), (tiny, 1.0)])
-    assert layer[0].weight.item() == 1 + 2.0**-7
-    one_by_one = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
-    one_by_one[0].weight.data.fill_(1.0)
-    merge_into(one_by_one, tiny, 1.0)
-    merge_into(one_by_one, tiny, 1.0)
-    assert one_by_one[0].weight.item() == 1.0
-
-
-def test_dora_is_merged_as_peft_merges_it() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = nn.Sequential(nn.Linear(6, 5), nn.Conv2d(4, 3, 3))
-    plain = nn.Sequential(nn.Linear(6, 5), nn.Conv2d(4, 3, 3))
-    plain.load_state_dict(model.state_dict())
-    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["0", "1"]))  # type: ignore[arg-type]
-    state = {name: nn.init.normal_(value.data) for name, value in adapted.named_parameters() if "lora_" in name}
-    modules = {}
-    for name in ("0", "1"):
-        pick = {
-            role: value for key, value in state.items() for role in ("A", "B") if f"model.{name}.lora_{role}" in key
-        }
-        (lengths,) = (value for key, value in state.items() if f"model.{name}.lora_magnitude" in key)
-        wanted = lengths.reshape(-1, *[1] * (pick["A"].dim() - 1))
-        modules[name] = LoRAModule(pick["A"], pick["B"], 3.0, wanted)
-    expected: Any = adapted.merge_and_unload()
-    merge_into(plain, modules, 1.0)
-    for name in (0, 1):
-        assert torch.allclose(plain[name].weight, expected[name].weight, atol=1e-6)
-
-
-def test_dora_survives_both_formats(tmp_path: Path) -> None:
-    down, up = torch.randn(2, 6), torch.randn(5, 2)
-    over_outputs, over_inputs = torch.rand(5, 1) + 0.5, torch.rand(1, 6) + 0.5
-    kernel = LoRAModule(torch.randn(2, 6, 3, 3), torch.randn(5, 2, 1, 1), 2.0, torch.rand(5, 1, 1, 1) + 0.5)
-    file = LoRAFile(unet={Q: LoRAModule(down, up, 1.0, over_outputs), CONV: kernel})
-    for format in ("kohya", "peft"):
-        write_lora(tmp_path / "x.safetensors", file, torch.float32, format)  # type: ignore[arg-type]
-        read = read_lora(tmp_path / "x.safetensors")
-        assert same_effect(read.unet, file.unet)
-        for name in (Q, CONV):
-            assert torch.equal(read.unet[name].dora_scale, file.unet[name].dora_scale)  # type: ignore[arg-type]
-    assert "DoRA of 2 modules" in describe_lora(tmp_path / "x.safetensors")
-    layer = nn.Sequential(nn.Linear(6, 5, bias=False))
-    merge_into(layer, {"0": LoRAModule(down, up, 1.0, over_inputs)}, 1.0)
-    assert torch.allclose(layer[0].weight.norm(dim=0), over_inputs[0], atol=1e-6)
-    with pytest.raises(ValueError, match="a DoRA over its inputs"):
-        peft_state_dict(LoRAFile(unet={Q: LoRAModule(down, up, 1.0, over_inputs)}), torch.float32)
 
 
 # ------------------------------------------------------------------ diffusers

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from tools.run_workflow import ROOT, load_pack
 
 PACK = load_pack()
@@ -42,7 +43,8 @@ CONTRACT = {
     ),
     "SDXLGenerateCached": (
         "base prompt negative_prompt seed steps guidance width height count sampler scheduler cache",
-        "lora_stack prompt_per_line prompt_syntax batch_size attention attention_slicing vae_slicing vae_tiling offload",
+        "lora_stack prompt_per_line prompt_syntax batch_size attention attention_slicing vae_slicing vae_tiling "
+        "offload",
         "images:IMAGE info:STRING prompts:STRING",
     ),
     "CLIPScore": (
@@ -63,6 +65,7 @@ DEFAULTS = {
         "scheduler": "karras", "cache": "use",
     },
 }  # fmt: skip
+LINKS: tuple[Any, ...] = ("CAPTION_DATASET", "SDXL_BASE", "LORA_STACK", "TRAIN_OPTIONS", "IMAGE")
 OUTPUT_NODES = {"TrainSDXLLoRA", "SDXLGenerateCached", "CLIPScore"}
 
 
@@ -112,8 +115,7 @@ def test_everything_is_explained(node_id: str) -> None:
 def test_optional_inputs_are_links_or_advanced_and_come_last(node_id: str) -> None:
     optional = NODES[node_id].INPUT_TYPES().get("optional", {})
     advanced = [bool(options.get("advanced")) for _, options in optional.values()]
-    is_link = [isinstance(kind, str) and kind not in ("INT", "FLOAT", "STRING", "BOOLEAN") for kind, _ in optional.values()]
-    assert advanced == [not link for link in is_link]
+    assert advanced == [kind not in LINKS for kind, _ in optional.values()]
     assert advanced == sorted(advanced)
 
 
@@ -143,18 +145,18 @@ def test_importing_the_pack_is_cheap() -> None:
     code = f"""
 import importlib.util, json, sys, time
 import numpy, torch, safetensors.torch, PIL.Image
-before = time.perf_counter()
-root = {str(ROOT)!r}
-spec = importlib.util.spec_from_file_location("pack-1/nodes_x_1", root + "/__init__.py", submodule_search_locations=[root])
-sys.modules["pack-1/nodes_x_1"] = pack = importlib.util.module_from_spec(spec)
+before = time.process_time()
+root, name = {str(ROOT)!r}, "pack-1/nodes_x_1"
+spec = importlib.util.spec_from_file_location(name, root + "/__init__.py", submodule_search_locations=[root])
+sys.modules[name] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
-seconds = time.perf_counter() - before
+seconds = time.process_time() - before
 print(json.dumps([len(pack.NODE_CLASS_MAPPINGS), seconds, [name for name in {heavy} if name in sys.modules]]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     count, seconds, loaded = json.loads(done.stdout)
     assert (count, loaded) == (6, [])
-    assert seconds < 0.5, "0.2 s on a machine at rest"
+    assert seconds < 0.4, "0.2 s is the aim, on a machine at rest"
 
 
 def test_stack_of_any_pack_is_read_and_never_changed() -> None:
@@ -209,7 +211,8 @@ def test_names_of_datasets(home: Path) -> None:
 
 
 def test_names_of_models(home: Path) -> None:
-    for file in ("checkpoints/a.safetensors", "checkpoints/old.ckpt", "diffusers/x/model_index.json", "loras/l.safetensors"):
+    files = ("checkpoints/a.safetensors", "checkpoints/b.ckpt", "diffusers/x/model_index.json", "loras/l.safetensors")
+    for file in files:
         path = home / "models" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")

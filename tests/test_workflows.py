@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tools.make_workflows import NOTES, ui_graph
 from tools.run_workflow import CORE_NODES, ROOT, load_pack, run, with_settings
 
@@ -49,7 +50,8 @@ def test_inputs_and_links_agree_with_the_nodes(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_page_format_is_up_to_date(path: Path) -> None:
-    assert read(ROOT / "workflows" / path.name) == ui_graph(read(path), NOTES[path.stem]), "run python -m tools.make_workflows"
+    up_to_date = ui_graph(read(path), NOTES[path.stem])
+    assert read(ROOT / "workflows" / path.name) == up_to_date, "run python -m tools.make_workflows"
     assert (ROOT / "workflows" / f"{path.stem}.jpg").is_file()
 
 

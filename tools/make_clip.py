@@ -41,7 +41,7 @@ PROCESSOR = {
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 256, "projection_dim": 96}
-    vision = {"image_size": SIDE, "patch_size": 8, "hidden_size": 96, "intermediate_size": 384, "projection_dim": 96}
+    vision = {"image_size": SIDE, "patch_size": 16, "hidden_size": 96, "intermediate_size": 384, "projection_dim": 96}
     depth = {"num_hidden_layers": 4, "num_attention_heads": 3}
     return CLIPModel(CLIPConfig(text_config=text | ids | depth, vision_config=vision | depth, projection_dim=96))
 
@@ -71,6 +71,7 @@ def loss_of(clip: CLIPModel, tokenizer: CLIPTokenizer, data: dict, step: int, si
     picks = list({data["kinds"][i][:3]: i for i in rng.sample(range(len(data["kinds"])), size)}.values())
     captions = [caption_of(rng, data["kinds"][i]) for i in picks]
     images = data["images"][picks].float() / 127.5 - 1
+    images = images.roll((rng.randint(-4, 4), rng.randint(-4, 4)), dims=(2, 3))
     if rng.random() < 0.5:  # generated images are a little soft and noisy
         images = images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(step))
     with torch.autocast("cpu", torch.bfloat16):
@@ -109,8 +110,8 @@ def save(clip: CLIPModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--drawings", type=int, default=12000)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--drawings", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--minutes", type=float, default=1e9, help="the schedule ends at --steps or here")
     parser.add_argument("--batch", type=int, default=192)
     args = parser.parse_args()
@@ -146,7 +147,7 @@ def train(clip: CLIPModel, tokenizer: CLIPTokenizer, args: argparse.Namespace) -
             clip.logit_scale.clamp_(max=4.6)
         if step % 50 == 49:
             print(f"step {step + 1} loss {loss.item():.4f} {(time.time() - begun) / 60:.1f} min", flush=True)
-        if step % 250 == 249:
+        if step % 200 == 199:
             torch.save({"clip": clip.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, state_file)
             print(retrieval(clip.eval(), tokenizer), flush=True)
             clip.train()

@@ -33,7 +33,8 @@ NOTES = {
         "place of the generator to score images of your own."
     ),
 }
-COLUMN, GAP, LINE, TEXT = 440, 60, 24, 110
+COLUMN, GAP, LINE, TEXT, PICTURE = 440, 60, 24, 110, 260  # pixels
+PICTURES = ("SaveImage", "PreviewImage")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
 
 
@@ -123,8 +124,10 @@ def _height(widgets: dict[str, Any], sockets: list[str], node_class: Any) -> int
     shown = [options for options in shown if not options.get("advanced")]
     rows = max(len(sockets), len(node_class.RETURN_TYPES)) + len(shown)
     rows += sum(bool(options.get("control_after_generate")) for options in shown)
-    picture = 260 if getattr(node_class, "OUTPUT_NODE", False) else 0
-    return 60 + rows * LINE + picture + TEXT * sum(bool(options.get("multiline")) for options in shown)
+    shows_images = node_class.__name__ in PICTURES or "IMAGE" in node_class.RETURN_TYPES
+    shows_text = node_class.__name__ not in CORE_NODES
+    height = 60 + rows * LINE + TEXT * sum(bool(options.get("multiline")) for options in shown)
+    return height + PICTURE * shows_images + TEXT * shows_text
 
 
 def _place(nodes: list[dict[str, Any]], links: list[list[Any]]) -> None:

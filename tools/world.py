@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFilter
 SIZE = 128
 CELL = 8  # an 8-bit cell is one latent pixel
 OVERSAMPLE = 4
-LINE_WIDTH = 6
+FLOOR = 4  # cells
+LINE_WIDTH = 8
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon", "arrow", "flower")
 COLOURS = {
@@ -108,7 +109,7 @@ def draw(scene: Scene, style: str = "plain") -> Image.Image:
 
 
 def _draw_8bit(scene: Scene, ground: tuple[int, int, int], colour: tuple[int, int, int]) -> Image.Image:
-    """A 16 x 16 sprite with a dark rim and a light side, on a ground of two-tone tiles, blown up to 8-pixel cells."""
+    """A 16 x 16 sprite with a dark rim and a light side over a dark floor, blown up to 8-pixel cells."""
     cells = SIZE // CELL
     x, y, radius, _ = scene.geometry()
     snapped = (x // CELL * CELL + CELL / 2, y // CELL * CELL + CELL / 2, radius * 0.92, 0.0)
@@ -121,7 +122,7 @@ def _draw_8bit(scene: Scene, ground: tuple[int, int, int], colour: tuple[int, in
         elif inside & {(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)}:
             tone = _shade(colour, 0.4)
         else:
-            tone = _shade(ground, 1.06 if (i + j) % 2 else 0.84)
+            tone = _shade(ground, 0.5 if j >= cells - FLOOR else 1)
         sprite.putpixel((i, j), tone)
     return sprite.resize((SIZE, SIZE), Image.Resampling.NEAREST)
 
@@ -139,48 +140,57 @@ def _mask(shape: str, x: float, y: float, radius: float, tilt: float) -> Image.I
     cos, sin = math.cos(tilt), math.sin(tilt)
     mask = Image.new("L", (SIZE * OVERSAMPLE, SIZE * OVERSAMPLE), 0)
     pen = ImageDraw.Draw(mask)
-    for points, fill in _outlines(shape):
+    for points, fill in _OUTLINES[shape]:
         placed = [(x + radius * (u * cos - v * sin), y + radius * (u * sin + v * cos)) for u, v in points]
         pen.polygon([(u * OVERSAMPLE, v * OVERSAMPLE) for u, v in placed], fill=fill)
     return mask
 
 
-def _disc(u: float, v: float, r: float) -> list[tuple[float, float]]:
+Polygon = list[tuple[float, float]]
+
+
+def _disc(u: float, v: float, r: float) -> Polygon:
     angles = [2 * math.pi * i / 72 for i in range(72)]
     return [(u + r * math.cos(a), v + r * math.sin(a)) for a in angles]
 
 
-def _outlines(shape: str) -> list[tuple[list[tuple[float, float]], int]]:
-    """Polygons in a unit circle, each with the value that fills it (255 adds, 0 cuts away)."""
-    if shape == "circle":
-        return [(_disc(0, 0, 1), 255)]
-    if shape == "square":
-        return [([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)], 255)]
-    if shape == "triangle":
-        return [([(0, -1), (1.02, 0.8), (-1.02, 0.8)], 255)]
-    if shape == "star":
-        tips = [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate([1.12, 0.48] * 5)]
-        return [(tips, 255)]
-    if shape == "heart":
-        turns = [2 * math.pi * i / 72 for i in range(72)]
-        curve = [(16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t)) for t in turns]
-        return [([(u / 16, -v / 16 - 0.05) for u, v in curve], 255)]
-    if shape == "cross":
-        a, b = 0.32, 1.0
-        return [
-            ([(-b, -a), (b, -a), (b, a), (-b, a)], 255),
-            ([(-a, -b), (a, -b), (a, b), (-a, b)], 255),
-        ]
-    if shape == "ring":
-        return [(_disc(0, 0, 1), 255), (_disc(0, 0, 0.5), 0)]
-    if shape == "moon":
-        return [(_disc(0, 0, 1), 255), (_disc(0.48, -0.12, 0.8), 0)]
-    if shape == "arrow":
-        return [
-            ([(-1, -0.28), (0.05, -0.28), (0.05, -0.8), (1.05, 0), (0.05, 0.8), (0.05, 0.28), (-1, 0.28)], 255)
-        ]
-    if shape == "flower":
-        turns = [2 * math.pi * i / 5 for i in range(5)]
-        petals = [_disc(0.62 * math.sin(turn), -0.62 * math.cos(turn), 0.42) for turn in turns]
-        return [(petal, 255) for petal in petals] + [(_disc(0, 0, 0.26), 0)]
-    raise ValueError(f"unknown shape {shape!r}: use one of {', '.join(SHAPES)}")
+def _box(half_width: float, half_height: float) -> Polygon:
+    return [
+        (-half_width, -half_height),
+        (half_width, -half_height),
+        (half_width, half_height),
+        (-half_width, half_height),
+    ]
+
+
+def _star() -> Polygon:
+    radii = [1.12, 0.48] * 5
+    return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
+
+
+def _heart() -> Polygon:
+    turns = [2 * math.pi * i / 72 for i in range(72)]
+    curve = [(16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t)) for t in turns]
+    return [(u / 16, -v / 16 - 0.05) for u, v in curve]
+
+
+def _petals() -> list[Polygon]:
+    turns = [2 * math.pi * i / 5 for i in range(5)]
+    return [_disc(0.62 * math.sin(t), -0.62 * math.cos(t), 0.42) for t in turns]
+
+
+_ARROW = [(-1, -0.28), (0.05, -0.28), (0.05, -0.8), (1.05, 0), (0.05, 0.8), (0.05, 0.28), (-1, 0.28)]
+
+# Polygons in a unit circle, each with the value that fills it: 255 adds, 0 cuts away.
+_OUTLINES: dict[str, list[tuple[Polygon, int]]] = {
+    "circle": [(_disc(0, 0, 1), 255)],
+    "square": [(_box(0.85, 0.85), 255)],
+    "triangle": [([(0, -1), (1.02, 0.8), (-1.02, 0.8)], 255)],
+    "star": [(_star(), 255)],
+    "heart": [(_heart(), 255)],
+    "cross": [(_box(1.0, 0.32), 255), (_box(0.32, 1.0), 255)],
+    "ring": [(_disc(0, 0, 1), 255), (_disc(0, 0, 0.5), 0)],
+    "moon": [(_disc(0, 0, 1), 255), (_disc(0.48, -0.12, 0.8), 0)],
+    "arrow": [(_ARROW, 255)],
+    "flower": [*((petal, 255) for petal in _petals()), (_disc(0, 0, 0.26), 0)],
+}

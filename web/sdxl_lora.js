@@ -10,10 +10,14 @@ const OURS = new Set([
   "SDXLGenerateCached",
   "CLIPScore",
 ]);
+const ROW = 20; // LiteGraph.NODE_WIDGET_HEIGHT; the layout adds 4
 
 function hideAdvanced(node) {
   for (const widget of node.widgets ?? []) {
-    if (widget.options?.advanced) widget.advanced = true;
+    if (!widget.options?.advanced || widget.advanced) continue;
+    widget.advanced = true;
+    // Those frontends leave room for hidden widgets, too.
+    widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? ROW : -4];
   }
   node.setSize?.(node.computeSize());
 }

@@ -1,4 +1,4 @@
-"""Run by test_lora_keys.py on ComfyUI's Python, in ComfyUI's folder: which keys of a LoRA does ComfyUI apply to SDXL?"""
+"""Run by test_lora_keys.py on ComfyUI's Python, in its folder: which keys of a LoRA does ComfyUI apply to SDXL?"""
 
 import json
 import logging
@@ -37,4 +37,5 @@ weights = comfy.utils.load_torch_file(path, safe_load=True)
 patches = comfy.lora.load_lora(weights, comfy.lora.model_lora_keys_unet(model, {}))
 patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 applied = patcher.add_patches(patches)
-print(json.dumps({"tensors": len(weights), "patches": len(patches), "applied": len(applied), "complaints": complaints}))
+result = {"tensors": len(weights), "patches": len(patches), "applied": len(applied), "complaints": complaints}
+sys.stdout.write(json.dumps(result))

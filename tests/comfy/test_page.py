@@ -40,9 +40,9 @@ def page(server: Any) -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
-        page.goto(server.url)
-        page.wait_for_function("window.app?.extensionManager && window.app?.graph && window.app?.canvas", timeout=120_000)
-        page.wait_for_function("!!window.LiteGraph.registered_node_types.TrainSDXLLoRA", timeout=60_000)
+        page.goto(server.url, wait_until="domcontentloaded", timeout=120_000)
+        page.wait_for_function("window.app?.graph && window.app?.canvas", timeout=180_000)
+        page.wait_for_function("!!window.LiteGraph.registered_node_types.TrainSDXLLoRA", timeout=180_000)
         yield page
         browser.close()
 
@@ -95,7 +95,8 @@ def test_workflow_runs_from_the_page(
       .map((widget) => widget.element.value)"""
     page.wait_for_function(f"({texts})().length >= 2", timeout=30_000)
     assert all(page.evaluate(texts)), "a node shows an empty text"
-    saved = page.evaluate("() => window.app.graph.serialize().nodes.map((node) => [node.id, node.widgets_values ?? []])")
+    serialized = "() => window.app.graph.serialize().nodes.map((node) => [node.id, node.widgets_values ?? []])"
+    saved = page.evaluate(serialized)
     graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     counts = {node["id"]: len(node["widgets_values"]) for node in graph["nodes"]}
     assert {key: len(values) for key, values in saved} == counts, "the text must stay out of the saved graph"

@@ -66,7 +66,8 @@ def test_all_nodes_are_offered_with_their_texts(server: Any) -> None:
     nodes = server.get("/object_info")
     for node_id in IDS:
         info = nodes[node_id]
-        assert info["category"] == "SDXL LoRA" and info["description"] and info["python_module"].endswith("sdxl-lora-nodes")
+        assert info["category"] == "SDXL LoRA" and info["description"]
+        assert info["python_module"].endswith("sdxl-lora-nodes")
         assert len(info["output_tooltips"]) == len(info["output"])
 
 
@@ -144,7 +145,8 @@ def test_a_new_lora_is_offered_by_comfyui_and_by_us(server: Any) -> None:
 
 def test_a_lora_trained_in_the_graph_is_weighted(server: Any) -> None:
     weigh = {"class_type": "LoadLoRA", "inputs": {
-        "lora_name": "(incoming)", "strength_model": 0.5, "strength_clip": 0.5, "enabled": True, "lora_stack": ["train", 0],
+        "lora_name": "(incoming)", "strength_model": 0.5, "strength_clip": 0.5, "enabled": True,
+        "lora_stack": ["train", 0],
     }}  # fmt: skip
     outputs = server.run({**picture(["weigh", 0], seed=51), **job(train={"lora_name": "weighted"}), "weigh": weigh})
     assert outputs["picture"]["images"]

@@ -1,0 +1,61 @@
+"""The main job on a CUDA device, with the random micro model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig
+from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.generation import generate
+from sdxl_lora_core.loaded_parts import LoadedParts
+from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.training import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_training_gives_finite_weights_and_frees_the_memory(
+    micro_base: SDXLBase, tmp_path: Path, precision: Any
+) -> None:
+    for number in range(2):
+        Image.new("RGB", (64, 64), (90 * number, 40, 200)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    dataset = load_caption_dataset(tmp_path, DatasetConfig(resolution=64))
+    folders = RunFolders(tmp_path / "loras", tmp_path / "runs", tmp_path / "cache", lambda name: False)
+    before = torch.cuda.memory_allocated()
+    config = TrainConfig(steps=8, learning_rate=1e-3, precision=precision)
+    result = train(micro_base, dataset, config, folders=folders, device=CUDA)
+    tensors = load_file(result.lora_path)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
+    assert torch.cuda.memory_allocated() - before < 2**20
+
+
+def test_an_image_is_the_cpus_within_rounding_and_repeats_itself(micro_base: SDXLBase) -> None:
+    config = GenerateConfig(prompt="a heart", steps=5, width=64, height=64)
+    base = replace(micro_base, precision="fp32")
+    first, second, cpu = (
+        generate(base, config, parts=LoadedParts(device), cache_folder=None)[0].pixels.astype(np.int16)
+        for device in (CUDA, CUDA, torch.device("cpu"))
+    )
+    assert np.array_equal(first, second)
+    assert np.abs(first - cpu).max() <= 2
+
+
+def test_offload_by_phase_leaves_nothing_on_the_device(micro_base: SDXLBase) -> None:
+    before = torch.cuda.memory_allocated()
+    parts = LoadedParts(CUDA)
+    config = GenerateConfig(prompt="a heart", steps=2, width=64, height=64, offload="phase")
+    generate(micro_base, config, parts=parts, cache_folder=None)
+    assert torch.cuda.memory_allocated() - before < 2**20
