@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ class LoopState:
 
 
 def save_checkpoint(
-    folder: Path, fingerprint: str, state: LoopState, parameters: list[Tensor], optimizer: torch.optim.Optimizer,
+    folder: Path, fingerprint: str, state: LoopState, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer,
     scaler: dict[str, Any],
 ) -> Path:  # fmt: skip
-    """Writes `folder/step-XXXXXX` and then removes all but the newest two. On failure raises OSError and removes none."""
+    """Writes `folder/step-XXXXXX`, then removes all but the newest two. On failure raises OSError and removes none."""
     final = folder / f"step-{state.step:06d}"
     temporary = folder / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
@@ -70,7 +71,7 @@ def save_checkpoint(
 
 
 def load_newest(
-    folder: Path, fingerprint: str, parameters: list[Tensor], optimizer: torch.optim.Optimizer
+    folder: Path, fingerprint: str, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[LoopState, dict[str, Any]] | None:
     """Restores parameters and optimizer from the newest checkpoint that is whole; None if there is none."""
     for _, path in _numbered(folder):

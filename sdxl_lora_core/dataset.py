@@ -181,9 +181,7 @@ def _joined(
         name = f"{chained.name} + {name}"
     words = [word for word in dict.fromkeys(words) if word]
     fingerprint = _fingerprint(training, validation, words)
-    return CaptionDataset(
-        tuple(training), tuple(validation), fingerprint, tuple(problems), tuple(words), name, sources
-    )
+    return CaptionDataset(tuple(training), tuple(validation), fingerprint, tuple(problems), tuple(words), name, sources)
 
 
 def _split(entries: Sequence[CaptionEntry], percent: int) -> tuple[list[CaptionEntry], list[CaptionEntry]]:

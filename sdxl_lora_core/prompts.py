@@ -20,7 +20,7 @@ def encode_prompt_sdxl(
     The first encoder's pooled output is not used. A prompt over 77 tokens is cut, its end token kept. The empty prompt
     is encoded like any other, never replaced by zeros.
     """
-    hidden = []
+    hidden, pooled = [], torch.empty(0)
     for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
         tokens = tokenizer(
             list(prompts),
@@ -31,7 +31,8 @@ def encode_prompt_sdxl(
         )
         output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
         hidden.append(output.hidden_states[-2])
-    return torch.cat(hidden, dim=-1), output.text_embeds
+        pooled = getattr(output, "text_embeds", pooled)
+    return torch.cat(hidden, dim=-1), pooled
 
 
 def truncated_words(prompt: str, tokenizer: Any) -> str:

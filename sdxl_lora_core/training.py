@@ -108,7 +108,7 @@ def _train_and_save(
 def _metadata(
     name: str, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, trained: Trained, dtype: torch.dtype
 ) -> dict[str, str]:
-    (precision,) = (option for option, computed in _DTYPES.items() if computed == dtype)
+    precision: WeightType = next(option for option, computed in _DTYPES.items() if computed == dtype)
     return lora_metadata(
         config,
         name=name,

@@ -6,7 +6,7 @@ import errno
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +78,7 @@ class Loop:
         from diffusers import DDPMScheduler
 
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
-        self.scheduler = DDPMScheduler.from_config(base_model.scheduler_config(base))
+        self.scheduler: Any = DDPMScheduler.from_config(base_model.scheduler_config(base))
         self.unet: Any = base_model.load_part(base, "unet", dtype, device)
         self.parameters = add_lora(self.unet, config)
         self.optimizer = torch.optim.AdamW(
@@ -231,7 +231,7 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
         yield
 
 
-def require_space(folder: Path, parameters: list[Tensor]) -> None:
+def require_space(folder: Path, parameters: Sequence[Tensor]) -> None:
     """Raises OSError while nothing is lost yet: three checkpoints of weights and two moments, and the LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
     needed = 10 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -70,7 +70,7 @@ def lint() -> int:
     return (
         run("-m", "ruff", "check", ".")
         or run("-m", "ruff", "format", "--check", ".")
-        or run("-m", "basedpyright", "--level", "error")
+        or run("-m", "basedpyright", "--level", "error", "--pythonpath", str(PYTHON))
     )
 
 

@@ -25,6 +25,7 @@ from make_vae import to_tensor
 
 WIDTHS = (64, 96)
 TIME_IDS = 6
+PATTERN = ("pattern", "", "")
 TIME_ID_WIDTH = 32
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -118,7 +119,10 @@ def conditioned_drawing(rng: random.Random, scene: world.Scene) -> tuple[Image.I
 
 @torch.no_grad()
 def make_latents(work: Path, count: int) -> None:
-    """Scaled latents (posterior mean) of `count` drawings, spread evenly over the training kinds."""
+    """Scaled latents (posterior mean) of `count` drawings, spread evenly over the training kinds.
+
+    And of a fifth as many abstract patterns, so that the first layers know hard cells, as SDXL's know many textures.
+    """
     vae = AutoencoderKL.from_pretrained(work / "vae")
     rng, kinds = random.Random("base"), world.training_kinds()
     scenes = [world.Scene(*kinds[i % len(kinds)], variant=i // len(kinds)) for i in range(count)]
@@ -128,6 +132,11 @@ def make_latents(work: Path, count: int) -> None:
         latents.append(vae.encode(to_tensor(list(images))).latent_dist.mean * vae.config.scaling_factor)
         time_ids.extend(ids)
     kept = [(s.shape, s.colour, s.background) for s in scenes]
+    for _ in range(0, count // 5, 50):
+        images = [world.draw_pattern(rng) for _ in range(50)]
+        latents.append(vae.encode(to_tensor(images)).latent_dist.mean * vae.config.scaling_factor)
+        time_ids.extend([[world.SIZE, world.SIZE, 0, 0, world.SIZE, world.SIZE]] * 50)
+        kept.extend([PATTERN] * 50)
     torch.save({"latents": torch.cat(latents), "time_ids": torch.tensor(time_ids), "kinds": kept}, work / "latents.pt")
 
 
@@ -135,6 +144,8 @@ def prompt_for(rng: random.Random, kind: tuple[str, str, str], empty: float = 0.
     """A caption in any phrasing; some are empty; 15 % carry words that mean nothing, so that such words do no harm."""
     if rng.random() < empty:
         return ""
+    if kind == PATTERN:
+        return "an abstract pattern of blocks"
     text = world.caption(world.Scene(*kind), phrase=rng.randrange(len(world.PLAIN_PHRASES)))
     if rng.random() < 0.15:
         letters = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 7)))

@@ -1,17 +1,22 @@
 """Writes workflows/*.json, for ComfyUI's page, from workflows/api/*.json and the node definitions.
 
     python -m tools.make_workflows
+    python -m tools.make_workflows --thumbnails out/thumbnails    runs them all, and shows their images in workflows/*.jpg
 
 The API files are the source: after a change there, or of a node's inputs, run this again (a test compares the two).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from tools.run_workflow import CORE_NODES, ROOT, Workflow, load_pack
+import torch
+from PIL import Image
+
+from tools.run_workflow import CORE_NODES, ROOT, Outputs, Workflow, load_pack, run
 
 NOTES = {
     "train_and_compare": (
@@ -39,9 +44,27 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--thumbnails", type=Path, metavar="DIR", help="where the workflows run")
+    home = parser.parse_args().thumbnails
     for path in sorted((ROOT / "workflows/api").glob("*.json")):
-        graph = ui_graph(json.loads(path.read_text(encoding="utf-8")), NOTES[path.stem])
-        write(ROOT / "workflows" / path.name, graph)
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        write(ROOT / "workflows" / path.name, ui_graph(workflow, NOTES[path.stem]))
+        if home:
+            thumbnail(workflow, run(workflow, home.absolute())).save(ROOT / f"workflows/{path.stem}.jpg", quality=90)
+
+
+def thumbnail(workflow: Workflow, outputs: Outputs) -> Image.Image:
+    """Rows of four: what each generator drew, the first of each prompt first; best first where there is one to score."""
+    generators = [key for key, node in workflow.items() if node["class_type"] == "SDXLGenerateCached"]
+    batches = [outputs[key][0][0] for key in generators]
+    if len(generators) == 1:
+        batches = [outputs[key][0][0] for key, node in workflow.items() if node["class_type"] == "CLIPScore"] or batches
+    per_prompt = [workflow[key]["inputs"]["count"] if len(generators) > 1 else 1 for key in generators]
+    chosen = [batch[::step][:8] for batch, step in zip(batches, per_prompt, strict=True)]
+    rows = [torch.cat(list(images), dim=1) for batch in chosen for images in batch.split(4)]
+    sheet = (torch.cat(rows) * 255).round().to(torch.uint8).numpy()
+    return Image.fromarray(sheet)
 
 
 def write(path: Path, graph: dict[str, Any]) -> None:

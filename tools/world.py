@@ -11,7 +11,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 SIZE = 128
 CELL = 8  # an 8-bit cell is one latent pixel
@@ -125,6 +125,24 @@ def _draw_8bit(scene: Scene, ground: tuple[int, int, int], colour: tuple[int, in
             tone = _shade(ground, 0.5 if j >= cells - FLOOR else 1)
         sprite.putpixel((i, j), tone)
     return sprite.resize((SIZE, SIZE), Image.Resampling.NEAREST)
+
+
+def draw_pattern(rng: random.Random) -> Image.Image:
+    """An abstract picture of 8-pixel cells: outlined blobs, a lit side and a band, all of any colours."""
+    cells = SIZE // CELL
+    colours = [_shade(colour, rng.uniform(0.4, 1.3)) for colour in (*COLOURS.values(), *BACKGROUNDS.values())]
+    canvas = Image.new("RGB", (cells, cells), rng.choice(colours))
+    if rng.random() < 0.7:
+        canvas.paste(rng.choice(colours), (0, rng.randint(2, cells - 2), cells, cells))
+    for _ in range(rng.randint(1, 2)):
+        place = (rng.uniform(30, 98), rng.uniform(30, 98), rng.uniform(20, 46), rng.uniform(-3, 3))
+        blob = _mask(rng.choice(SHAPES), *place).resize((cells, cells), Image.Resampling.BOX).point(lambda v: 255 * (v > 120))
+        canvas.paste(rng.choice(colours), mask=blob.filter(ImageFilter.MaxFilter(3)))
+        canvas.paste(rng.choice(colours), mask=blob)
+        lit = ImageChops.subtract(blob, ImageChops.offset(blob, rng.choice((-1, 1)), rng.choice((-1, 1))))
+        canvas.paste(rng.choice(colours), mask=lit)
+    canvas = canvas.transpose(Image.Transpose.ROTATE_90) if rng.random() < 0.25 else canvas
+    return canvas.resize((SIZE, SIZE), Image.Resampling.NEAREST)
 
 
 def _shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
