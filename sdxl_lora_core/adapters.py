@@ -12,10 +12,13 @@ from .lora_files import LoRAModule
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+_TRANSFORMERS = (*_ATTENTION, *_FEED_FORWARD, "proj_in", "proj_out")
+_RESNETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,
     "attention+ff": _ATTENTION + _FEED_FORWARD,
-    "all-linear": (*_ATTENTION, *_FEED_FORWARD, "proj_in", "proj_out"),
+    "all-linear": _TRANSFORMERS,
+    "all-linear+conv": _TRANSFORMERS + _RESNETS,
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdxl_lora_core import base_model
-from sdxl_lora_core.adapters import add_lora, lora_modules
+from sdxl_lora_core.adapters import PRESETS, add_lora, lora_modules
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.lora_files import merge_into
@@ -22,15 +22,12 @@ def new_unet(base: SDXLBase) -> Any:
         ("attention", {"to_q", "to_k", "to_v", "to_out.0"}),
         ("attention+ff", {"to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"}),
         ("all-linear", {"to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"}),
+        ("all-linear+conv", set(PRESETS["all-linear+conv"])),
     ],
 )
 def test_a_preset_covers_its_modules_and_no_others(micro_base: SDXLBase, preset: Any, ends: set[str]) -> None:
     unet = new_unet(micro_base)
-    wanted = {
-        name
-        for name, _ in unet.named_modules()
-        if ".attentions." in name and any(name.endswith(f".{end}") for end in ends)
-    }
+    wanted = {name for name, _ in unet.named_modules() if any(name.endswith(f".{end}") for end in ends)}
     add_lora(unet, TrainConfig(rank=2, target_modules=preset))
     assert set(lora_modules(unet, 2)) == wanted
 
@@ -42,10 +39,10 @@ def test_the_full_size_model_has_560_and_722_modules() -> None:
         config = UNet2DConditionModel.load_config(str(base_model.DATA), subfolder="unet")
         unet: Any = UNet2DConditionModel.from_config(config)
     names = [name for name, _ in unet.named_modules()]
-    from sdxl_lora_core.adapters import PRESETS
-
     counts = {p: sum(any(n.endswith("." + end) for end in ends) for n in names) for p, ends in PRESETS.items()}
-    assert counts == {"attention": 560, "attention+ff": 700, "all-linear": 722}
+    resnets, shortcuts, samplers = 17, 11, 4
+    convolutions = 3 * resnets + shortcuts + samplers
+    assert counts == {"attention": 560, "attention+ff": 700, "all-linear": 722, "all-linear+conv": 722 + convolutions}
 
 
 def test_only_fp32_matrices_are_trained_and_they_change_nothing_at_the_start(micro_base: SDXLBase) -> None:
@@ -56,9 +53,10 @@ def test_only_fp32_matrices_are_trained_and_they_change_nothing_at_the_start(mic
     assert all(module.up.abs().max() == 0 < module.down.abs().max() for module in lora_modules(unet, 2).values())
 
 
-def test_the_merged_matrices_act_as_the_adapter_does(micro_base: SDXLBase) -> None:
+@pytest.mark.parametrize("preset", ["attention", "all-linear+conv"])
+def test_the_merged_matrices_act_as_the_adapter_does(micro_base: SDXLBase, preset: Any) -> None:
     unet = new_unet(micro_base)
-    add_lora(unet, TrainConfig(rank=2, alpha=6))
+    add_lora(unet, TrainConfig(rank=2, alpha=6, target_modules=preset))
     for number, parameter in enumerate(unet.parameters()):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(number))

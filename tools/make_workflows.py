@@ -1,7 +1,7 @@
 """Writes workflows/*.json, for ComfyUI's page, from workflows/api/*.json and the node definitions.
 
     python -m tools.make_workflows
-    python -m tools.make_workflows --thumbnails out/thumbnails    runs them all, and shows their images in workflows/*.jpg
+    python -m tools.make_workflows --thumbnails out/thumbnails    # also runs them all, for workflows/*.jpg
 
 The API files are the source: after a change there, or of a node's inputs, run this again (a test compares the two).
 """
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def thumbnail(workflow: Workflow, outputs: Outputs) -> Image.Image:
-    """Rows of four: what each generator drew, the first of each prompt first; best first where there is one to score."""
+    """Rows of four: the first image of each prompt, by generator; a single generator's best first if it is scored."""
     generators = [key for key, node in workflow.items() if node["class_type"] == "SDXLGenerateCached"]
     batches = [outputs[key][0][0] for key in generators]
     if len(generators) == 1:
