@@ -39,9 +39,7 @@ def main() -> None:
         os.environ["SDXL_LORA_HOME"] = home
         times, size = hits(Path(home))
     median = statistics.median(times)
-    print(
-        f"hit, whole call, PNG of {size / 1e6:.2f} MB: median {median * 1e3:.1f} ms, worst {max(times) * 1e3:.1f} ms"
-    )
+    print(f"hit, whole call, PNG of {size / 1e6:.2f} MB: median {median * 1e3:.1f} ms, worst {max(times) * 1e3:.1f} ms")
     print("heavy libraries loaded:", [name for name in HEAVY if name in sys.modules])
 
 

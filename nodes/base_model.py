@@ -5,6 +5,7 @@ from typing import Any
 from ..sdxl_lora_core.base_model import describe_base, open_base, quick_fingerprint
 from ..sdxl_lora_core.config import PRECISIONS, TrainConfig
 from . import folders, host
+from .previews import show
 from .wires import CATEGORY, widget
 
 
@@ -51,4 +52,4 @@ class LoadSDXLBase:
     def load(self, base: str, precision: Any) -> dict[str, Any]:
         opened = open_base(folders.find("base", base), precision, hash_memo=host.cache_folder() / "hashes")
         info = describe_base(opened)
-        return host.show((opened, info), info)
+        return show((opened, info), info)

@@ -7,6 +7,7 @@ import numpy as np
 from ..sdxl_lora_core.config import DatasetConfig
 from ..sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load_caption_dataset, quick_fingerprint
 from . import folders, host
+from .previews import show
 from .wires import CATEGORY, to_image, widget
 
 
@@ -84,4 +85,4 @@ class LoadCaptionDataset:
         )
         sheet = np.asarray(contact_sheet(loaded))
         report = describe(loaded)
-        return host.show((loaded, to_image([sheet]), report, len(loaded.entries)), report, [sheet])
+        return show((loaded, to_image([sheet]), report, len(loaded.entries)), report, [sheet])

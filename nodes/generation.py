@@ -16,6 +16,7 @@ from ..sdxl_lora_core.config import (
 )
 from ..sdxl_lora_core.generation import GeneratedImage, LoRARef, generate
 from . import folders, host
+from .previews import show
 from .wires import CATEGORY, Widget, read_stack, to_image, widget
 
 _PROMPT = "a red circle on a blue background"
@@ -104,7 +105,7 @@ class SDXLGenerateCached:
         pixels = [image.pixels for image in images]
         info = json.dumps([_facts(image) for image in images], indent=2)
         prompts = "\n".join(" ".join(image.prompt.split()) for image in images)
-        return host.show((to_image(pixels), info, prompts), _summary(images), pixels)
+        return show((to_image(pixels), info, prompts), _summary(images), pixels)
 
 
 def _facts(image: GeneratedImage) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def _facts(image: GeneratedImage) -> dict[str, Any]:
 def _summary(images: list[GeneratedImage]) -> str:
     found = sum(image.hit for image in images)
     seconds = sum(image.seconds for image in images)
-    return f"{len(images)} images, {found} from the cache, {seconds:.1f} s"
+    return f"{len(images)} image{'s' * (len(images) != 1)}, {found} from the cache, {seconds:.1f} s"
 
 
 def _advanced() -> dict[str, Widget]:

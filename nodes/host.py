@@ -7,9 +7,7 @@ Where ComfyUI is absent the same calls work on one folder, named by SDXL_LORA_HO
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -17,12 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from ..sdxl_lora_core.files import write_atomic
 from ..sdxl_lora_core.loaded_parts import LoadedParts
 
 
@@ -121,7 +116,7 @@ class ComfyParts(LoadedParts):
         self._moving = False
 
     def arrive(self, part: str, module: nn.Module) -> None:
-        if part not in self._patchers:
+        if part not in self._patchers or self._patchers[part].model.part is not module:
             self._patchers[part] = self._evictable(part, module)
         self._in_use.add(part)
         with self._own_move():
@@ -211,7 +206,7 @@ def training_mode() -> Iterator[None]:
             management.in_training = False
 
 
-# Progress and results
+# Progress
 
 
 class Progress:
@@ -258,21 +253,3 @@ def nothing() -> Any:
     """The output that keeps whatever hangs on it from running."""
     graph = _comfy("comfy_execution.graph_utils")
     return graph.ExecutionBlocker(None) if graph else Nothing()
-
-
-def show(result: tuple[Any, ...], text: str, images: list[np.ndarray] | None = None) -> dict[str, Any]:
-    """A node's return value: its outputs, and what the page shows on the node. Images are uint8 [H, W, 3]."""
-    ui: dict[str, Any] = {"text": (text,)}
-    if images:
-        ui["images"] = [_preview(pixels) for pixels in images]
-    return {"ui": ui, "result": result}
-
-
-def _preview(pixels: np.ndarray) -> dict[str, str]:
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, format="PNG", compress_level=1)
-    name = f"{hashlib.sha256(encoded.getvalue()).hexdigest()[:24]}.png"
-    path = temp_folder() / "sdxl_lora" / name
-    if not path.exists():
-        write_atomic(path, lambda file: file.write_bytes(encoded.getvalue()))
-    return {"filename": name, "subfolder": "sdxl_lora", "type": "temp"}

@@ -3,7 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..sdxl_lora_core.lora_files import describe_lora
-from . import folders, host
+from . import folders
+from .previews import show
 from .wires import CATEGORY, StackEntry, read_stack
 
 INCOMING = "(incoming)"
@@ -65,4 +66,4 @@ class LoadLoRA:
             lora_name = stack.pop()[0]
         entry: StackEntry = (lora_name, strength_model, strength_clip)
         info = describe_lora(folders.find("lora", lora_name)) if enabled else f"{lora_name} is off"
-        return host.show(([*stack, entry] if enabled else stack, info), info)
+        return show(([*stack, entry] if enabled else stack, info), info)

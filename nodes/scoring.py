@@ -7,6 +7,7 @@ from torch import Tensor
 from ..sdxl_lora_core.clip_model import load_clip
 from ..sdxl_lora_core.scoring import annotate, score_images
 from . import folders, host
+from .previews import show
 from .wires import CATEGORY, from_image, to_image
 
 
@@ -82,4 +83,4 @@ class CLIPScore:
         scores = [report.scores[index].clip_score for index in report.order]
         outputs = (to_image(ordered), to_image(ordered[:1]), report.mean, scores, to_image(annotated), report.to_json())
         summary = f"mean {report.mean:.2f}, best {scores[0]:.2f}"
-        return host.show(outputs, "\n".join([summary, *report.warnings]), annotated)
+        return show(outputs, "\n".join([summary, *report.warnings]), annotated)

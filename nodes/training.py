@@ -14,6 +14,7 @@ from ..sdxl_lora_core.runs import RunFolders
 from ..sdxl_lora_core.training import train
 from ..sdxl_lora_core.training_loop import StepReport
 from . import folders, host
+from .previews import show
 from .wires import CATEGORY, Widget, to_image, train_config, widget
 
 
@@ -113,7 +114,7 @@ class TrainSDXLLoRA:
         report = json.dumps(result.report, indent=2)
         stack = [(result.lora_name, 1.0, 1.0)]
         outputs = (stack, result.lora_name, result.state_dict, to_image([chart]), samples, report)
-        return host.show(outputs, report, [chart, *result.samples])
+        return show(outputs, report, [chart, *result.samples])
 
 
 def _advanced() -> dict[str, Widget]:

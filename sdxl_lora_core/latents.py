@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from .buckets import Crop
+from .images import crop_to_bucket
 
 
 def crop_pixels(image: Image.Image, crop: Crop, mirrored: bool) -> Tensor:
     """The bucket's part of an RGB image as float32 [3, H, W] in -1..1."""
-    resized = image.resize((crop.resized_w, crop.resized_h), Image.Resampling.LANCZOS)
-    part = resized.crop((crop.left, crop.top, crop.left + crop.bucket_w, crop.top + crop.bucket_h))
+    part = crop_to_bucket(image, crop)
     if mirrored:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.asarray(part, dtype=np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tools.run_workflow import ROOT, load_pack
 
@@ -260,10 +261,11 @@ def test_training_mode_undoes_inference_mode() -> None:
 
 
 def test_previews_are_written_once_by_content(home: Path) -> None:
-    pixels = np.zeros((8, 8, 3), np.uint8)
-    first, second = (host.show((1,), "text", [pixels])["ui"]["images"][0] for _ in range(2))
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    first, second = (PACK.nodes.previews.show((1,), "text", [pixels])["ui"]["images"][0] for _ in range(2))
     assert first == second
-    assert (home / "temp" / first["subfolder"] / first["filename"]).is_file()
+    written = Image.open(home / "temp" / first["subfolder"] / first["filename"])
+    assert np.array_equal(np.asarray(written), pixels)
 
 
 class FakeComfy:
@@ -311,6 +313,7 @@ def test_parts_in_use_are_loaded_together_and_evicted_ones_are_freed(comfy: Fake
     owner._patchers["text_encoder_2"].detach()
     third = torch.nn.Linear(3, 3)
     assert owner.borrow("text_encoder_2", "b", lambda: third) is third, "ComfyUI took the second one"
+    assert comfy.loaded[-1] == [third]
 
 
 def test_leaving_the_device_is_not_being_evicted(comfy: FakeComfy) -> None:

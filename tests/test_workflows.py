@@ -13,6 +13,7 @@ from tools.make_workflows import NOTES, ui_graph
 from tools.run_workflow import CORE_NODES, ROOT, load_pack, run, with_settings
 
 FILES = sorted((ROOT / "workflows/api").glob("*.json"))
+SAVED = sorted((ROOT / "tests/saved").glob("*.json"))
 NODES: dict[str, Any] = {**CORE_NODES, **load_pack().NODE_CLASS_MAPPINGS}
 SMALL = {
     "TrainSDXLLoRA": {"steps": 2, "rank": 2, "batch_size": 1},
@@ -65,6 +66,17 @@ def test_it_runs_as_shipped_but_for_the_steps(path: Path, tmp_path: Path) -> Non
             assert images.shape == (len(prompts.splitlines()), 64, 64, 3) and images.std() > 0
         if node["class_type"] == "CLIPScore":
             assert 0 <= outputs[key][2][0] <= 100
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
+def test_graphs_saved_long_ago_still_run(path: Path, tmp_path: Path) -> None:
+    """Never edit these files: they are what users have saved."""
+    outputs = run(read(path), tmp_path)
+    stack = outputs["4"][0][0]
+    assert stack == [("saved.safetensors", 0.8, 0.8)]
+    assert len(outputs["6"][3]) == 2, "a score for each image, as a list"
+    assert outputs["3"][4][0].shape == (1, 64, 64, 3)
+    assert (tmp_path / "lora_runs/saved/run.yaml").is_file()
 
 
 def test_a_loop_an_unknown_node_and_a_missing_input_are_named(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def demo() -> int:
 
 
 def test() -> int:
-    return run("-m", "pytest", "-q", "--ignore=tests/comfy", "--ignore=tests/gpu")
+    return run("-m", "pytest", "-q", "--ignore=tests/comfy")
 
 
 def test_comfy() -> int:

@@ -206,12 +206,12 @@ def main() -> None:
 def train(rank: int, args: argparse.Namespace) -> None:
     """One of the workers. Small layers leave a second thread idle: two processes are twice as fast as two threads."""
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method="tcp://127.0.0.1:29517", rank=rank, world_size=args.workers
-    )
+    distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:29517", rank=rank, world_size=args.workers)
     torch.manual_seed(0)
     model, noise = TinySDXL(args.work), DDPMScheduler(**NOISE)
-    model.unet.set_attn_processor(AttnProcessor())  # on a CPU plain attention trains 1.5 times faster than the fused one
+    model.unet.set_attn_processor(
+        AttnProcessor()
+    )  # on a CPU plain attention trains 1.5 times faster than the fused one
     model.text_encoder.set_attn_implementation("eager")
     model.text_encoder_2.set_attn_implementation("eager")
     data = torch.load(args.work / "latents.pt", weights_only=True)

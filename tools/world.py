@@ -136,7 +136,11 @@ def draw_pattern(rng: random.Random) -> Image.Image:
         canvas.paste(rng.choice(colours), (0, rng.randint(2, cells - 2), cells, cells))
     for _ in range(rng.randint(1, 2)):
         place = (rng.uniform(30, 98), rng.uniform(30, 98), rng.uniform(20, 46), rng.uniform(-3, 3))
-        blob = _mask(rng.choice(SHAPES), *place).resize((cells, cells), Image.Resampling.BOX).point(lambda v: 255 * (v > 120))
+        blob = (
+            _mask(rng.choice(SHAPES), *place)
+            .resize((cells, cells), Image.Resampling.BOX)
+            .point(lambda v: 255 * (v > 120))
+        )
         canvas.paste(rng.choice(colours), mask=blob.filter(ImageFilter.MaxFilter(3)))
         canvas.paste(rng.choice(colours), mask=blob)
         lit = ImageChops.subtract(blob, ImageChops.offset(blob, rng.choice((-1, 1)), rng.choice((-1, 1))))
