@@ -126,7 +126,8 @@ def test_the_base_is_untouched_and_the_lora_is_not_zero(run: Train, micro_base: 
     [
         {"learning_rate": 2e-3}, {"rank": 4}, {"alpha": 8.0}, {"batch_size": 1}, {"seed": 1}, {"steps": 3},
         {"gradient_accumulation": 2}, {"lr_schedule": "linear"}, {"lr_schedule": "cosine"}, {"lr_warmup_steps": 2},
-        {"target_modules": "attention+ff"}, {"target_modules": "all-linear"}, {"target_modules": "all-linear+conv"}, {"dropout": 0.5},
+        {"target_modules": "attention+ff"}, {"target_modules": "all-linear"}, {"target_modules": "all-linear+conv"},
+        {"dropout": 0.5},
         {"caption_dropout": 0.9}, {"precision": "bf16"}, {"adam_beta1": 0.5}, {"adam_beta2": 0.9},
         {"weight_decay": 1.0}, {"max_grad_norm": 1e-4}, {"save_dtype": "fp16"}, {"save_format": "peft"},
     ],

@@ -68,6 +68,15 @@ def test_it_runs_as_shipped_but_for_the_steps(path: Path, tmp_path: Path) -> Non
             assert 0 <= outputs[key][2][0] <= 100
 
 
+def test_the_comparison_asks_for_what_the_dataset_does_not_show() -> None:
+    workflow = read(ROOT / "workflows/api/train_and_compare.json")
+    without, with_lora = (node["inputs"] for node in workflow.values() if node["class_type"] == "SDXLGenerateCached")
+    captions = {path.read_text(encoding="utf-8").strip() for path in (ROOT / "assets/sample-dataset").rglob("*.txt")}
+    prompts = without["prompt"].splitlines()
+    assert len(prompts) >= 8 and not captions & set(prompts)
+    assert {**without, "lora_stack": ["3", 0]} == with_lora, "the two differ in the LoRA alone"
+
+
 @pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
 def test_graphs_saved_long_ago_still_run(path: Path, tmp_path: Path) -> None:
     """Never edit these files: they are what users have saved."""
