@@ -52,7 +52,8 @@ def main() -> None:
     print("seconds a step:", [round(b - a, 2) for a, b in zip(marks, marks[1:], strict=False)])
     print(f"tensors in the file: {len(load_file(result.lora_path))}; losses {result.report['loss']:.4f}")
     unet: Any = load_part(base, "unet", torch.bfloat16)
-    print("this pack:", merge_into(unet, read_lora(result.lora_path).unet, 1.0))
+    merged = merge_into(unet, read_lora(result.lora_path).unet, 1.0)
+    print(f"this pack: {len(merged.applied)} modules changed, {len(merged.missing)} not found")
     print("diffusers:", applied_by_diffusers(unet, result.lora_path), "modules carry the adapter")
 
 

@@ -188,6 +188,8 @@ class GenerateConfig:
         _check_choice(self, "prompt_syntax", PROMPT_SYNTAXES)
         _check_choice(self, "attention", ATTENTIONS)
         _check_choice(self, "offload", OFFLOADS)
+        if self.attention == "sdpa" and self.attention_slicing:
+            raise ValueError("attention is 'sdpa' with attention_slicing on, which replaces it: turn one of them off")
 
     @property
     def prompts(self) -> tuple[str, ...]:

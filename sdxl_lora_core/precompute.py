@@ -51,7 +51,9 @@ def load_prompt(path: Path) -> tuple[Tensor, Tensor]:
     return tensors["embeds"], tensors["pooled"]
 
 
-def make_sample(base: SDXLBase, entry: CaptionEntry, mirrored: bool, cache: Path, dtype: torch.dtype) -> Sample:
+def make_sample(
+    base: SDXLBase, entry: CaptionEntry, mirrored: bool, cache: Path, dtype: torch.dtype, device: torch.device
+) -> Sample:
     """Where the sample's tensors lie, or will lie."""
     crop = center_crop(entry.width, entry.height, bucket_for(entry.width, entry.height, entry.resolution))
     key = json_sha256(
@@ -68,17 +70,19 @@ def make_sample(base: SDXLBase, entry: CaptionEntry, mirrored: bool, cache: Path
         crop=crop,
         mirrored=mirrored,
         latents_file=cache / "latents" / "v1" / key[:2] / f"{key}.safetensors",
-        prompt_file=prompt_file(base, entry.caption, cache, dtype),
+        prompt_file=prompt_file(base, entry.caption, cache, dtype, device),
     )
 
 
-def prompt_file(base: SDXLBase, prompt: str, cache: Path, dtype: torch.dtype) -> Path:
+def prompt_file(base: SDXLBase, prompt: str, cache: Path, dtype: torch.dtype, device: torch.device) -> Path:
+    """Where a prompt's embeddings lie, or will lie. Kinds of device differ in the last bits, so each has its own."""
     hashes = dict(base.part_hashes)
     key = json_sha256(
         {
             "prompt": prompt,
             "encoders": [hashes[part] for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")],
             "dtype": str(dtype),
+            "device": device.type,
             "library": _minor_version("transformers"),
         }
     )
@@ -89,7 +93,7 @@ def cache_prompts(
     base: SDXLBase, prompts: Iterable[str], cache: Path, device: torch.device, dtype: torch.dtype, on_item: OnItem
 ) -> None:
     """Encodes what is not on disk yet. The text encoders are gone from memory on return."""
-    missing = {prompt: prompt_file(base, prompt, cache, dtype) for prompt in prompts}
+    missing = {prompt: prompt_file(base, prompt, cache, dtype, device) for prompt in prompts}
     missing = {prompt: path for prompt, path in missing.items() if not _readable(path)}
     if not missing:
         return

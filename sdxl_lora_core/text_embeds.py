@@ -72,7 +72,7 @@ class TextPhase:
     def _file(self, text: str) -> Path | None:
         if self.cache is None or any(entry.modules(part) for entry in self.stack for part in ENCODERS):
             return None
-        return prompt_file(self.base, text, self.cache, self.dtype)
+        return prompt_file(self.base, text, self.cache, self.dtype, self.parts.device)
 
     def _run_encoders(self, texts: Sequence[str]) -> dict[str, TextEmbeds]:
         if not texts:

@@ -180,6 +180,7 @@ def _draw_samples(
     images = generation.generate(
         base, request, [LoRARef(run.lora_path, run.name, 1.0, 1.0)],
         parts=parts, cache_folder=folders.cache / "images", hash_memo=folders.cache / "hashes",
+        prompt_cache=folders.cache,
         on_step=lambda done, total: on_step(StepReport("drawing samples", done, total)),
     )  # fmt: skip
     for number, image in enumerate(images):

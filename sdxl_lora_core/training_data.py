@@ -46,8 +46,10 @@ class TrainingData:
         self.base, self.config, self.cache_folder, self.device, self.dtype = base, config, cache, device, dtype
         self.entries = dataset.entries
         self.variants = [self._variants(entry) for entry in dataset.entries]
-        self.validation = [precompute.make_sample(base, entry, False, cache, dtype) for entry in dataset.validation]
-        self.empty_prompt = precompute.prompt_file(base, "", cache, dtype)
+        self.validation = [
+            precompute.make_sample(base, entry, False, cache, dtype, device) for entry in dataset.validation
+        ]
+        self.empty_prompt = precompute.prompt_file(base, "", cache, dtype, device)
         self.buckets = [(v[0].crop.bucket_w, v[0].crop.bucket_h) for v in self.variants]
         self._epochs: dict[int, list[list[int]]] = {}
         self._per_epoch = len(self._epoch(0))
@@ -55,7 +57,7 @@ class TrainingData:
     def _variants(self, entry: CaptionEntry) -> list[Sample]:
         orientations = (False, True) if entry.flip else (False,)
         return [
-            precompute.make_sample(self.base, entry, mirrored, self.cache_folder, self.dtype)
+            precompute.make_sample(self.base, entry, mirrored, self.cache_folder, self.dtype, self.device)
             for mirrored in orientations
         ]
 

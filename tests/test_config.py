@@ -23,6 +23,11 @@ from sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig, de
         (DatasetConfig, {"resolution": 1000}, "multiple of 16"),
         (DatasetConfig, {"validation_percent": 60}, "from 0 to 50"),
         (GenerateConfig, {"prompt": "x", "width": 1001}, "width is 1001: give a multiple of 8, 1000 for example"),
+        (
+            GenerateConfig,
+            {"prompt": "x", "attention": "sdpa", "attention_slicing": True},
+            "attention is 'sdpa' with attention_slicing on",
+        ),
         (GenerateConfig, {"prompt": "x", "sampler": "euler"}, "sampler is 'euler': choose one of dpmpp_2m"),
         (GenerateConfig, {"prompt": "x", "count": 0}, "count is 0"),
     ],

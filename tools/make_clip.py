@@ -1,7 +1,8 @@
 """Trains the tiny CLIP on all three styles: python tools/make_clip.py --work DIR. Stops and continues at any time.
 
-Needs DIR/tokenizer. The caption of a styled drawing names the style in half the cases only, so a caption without style
-words is neutral about style.
+Needs DIR/tokenizer. Every scene of a batch is there in all styles, with a caption for each style and one without style
+words: style words therefore have to tell the same content in two styles apart, and a caption without them has to be
+neutral.
 """
 
 from __future__ import annotations
@@ -46,17 +47,18 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text | ids | depth, vision_config=vision | depth, projection_dim=96))
 
 
-def pixels(scenes: list[world.Scene], styles: list[str]) -> torch.Tensor:
-    drawings = [world.draw(scene, style) for scene, style in zip(scenes, styles, strict=True)]
-    return interpolate(to_tensor(drawings), SIDE, mode="area")
+def pixels(scenes: list[world.Scene], style: str) -> torch.Tensor:
+    """[N,3,SIDE,SIDE] in [-1,1], made smaller as the processor does it."""
+    drawings = to_tensor([world.draw(scene, style) for scene in scenes])
+    return interpolate(drawings, SIDE, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def make_drawings(count: int) -> dict:
-    """Drawings as uint8 [N,3,SIDE,SIDE], made once; captions are chosen anew in every step."""
+    """`count` scenes as uint8 [N,styles,3,SIDE,SIDE], made once; captions are chosen anew in every step."""
     rng, kinds = random.Random("clip"), world.training_kinds()
-    scenes, styles = [random_scene(rng, kinds) for _ in range(count)], rng.choices(world.STYLES, k=count)
-    parts = [pixels(scenes[i : i + 64], styles[i : i + 64]) for i in range(0, count, 64)]
-    kinds = [(s.shape, s.colour, s.background, style) for s, style in zip(scenes, styles, strict=True)]
+    scenes = [random_scene(rng, kinds) for _ in range(count)]
+    parts = [torch.stack([pixels(scenes[i : i + 64], style) for style in world.STYLES], 1) for i in range(0, count, 64)]
+    kinds = [(scene.shape, scene.colour, scene.background) for scene in scenes]
     return {"images": (torch.cat(parts) * 127.5 + 127.5).round().byte(), "kinds": kinds}
 
 
@@ -66,37 +68,62 @@ def logits(clip: CLIPModel, tokenizer: CLIPTokenizer, images: torch.Tensor, capt
 
 
 def loss_of(clip: CLIPModel, tokenizer: CLIPTokenizer, data: dict, step: int, size: int) -> torch.Tensor:
-    """InfoNCE both ways over a batch in which no combination of shape, colour and background occurs twice."""
+    """InfoNCE both ways over `size` scenes in all styles; no shape, colour and background occur together twice."""
     rng = random.Random(f"clip {step}")
-    picks = list({data["kinds"][i][:3]: i for i in rng.sample(range(len(data["kinds"])), size)}.values())
-    captions = [caption_of(rng, data["kinds"][i]) for i in picks]
-    images = data["images"][picks].float() / 127.5 - 1
-    images = images.roll((rng.randint(-4, 4), rng.randint(-4, 4)), dims=(2, 3))
-    if rng.random() < 0.5:  # generated images are a little soft and noisy
-        images = images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(step))
+    picks = list({data["kinds"][i]: i for i in rng.sample(range(len(data["kinds"])), size)}.values())
+    captions = [text for i in picks for text in captions_of(rng, data["kinds"][i])]
+    images = soften(data["images"][picks].flatten(0, 1).float() / 127.5 - 1, rng, step)
     with torch.autocast("cpu", torch.bfloat16):
         scores = logits(clip, tokenizer, images, captions).float()
-    target = torch.arange(len(picks))
-    return (cross_entropy(scores, target) + cross_entropy(scores.T, target)) / 2
+    fits = torch.block_diag(*[FITS] * len(picks))
+    return (cross_entropy(scores, shares(fits)) + cross_entropy(scores.T, shares(fits.T))) / 2
 
 
-def caption_of(rng: random.Random, kind: tuple[str, str, str, str]) -> str:
-    if kind[3] != "plain" and rng.random() < 0.5:
-        return world.caption(world.Scene(*kind[:3]), kind[3])
-    return prompt_for(rng, kind[:3], empty=0)
+# Which caption fits which drawing of one scene: the one without style words fits every style.
+FITS = torch.eye(len(world.STYLES))
+FITS[:, world.STYLES.index("plain")] = 1
+
+
+def shares(fits: torch.Tensor) -> torch.Tensor:
+    return fits / fits.sum(1, keepdim=True)
+
+
+def captions_of(rng: random.Random, kind: tuple[str, str, str]) -> list[str]:
+    """One for each style, in their order; the plain one in any of the base's phrasings."""
+    return [
+        prompt_for(rng, kind, empty=0) if style == "plain" else world.caption(world.Scene(*kind), style)
+        for style in world.STYLES
+    ]
+
+
+def soften(images: torch.Tensor, rng: random.Random, step: int) -> torch.Tensor:
+    """Shifted, and in half of the steps each blurred and noisy: generated images are."""
+    images = images.roll((rng.randint(-4, 4), rng.randint(-4, 4)), dims=(2, 3))
+    if rng.random() < 0.5:
+        return images
+    generator = torch.Generator().manual_seed(step)
+    blurred = interpolate(interpolate(images, SIDE // 2, mode="area"), SIDE, mode="bilinear")
+    images = images.lerp(blurred, torch.rand(len(images), 1, 1, 1, generator=generator))
+    return images + 0.05 * torch.randn(images.shape, generator=generator)
 
 
 @torch.no_grad()
 def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
-    """Top-1 among 100 held-out pairs: share of images whose own caption scores highest, by style and caption."""
+    """Top-1 among 100 held-out pairs: share of images whose own caption scores highest, by style and caption.
+
+    And the share of style captions that score higher with their style than with the plain drawing of the same scene.
+    """
     scenes = [world.Scene(*kind, variant=7) for kind in world.held_out_kinds()]
     plain = [world.caption(scene) for scene in scenes]
     found = {}
     for style in world.STYLES:
-        images = pixels(scenes, [style] * len(scenes))
+        images = pixels(scenes, style)
         for name, captions in (("plain", plain), (style, [world.caption(scene, style) for scene in scenes])):
             scores = logits(clip, tokenizer, images, captions)
             found[f"{style} drawings, {name} captions"] = (scores.argmax(1) == torch.arange(100)).float().mean().item()
+            if name != "plain":
+                other = logits(clip, tokenizer, pixels(scenes, "plain"), captions)
+                found[f"{style} captions prefer {style} drawings"] = (scores > other).diag().float().mean().item()
     return found
 
 
@@ -110,10 +137,10 @@ def save(clip: CLIPModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--drawings", type=int, default=7000)
+    parser.add_argument("--scenes", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--minutes", type=float, default=1e9, help="the schedule ends at --steps or here")
-    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--batch", type=int, default=64, help="scenes; each comes in every style")
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
@@ -125,7 +152,7 @@ def main() -> None:
 
 
 def train(clip: CLIPModel, tokenizer: CLIPTokenizer, args: argparse.Namespace) -> None:
-    data, state_file, first = make_drawings(args.drawings), args.work / "clip.pt", 0
+    data, state_file, first = make_drawings(args.scenes), args.work / "clip.pt", 0
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-2)
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
