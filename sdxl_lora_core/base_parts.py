@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .base_checks import PART_CLASSES, read_json
+from .library_logs import quiet_libraries
 from .model_kinds import TEXT, TEXT_2, UNET, VAE
 
 Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
@@ -46,7 +46,7 @@ def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     """Raises ValueError if the files do not hold exactly the part's tensors."""
     variant, _ = find_weights(folder / part)
     dtype_option = "torch_dtype" if part in ("unet", "vae") else "dtype"
-    with _quiet_libraries():
+    with quiet_libraries():
         module, info = _part_class(part).from_pretrained(
             str(folder),
             subfolder=part,
@@ -66,7 +66,7 @@ def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype) 
     tensors = _read_tensors(file, _PREFIXES[part])
     _require_complete([] if tensors else [_PREFIXES[part]], part, file)
     try:
-        with _quiet_libraries():
+        with quiet_libraries():
             module = _convert(tensors, configs, part, dtype)
     except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"the {part} in {file.name} does not fit ({error}): fetch the checkpoint again") from error
@@ -101,26 +101,6 @@ def _align(module: nn.Module) -> nn.Module:
         if parameter.data_ptr() % _ALIGNMENT:
             parameter.data = parameter.data.clone()
     return module
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No progress bars and no warnings: what these warn of, missing and unknown tensors, is raised here."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    levels = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
-    had_bar = transformers_log.is_progress_bar_enabled()
-    diffusers_log.set_verbosity_error()
-    transformers_log.set_verbosity_error()
-    transformers_log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_log.set_verbosity(levels[0])
-        transformers_log.set_verbosity(levels[1])
-        if had_bar:
-            transformers_log.enable_progress_bar()
 
 
 def _part_class(part: Part) -> Any:

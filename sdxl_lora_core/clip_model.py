@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .library_logs import quiet_libraries
+
 _IMAGES_AT_ONCE = 8
 _LEGACY_EOS = 2  # in configs from before transformers 4.31: the model then pools at the highest token id
 
@@ -26,7 +28,7 @@ def load_clip(folder: Path) -> torch.nn.Module:
 
     _check_folder(folder)
     try:
-        with torch.random.fork_rng(devices=[]):  # transformers 4 draws weights before it reads them
+        with quiet_libraries(), torch.random.fork_rng(devices=[]):  # transformers 4 draws weights before it reads them
             loaded: Any = CLIPModel.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
             )

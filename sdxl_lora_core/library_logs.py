@@ -1,0 +1,26 @@
+"""Keeps diffusers and transformers silent while they load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars and no warnings: what these warn of, missing and unknown tensors, the callers raise."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    levels = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
+    had_bar = transformers_log.is_progress_bar_enabled()
+    diffusers_log.set_verbosity_error()
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_log.set_verbosity(levels[0])
+        transformers_log.set_verbosity(levels[1])
+        if had_bar:
+            transformers_log.enable_progress_bar()
