@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig, default, from_mapping
+from ..sdxl_lora_core.settings import choices_of, fields_of, types_of
 
 StackEntry = tuple[str, float, float]
 Widget = tuple[str | list[str], dict[str, Any]]
@@ -27,6 +28,21 @@ def widget(
     """An input for one setting, with its one stated default. A sequence of choices makes a combo."""
     declared = kind if isinstance(kind, str) else list(kind)
     return declared, {"default": default(config, option), "tooltip": tooltip, **options}
+
+
+def train_widget(option: str, **more: Any) -> Widget:
+    """An input for one setting of a training run: kind, choices, default, range and help are the setting's own."""
+    field, kind = fields_of(TrainConfig)[option], types_of(TrainConfig)[option]
+    shown: dict[str, Any] = {"default": field.default, "tooltip": field.metadata["help"]}
+    if choices := choices_of(TrainConfig, option):
+        return list(choices), {**shown, **more}
+    if kind in (int, float):
+        shown |= {"min": field.metadata["low"], "max": field.metadata["high"]}
+    if kind is float:
+        shown |= {"step": field.metadata["step"] or 0.01, "round": False}
+    if isinstance(field.default, tuple):  # a line each
+        shown |= {"default": "\n".join(field.default), "multiline": True}
+    return {int: "INT", float: "FLOAT", bool: "BOOLEAN"}.get(kind, "STRING"), {**shown, **more}
 
 
 def to_image(pixels: Sequence[np.ndarray]) -> Tensor:

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .base_parts import Part
-from .config import LoRAFormat
 from .lora_dialects import Place, Role, peft_alpha, peft_settings, place_of, role_of
 from .lora_merge import LoRAModule, MergeReport, merge_into, merge_stack
 from .lora_metadata import lora_metadata, tag_counts, trigger_words
 from .lora_names import sai_block_name
 from .model_kinds import foreign_adapter, is_adapter, kind_of
+from .train_config import LoRAFormat
 from .weights_file import first_names, pack_weights, read_header, write_weights
 
 __all__ = [

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from .config import LoRAFormat, Precision, TrainConfig
 from .files import canonical_json
+from .train_config import LoRAFormat, Precision, TrainConfig
 
 _IMPLEMENTATIONS: dict[LoRAFormat, str] = {
     "kohya": "https://github.com/Stability-AI/generative-models",  # ModelSpec's name for SAI's block names

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .base_model import SDXLBase
-from .config import TrainConfig, to_yaml
+from .config import to_yaml
 from .dataset import CaptionDataset
 from .files import json_sha256, write_text_atomic
+from .train_config import TrainConfig
 
 RANDOMNESS_VERSION = 1  # raised when noise, order or initialisation change: old runs are then not continued
 

@@ -21,13 +21,14 @@ from torch import Tensor
 from . import generation
 from .base_model import SDXLBase, resolve_dtype
 from .charts import draw_loss_chart, smoothed
-from .config import GenerateConfig, TrainConfig, WeightType
+from .config import GenerateConfig
 from .dataset import CaptionDataset
 from .files import write_atomic, write_text_atomic
 from .generation import LoadedParts, LoRARef
 from .lora_files import LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
 from .runs import Run, RunFolders, claim_run, run_fingerprint, save_settings
+from .train_config import TrainConfig, WeightType
 from .training_loop import OnStep, StepReport, Trained, train_adapter
 
 log = logging.getLogger("sdxl_lora")

@@ -17,9 +17,9 @@ from torch import Tensor
 from . import precompute
 from .base_model import SDXLBase
 from .buckets import epoch_batches
-from .config import TrainConfig
 from .dataset import CaptionDataset, CaptionEntry
 from .precompute import OnItem, Sample
+from .train_config import TrainConfig
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
 

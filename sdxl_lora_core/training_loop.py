@@ -19,10 +19,10 @@ from . import base_model, precompute
 from .adapters import add_lora, lora_modules
 from .base_model import SDXLBase
 from .checkpoints import LoopState, load_newest, save_checkpoint
-from .config import TrainConfig
 from .dataset import CaptionDataset
 from .lora_files import LoRAModule
 from .losses import loss_per_sample, training_target
+from .train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, Batch, TrainingData, generator
 
 log = logging.getLogger("sdxl_lora")
