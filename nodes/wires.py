@@ -40,6 +40,8 @@ def train_widget(option: str, **more: Any) -> Widget:
         shown |= {"min": field.metadata["low"], "max": field.metadata["high"]}
     if kind is float:
         shown |= {"step": field.metadata["step"] or 0.01, "round": False}
+    if option == "seed":  # else the page adds a widget that changes it after every run
+        shown["control_after_generate"] = False
     if isinstance(field.default, tuple):  # a line each
         shown |= {"default": "\n".join(field.default), "multiline": True}
     return {int: "INT", float: "FLOAT", bool: "BOOLEAN"}.get(kind, "STRING"), {**shown, **more}

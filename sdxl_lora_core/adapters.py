@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,16 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def add_lora(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
-    """Puts a LoRA on the modules of `config.target_modules` and returns its parameters, float32, in a fixed order.
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters, float32, in a fixed order, that learn at `rate_factor` times the run's learning rate."""
+
+    parameters: list[nn.Parameter]
+    rate_factor: float = 1.0
+
+
+def add_lora(unet: Any, config: TrainConfig) -> list[ParameterGroup]:
+    """Puts a LoRA on the modules of `config.target_modules` and returns its parameters.
 
     `down` starts at random from `config.seed`, `up` at zero, so that training starts at the base itself.
     """
@@ -41,7 +50,7 @@ def add_lora(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
-    return parameters
+    return [ParameterGroup(parameters)]
 
 
 def lora_modules(unet: Any, alpha: float) -> dict[str, LoRAModule]:

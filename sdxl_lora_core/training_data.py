@@ -18,6 +18,7 @@ from . import precompute
 from .base_model import SDXLBase
 from .buckets import epoch_batches
 from .dataset import CaptionDataset, CaptionEntry
+from .losses import Objective
 from .precompute import OnItem, Sample
 from .train_config import TrainConfig
 
@@ -83,7 +84,7 @@ class TrainingData:
             self._epochs = {epoch: batches}
         return self._epochs[epoch]
 
-    def batch(self, indices: Sequence[int], step: int, first_position: int, timesteps: int) -> Batch:
+    def batch(self, indices: Sequence[int], step: int, first_position: int, objective: Objective) -> Batch:
         rows = []
         for position, index in enumerate(indices, start=first_position):
             draw = generator(self.config.seed, step, position)
@@ -91,8 +92,9 @@ class TrainingData:
             chance = torch.rand(2, generator=draw)
             sample = variants[int(chance[0] * len(variants))]
             prompt = self.empty_prompt if chance[1] < self.config.caption_dropout else sample.prompt_file
-            timestep = int(torch.randint(timesteps, (1,), generator=draw))
-            rows.append(_row(sample, prompt, timestep, draw))
+            timestep = objective.timestep(draw)
+            latents = _latents(sample, draw)
+            rows.append(_row(sample, prompt, latents, objective.noise(latents, draw), timestep))
         return self._stack(rows)
 
     def validation_batches(self) -> Iterator[Batch]:
@@ -100,7 +102,9 @@ class TrainingData:
         for position, sample in enumerate(self.validation):
             for timestep in VALIDATION_TIMESTEPS:
                 draw = generator(0, timestep, position)
-                yield self._stack([_row(sample, sample.prompt_file, timestep, draw)])
+                latents = _latents(sample, draw)
+                noise = torch.randn(latents.shape, generator=draw)
+                yield self._stack([_row(sample, sample.prompt_file, latents, noise, timestep)])
 
     def _stack(self, rows: list[tuple[Tensor, ...]]) -> Batch:
         latents, noise, timesteps, embeds, pooled, time_ids = (
@@ -116,10 +120,13 @@ class TrainingData:
         )
 
 
-def _row(sample: Sample, prompt_file: Path, timestep: int, draw: torch.Generator) -> tuple[Tensor, ...]:
+def _latents(sample: Sample, draw: torch.Generator) -> Tensor:
+    """A fresh draw from the VAE's posterior, [4, H/8, W/8]."""
     mean, std = sample.posterior()
-    latents = mean + std * torch.randn(mean.shape, generator=draw)
-    noise = torch.randn(mean.shape, generator=draw)
+    return mean + std * torch.randn(mean.shape, generator=draw)
+
+
+def _row(sample: Sample, prompt_file: Path, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, ...]:
     return latents, noise, torch.tensor(timestep), *precompute.load_prompt(prompt_file), sample.time_ids()
 
 

@@ -21,7 +21,8 @@ from .base_model import SDXLBase
 from .checkpoints import LoopState, load_newest, save_checkpoint
 from .dataset import CaptionDataset
 from .lora_files import LoRAModule
-from .losses import loss_per_sample, training_target
+from .losses import Objective
+from .optimizers import lr_factor, make_optimizer, set_learning_rates
 from .train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, Batch, TrainingData, generator
 
@@ -78,15 +79,11 @@ class Loop:
         from diffusers import DDPMScheduler
 
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
-        self.scheduler: Any = DDPMScheduler.from_config(base_model.scheduler_config(base))
+        self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
         self.unet: Any = base_model.load_part(base, "unet", dtype, device)
-        self.parameters = add_lora(self.unet, config)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-        )
+        self.groups = add_lora(self.unet, config)
+        self.parameters = [parameter for group in self.groups for parameter in group.parameters]
+        self.optimizer = make_optimizer(self.groups, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.state = LoopState()
         self.checkpointing = config.gradient_checkpointing == "on"
@@ -97,7 +94,7 @@ class Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.unet, self.optimizer, self.parameters
+        del self.unet, self.optimizer, self.parameters, self.groups
         precompute.release_memory(self.device)
 
     def run(self, checkpoints: Path, fingerprint: str, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
@@ -144,8 +141,7 @@ class Loop:
         """One optimizer update; not taken where the loss or the gradient is not finite."""
         step = self.state.step
         rate = self.config.learning_rate * lr_factor(self.config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rates(self.optimizer, self.groups, rate)
         try:
             loss = self.accumulate(step)
         except torch.OutOfMemoryError:
@@ -181,7 +177,7 @@ class Loop:
         self.unet.train()
         loss, position = 0.0, 0
         for indices in micro_batches:
-            batch = self.data.batch(indices, step, position, self.scheduler.config.num_train_timesteps)
+            batch = self.data.batch(indices, step, position, self.objective)
             with layer_dropout(self.config, step, position, self.device):
                 part = self.losses(batch).sum() / total
                 self.scaler.scale(part).backward()
@@ -191,15 +187,14 @@ class Loop:
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each sample, float32 [B]."""
-        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        noisy = self.objective.noisy(batch.latents, batch.noise, batch.timesteps)
         prediction = self.unet(
             noisy.to(self.dtype),
             batch.timesteps,
             encoder_hidden_states=batch.embeds,
             added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
         ).sample
-        target = training_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
-        return loss_per_sample(prediction, target)
+        return self.objective.losses(prediction, batch.latents, batch.noise, batch.timesteps)
 
     @torch.no_grad()
     def validation_loss(self, on_step: OnStep) -> float:
@@ -242,15 +237,3 @@ def require_space(folder: Path, parameters: Sequence[Tensor]) -> None:
             f"the run needs about {needed / 1e6:.0f} MB for its checkpoints and {free / 1e6:.0f} MB are free: "
             "make room or lower the rank; training has not started",
         )
-
-
-def lr_factor(config: TrainConfig, step: int) -> float:
-    """The learning rate at 0-based `step` as a share of `config.learning_rate`: warm-up, then the schedule."""
-    if step < config.lr_warmup_steps:
-        return (step + 1) / config.lr_warmup_steps
-    progress = (step - config.lr_warmup_steps) / (config.steps - config.lr_warmup_steps)
-    if config.lr_schedule == "linear":
-        return 1 - progress
-    if config.lr_schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0

@@ -47,7 +47,8 @@ def test_the_full_size_model_has_560_and_722_modules() -> None:
 
 def test_only_fp32_matrices_are_trained_and_they_change_nothing_at_the_start(micro_base: SDXLBase) -> None:
     unet = base_model.load_part(micro_base, "unet", torch.bfloat16)
-    parameters = add_lora(unet, TrainConfig(rank=2))
+    (group,) = add_lora(unet, TrainConfig(rank=2))
+    parameters = group.parameters
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     assert sum(parameter.requires_grad for parameter in unet.parameters()) == len(parameters)
     assert all(module.up.abs().max() == 0 < module.down.abs().max() for module in lora_modules(unet, 2).values())

@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -25,68 +25,18 @@ from sdxl_lora_core import base_model, checkpoints, precompute, training_loop
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
-from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.losses import Objective
+from sdxl_lora_core.optimizers import lr_factor
 from sdxl_lora_core.runs import RunFolders
-from sdxl_lora_core.training import TrainResult, train
+from sdxl_lora_core.training import train
 from sdxl_lora_core.training_data import TrainingData, generator
-from sdxl_lora_core.training_loop import Loop, StepReport, lr_factor
-
-CPU = torch.device("cpu")
-SMALL = TrainConfig(lora_name="small", steps=4, learning_rate=1e-3, rank=2, alpha=4.0, batch_size=2, save_dtype="fp32")
+from sdxl_lora_core.training_loop import Loop, StepReport
+from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    sizes = [(64, 64), (64, 64), (64, 64), (96, 48), (48, 96)]
-    for number, size in enumerate(sizes):
-        colour = (40 * number, 255 - 30 * number, 90)
-        image = Image.new("RGB", size, colour)
-        image.paste((255, 255, 255), (8, 8, 24 + number, 30))
-        image.save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture number {number}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def load(pictures: Path, **settings: Any) -> CaptionDataset:
-    return load_caption_dataset(pictures, DatasetConfig(resolution=64, **settings))
-
-
-Train = Callable[..., TrainResult]
-
-
-@pytest.fixture
-def run(tmp_path: Path, micro_base: SDXLBase, pictures: Path, cache: Path) -> Train:
-    """Trains into this test's own folders, with caches that all tests of the file share."""
-
-    def call(config: TrainConfig = SMALL, where: str = "a", base: SDXLBase = micro_base, **more: Any) -> TrainResult:
-        loras = tmp_path / where / "loras"
-        folders = RunFolders(loras, tmp_path / where / "runs", cache, lambda name: (loras / name).exists())
-        dataset = more.pop("dataset", None) or load(pictures)
-        return train(base, dataset, config, folders=folders, device=CPU, **more)
-
-    return call
-
-
-class Cancelled(Exception):
-    pass
-
-
-def cancel_at(step: int) -> Callable[[StepReport], None]:
-    def on_step(report: StepReport) -> None:
-        if report.phase == "training" and report.done == step:
-            raise Cancelled
-
-    return on_step
-
-
-def lora_bytes(result: TrainResult) -> bytes:
-    return result.lora_path.read_bytes()
+def objective(base: SDXLBase) -> Objective:
+    return Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), SMALL)
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state(run: Train) -> None:
@@ -438,7 +388,7 @@ def test_every_image_is_seen_once_an_epoch_in_its_own_bucket(micro_base: SDXLBas
     while len(seen) < 5:
         (indices,) = data.micro_batches(step)
         assert len({data.buckets[index] for index in indices}) == 1
-        batch = data.batch(indices, step, 0, 1000)
+        batch = data.batch(indices, step, 0, objective(micro_base))
         width, height = data.buckets[indices[0]]
         assert batch.latents.shape == (len(indices), 4, height // 8, width // 8)
         assert batch.time_ids[0, 4:].tolist() == [height, width]
@@ -452,7 +402,7 @@ def test_a_fresh_sample_is_drawn_from_the_posterior_each_step(
 ) -> None:
     data = TrainingData(micro_base, load(pictures), SMALL, cache, CPU, torch.float32)
     data.cache(lambda *_: None)
-    first, second = (data.batch([0], step, 0, 1000) for step in (0, 1))
+    first, second = (data.batch([0], step, 0, objective(micro_base)) for step in (0, 1))
     mean, std = data.variants[0][0].posterior()
     assert not torch.equal(first.latents, second.latents)
     assert ((first.latents[0] - mean).abs() <= 6 * std).all()
