@@ -1,18 +1,20 @@
 """A run's state on disk: safetensors and JSON, whole or not there, two kept.
 
-A checkpoint is a folder `step-000500/`; `state.json` with the hashes of the other files is written last, and the
-folder gets its name only after that.
+A checkpoint is a folder `step-000500/` of three files: `adapter.safetensors` (a LoRA in kohya's form, which any loader
+reads), `state.safetensors` (what the run needs to go on) and `state.json`, written last, with the hashes of all of it.
+The folder gets its name only after everything has reached the disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import file_sha256, write_text_atomic
+from .files import file_sha256, flush_to_disk, write_text_atomic
 
 log = logging.getLogger("sdxl_lora")
-SCHEMA = 1
+SCHEMA = 2
 KEPT = 2
+ADAPTER, STATE = "adapter.safetensors", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -41,63 +44,92 @@ class LoopState:
     first_validation_loss: float | None = None
 
 
-def save_checkpoint(
-    folder: Path, fingerprint: str, state: LoopState, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer,
-    scaler: dict[str, Any],
-) -> Path:  # fmt: skip
-    """Writes `folder/step-XXXXXX`, then removes all but the newest two. On failure raises OSError and removes none."""
-    final = folder / f"step-{state.step:06d}"
-    temporary = folder / f".tmp-{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
-    try:
-        tensors = {f"parameter.{i}": parameter.detach().cpu().contiguous() for i, parameter in enumerate(parameters)}
-        save_file(tensors | _moments(optimizer), temporary / "state.safetensors")
-        document = {
-            "schema": SCHEMA,
-            "fingerprint": fingerprint,
-            "loop": asdict(state),
-            "scaler": scaler,
-            "sha256": {"state.safetensors": file_sha256(temporary / "state.safetensors")},
-        }
-        write_text_atomic(temporary / "state.json", json.dumps(document))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for _, old in _numbered(folder)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run, in a folder that no other process writes to."""
 
+    folder: Path
+    fingerprint: str
 
-def load_newest(
-    folder: Path, fingerprint: str, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[LoopState, dict[str, Any]] | None:
-    """Restores parameters and optimizer from the newest checkpoint that is whole; None if there is none."""
-    for _, path in _numbered(folder):
+    def save(
+        self, state: LoopState, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, scaler: dict[str, Any],
+        write_adapter: Callable[[Path], object],
+    ) -> None:  # fmt: skip
+        """Writes `step-XXXXXX`, then removes all but the newest two. On failure raises OSError and removes none."""
+        final = self.folder / f"step-{state.step:06d}"
+        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
+        temporary.mkdir(parents=True)
         try:
-            document = _verified(path, fingerprint)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            log.warning("checkpoint %s is passed over: %s", path.name, error)
-            continue
-        tensors = load_file(path / "state.safetensors")
-        for i, parameter in enumerate(parameters):
-            parameter.data.copy_(tensors[f"parameter.{i}"])
-        _restore_moments(optimizer, tensors)
-        return LoopState(**document["loop"]), document["scaler"]
-    return None
+            tensors = {
+                f"parameter.{i}": parameter.detach().cpu().contiguous() for i, parameter in enumerate(parameters)
+            }
+            save_file(tensors | _moments(optimizer), temporary / STATE)
+            flush_to_disk(temporary / STATE)
+            write_adapter(temporary / ADAPTER)
+            hashes = {name: file_sha256(temporary / name) for name in (ADAPTER, STATE)}
+            document = {
+                "schema": SCHEMA, "fingerprint": self.fingerprint, "loop": asdict(state), "scaler": scaler,
+                "sha256": hashes,
+            }  # fmt: skip
+            write_text_atomic(temporary / "state.json", json.dumps({**document, "seal": _seal(document)}))
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            flush_to_disk(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for _, old in _numbered(self.folder)[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_newest(
+        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+    ) -> tuple[LoopState, dict[str, Any]] | None:
+        """Restores parameters and optimizer from the newest checkpoint that is whole; None if there is none.
+
+        Raises ValueError for one that another version wrote: going on without it would in the end delete it.
+        """
+        self._sweep()
+        for _, path in _numbered(self.folder):
+            try:
+                document = _verified(path, self.fingerprint)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                log.warning("checkpoint %s is passed over: %s", path.name, error)
+                continue
+            if document["schema"] != SCHEMA:
+                raise ValueError(
+                    f"checkpoint {path.name} in {self.folder} has schema {document['schema']} and this version reads "
+                    f"{SCHEMA}: finish the run with the version that began it, or begin anew under another lora_name"
+                )
+            tensors = load_file(path / STATE)
+            for i, parameter in enumerate(parameters):
+                parameter.data.copy_(tensors[f"parameter.{i}"])
+            _restore_moments(optimizer, tensors)
+            return LoopState(**document["loop"]), document["scaler"]
+        return None
+
+    def _sweep(self) -> None:
+        """What a process that was killed in a save has left. Nobody else writes here, so no living one needs it."""
+        for leftover in self.folder.glob(".tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _verified(path: Path, fingerprint: str) -> dict[str, Any]:
     document = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if document["schema"] != SCHEMA:
-        raise ValueError(f"it has schema {document['schema']}, this version reads {SCHEMA}")
+        return document
+    if document.pop("seal") != _seal(document):
+        raise ValueError("state.json is damaged")
     if document["fingerprint"] != fingerprint:
         raise ValueError("it belongs to a run with other settings")
     for name, digest in document["sha256"].items():
         if file_sha256(path / name) != digest:
             raise ValueError(f"{name} is damaged")
     return document
+
+
+def _seal(document: dict[str, Any]) -> str:
+    """Losses may be NaN, which canonical JSON refuses."""
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

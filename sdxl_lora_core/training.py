@@ -21,11 +21,12 @@ from torch import Tensor
 from . import generation
 from .base_model import SDXLBase, resolve_dtype
 from .charts import draw_loss_chart, smoothed
+from .checkpoints import Checkpoints
 from .config import GenerateConfig
 from .dataset import CaptionDataset
 from .files import write_atomic, write_text_atomic
 from .generation import LoadedParts, LoRARef
-from .lora_files import LoRAFile, kohya_state_dict, read_lora, write_lora
+from .lora_files import LoRAFile, LoRAModule, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
 from .runs import Run, RunFolders, claim_run, run_fingerprint, save_settings
 from .train_config import TrainConfig, WeightType
@@ -86,14 +87,19 @@ def _train_and_save(
     device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
 ) -> None:  # fmt: skip
     started = time.monotonic()
+    computed = resolve_dtype(config.precision, device)
+
+    def lora(modules: dict[str, LoRAModule], steps: int) -> LoRAFile:
+        return LoRAFile(unet=modules, metadata=_metadata(run.name, base, dataset, config, steps, computed))
+
     trained = train_adapter(
         base, dataset, config,
-        cache=folders.cache, checkpoints=run.folder / "checkpoints", fingerprint=fingerprint,
+        cache=folders.cache, checkpoints=Checkpoints(run.folder / "checkpoints", fingerprint),
+        write_adapter=lambda path, modules, steps: write_lora(path, lora(modules, steps), torch.float32),
         device=device, on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
-    metadata = _metadata(run.name, base, dataset, config, trained, resolve_dtype(config.precision, device))
-    lora = LoRAFile(unet=trained.modules, metadata=metadata)
-    write_lora(run.lora_path, lora, _DTYPES[config.save_dtype], config.save_format)
+    finished = lora(trained.modules, trained.state.step)
+    write_lora(run.lora_path, finished, _DTYPES[config.save_dtype], config.save_format)
     report = _report(run, base, dataset, config, trained)
     facts = {
         "fingerprint": fingerprint, "base": base.fingerprint, "dataset": dataset.fingerprint,
@@ -107,7 +113,7 @@ def _train_and_save(
 
 
 def _metadata(
-    name: str, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, trained: Trained, dtype: torch.dtype
+    name: str, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, steps: int, dtype: torch.dtype
 ) -> dict[str, str]:
     precision: WeightType = next(option for option, computed in _DTYPES.items() if computed == dtype)
     return lora_metadata(
@@ -124,7 +130,7 @@ def _metadata(
         repeats=max(entry.repeats for entry in dataset.entries),
         trigger_words=dataset.trigger_words,
         tag_counts=tag_counts(entry.caption for entry in dataset.entries),
-        steps=trained.state.step,
+        steps=steps,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import base_model, precompute
 from .adapters import add_lora, lora_modules
 from .base_model import SDXLBase
-from .checkpoints import LoopState, load_newest, save_checkpoint
+from .checkpoints import Checkpoints, LoopState
 from .dataset import CaptionDataset
 from .lora_files import LoRAModule
 from .losses import Objective
@@ -41,6 +41,7 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
+WriteAdapter = Callable[[Path, dict[str, LoRAModule], int], None]
 
 
 @dataclass(frozen=True)
@@ -54,31 +55,33 @@ class Trained:
 
 
 def train_adapter(
-    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Path, fingerprint: str,
-    device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
+    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Checkpoints,
+    write_adapter: WriteAdapter, device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
 ) -> Trained:  # fmt: skip
-    """Caches, then trains until `config.steps` or `should_stop`. Continues from the newest checkpoint in `checkpoints`.
+    """Caches, then trains until `config.steps` or `should_stop`. Continues from the newest of `checkpoints`.
 
-    `on_step` may raise to cancel: a checkpoint is written first and the exception passes through. Raises ValueError for
-    an image that changed, RuntimeError when the loss was never finite, OSError when a cache or checkpoint cannot be
-    written.
+    `write_adapter` writes a LoRA file of the adapter's matrices after a number of steps. `on_step` may raise to cancel:
+    a checkpoint is written first and the exception passes through. Raises ValueError for an image that changed,
+    RuntimeError when the loss was never finite, OSError when a cache or checkpoint cannot be written.
     """
     dtype = base_model.resolve_dtype(config.precision, device)
     data = TrainingData(base, dataset, config, cache, device, dtype)
     data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
-    with Loop(base, config, data, device, dtype) as loop:
-        return loop.run(checkpoints, fingerprint, on_step, should_stop)
+    with Loop(base, config, data, device, dtype, checkpoints, write_adapter) as loop:
+        return loop.run(on_step, should_stop)
 
 
 class Loop:
     """The UNet with its adapter, the optimizer and where they stand. Closing it frees their memory."""
 
     def __init__(
-        self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype
-    ) -> None:
+        self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype,
+        checkpoints: Checkpoints, write_adapter: WriteAdapter,
+    ) -> None:  # fmt: skip
         from diffusers import DDPMScheduler
 
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
+        self.checkpoints, self.write_adapter = checkpoints, write_adapter
         self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
         self.unet: Any = base_model.load_part(base, "unet", dtype, device)
         self.groups = add_lora(self.unet, config)
@@ -86,6 +89,7 @@ class Loop:
         self.optimizer = make_optimizer(self.groups, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.state = LoopState()
+        self.saved_step = 0
         self.checkpointing = config.gradient_checkpointing == "on"
         if self.checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -97,58 +101,70 @@ class Loop:
         del self.unet, self.optimizer, self.parameters, self.groups
         precompute.release_memory(self.device)
 
-    def run(self, checkpoints: Path, fingerprint: str, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
-        require_space(checkpoints, self.parameters)
-        restored = load_newest(checkpoints, fingerprint, self.parameters, self.optimizer)
-        if restored:
-            self.state, scaler = restored
-            self.scaler.load_state_dict(scaler)
-        elif self.data.validation:
+    def run(self, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
+        require_space(self.checkpoints.folder, self.parameters)
+        if not self.restore() and self.data.validation:
             self.state.first_validation_loss = self.validation_loss(on_step)
         stopped = False
         while self.state.step < self.config.steps and not stopped:
             self.update()
             if self.state.step % self.config.checkpoint_every == 0:
-                self.save(checkpoints, fingerprint)
-            self.report(on_step, checkpoints, fingerprint)
+                self.save()
+            self.report(on_step)
             stopped = should_stop()
-        if self.state.step % self.config.checkpoint_every:
-            self.save(checkpoints, fingerprint)
+        self.save()
         self.check_result()
         validation = self.validation_loss(on_step) if self.data.validation else None
-        return Trained(lora_modules(self.unet, self.config.alpha), self.state, validation, stopped)
+        return Trained(self.modules(), self.state, validation, stopped)
 
-    def report(self, on_step: OnStep, checkpoints: Path, fingerprint: str) -> None:
+    def restore(self) -> bool:
+        """Goes to the newest checkpoint, if there is one."""
+        restored = self.checkpoints.load_newest(self.parameters, self.optimizer)
+        if restored is None:
+            return False
+        self.state, scaler = restored
+        self.scaler.load_state_dict(scaler)
+        self.saved_step = self.state.step
+        return True
+
+    def report(self, on_step: OnStep) -> None:
+        state = self.state
+        with self.saved_on_failure():
+            on_step(StepReport("training", state.step, self.config.steps, state.losses[-1], state.learning_rates[-1]))
+
+    @contextmanager
+    def saved_on_failure(self) -> Iterator[None]:
+        """Around what may fail or be cancelled between two updates: no step that was taken is lost."""
         try:
-            on_step(
-                StepReport(
-                    "training", self.state.step, self.config.steps, self.state.losses[-1], self.state.learning_rates[-1]
-                )
-            )
+            yield
         except BaseException:
-            self.save(checkpoints, fingerprint)
+            self.save()
             raise
 
-    def save(self, checkpoints: Path, fingerprint: str) -> None:
-        """A disk that fills up costs the checkpoint, not the run."""
-        scaler = self.scaler.state_dict()
+    def save(self) -> None:
+        """Writes a checkpoint unless this step has one. A disk that fills up costs the checkpoint, not the run."""
+        if self.saved_step == self.state.step:
+            return
         try:
-            save_checkpoint(checkpoints, fingerprint, self.state, self.parameters, self.optimizer, scaler)
+            self.checkpoints.save(
+                self.state, self.parameters, self.optimizer, self.scaler.state_dict(),
+                lambda path: self.write_adapter(path, self.modules(), self.state.step),
+            )  # fmt: skip
+            self.saved_step = self.state.step
         except OSError as error:
             log.warning("no checkpoint at step %d: %s", self.state.step, error)
+
+    def modules(self) -> dict[str, LoRAModule]:
+        """The adapter's matrices as they stand."""
+        return lora_modules(self.unet, self.config.alpha)
 
     def update(self) -> None:
         """One optimizer update; not taken where the loss or the gradient is not finite."""
         step = self.state.step
         rate = self.config.learning_rate * lr_factor(self.config, step)
         set_learning_rates(self.optimizer, self.groups, rate)
-        try:
-            loss = self.accumulate(step)
-        except torch.OutOfMemoryError:
-            if self.checkpointing or self.config.gradient_checkpointing == "off":
-                raise
-            self.turn_on_checkpointing()
-            loss = self.accumulate(step)
+        with self.saved_on_failure():
+            loss = self.accumulate_within_memory(step)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
@@ -162,6 +178,15 @@ class Loop:
         self.state.step = step + 1
         self.state.losses.append(loss)
         self.state.learning_rates.append(rate)
+
+    def accumulate_within_memory(self, step: int) -> float:
+        try:
+            return self.accumulate(step)
+        except torch.OutOfMemoryError:
+            if self.checkpointing or self.config.gradient_checkpointing == "off":
+                raise
+        self.turn_on_checkpointing()
+        return self.accumulate(step)
 
     def turn_on_checkpointing(self) -> None:
         log.warning("out of memory without gradient checkpointing: it is on from here, and steps take longer")
@@ -227,9 +252,9 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
 
 
 def require_space(folder: Path, parameters: Sequence[Tensor]) -> None:
-    """Raises OSError while nothing is lost yet: three checkpoints of weights and two moments, and the LoRA."""
+    """Raises OSError while nothing is lost yet: three checkpoints (weights, two moments, LoRA) and the LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = 10 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    needed = 13 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(

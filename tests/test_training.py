@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_lora_core import base_model, checkpoints, precompute, training_loop
+from sdxl_lora_core import base_model, checkpoints, precompute, training, training_loop
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
@@ -255,10 +255,12 @@ def test_a_disk_that_is_full_at_the_end_says_so_and_the_run_continues_later(
     run: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run()
-    from sdxl_lora_core import training
+    original = training.write_lora
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "could not write small.safetensors: No space left on device")
+    def full(path: Path, *rest: Any) -> None:
+        if path.parent.name == "loras":
+            raise OSError(errno.ENOSPC, f"could not write {path.name}: No space left on device")
+        original(path, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "write_lora", full)
