@@ -40,6 +40,7 @@ def lora_metadata(
         "ss_steps": config.steps if steps is None else steps,
         **_dataset_values(dataset_name, images, repeats, resolution, config.batch_size, tags, trigger_words),
         **_training_values(config),
+        **_loss_values(config),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": _IMPLEMENTATIONS[config.save_format],
@@ -83,6 +84,21 @@ def _training_values(config: TrainConfig) -> dict[str, object]:
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation,
         "ss_seed": config.seed,
     }
+
+
+def _loss_values(config: TrainConfig) -> dict[str, object]:
+    """Those that are in use, by kohya's names where it has one."""
+    values: dict[str, object] = {
+        "ss_loss_type": config.loss if config.loss != "mse" else None,
+        "ss_huber_c": config.huber_delta if config.loss != "mse" else None,
+        "ss_min_snr_gamma": config.snr_gamma,
+        "ss_debiased_estimation": config.debiased,
+        "ss_noise_offset": config.noise_offset,
+        "ss_multires_noise_iterations": config.multires_noise_iterations,
+        "ss_multires_noise_discount": config.multires_noise_discount if config.multires_noise_iterations else None,
+        "ss_ip_noise_gamma": config.input_perturbation,
+    }
+    return {key: value for key, value in values.items() if value}
 
 
 def _dataset_values(

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 
 def setting(
     default: Any, help: str, *, low: float | None = None, high: float | None = None, step: float | None = None,
-    group: str = "",
+    group: str = "", only_with: tuple[str, Container[Any]] | None = None,
 ) -> Any:  # fmt: skip
-    """A field with `help` (when to touch it), its range, the `step` of its widget and the option node that shows it."""
-    metadata = {"help": help, "low": low, "high": high, "step": step, "group": group}
+    """A field with `help` (when to touch it), its range, the `step` of its widget and the option node that shows it.
+
+    `only_with` names another setting and its values without which this one would do nothing.
+    """
+    metadata = {"help": help, "low": low, "high": high, "step": step, "group": group, "only_with": only_with}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -35,7 +38,7 @@ def choices_of(config: type, option: str) -> tuple[str, ...]:
 
 
 def check_settings(config: object) -> None:
-    """Raises ValueError naming the setting that is out of its range or no choice, and what it may be."""
+    """Raises ValueError naming the setting that is out of its range, no choice or without effect, and the remedy."""
     for name, field in fields_of(config).items():
         value, low, high = getattr(config, name), field.metadata.get("low"), field.metadata.get("high")
         if low is not None and not low <= value <= (float("inf") if high is None else high):
@@ -44,3 +47,16 @@ def check_settings(config: object) -> None:
         choices = choices_of(type(config), name)
         if choices and value not in choices:
             raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+        _check_effect(config, field)
+
+
+def _check_effect(config: object, field: dataclasses.Field[Any]) -> None:
+    value, only_with = getattr(config, field.name), field.metadata.get("only_with")
+    if only_with is None or value == field.default:
+        return
+    other, values = only_with
+    if getattr(config, other) not in values:
+        raise ValueError(
+            f"{field.name} is {value} and does nothing while {other} is {getattr(config, other)!r}: "
+            f"change {other}, or set {field.name} back to {field.default}"
+        )

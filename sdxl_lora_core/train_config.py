@@ -11,11 +11,16 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 TargetModules = Literal["attention", "attention+ff", "all-linear", "all-linear+conv"]
 LRSchedule = Literal["constant", "linear", "cosine"]
 Checkpointing = Literal["auto", "on", "off"]
+PredictionOverride = Literal["auto", "epsilon", "v_prediction"]
+Override = Literal["auto", "on", "off"]
+Loss = Literal["mse", "huber", "smooth_l1"]
+TimestepSampling = Literal["uniform", "logit_normal"]
 LoRAFormat = Literal["kohya", "peft"]
 WeightType = Literal["fp16", "bf16", "fp32"]
 
 MAX_SEED = 2**64 - 1
 MANY = 1_000_000
+LAST_TIMESTEP = 999  # SDXL's noise schedule has 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,66 @@ class TrainConfig:
     # Adapter
 
     # Loss
+    prediction: PredictionOverride = setting(
+        "auto",
+        "What the base predicts. auto: as its file says; set it for a v-prediction base whose file does not say so.",
+        group="loss",
+    )
+    zero_terminal_snr: Override = setting(
+        "auto",
+        "Whether the base was trained down to pure noise. auto: as its file says; set it where the file does not.",
+        group="loss",
+    )
+    loss: Loss = setting(
+        "mse", "How an error counts. huber and smooth_l1 forgive large ones, such as watermarks and odd images.",
+        group="loss",
+    )  # fmt: skip
+    huber_delta: float = setting(
+        0.1, "Errors above this count linearly. Lower it to forgive more.",
+        low=1e-4, high=10, step=0.01, group="loss", only_with=("loss", ("huber", "smooth_l1")),
+    )  # fmt: skip
+    snr_gamma: float = setting(
+        0.0, "Min-SNR weighting: evens out the timesteps, learns faster. 5 is usual; 0 is off.",
+        low=0, high=100, step=0.5, group="loss",
+    )  # fmt: skip
+    debiased: bool = setting(
+        False, "Debiased estimation: noisy timesteps get more say. For composition and colours; replaces snr_gamma.",
+        group="loss",
+    )  # fmt: skip
+    noise_offset: float = setting(
+        0.0, "Noise that is equal over the whole image, for very dark or bright images. 0.03 to 0.1; 0 is off.",
+        low=0, high=1, step=0.01, group="loss",
+    )  # fmt: skip
+    multires_noise_iterations: int = setting(
+        0, "Coarser layers of noise, for large areas of light and dark. 6 to 10; 0 is off.",
+        low=0, high=10, group="loss",
+    )  # fmt: skip
+    multires_noise_discount: float = setting(
+        0.3, "Strength of each coarser layer of noise relative to the one before.",
+        low=0, high=1, step=0.05, group="loss", only_with=("multires_noise_iterations", range(1, 11)),
+    )  # fmt: skip
+    input_perturbation: float = setting(
+        0.0, "Noise that the UNet sees and is not asked for, against drift in sampling. 0.1 is usual; 0 is off.",
+        low=0, high=1, step=0.01, group="loss",
+    )  # fmt: skip
+    timestep_min: int = setting(
+        0, "First timestep to train. Raise it to leave out fine detail.", low=0, high=LAST_TIMESTEP, group="loss"
+    )
+    timestep_max: int = setting(
+        LAST_TIMESTEP, "Last timestep to train. Lower it to leave out composition.",
+        low=0, high=LAST_TIMESTEP, group="loss",
+    )  # fmt: skip
+    timestep_sampling: TimestepSampling = setting(
+        "uniform", "How timesteps are drawn. logit_normal prefers those around logit_mean.", group="loss"
+    )
+    logit_mean: float = setting(
+        0.0, "Where logit_normal has its middle: 0 the middle of the range, above 0 noisier, below 0 cleaner.",
+        low=-5, high=5, step=0.1, group="loss", only_with=("timestep_sampling", ("logit_normal",)),
+    )  # fmt: skip
+    logit_std: float = setting(
+        1.0, "How far logit_normal spreads. Lower keeps closer to the middle.",
+        low=0.05, high=5, step=0.1, group="loss", only_with=("timestep_sampling", ("logit_normal",)),
+    )  # fmt: skip
 
     # Optimizer
     adam_beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", low=0, high=0.9999)
@@ -107,6 +172,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        _check_loss(self)
         if self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
             raise ValueError(
                 f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end before"
@@ -119,3 +185,19 @@ class TrainConfig:
             raise ValueError(
                 f'lora_name is {self.lora_name!r}: give a plain file name without slashes or any of <>:"|?*'
             )
+
+
+def _check_loss(config: TrainConfig) -> None:
+    if config.snr_gamma and config.debiased:
+        raise ValueError(
+            f"snr_gamma is {config.snr_gamma} and debiased is on: both weigh the timesteps, so turn one of them off"
+        )
+    if config.noise_offset and config.multires_noise_iterations:
+        raise ValueError(
+            f"noise_offset is {config.noise_offset} and multires_noise_iterations is "
+            f"{config.multires_noise_iterations}: both add coarse noise, so set one of them to 0"
+        )
+    if config.timestep_min > config.timestep_max:
+        raise ValueError(
+            f"timestep_min is {config.timestep_min} and timestep_max is {config.timestep_max}: leave a timestep between"
+        )

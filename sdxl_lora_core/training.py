@@ -28,6 +28,7 @@ from .files import write_atomic, write_text_atomic
 from .generation import LoadedParts, LoRARef
 from .lora_files import LoRAFile, LoRAModule, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
+from .losses import as_trained
 from .runs import Run, RunFolders, claim_run, run_fingerprint, save_settings
 from .train_config import TrainConfig, WeightType
 from .training_loop import OnStep, StepReport, Trained, train_adapter
@@ -61,6 +62,7 @@ def train(
     """
     if not dataset.entries:
         raise ValueError(f"dataset {dataset.name} has no images to train on")
+    base = as_trained(base, config)
     fingerprint = run_fingerprint(base, dataset, config)
     with claim_run(folders, config, fingerprint) as run:
         reused = run.finished

@@ -27,10 +27,14 @@ VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one forward pass on the device. latents and noise are float32 [B, 4, H/8, W/8]."""
+    """Tensors of one forward pass on the device. latents, noise and input_noise are float32 [B, 4, H/8, W/8].
+
+    The UNet is asked for noise, and sees latents with input_noise.
+    """
 
     latents: Tensor
     noise: Tensor
+    input_noise: Tensor
     timesteps: Tensor
     embeds: Tensor
     pooled: Tensor
@@ -94,7 +98,8 @@ class TrainingData:
             prompt = self.empty_prompt if chance[1] < self.config.caption_dropout else sample.prompt_file
             timestep = objective.timestep(draw)
             latents = _latents(sample, draw)
-            rows.append(_row(sample, prompt, latents, objective.noise(latents, draw), timestep))
+            noise = objective.noise(latents, draw)
+            rows.append(_row(sample, prompt, latents, noise, objective.input_noise(noise, draw), timestep))
         return self._stack(rows)
 
     def validation_batches(self) -> Iterator[Batch]:
@@ -104,15 +109,16 @@ class TrainingData:
                 draw = generator(0, timestep, position)
                 latents = _latents(sample, draw)
                 noise = torch.randn(latents.shape, generator=draw)
-                yield self._stack([_row(sample, sample.prompt_file, latents, noise, timestep)])
+                yield self._stack([_row(sample, sample.prompt_file, latents, noise, noise, timestep)])
 
     def _stack(self, rows: list[tuple[Tensor, ...]]) -> Batch:
-        latents, noise, timesteps, embeds, pooled, time_ids = (
+        latents, noise, input_noise, timesteps, embeds, pooled, time_ids = (
             torch.stack(column) for column in zip(*rows, strict=True)
         )
         return Batch(
             latents=latents.to(self.device),
             noise=noise.to(self.device),
+            input_noise=input_noise.to(self.device),
             timesteps=timesteps.to(self.device),
             embeds=embeds.to(self.device, self.dtype),
             pooled=pooled.to(self.device, self.dtype),
@@ -126,8 +132,10 @@ def _latents(sample: Sample, draw: torch.Generator) -> Tensor:
     return mean + std * torch.randn(mean.shape, generator=draw)
 
 
-def _row(sample: Sample, prompt_file: Path, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, ...]:
-    return latents, noise, torch.tensor(timestep), *precompute.load_prompt(prompt_file), sample.time_ids()
+def _row(
+    sample: Sample, prompt_file: Path, latents: Tensor, noise: Tensor, input_noise: Tensor, timestep: int
+) -> tuple[Tensor, ...]:
+    return latents, noise, input_noise, torch.tensor(timestep), *precompute.load_prompt(prompt_file), sample.time_ids()
 
 
 def generator(seed: int, step: int, position: int) -> torch.Generator:

@@ -212,14 +212,17 @@ class Loop:
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each sample, float32 [B]."""
-        noisy = self.objective.noisy(batch.latents, batch.noise, batch.timesteps)
-        prediction = self.unet(
+        return self.objective.losses(self.predict(batch), batch.latents, batch.noise, batch.timesteps)
+
+    def predict(self, batch: Batch) -> Tensor:
+        """What the UNet says of the noisy samples, [B, 4, H/8, W/8]."""
+        noisy = self.objective.noisy(batch.latents, batch.input_noise, batch.timesteps)
+        return self.unet(
             noisy.to(self.dtype),
             batch.timesteps,
             encoder_hidden_states=batch.embeds,
             added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
         ).sample
-        return self.objective.losses(prediction, batch.latents, batch.noise, batch.timesteps)
 
     @torch.no_grad()
     def validation_loss(self, on_step: OnStep) -> float:
@@ -228,7 +231,8 @@ class Loop:
         losses = []
         for done, batch in enumerate(self.data.validation_batches()):
             on_step(StepReport("validating", done, total))
-            losses.append(self.losses(batch).item())
+            errors = self.objective.squared_errors(self.predict(batch), batch.latents, batch.noise, batch.timesteps)
+            losses.append(errors.item())
         return sum(losses) / total
 
     def check_result(self) -> None:
