@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,6 +41,31 @@ class LoopState:
     learning_rates: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     first_validation_loss: float | None = None
+    images_per_pass: int | None = None  # smaller than the batch once memory ran out
+    gradient_checkpointing: bool = False
+    schedule_start: int = 0  # the step from which the learning rate's schedule counts
+    continued_from: str | None = None  # the run that took the first steps
+
+    def rewind(self, steps: int) -> None:
+        """Forgets the last `steps`, none of which was taken."""
+        self.step -= steps
+        del self.losses[self.step :], self.learning_rates[self.step :]
+        self.skipped = [step for step in self.skipped if step <= self.step]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint. Its tensors stay on disk until they are restored."""
+
+    path: Path
+    state: LoopState
+    scaler: dict[str, Any]
+
+    def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        tensors = load_file(self.path / STATE)
+        for i, parameter in enumerate(parameters):
+            parameter.data.copy_(tensors[f"parameter.{i}"])
+        _restore_moments(optimizer, tensors)
 
 
 @dataclass(frozen=True)
@@ -81,18 +105,15 @@ class Checkpoints:
         for _, old in _numbered(self.folder)[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def load_newest(
-        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
-    ) -> tuple[LoopState, dict[str, Any]] | None:
-        """Restores parameters and optimizer from the newest checkpoint that is whole; None if there is none.
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; None if there is none.
 
         Raises ValueError for one that another version wrote: going on without it would in the end delete it.
         """
-        self._sweep()
         for _, path in _numbered(self.folder):
             try:
                 document = _verified(path, self.fingerprint)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError) as error:
                 log.warning("checkpoint %s is passed over: %s", path.name, error)
                 continue
             if document["schema"] != SCHEMA:
@@ -100,14 +121,10 @@ class Checkpoints:
                     f"checkpoint {path.name} in {self.folder} has schema {document['schema']} and this version reads "
                     f"{SCHEMA}: finish the run with the version that began it, or begin anew under another lora_name"
                 )
-            tensors = load_file(path / STATE)
-            for i, parameter in enumerate(parameters):
-                parameter.data.copy_(tensors[f"parameter.{i}"])
-            _restore_moments(optimizer, tensors)
-            return LoopState(**document["loop"]), document["scaler"]
+            return Checkpoint(path, LoopState(**document["loop"]), document["scaler"])
         return None
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """What a process that was killed in a save has left. Nobody else writes here, so no living one needs it."""
         for leftover in self.folder.glob(".tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -104,8 +104,17 @@ def peft_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def write_lora(path: Path, file: LoRAFile, dtype: torch.dtype, format: LoRAFormat = "kohya") -> None:
-    """Atomic; equal content gives equal bytes. Adds the hash of the tensors' bytes that galleries know files by."""
-    packed = pack_weights(kohya_state_dict(file, dtype) if format == "kohya" else peft_state_dict(file, dtype))
+    """Atomic; equal content gives equal bytes. Adds the hash of the tensors' bytes that galleries know files by.
+
+    Raises ValueError, and writes nothing, for values that are not finite in `dtype`.
+    """
+    tensors = kohya_state_dict(file, dtype) if format == "kohya" else peft_state_dict(file, dtype)
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{path.name} is not written: {first_names(bad)} would hold NaN or infinity as {dtype}; "
+            "save in fp32 or bf16 if fp16 is too narrow, else train anew with a lower learning_rate"
+        )
+    packed = pack_weights(tensors)
     digest = hashlib.sha256(packed.data).hexdigest()
     hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
     write_weights(path, packed, {**file.metadata, **hashes})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from .base_model import SDXLBase
+from .checkpoints import Checkpoints
 from .config import to_yaml
 from .dataset import CaptionDataset
 from .files import json_sha256, write_text_atomic
 from .train_config import TrainConfig
 
+_UUID = "[0-9a-f]" * 32
 RANDOMNESS_VERSION = 1  # raised when noise, order or initialisation change: old runs are then not continued
 
 
@@ -31,16 +36,27 @@ class RunFolders:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its name, its folder, and the identity by which it is found again."""
+    """One run: its name, its folder, and the identity by which it is found again: a fingerprint, a length, a format."""
 
     name: str
     folder: Path
     lora_path: Path
-    identity: str
+    identity: dict[str, Any]
 
     @property
     def finished(self) -> bool:
         return self.lora_path.exists() and (self.folder / "finished").exists()
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints", self.identity["fingerprint"])
+
+    def sweep(self) -> None:
+        """Removes what a process that was killed while it wrote has left. Nobody else writes under this name."""
+        self.checkpoints.sweep()
+        own = glob.escape(self.lora_path.name)
+        for leftover in (*self.folder.glob(".*.tmp"), *self.lora_path.parent.glob(f".{own}.{_UUID}.tmp")):
+            leftover.unlink(missing_ok=True)
 
 
 def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> str:
@@ -60,7 +76,9 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
     """
     from filelock import FileLock, Timeout
 
-    identity = json_sha256([fingerprint, config.steps, config.save_format, config.save_dtype])
+    identity = {
+        "fingerprint": fingerprint, "steps": config.steps, "format": [config.save_format, config.save_dtype]
+    }  # fmt: skip
     _check_writable(folders)
     for name in _names(config.lora_name):
         run = Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
@@ -75,11 +93,26 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
             continue
         try:
             if _identity(run.folder) in (None, identity):
-                write_text_atomic(run.folder / "identity", identity)
+                write_text_atomic(run.folder / "identity", json.dumps(identity))
+                run.sweep()
                 yield run
                 return
         finally:
             lock.release()
+
+
+def related_runs(folders: RunFolders, run: Run, lora_name: str) -> list[Run]:
+    """Other runs of the same base, data and settings in this series of names: they differ in length or format only."""
+    series = re.compile(rf"{re.escape(lora_name)}(_\d{{5}})?")
+    names = sorted(
+        path.name for path in folders.runs.iterdir() if series.fullmatch(path.name) and path.name != run.name
+    )
+    known = [(name, _identity(folders.runs / name)) for name in names]
+    return [
+        Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
+        for name, identity in known
+        if identity and identity["fingerprint"] == run.identity["fingerprint"]
+    ]
 
 
 def save_settings(
@@ -105,9 +138,16 @@ def _names(wanted: str) -> Iterator[str]:
         yield f"{wanted}_{number:05d}"
 
 
-def _identity(folder: Path) -> str | None:
+def _identity(folder: Path) -> dict[str, Any] | None:
+    """None for a folder that is no run's yet."""
     file = folder / "identity"
-    return file.read_text(encoding="utf-8") if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        identity = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        identity = None
+    return identity if isinstance(identity, dict) else {"fingerprint": "unreadable"}
 
 
 def _check_writable(folders: RunFolders) -> None:

@@ -154,6 +154,10 @@ class TrainConfig:
     # Captions
 
     # Watching
+    epochs: int = setting(
+        0, "Trains until every image was seen this often, repeats counted, instead of for `steps`. 0: steps count.",
+        low=0, high=MANY, group="watch",
+    )  # fmt: skip
     checkpoint_every: int = setting(250, "Steps between checkpoints.", low=1, high=MANY)
     sample_steps: int = setting(25, "Denoising steps of a sample.", low=1, high=200)
     sample_guidance: float = setting(7.0, "Guidance scale of a sample.", low=0, high=50)
@@ -166,14 +170,14 @@ class TrainConfig:
 
     # What a run is called, how long it lasts and what is shown of it does not change a single step.
     OUTSIDE_FINGERPRINT = (
-        "lora_name", "steps", "sample_prompts", "sample_steps", "sample_guidance",
+        "lora_name", "steps", "epochs", "sample_prompts", "sample_steps", "sample_guidance",
         "checkpoint_every", "save_format", "save_dtype",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self)
         _check_loss(self)
-        if self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
+        if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
             raise ValueError(
                 f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end before"
             )

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import generation
 from .base_model import SDXLBase, resolve_dtype
 from .charts import draw_loss_chart, smoothed
-from .checkpoints import Checkpoints
+from .checkpoints import LoopState
 from .config import GenerateConfig
 from .dataset import CaptionDataset
 from .files import write_atomic, write_text_atomic
@@ -29,7 +29,8 @@ from .generation import LoadedParts, LoRARef
 from .lora_files import LoRAFile, LoRAModule, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
 from .losses import as_trained
-from .runs import Run, RunFolders, claim_run, run_fingerprint, save_settings
+from .run_length import passes_per_epoch, starting_point, with_steps
+from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
 from .train_config import TrainConfig, WeightType
 from .training_loop import OnStep, StepReport, Trained, train_adapter
 
@@ -58,11 +59,12 @@ def train(
     """Trains, or continues, or finds the same run finished. `parts` owns the weights that draw the samples.
 
     Raises what `on_step` raises (after a checkpoint), OSError when a folder cannot be written, ValueError for data that
-    cannot be trained on, RuntimeError when the loss was never finite.
+    cannot be trained on, Diverged when losses are not finite, torch.OutOfMemoryError when the GPU is too small.
     """
     if not dataset.entries:
         raise ValueError(f"dataset {dataset.name} has no images to train on")
     base = as_trained(base, config)
+    config = with_steps(config, dataset)
     fingerprint = run_fingerprint(base, dataset, config)
     with claim_run(folders, config, fingerprint) as run:
         reused = run.finished
@@ -96,7 +98,8 @@ def _train_and_save(
 
     trained = train_adapter(
         base, dataset, config,
-        cache=folders.cache, checkpoints=Checkpoints(run.folder / "checkpoints", fingerprint),
+        cache=folders.cache, checkpoints=run.checkpoints,
+        start=starting_point(related_runs(folders, run, config.lora_name), config),
         write_adapter=lambda path, modules, steps: write_lora(path, lora(modules, steps), torch.float32),
         device=device, on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
@@ -105,13 +108,14 @@ def _train_and_save(
     report = _report(run, base, dataset, config, trained)
     facts = {
         "fingerprint": fingerprint, "base": base.fingerprint, "dataset": dataset.fingerprint,
-        "seconds": round(time.monotonic() - started, 1), "device": str(device),
+        "epochs": report["epochs"], "seconds": round(time.monotonic() - started, 1), "device": str(device),
     }  # fmt: skip
     save_settings(run, base, dataset, config, facts)
     _write_metrics(run.folder / "metrics.csv", trained)
     draw_loss_chart(run.folder / "loss.png", run.name, trained.state.losses, trained.state.learning_rates)
     write_text_atomic(run.folder / "report.json", json.dumps(report, indent=2))
-    write_text_atomic(run.folder / "finished", fingerprint)
+    if not trained.stopped_early:
+        write_text_atomic(run.folder / "finished", fingerprint)
 
 
 def _metadata(
@@ -143,6 +147,7 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
         "base": base.name,
         "images": len(dataset.entries),
         "steps": state.step,
+        "epochs": _epochs(dataset, config, state.step),
         "loss": _finite(smoothed(state.losses)[-1]),
         "modules": len(trained.modules),
         "trigger_words": list(dataset.trigger_words),
@@ -152,11 +157,29 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
     if run.name != config.lora_name:
         report["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"
     if trained.stopped_early:
-        report["stopped"] = f"stopped on request after {state.step} of {config.steps} steps"
+        report["stopped"] = (
+            f"stopped on request after {state.step} of {config.steps} steps: the same settings again train the rest, "
+            f"steps {state.step} keeps what there is"
+        )
+    if state.continued_from:
+        report["continued"] = _continued(state, config)
     if trained.validation_loss is not None:
         report["validation_loss"] = trained.validation_loss
         report["validation_loss_before"] = state.first_validation_loss
     return report
+
+
+def _epochs(dataset: CaptionDataset, config: TrainConfig, steps: int) -> float:
+    return round(steps * config.gradient_accumulation / passes_per_epoch(dataset, config), 2)
+
+
+def _continued(state: LoopState, config: TrainConfig) -> str:
+    if not state.schedule_start:
+        return f"the first steps are those of {state.continued_from}, as in one run of {config.steps} steps"
+    return (
+        f"the first {state.schedule_start} steps are those of {state.continued_from}; after them the schedule "
+        f"{config.lr_schedule} began anew, warm-up included"
+    )
 
 
 def _finite(value: float) -> float | None:

@@ -18,15 +18,21 @@ from torch import Tensor
 from . import base_model, precompute
 from .adapters import add_lora, lora_modules
 from .base_model import SDXLBase
-from .checkpoints import Checkpoints, LoopState
+from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset import CaptionDataset
 from .lora_files import LoRAModule
 from .losses import Objective
-from .optimizers import lr_factor, make_optimizer, set_learning_rates
+from .optimizers import make_optimizer, set_learning_rates
+from .run_length import learning_rate
 from .train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, Batch, TrainingData, generator
 
 log = logging.getLogger("sdxl_lora")
+GIVE_UP_AFTER = 5
+
+
+class Diverged(RuntimeError):
+    """Training went where there are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +62,21 @@ class Trained:
 
 def train_adapter(
     base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Checkpoints,
-    write_adapter: WriteAdapter, device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
+    start: Checkpoint | None, write_adapter: WriteAdapter, device: torch.device, on_step: OnStep,
+    should_stop: Callable[[], bool],
 ) -> Trained:  # fmt: skip
-    """Caches, then trains until `config.steps` or `should_stop`. Continues from the newest of `checkpoints`.
+    """Caches, then trains until `config.steps` or `should_stop`, from the newest of `checkpoints`, else from `start`.
 
     `write_adapter` writes a LoRA file of the adapter's matrices after a number of steps. `on_step` may raise to cancel:
     a checkpoint is written first and the exception passes through. Raises ValueError for an image that changed,
-    RuntimeError when the loss was never finite, OSError when a cache or checkpoint cannot be written.
+    Diverged when losses are not finite, torch.OutOfMemoryError when nothing more can be saved, OSError when a cache
+    or checkpoint cannot be written.
     """
     dtype = base_model.resolve_dtype(config.precision, device)
     data = TrainingData(base, dataset, config, cache, device, dtype)
     data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
     with Loop(base, config, data, device, dtype, checkpoints, write_adapter) as loop:
-        return loop.run(on_step, should_stop)
+        return loop.run(start, on_step, should_stop)
 
 
 class Loop:
@@ -90,8 +98,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.state = LoopState()
         self.saved_step = 0
-        self.checkpointing = config.gradient_checkpointing == "on"
-        if self.checkpointing:
+        if config.gradient_checkpointing == "on":
             self.unet.enable_gradient_checkpointing()
 
     def __enter__(self) -> Loop:
@@ -101,13 +108,16 @@ class Loop:
         del self.unet, self.optimizer, self.parameters, self.groups
         precompute.release_memory(self.device)
 
-    def run(self, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
+    def run(self, start: Checkpoint | None, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
         require_space(self.checkpoints.folder, self.parameters)
-        if not self.restore() and self.data.validation:
+        if checkpoint := self.checkpoints.newest() or start:
+            self.restore(checkpoint)
+        elif self.data.validation:
             self.state.first_validation_loss = self.validation_loss(on_step)
         stopped = False
         while self.state.step < self.config.steps and not stopped:
             self.update()
+            self.check_recent_steps()
             if self.state.step % self.config.checkpoint_every == 0:
                 self.save()
             self.report(on_step)
@@ -115,17 +125,16 @@ class Loop:
         self.save()
         self.check_result()
         validation = self.validation_loss(on_step) if self.data.validation else None
-        return Trained(self.modules(), self.state, validation, stopped)
+        return Trained(self.modules(), self.state, validation, stopped and self.state.step < self.config.steps)
 
-    def restore(self) -> bool:
-        """Goes to the newest checkpoint, if there is one."""
-        restored = self.checkpoints.load_newest(self.parameters, self.optimizer)
-        if restored is None:
-            return False
-        self.state, scaler = restored
-        self.scaler.load_state_dict(scaler)
-        self.saved_step = self.state.step
-        return True
+    def restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.restore(self.parameters, self.optimizer)
+        self.state = checkpoint.state
+        self.scaler.load_state_dict(checkpoint.scaler)
+        if checkpoint.path.parent == self.checkpoints.folder:
+            self.saved_step = self.state.step
+        if self.state.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
 
     def report(self, on_step: OnStep) -> None:
         state = self.state
@@ -145,6 +154,9 @@ class Loop:
         """Writes a checkpoint unless this step has one. A disk that fills up costs the checkpoint, not the run."""
         if self.saved_step == self.state.step:
             return
+        if not all(parameter.isfinite().all() for parameter in self.parameters):
+            log.warning("no checkpoint at step %d: the LoRA holds values that are not finite", self.state.step)
+            return
         try:
             self.checkpoints.save(
                 self.state, self.parameters, self.optimizer, self.scaler.state_dict(),
@@ -161,7 +173,7 @@ class Loop:
     def update(self) -> None:
         """One optimizer update; not taken where the loss or the gradient is not finite."""
         step = self.state.step
-        rate = self.config.learning_rate * lr_factor(self.config, step)
+        rate = learning_rate(self.config, step, self.state.schedule_start)
         set_learning_rates(self.optimizer, self.groups, rate)
         with self.saved_on_failure():
             loss = self.accumulate_within_memory(step)
@@ -180,28 +192,48 @@ class Loop:
         self.state.learning_rates.append(rate)
 
     def accumulate_within_memory(self, step: int) -> float:
-        try:
-            return self.accumulate(step)
-        except torch.OutOfMemoryError:
-            if self.checkpointing or self.config.gradient_checkpointing == "off":
-                raise
-        self.turn_on_checkpointing()
-        return self.accumulate(step)
+        while True:
+            try:
+                return self.accumulate(step)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                cause = str(error)
+            self.need_less_memory(cause)  # out of the except block, whose traceback keeps the failed graph alive
 
-    def turn_on_checkpointing(self) -> None:
-        log.warning("out of memory without gradient checkpointing: it is on from here, and steps take longer")
+    def need_less_memory(self, cause: str) -> None:
+        """Halves the pass, then turns gradient checkpointing on; raises torch.OutOfMemoryError if nothing is left.
+
+        The batch and its random numbers stay as they are; sums are rounded in another order, and layer dropout draws
+        its masks anew for each pass.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         precompute.release_memory(self.device)
-        self.unet.enable_gradient_checkpointing()
-        self.checkpointing = True
+        state, step = self.state, self.state.step + 1
+        images = state.images_per_pass or self.config.batch_size
+        if images > 1:
+            state.images_per_pass = (images + 1) // 2
+            log.warning(
+                "out of memory at step %d: from here %d images a pass, not %d", step, state.images_per_pass, images
+            )
+        elif self.config.gradient_checkpointing == "auto" and not state.gradient_checkpointing:
+            state.gradient_checkpointing = True
+            self.unet.enable_gradient_checkpointing()
+            log.warning("out of memory at step %d: gradient checkpointing is on from here, steps take longer", step)
+        else:
+            remedy = "" if self.unet.is_gradient_checkpointing else "set gradient_checkpointing to auto, or "
+            raise torch.OutOfMemoryError(
+                f"out of memory at step {step} with a single image a pass: {remedy}lower the dataset's resolution "
+                f"or the rank (now {self.config.rank}), or close what else uses the memory ({cause})"
+            )
 
     def accumulate(self, step: int) -> float:
         """Adds up the gradient of the mean loss over the effective batch and returns that loss."""
-        micro_batches = self.data.micro_batches(step)
-        total = sum(len(indices) for indices in micro_batches)
+        batches = self.data.micro_batches(step)
+        total = sum(len(indices) for indices in batches)
         self.unet.train()
         loss, position = 0.0, 0
-        for indices in micro_batches:
+        for indices in passes(batches, self.state.images_per_pass or self.config.batch_size):
             batch = self.data.batch(indices, step, position, self.objective)
             with layer_dropout(self.config, step, position, self.device):
                 part = self.losses(batch).sum() / total
@@ -235,12 +267,51 @@ class Loop:
             losses.append(errors.item())
         return sum(losses) / total
 
+    def check_recent_steps(self) -> None:
+        """Gives up after some steps in a row that could not be taken, and goes back to the state before them.
+
+        A second try would fail again, since all that is random depends on the step. fp16's loss scale is found by steps
+        that fail, so it has to be at its lowest first.
+        """
+        failed = trailing_steps(self.state.skipped, self.state.step)
+        if failed < GIVE_UP_AFTER or self.scaler.get_scale() > 1:
+            return
+        first = self.state.step - failed + 1
+        self.state.rewind(failed)
+        self.save()
+        kept = self.checkpoints.newest()
+        where = f"the LoRA of {kept.path.name} is kept in {kept.path}" if kept else "there is no LoRA to keep"
+        raise Diverged(
+            f"loss or gradient was not finite in {failed} steps in a row, from step {first} on, and {where}: "
+            "use precision bf16 or fp32, or a lower learning_rate"
+        )
+
     def check_result(self) -> None:
         if not any(math.isfinite(loss) for loss in self.state.losses):
-            raise RuntimeError(
+            raise Diverged(
                 f"the loss was not finite in any of {self.state.step} steps, so there is no LoRA to save: "
                 "use precision bf16 or fp32, or a lower learning_rate"
             )
+
+
+def passes(batches: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:
+    """The batches, cut into forward passes of at most `size` images."""
+    for batch in batches:
+        for start in range(0, len(batch), size):
+            yield batch[start : start + size]
+
+
+def trailing_steps(steps: Sequence[int], last: int) -> int:
+    """How many of the ascending `steps` are the run ... last-2, last-1, last."""
+    count = 0
+    while count < len(steps) and steps[-1 - count] == last - count:
+        count += 1
+    return count
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it, Apple's MPS only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 @contextmanager
