@@ -26,14 +26,16 @@ class TrainOptions:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        chain = ("TRAIN_OPTIONS", {"tooltip": "Settings from another options node. Where both set one, this node wins."})
+        chain = (
+            "TRAIN_OPTIONS",
+            {"tooltip": "Settings from another options node. Where both set one, this one wins."},
+        )
         return {"required": {}, "optional": {"options": chain, **{name: train_widget(name) for name in cls.settings()}}}
 
     def collect(self, options: Mapping[str, Any] | None = None, **settings: Any) -> tuple[dict[str, Any]]:
         fields = fields_of(TrainConfig)
         values = {
-            name: lines(value) if isinstance(fields[name].default, tuple) else value
-            for name, value in settings.items()
+            name: lines(value) if isinstance(fields[name].default, tuple) else value for name, value in settings.items()
         }
         changed = {name: value for name, value in values.items() if value != fields[name].default}
         return ({**(options or {}), **changed},)
@@ -47,13 +49,15 @@ class AdapterOptions(TrainOptions):
 
 class LossOptions(TrainOptions):
     GROUP = "loss"
-    DESCRIPTION = "What counts as an error: weighting by noise level, robust losses, the noise itself and its timesteps."
+    DESCRIPTION = "What counts as an error: weighting by noise level, robust losses, the noise and its timesteps."
     SEARCH_ALIASES = ["min snr gamma", "noise offset", "huber loss", "v prediction", "debiased estimation"]
 
 
 class OptimizerOptions(TrainOptions):
     GROUP = "optimizer"
-    DESCRIPTION = "How the weights move: the optimizer, its constants, the course of the learning rate, the average kept."
+    DESCRIPTION = (
+        "How the weights move: the optimizer, its constants, the learning rate over the run, the average kept."
+    )
     SEARCH_ALIASES = ["adamw", "prodigy", "adafactor", "lion", "came", "ema", "schedule free", "learning rate"]
 
 

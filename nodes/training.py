@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..sdxl_lora_core.base_model import SDXLBase
 from ..sdxl_lora_core.dataset import CaptionDataset
+from ..sdxl_lora_core.presets import PRESETS, Preset
 from ..sdxl_lora_core.runs import RunFolders
 from ..sdxl_lora_core.training import train
 from ..sdxl_lora_core.training_loop import StepReport
@@ -21,6 +22,10 @@ _ADVANCED = (
     "gradient_accumulation", "lr_schedule", "lr_warmup_steps", "target_modules", "dropout", "caption_dropout",
     "precision", "gradient_checkpointing",
 )  # fmt: skip
+_PRESET_HELP = (
+    "A starting point for a kind of job. It fills every setting that still stands at its default, here and on option "
+    "nodes; run.yaml shows the result."
+)
 
 
 class TrainSDXLLoRA:
@@ -56,13 +61,15 @@ class TrainSDXLLoRA:
             "optional": {
                 "options": ("TRAIN_OPTIONS", {"tooltip": "Further settings from option nodes."}),
                 **{option: train_widget(option, advanced=True) for option in _ADVANCED},
+                "preset": (list(PRESETS), {"default": "none", "tooltip": _PRESET_HELP, "advanced": True}),
             },
         }
 
     def train(
-        self, base: SDXLBase, dataset: CaptionDataset, options: Mapping[str, Any] | None = None, **settings: Any
-    ) -> dict[str, Any]:
-        config = train_config(options, settings)
+        self, base: SDXLBase, dataset: CaptionDataset, options: Mapping[str, Any] | None = None,
+        preset: Preset = "none", **settings: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        config = train_config(options, settings, preset)
         with host.training_mode(), host.parts() as parts, host.progress() as progress:
 
             def on_step(step: StepReport) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig, default, from_mapping
+from ..sdxl_lora_core.presets import Preset, with_preset
 from ..sdxl_lora_core.settings import choices_of, fields_of, types_of
 
 StackEntry = tuple[str, float, float]
@@ -82,8 +83,8 @@ def _read_entry(entry: Any) -> StackEntry:
     raise ValueError(f"lora_stack holds {entry!r}: expected (name, strength_model, strength_clip)")
 
 
-def train_config(options: Mapping[str, Any] | None, widgets: Mapping[str, Any]) -> TrainConfig:
-    """The widgets' settings with those of TRAIN_OPTIONS.
+def train_config(options: Mapping[str, Any] | None, widgets: Mapping[str, Any], preset: Preset = "none") -> TrainConfig:
+    """The widgets' settings with those of TRAIN_OPTIONS; the preset fills what stands at its default in both.
 
     Raises ValueError for an unknown option, and for one that contradicts a widget that was changed.
     """
@@ -98,7 +99,7 @@ def train_config(options: Mapping[str, Any] | None, widgets: Mapping[str, Any]) 
         if chosen not in (value, default(TrainConfig, option)):
             raise ValueError(f"options sets {option} to {value}, the widget {option} to {chosen}: set only one of them")
         settings[option] = value
-    return from_mapping(TrainConfig, settings, "TrainSDXLLoRA")
+    return from_mapping(TrainConfig, with_preset(settings, preset), "TrainSDXLLoRA")
 
 
 def lines(text: str) -> tuple[str, ...]:

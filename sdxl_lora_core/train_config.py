@@ -146,10 +146,12 @@ class TrainConfig:
     )  # fmt: skip
 
     # Optimizer
-    adam_beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", low=0, high=0.9999)
-    adam_beta2: float = setting(0.999, "AdamW's decay of the squared gradient.", low=0, high=0.99999)
-    weight_decay: float = setting(1e-2, "Pulls the LoRA's weights towards zero.", low=0, high=10)
-    max_grad_norm: float = setting(1.0, "Longer gradients are cut to this length. 0: never.", low=0, high=1e6)
+    adam_beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", low=0, high=0.9999, group="optimizer")
+    adam_beta2: float = setting(0.999, "AdamW's decay of the squared gradient.", low=0, high=0.99999, group="optimizer")
+    weight_decay: float = setting(1e-2, "Pulls the LoRA's weights towards zero.", low=0, high=10, group="optimizer")
+    max_grad_norm: float = setting(
+        1.0, "Longer gradients are cut to this length. 0: never.", low=0, high=1e6, group="optimizer"
+    )
 
     # Captions
 
@@ -158,15 +160,18 @@ class TrainConfig:
         0, "Trains until every image was seen this often, repeats counted, instead of for `steps`. 0: steps count.",
         low=0, high=MANY, group="watch",
     )  # fmt: skip
-    checkpoint_every: int = setting(250, "Steps between checkpoints.", low=1, high=MANY)
-    sample_steps: int = setting(25, "Denoising steps of a sample.", low=1, high=200)
-    sample_guidance: float = setting(7.0, "Guidance scale of a sample.", low=0, high=50)
+    checkpoint_every: int = setting(250, "Steps between checkpoints.", low=1, high=MANY, group="watch")
+    sample_steps: int = setting(25, "Denoising steps of a sample.", low=1, high=200, group="watch")
+    sample_guidance: float = setting(7.0, "Guidance scale of a sample.", low=0, high=50, group="watch")
 
     # Memory
 
     # The file
-    save_format: LoRAFormat = setting("kohya", "kohya for ComfyUI, A1111 and most others; peft for diffusers and peft.")
-    save_dtype: WeightType = setting("fp16", "Number format of the saved LoRA.")
+    save_format: LoRAFormat = setting(
+        "kohya", "Names in the file: kohya for ComfyUI, A1111 and most others; peft for diffusers and peft.",
+        group="adapter",
+    )  # fmt: skip
+    save_dtype: WeightType = setting("fp16", "Number format of the saved LoRA.", group="adapter")
 
     # What a run is called, how long it lasts and what is shown of it does not change a single step.
     OUTSIDE_FINGERPRINT = (
