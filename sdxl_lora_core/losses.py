@@ -82,16 +82,20 @@ class Objective:
             return noise
         return self.scheduler.get_velocity(latents, noise, timesteps)
 
-    def losses(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The loss of each sample, weighted by its timestep, float32 [B]."""
+    def losses(
+        self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, masks: Tensor | None = None
+    ) -> Tensor:
+        """The loss of each sample, weighted by its timestep, float32 [B]. Masks, [B, 1, H/8, W/8], are 1 to learn."""
         target = self.target(latents, noise, timesteps)
-        errors = self._errors(prediction.float(), target.float()).mean(dim=(1, 2, 3))
+        errors = _mean(self._errors(prediction.float(), target.float()), masks)
         return self.weights.to(errors.device)[timesteps] * errors
 
-    def squared_errors(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def squared_errors(
+        self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, masks: Tensor | None = None
+    ) -> Tensor:
         """Mean squared error of each sample, float32 [B]: the same measure for every run, whatever it is trained by."""
         target = self.target(latents, noise, timesteps)
-        return mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        return _mean(mse_loss(prediction.float(), target.float(), reduction="none"), masks)
 
     def _errors(self, prediction: Tensor, target: Tensor) -> Tensor:
         if self.config.loss == "huber":
@@ -131,3 +135,10 @@ class Objective:
             if min(coarse) == 1:
                 break
         return noise / noise.std()
+
+
+def _mean(errors: Tensor, masks: Tensor | None) -> Tensor:
+    """The mean of each sample. It is one over the mask's area, so that a small mask does not learn slower."""
+    if masks is None:
+        return errors.mean(dim=(1, 2, 3))
+    return (errors * masks).sum(dim=(1, 2, 3)) / (masks.sum(dim=(1, 2, 3)) * errors.shape[1]).clamp_min(1e-6)

@@ -154,6 +154,42 @@ class TrainConfig:
     )
 
     # Captions
+    shuffle_tags: bool = setting(
+        False,
+        "Shows the tags of a caption in changing order, so that no tag is learned for its place. "
+        "For lists of tags, not for sentences.",
+        group="captions",
+    )
+    keep_tags: int = setting(
+        0, "The first tags of a caption, after the trigger word, that are never moved or left out.",
+        low=0, high=1000, group="captions",
+    )  # fmt: skip
+    tag_dropout: float = setting(
+        0.0, "Share of the tags left out at random, so that the LoRA does not need all of them in a prompt.",
+        low=0, high=1, step=0.05, group="captions",
+    )  # fmt: skip
+    tag_separator: str = setting(",", "What stands between two tags in a caption.", group="captions")
+    caption_variants: int = setting(
+        8,
+        "How many shuffled or thinned forms of each caption are encoded and drawn from. "
+        "More are more varied; each takes about 0.3 MB of disk.",
+        low=1, high=1000, group="captions",
+    )  # fmt: skip
+    caption_chunks: int = setting(
+        1,
+        "How much of a long caption is read: 1 is 75 tokens, 2 is 150, 3 is 225. "
+        "Raise it when the report names captions that are cut.",
+        low=1, high=3, group="captions",
+    )  # fmt: skip
+    masked_loss: bool = setting(
+        False,
+        "Learns only what the mask shows: masks/<name>.png in the dataset's folder (white is learned), "
+        "or the image's own alpha channel.",
+        group="captions",
+    )
+    prior_weight: float = setting(
+        1.0, "How much regularisation images count beside training images.", low=0, high=10, step=0.1, group="captions"
+    )
 
     # Watching
     epochs: int = setting(
@@ -182,6 +218,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         _check_loss(self)
+        _check_captions(self)
         if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
             raise ValueError(
                 f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end before"
@@ -210,3 +247,8 @@ def _check_loss(config: TrainConfig) -> None:
         raise ValueError(
             f"timestep_min is {config.timestep_min} and timestep_max is {config.timestep_max}: leave a timestep between"
         )
+
+
+def _check_captions(config: TrainConfig) -> None:
+    if not config.tag_separator:
+        raise ValueError("tag_separator is empty: give what stands between two tags, a comma for example")

@@ -243,8 +243,10 @@ class Loop:
         return loss
 
     def losses(self, batch: Batch) -> Tensor:
-        """The loss of each sample, float32 [B]."""
-        return self.objective.losses(self.predict(batch), batch.latents, batch.noise, batch.timesteps)
+        """The loss of each sample, times its weight, float32 [B]."""
+        prediction = self.predict(batch)
+        losses = self.objective.losses(prediction, batch.latents, batch.noise, batch.timesteps, batch.masks)
+        return losses * batch.weights
 
     def predict(self, batch: Batch) -> Tensor:
         """What the UNet says of the noisy samples, [B, 4, H/8, W/8]."""
@@ -263,7 +265,8 @@ class Loop:
         losses = []
         for done, batch in enumerate(self.data.validation_batches()):
             on_step(StepReport("validating", done, total))
-            errors = self.objective.squared_errors(self.predict(batch), batch.latents, batch.noise, batch.timesteps)
+            prediction = self.predict(batch)
+            errors = self.objective.squared_errors(prediction, batch.latents, batch.noise, batch.timesteps, batch.masks)
             losses.append(errors.item())
         return sum(losses) / total
 

@@ -27,7 +27,7 @@ host, folders, wires = PACK.nodes.host, PACK.nodes.folders, PACK.nodes.wires
 CONTRACT = {
     "LoadCaptionDataset": (
         "folder trigger_word resolution validation_percent",
-        "dataset repeats flip",
+        "dataset repeats flip random_crops caption_per_line is_regularisation",
         "dataset:CAPTION_DATASET preview:IMAGE report:STRING count:INT",
     ),
     "LoadSDXLBase": ("base precision", "", "base:SDXL_BASE info:STRING"),

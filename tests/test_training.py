@@ -428,9 +428,7 @@ def test_a_mirrored_crop_has_mirrored_coordinates(micro_base: SDXLBase, tmp_path
     Image.new("RGB", (101, 64)).save(tmp_path / "wide.png")
     (tmp_path / "wide.txt").write_text("wide")
     (entry,) = load(tmp_path, flip=True).entries
-    plain, mirrored = (
-        precompute.make_sample(micro_base, entry, flip, cache, torch.float32, CPU) for flip in (False, True)
-    )
+    plain, mirrored = (precompute.make_sample(micro_base, entry, entry.center, flip, cache) for flip in (False, True))
     crop = plain.crop
     assert plain.time_ids().tolist() == [64, 101, crop.top, crop.left, crop.bucket_h, crop.bucket_w]
     assert mirrored.time_ids()[3] == crop.resized_w - crop.bucket_w - crop.left
