@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,8 @@ class TrainSDXLLoRA:
         preset: Preset = "none", **settings: Any,
     ) -> dict[str, Any]:  # fmt: skip
         config = train_config(options, settings, preset)
+        if config.continue_from:
+            config = replace(config, continue_from=str(folders.find("lora", config.continue_from)))
         with host.training_mode(), host.parts() as parts, host.progress() as progress:
 
             def on_step(step: StepReport) -> None:

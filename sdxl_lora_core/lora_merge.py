@@ -4,36 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from .lora_modules import AdapterModule
 
-@dataclass(frozen=True, eq=False)
-class LoRAModule:
-    """A change of one weight W [out, in, ...] by alpha / rank * up @ down; Hu et al., arXiv 2106.09685.
-
-    down [rank, in, ...] and up [out, rank, ...] may have trailing dimensions, as convolutions do. dora_scale,
-    [out, 1, ...] or [1, in, ...], makes it a DoRA: the changed weight is brought to these lengths; Liu et al.,
-    arXiv 2402.09353.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-    dora_scale: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight it changes: [out, in, ...]."""
-        return (self.up.shape[0], *self.down.shape[1:])
-
-
-Modules = Mapping[str, LoRAModule]
+Modules = Mapping[str, AdapterModule]
 
 
 @dataclass(frozen=True)
@@ -51,7 +29,7 @@ def merge_into(module: nn.Module, modules: Modules, strength: float) -> MergeRep
 
 @torch.no_grad()
 def merge_stack(module: nn.Module, stack: Sequence[tuple[Modules, float]]) -> MergeReport:
-    """W + strength * alpha / rank * up @ down for each LoRA in turn, in fp32, in place, each weight rounded once.
+    """W + strength * scale * change for each LoRA in turn, in fp32, in place, each weight rounded once.
 
     `module` is the part whose paths name the LoRA's modules. Linear and Conv2d can be changed.
     Raises ValueError naming the module whose shape does not fit; then nothing was changed.
@@ -83,22 +61,22 @@ def _weight_of(module: nn.Module, name: str) -> Tensor | None:
     return None
 
 
-def _require_shape(name: str, lora: LoRAModule, weight: Tensor) -> None:
-    if _without_unit_sides(lora.shape) != _without_unit_sides(tuple(weight.shape)):
+def _require_shape(name: str, lora: AdapterModule, weight: Tensor) -> None:
+    if _rows_and_columns(lora.shape) != _rows_and_columns(weight.shape):
         raise ValueError(
             f"the LoRA's {name} changes a weight of shape {list(lora.shape)}, the model's has {list(weight.shape)}:"
             " take a LoRA that was trained on a model of this size"
         )
 
 
-def _without_unit_sides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if shape[2:] == (1, 1) else shape
+def _rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """A kernel may be written flat, and a linear layer as a 1x1 kernel."""
+    return shape[0], prod(shape[1:])
 
 
-def _changed(weight: Tensor, lora: LoRAModule, strength: float) -> Tensor:
+def _changed(weight: Tensor, lora: AdapterModule, strength: float) -> Tensor:
     """`weight` is fp32 and stays as it is."""
-    up, down = (factor.to(weight.device, torch.float32).flatten(1) for factor in (lora.up, lora.down))
-    change = (up @ down).reshape(weight.shape) * (lora.alpha / lora.rank)
+    change = lora.change(weight.device).reshape(weight.shape) * lora.scale
     if lora.dora_scale is None:
         return weight + strength * change
     return weight + strength * (_decomposed(weight + change, lora.dora_scale) - weight)

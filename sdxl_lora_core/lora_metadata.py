@@ -66,11 +66,7 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 def _training_values(config: TrainConfig) -> dict[str, object]:
     return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": config.rank,
-        "ss_network_alpha": config.alpha,
-        "ss_network_dropout": config.dropout,
-        "ss_network_args": canonical_json({"target_modules": config.target_modules}),
+        **_network_values(config),
         "ss_caption_dropout_rate": config.caption_dropout,
         "ss_max_train_steps": config.steps,
         "ss_learning_rate": config.learning_rate,
@@ -99,6 +95,29 @@ def _loss_values(config: TrainConfig) -> dict[str, object]:
         "ss_ip_noise_gamma": config.input_perturbation,
     }
     return {key: value for key, value in values.items() if value}
+
+
+def _network_values(config: TrainConfig) -> dict[str, object]:
+    """Plain LoRA is kohya's own network, all others are LyCORIS'. A file from PiSSA has twice the rank and alpha."""
+    doubled = 2 if config.init == "pissa" else 1
+    arguments: dict[str, str] = {"target_modules": config.target_modules}
+    if config.adapter != "lora":
+        arguments["algo"] = "lora" if config.adapter == "dora" else config.adapter
+    if config.adapter == "dora":
+        arguments |= {"dora_wd": "True", "wd_on_output": "True"}
+    if config.use_rslora:
+        arguments["rs_lora"] = "True"
+    chosen = ("rank_dropout", "module_dropout", "blocks", "block_ranks", "block_learning_rates")
+    arguments |= {option: str(getattr(config, option)) for option in chosen if getattr(config, option)}
+    if config.lora_plus_ratio != 1:
+        arguments["loraplus_lr_ratio"] = str(config.lora_plus_ratio)
+    return {
+        "ss_network_module": "networks.lora" if config.adapter == "lora" else "lycoris.kohya",
+        "ss_network_dim": config.rank * doubled,
+        "ss_network_alpha": config.alpha * doubled,
+        "ss_network_dropout": config.dropout,
+        "ss_network_args": canonical_json(arguments),
+    }
 
 
 def _dataset_values(

@@ -17,7 +17,7 @@ from .base_model import SDXLBase
 from .checkpoints import Checkpoints
 from .config import to_yaml
 from .dataset import CaptionDataset
-from .files import json_sha256, write_text_atomic
+from .files import file_sha256, json_sha256, write_text_atomic
 from .train_config import TrainConfig
 
 _UUID = "[0-9a-f]" * 32
@@ -60,8 +60,16 @@ class Run:
 
 
 def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> str:
-    """What decides every step of the run: base, dataset contents and settings, but not its name or its length."""
+    """What decides every step of the run: base, dataset contents and settings, but not its name or its length.
+
+    Raises FileNotFoundError if the LoRA to continue from is gone; its content counts, not its path.
+    """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in TrainConfig.OUTSIDE_FINGERPRINT}
+    if config.continue_from:
+        start = Path(config.continue_from)
+        if not start.is_file():
+            raise FileNotFoundError(f"continue_from is {start}, which is no file: give the path of a LoRA")
+        settings["continue_from"] = file_sha256(start)
     return json_sha256(
         {"base": base.fingerprint, "dataset": dataset.fingerprint, "settings": settings, "version": RANDOMNESS_VERSION}
     )

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .adapter_checks import MAX_RANK, check_adapter
 from .settings import check_settings, setting
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 TargetModules = Literal["attention", "attention+ff", "all-linear", "all-linear+conv"]
+AdapterKind = Literal["lora", "dora", "loha", "lokr"]
+AdapterInit = Literal["kaiming", "gaussian", "pissa"]
 LRSchedule = Literal["constant", "linear", "cosine"]
 Checkpointing = Literal["auto", "on", "off"]
 PredictionOverride = Literal["auto", "epsilon", "v_prediction"]
@@ -40,7 +43,7 @@ class TrainConfig:
     )  # fmt: skip
     rank: int = setting(
         8, "Capacity of the LoRA. 4 to 16 for a style, 16 to 64 for much detail; file size grows with it.",
-        low=1, high=1024,
+        low=1, high=MAX_RANK,
     )  # fmt: skip
     alpha: float = setting(
         16.0, "The LoRA acts with alpha / rank. Larger learns faster, like a larger learning rate.",
@@ -82,6 +85,52 @@ class TrainConfig:
     )
 
     # Adapter
+    adapter: AdapterKind = setting(
+        "lora",
+        "How the change of a layer is written. lora fits most; dora learns a little more and takes twice the time; "
+        "loha and lokr hold much change in small files, and ComfyUI reads them, diffusers does not.",
+        group="adapter",
+    )
+    use_rslora: bool = setting(
+        False, "Divides alpha by the root of the rank instead of the rank. For ranks above about 32, which learn too "
+        "slowly otherwise; lora and dora only.",
+        group="adapter",
+    )  # fmt: skip
+    rank_dropout: float = setting(
+        0.0, "Share of each layer's outputs that learn nothing in a step, against overfitting; loha and lokr only.",
+        low=0, high=0.9, step=0.05, group="adapter",
+    )  # fmt: skip
+    module_dropout: float = setting(
+        0.0, "Share of the layers left out of a step, against overfitting; loha and lokr only.",
+        low=0, high=0.9, step=0.05, group="adapter",
+    )  # fmt: skip
+    init: AdapterInit = setting(
+        "kaiming",
+        "Where a lora or dora starts. kaiming is usual; gaussian starts smaller at high ranks; pissa starts at the "
+        "base's own main directions, learns faster, and makes a file of twice the rank.",
+        group="adapter",
+    )
+    blocks: str = setting(
+        "", 'The UNet blocks that learn, such as "up_blocks.0.attentions.1" for style alone. Empty: all.',
+        group="adapter",
+    )  # fmt: skip
+    block_ranks: str = setting(
+        "", 'Other ranks for some blocks, such as "up_blocks.0=16, mid_block=4"; alpha / rank stays as it is.',
+        group="adapter",
+    )  # fmt: skip
+    block_learning_rates: str = setting(
+        "", 'Factors on the learning rate of some blocks, such as "down_blocks.1=0.5", where a block learns too much.',
+        group="adapter",
+    )  # fmt: skip
+    lora_plus_ratio: float = setting(
+        1.0, "LoRA+: the up matrices learn this many times faster. Try 4 to 16 with half the learning rate, to get "
+        "there in fewer steps; 1: off; lora and dora only.",
+        low=1, high=100, step=1.0, group="adapter",
+    )  # fmt: skip
+    continue_from: str = setting(
+        "", "A LoRA whose matrices are the start, to train it further. Same adapter, rank and target_modules.",
+        group="adapter",
+    )  # fmt: skip
 
     # Loss
     prediction: PredictionOverride = setting(
@@ -217,6 +266,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_adapter(self)
         _check_loss(self)
         _check_captions(self)
         if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:

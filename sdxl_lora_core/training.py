@@ -26,7 +26,7 @@ from .config import GenerateConfig
 from .dataset import CaptionDataset
 from .files import write_atomic, write_text_atomic
 from .generation import LoadedParts, LoRARef
-from .lora_files import LoRAFile, LoRAModule, kohya_state_dict, read_lora, write_lora
+from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
 from .losses import as_trained
 from .run_length import passes_per_epoch, starting_point, with_steps
@@ -93,7 +93,7 @@ def _train_and_save(
     started = time.monotonic()
     computed = resolve_dtype(config.precision, device)
 
-    def lora(modules: dict[str, LoRAModule], steps: int) -> LoRAFile:
+    def lora(modules: dict[str, AdapterModule], steps: int) -> LoRAFile:
         return LoRAFile(unet=modules, metadata=_metadata(run.name, base, dataset, config, steps, computed))
 
     trained = train_adapter(
@@ -150,6 +150,8 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
         "epochs": _epochs(dataset, config, state.step),
         "loss": _finite(smoothed(state.losses)[-1]),
         "modules": len(trained.modules),
+        "adapter": config.adapter,
+        "rank": _ranks(trained),
         "trigger_words": list(dataset.trigger_words),
         "skipped_steps": state.skipped,
         "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped],
@@ -180,6 +182,12 @@ def _continued(state: LoopState, config: TrainConfig) -> str:
         f"the first {state.schedule_start} steps are those of {state.continued_from}; after them the schedule "
         f"{config.lr_schedule} began anew, warm-up included"
     )
+
+
+def _ranks(trained: Trained) -> int | list[int]:
+    """Of the saved file: PiSSA's is twice the setting, and blocks may have their own."""
+    ranks = sorted({module.rank for module in trained.modules.values()})
+    return ranks[0] if len(ranks) == 1 else ranks
 
 
 def _finite(value: float) -> float | None:

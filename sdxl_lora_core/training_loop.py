@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from . import base_model, precompute
-from .adapters import add_lora, lora_modules
+from .adapters import Adapter
 from .base_model import SDXLBase
 from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset import CaptionDataset
-from .lora_files import LoRAModule
+from .lora_files import AdapterModule
 from .losses import Objective
 from .optimizers import make_optimizer, set_learning_rates
 from .run_length import learning_rate
@@ -47,14 +47,14 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
-WriteAdapter = Callable[[Path, dict[str, LoRAModule], int], None]
+WriteAdapter = Callable[[Path, dict[str, AdapterModule], int], None]
 
 
 @dataclass(frozen=True)
 class Trained:
     """A finished loop: the adapter's matrices by diffusers module name, and how it went."""
 
-    modules: dict[str, LoRAModule]
+    modules: dict[str, AdapterModule]
     state: LoopState
     validation_loss: float | None
     stopped_early: bool
@@ -92,7 +92,8 @@ class Loop:
         self.checkpoints, self.write_adapter = checkpoints, write_adapter
         self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
         self.unet: Any = base_model.load_part(base, "unet", dtype, device)
-        self.groups = add_lora(self.unet, config)
+        self.adapter = Adapter(self.unet, config)
+        self.groups = self.adapter.groups
         self.parameters = [parameter for group in self.groups for parameter in group.parameters]
         self.optimizer = make_optimizer(self.groups, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -105,7 +106,7 @@ class Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.unet, self.optimizer, self.parameters, self.groups
+        del self.unet, self.adapter, self.optimizer, self.parameters, self.groups
         precompute.release_memory(self.device)
 
     def run(self, start: Checkpoint | None, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
@@ -125,7 +126,7 @@ class Loop:
         self.save()
         self.check_result()
         validation = self.validation_loss(on_step) if self.data.validation else None
-        return Trained(self.modules(), self.state, validation, stopped and self.state.step < self.config.steps)
+        return Trained(self.adapter.modules(), self.state, validation, stopped and self.state.step < self.config.steps)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.restore(self.parameters, self.optimizer)
@@ -160,15 +161,11 @@ class Loop:
         try:
             self.checkpoints.save(
                 self.state, self.parameters, self.optimizer, self.scaler.state_dict(),
-                lambda path: self.write_adapter(path, self.modules(), self.state.step),
+                lambda path: self.write_adapter(path, self.adapter.modules(), self.state.step),
             )  # fmt: skip
             self.saved_step = self.state.step
         except OSError as error:
             log.warning("no checkpoint at step %d: %s", self.state.step, error)
-
-    def modules(self) -> dict[str, LoRAModule]:
-        """The adapter's matrices as they stand."""
-        return lora_modules(self.unet, self.config.alpha)
 
     def update(self) -> None:
         """One optimizer update; not taken where the loss or the gradient is not finite."""
@@ -320,7 +317,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 @contextmanager
 def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.device) -> Iterator[None]:
     """Seeds the dropout layers by step and position and puts the global random state back afterwards."""
-    if config.dropout == 0:
+    if not (config.dropout or config.rank_dropout or config.module_dropout):
         yield
         return
     devices = [device] if device.type == "cuda" else []

@@ -185,9 +185,9 @@ def test_what_is_not_low_rank_is_named(lora: LoRAFile, tmp_path: Path) -> None:
     save_file({**kohya_state_dict(lora, torch.float32), **extra}, tmp_path / "x.safetensors")
     read = read_lora(tmp_path / "x.safetensors")
     assert read.unknown == (
-        "lora_unet_input_blocks_4_1_proj_in.hada_w1_a",
         "lora_unet_nowhere.lora_down.weight",
         "lora_unet_out_2.diff",
+        "unet.down_blocks.1.attentions.0.proj_in (hada_w1_a alone)",
         "unet.down_blocks.1.attentions.1.proj_in (down alone)",
     )
     assert same_effect(read.unet, lora.unet)
@@ -232,7 +232,7 @@ def test_damaged_and_empty_loras_are_refused(lora: LoRAFile, tmp_path: Path) -> 
     path = tmp_path / "x.safetensors"
     key = f"unet.{Q}"
     for tensors, message in (
-        ({f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": torch.ones(2, 2)}, "no low-rank pair.*lokr_w1"),
+        ({f"{key}.oft_blocks": torch.ones(2, 2)}, "no low-rank change.*oft_blocks"),
         ({f"{key}.lora_A.weight": torch.ones(4, 2), f"{key}.lora_B.weight": torch.ones(2, 3)}, "of unlike rank"),
         ({f"{key}.lora_A.weight": torch.full((4, 2), math.nan), f"{key}.lora_B.weight": torch.ones(2, 4)}, "holds NaN"),
     ):
