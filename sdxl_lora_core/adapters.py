@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from .adapter_start import continue_from, start_at_principal_parts
 from .blocks import read_block_values, read_blocks, value_for
 from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAModule
+from .optimizers import ParameterGroup
 from .train_config import TrainConfig
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -28,14 +28,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "all-linear": _TRANSFORMERS,
     "all-linear+conv": _TRANSFORMERS + _RESNETS,
 }
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters, float32, in a fixed order, that learn at `rate_factor` times the run's learning rate."""
-
-    parameters: list[nn.Parameter]
-    rate_factor: float = 1.0
 
 
 class Adapter:

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .files import file_sha256, flush_to_disk, write_text_atomic
+from .optimizer_state import put_together, take_apart
 
 log = logging.getLogger("sdxl_lora")
-SCHEMA = 2
+SCHEMA = 3
 KEPT = 2
 ADAPTER, STATE = "adapter.safetensors", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -55,17 +56,19 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint. Its tensors stay on disk until they are restored."""
+    """One whole checkpoint. Its tensors stay on disk until they are restored; `optimizer` says where each belongs."""
 
     path: Path
     state: LoopState
     scaler: dict[str, Any]
+    optimizer: Any
 
-    def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Gives `weights`, in the order in which they were saved, and the optimizer what they had."""
         tensors = load_file(self.path / STATE)
-        for i, parameter in enumerate(parameters):
-            parameter.data.copy_(tensors[f"parameter.{i}"])
-        _restore_moments(optimizer, tensors)
+        for i, weight in enumerate(weights):
+            weight.data.copy_(tensors[f"weight.{i}"])
+        put_together(optimizer, tensors, self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -76,24 +79,26 @@ class Checkpoints:
     fingerprint: str
 
     def save(
-        self, state: LoopState, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, scaler: dict[str, Any],
+        self, state: LoopState, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer, scaler: dict[str, Any],
         write_adapter: Callable[[Path], object],
     ) -> None:  # fmt: skip
-        """Writes `step-XXXXXX`, then removes all but the newest two. On failure raises OSError and removes none."""
+        """Writes `step-XXXXXX`, then removes all but the newest two. On failure raises OSError and removes none.
+
+        `weights` are the adapter's parameters and all that moves with them, in an order that is the same every time.
+        """
         final = self.folder / f"step-{state.step:06d}"
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
         temporary.mkdir(parents=True)
         try:
-            tensors = {
-                f"parameter.{i}": parameter.detach().cpu().contiguous() for i, parameter in enumerate(parameters)
-            }
-            save_file(tensors | _moments(optimizer), temporary / STATE)
+            moments, plan = take_apart(optimizer)
+            tensors = {f"weight.{i}": weight.detach().cpu().contiguous() for i, weight in enumerate(weights)}
+            save_file(tensors | moments, temporary / STATE)
             flush_to_disk(temporary / STATE)
             write_adapter(temporary / ADAPTER)
             hashes = {name: file_sha256(temporary / name) for name in (ADAPTER, STATE)}
             document = {
                 "schema": SCHEMA, "fingerprint": self.fingerprint, "loop": asdict(state), "scaler": scaler,
-                "sha256": hashes,
+                "optimizer": plan, "sha256": hashes,
             }  # fmt: skip
             write_text_atomic(temporary / "state.json", json.dumps({**document, "seal": _seal(document)}))
             if final.exists():
@@ -121,7 +126,7 @@ class Checkpoints:
                     f"checkpoint {path.name} in {self.folder} has schema {document['schema']} and this version reads "
                     f"{SCHEMA}: finish the run with the version that began it, or begin anew under another lora_name"
                 )
-            return Checkpoint(path, LoopState(**document["loop"]), document["scaler"])
+            return Checkpoint(path, LoopState(**document["loop"]), document["scaler"], document["optimizer"])
         return None
 
     def sweep(self) -> None:
@@ -155,21 +160,3 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, values in state.items()
-        for name, value in values.items()
-    }
-
-
-def _restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from .files import canonical_json
+from .optimizers import CLASSES, optimizer_settings
 from .train_config import LoRAFormat, Precision, TrainConfig
 
 _IMPLEMENTATIONS: dict[LoRAFormat, str] = {
@@ -65,6 +66,7 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _training_values(config: TrainConfig) -> dict[str, object]:
+    arguments = ",".join(f"{name}={value}" for name, value in optimizer_settings(config).items())
     return {
         **_network_values(config),
         "ss_caption_dropout_rate": config.caption_dropout,
@@ -73,8 +75,7 @@ def _training_values(config: TrainConfig) -> dict[str, object]:
         "ss_unet_lr": config.learning_rate,
         "ss_lr_scheduler": config.lr_schedule,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
-        "ss_optimizer": f"torch.optim.AdamW(betas=({config.adam_beta1}, {config.adam_beta2}),"
-        f"weight_decay={config.weight_decay})",
+        "ss_optimizer": f"{CLASSES[config.optimizer]}({arguments})",
         "ss_max_grad_norm": config.max_grad_norm,
         "ss_gradient_accumulation_steps": config.gradient_accumulation,
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation,

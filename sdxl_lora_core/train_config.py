@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .adapter_checks import MAX_RANK, check_adapter
 from .settings import check_settings, setting
@@ -12,7 +12,10 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 TargetModules = Literal["attention", "attention+ff", "all-linear", "all-linear+conv"]
 AdapterKind = Literal["lora", "dora", "loha", "lokr"]
 AdapterInit = Literal["kaiming", "gaussian", "pissa"]
-LRSchedule = Literal["constant", "linear", "cosine"]
+LRSchedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Optimizer = Literal[
+    "adamw", "adamw_fused", "adamw8bit", "adafactor", "lion", "prodigy", "came", "schedule_free"
+]  # fmt: skip
 Checkpointing = Literal["auto", "on", "off"]
 PredictionOverride = Literal["auto", "epsilon", "v_prediction"]
 Override = Literal["auto", "on", "off"]
@@ -23,6 +26,8 @@ WeightType = Literal["fp16", "bf16", "fp32"]
 
 MAX_SEED = 2**64 - 1
 MANY = 1_000_000
+MOMENTUM_OPTIMIZERS = tuple(name for name in get_args(Optimizer) if name != "adafactor")
+ADAM_LIKE_OPTIMIZERS = tuple(name for name in get_args(Optimizer) if name != "lion")
 LAST_TIMESTEP = 999  # SDXL's noise schedule has 1000
 
 
@@ -38,7 +43,9 @@ class TrainConfig:
         1000, "Number of weight updates. About 50 to 100 per image is a usual start.", low=1, high=MANY
     )
     learning_rate: float = setting(
-        1e-4, "Size of each update. Lower it if images turn noisy or burnt, raise it if little is learned.",
+        1e-4,
+        "Size of each update. Lower it if images turn noisy or burnt, raise it if little is learned. "
+        "Lion wants a fifth of the usual, Prodigy wants 1.",
         low=1e-8, high=1.0, step=1e-5,
     )  # fmt: skip
     rank: int = setting(
@@ -61,7 +68,9 @@ class TrainConfig:
         1, "Passes per update: acts like a larger batch without its memory.", low=1, high=1024
     )
     lr_schedule: LRSchedule = setting(
-        "constant", "How the learning rate goes over the run: it stays, falls linearly, or falls along a cosine."
+        "constant",
+        "How the learning rate goes over the run: it stays, or falls to 0 along a line, a cosine (several with "
+        "restarts) or a power of the line.",
     )
     lr_warmup_steps: int = setting(0, "The learning rate rises from 0 over this many steps.", low=0, high=MANY)
     target_modules: TargetModules = setting(
@@ -195,12 +204,36 @@ class TrainConfig:
     )  # fmt: skip
 
     # Optimizer
-    adam_beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", low=0, high=0.9999, group="optimizer")
-    adam_beta2: float = setting(0.999, "AdamW's decay of the squared gradient.", low=0, high=0.99999, group="optimizer")
+    optimizer: Optimizer = setting(
+        "adamw",
+        "adamw suits nearly all. adamw_fused is quicker on a GPU; adamw8bit, adafactor, lion and came need less "
+        "memory; prodigy finds its learning rate; schedule_free needs no schedule.",
+        group="optimizer",
+    )
+    adam_beta1: float = setting(
+        0.9, "How long the mean gradient is remembered, of 1.",
+        low=0, high=0.9999, group="optimizer", only_with=("optimizer", MOMENTUM_OPTIMIZERS),
+    )  # fmt: skip
+    adam_beta2: float = setting(
+        0.999, "How long the squared gradient is remembered, of 1.",
+        low=0, high=0.99999, group="optimizer", only_with=("optimizer", ADAM_LIKE_OPTIMIZERS),
+    )  # fmt: skip
     weight_decay: float = setting(1e-2, "Pulls the LoRA's weights towards zero.", low=0, high=10, group="optimizer")
     max_grad_norm: float = setting(
         1.0, "Longer gradients are cut to this length. 0: never.", low=0, high=1e6, group="optimizer"
     )
+    lr_cycles: int = setting(
+        3, "How many times cosine_with_restarts starts again at the full learning rate, the first included.",
+        low=1, high=1000, group="optimizer", only_with=("lr_schedule", ("cosine_with_restarts",)),
+    )  # fmt: skip
+    lr_power: float = setting(
+        2.0, "The power of the polynomial schedule: 1 is the line, more falls sooner.",
+        low=0.1, high=10, step=0.1, group="optimizer", only_with=("lr_schedule", ("polynomial",)),
+    )  # fmt: skip
+    ema_decay: float = setting(
+        0.0, "Saves a moving average of the LoRA, which is steadier. 0.99 for short runs, 0.999 for long; 0 is off.",
+        low=0, high=0.99999, step=0.001, group="optimizer",
+    )  # fmt: skip
 
     # Captions
     shuffle_tags: bool = setting(
@@ -268,6 +301,7 @@ class TrainConfig:
         check_settings(self)
         check_adapter(self)
         _check_loss(self)
+        _check_optimizer(self)
         _check_captions(self)
         if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
             raise ValueError(
@@ -297,6 +331,28 @@ def _check_loss(config: TrainConfig) -> None:
         raise ValueError(
             f"timestep_min is {config.timestep_min} and timestep_max is {config.timestep_max}: leave a timestep between"
         )
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+        raise ValueError(
+            f"optimizer is 'prodigy' and learning_rate is {config.learning_rate}: it finds its own rate and "
+            "multiplies it with this one, so set learning_rate to 1"
+        )
+    if config.optimizer != "schedule_free":
+        return
+    if config.lr_schedule != "constant":
+        raise ValueError(
+            f"optimizer is 'schedule_free' and lr_schedule is {config.lr_schedule!r}: its averaging takes the place "
+            "of a schedule, so set lr_schedule to constant"
+        )
+    if config.ema_decay:
+        raise ValueError(
+            f"optimizer is 'schedule_free' and ema_decay is {config.ema_decay}: it averages by itself, so set "
+            "ema_decay to 0"
+        )
+    if config.adam_beta1 == 0:
+        raise ValueError("optimizer is 'schedule_free' and adam_beta1 is 0: it needs a value above 0, 0.9 is usual")
 
 
 def _check_captions(config: TrainConfig) -> None:

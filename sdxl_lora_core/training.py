@@ -29,6 +29,7 @@ from .generation import LoadedParts, LoRARef
 from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
 from .losses import as_trained
+from .optimizers import require_library
 from .run_length import passes_per_epoch, starting_point, with_steps
 from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
 from .train_config import TrainConfig, WeightType
@@ -64,6 +65,7 @@ def train(
     if not dataset.entries:
         raise ValueError(f"dataset {dataset.name} has no images to train on")
     base = as_trained(base, config)
+    require_library(config)
     config = with_steps(config, dataset)
     fingerprint = run_fingerprint(base, dataset, config)
     with claim_run(folders, config, fingerprint) as run:

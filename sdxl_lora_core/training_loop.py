@@ -17,12 +17,13 @@ from torch import Tensor
 
 from . import base_model, precompute
 from .adapters import Adapter
+from .averaging import Averaging
 from .base_model import SDXLBase
 from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset import CaptionDataset
 from .lora_files import AdapterModule
 from .losses import Objective
-from .optimizers import make_optimizer, set_learning_rates
+from .optimizers import make_optimizer, set_learning_rates, state_copies
 from .run_length import learning_rate
 from .train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, Batch, TrainingData, generator
@@ -96,6 +97,7 @@ class Loop:
         self.groups = self.adapter.groups
         self.parameters = [parameter for group in self.groups for parameter in group.parameters]
         self.optimizer = make_optimizer(self.groups, config)
+        self.averaging = Averaging(self.parameters, self.optimizer, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.state = LoopState()
         self.saved_step = 0
@@ -106,11 +108,17 @@ class Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.unet, self.adapter, self.optimizer, self.parameters, self.groups
+        del self.unet, self.adapter, self.optimizer, self.averaging, self.parameters, self.groups
         precompute.release_memory(self.device)
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """What a checkpoint keeps: the parameters that learn, and their moving average where there is one."""
+        return [*self.parameters, *self.averaging.ema]
+
     def run(self, start: Checkpoint | None, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
-        require_space(self.checkpoints.folder, self.parameters)
+        weights, adapter = (1 + bool(self.averaging.ema)), 1
+        require_space(self.checkpoints.folder, self.parameters, weights + state_copies(self.config) + adapter)
         if checkpoint := self.checkpoints.newest() or start:
             self.restore(checkpoint)
         elif self.data.validation:
@@ -126,10 +134,10 @@ class Loop:
         self.save()
         self.check_result()
         validation = self.validation_loss(on_step) if self.data.validation else None
-        return Trained(self.adapter.modules(), self.state, validation, stopped and self.state.step < self.config.steps)
+        return Trained(self.modules(), self.state, validation, stopped and self.state.step < self.config.steps)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        checkpoint.restore(self.parameters, self.optimizer)
+        checkpoint.restore(self.weights, self.optimizer)
         self.state = checkpoint.state
         self.scaler.load_state_dict(checkpoint.scaler)
         if checkpoint.path.parent == self.checkpoints.folder:
@@ -160,12 +168,17 @@ class Loop:
             return
         try:
             self.checkpoints.save(
-                self.state, self.parameters, self.optimizer, self.scaler.state_dict(),
-                lambda path: self.write_adapter(path, self.adapter.modules(), self.state.step),
+                self.state, self.weights, self.optimizer, self.scaler.state_dict(),
+                lambda path: self.write_adapter(path, self.modules(), self.state.step),
             )  # fmt: skip
             self.saved_step = self.state.step
         except OSError as error:
             log.warning("no checkpoint at step %d: %s", self.state.step, error)
+
+    def modules(self) -> dict[str, AdapterModule]:
+        """The adapter's matrices as they would be saved now."""
+        with self.averaging.in_place():
+            return self.adapter.modules()
 
     def update(self) -> None:
         """One optimizer update; not taken where the loss or the gradient is not finite."""
@@ -179,6 +192,7 @@ class Loop:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         if math.isfinite(loss) and bool(norm.isfinite()):
             self.optimizer.step()
+            self.averaging.update(step + 1)
         else:
             self.state.skipped.append(step + 1)
             log.warning("step %d is not taken: loss %s, gradient norm %s", step + 1, loss, norm.item())
@@ -260,11 +274,11 @@ class Loop:
         self.unet.eval()
         total = len(self.data.validation) * len(VALIDATION_TIMESTEPS)
         losses = []
-        for done, batch in enumerate(self.data.validation_batches()):
-            on_step(StepReport("validating", done, total))
-            prediction = self.predict(batch)
-            errors = self.objective.squared_errors(prediction, batch.latents, batch.noise, batch.timesteps, batch.masks)
-            losses.append(errors.item())
+        with self.averaging.in_place():
+            for done, batch in enumerate(self.data.validation_batches()):
+                on_step(StepReport("validating", done, total))
+                sample = batch.latents, batch.noise, batch.timesteps, batch.masks
+                losses.append(self.objective.squared_errors(self.predict(batch), *sample).item())
         return sum(losses) / total
 
     def check_recent_steps(self) -> None:
@@ -326,10 +340,10 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
         yield
 
 
-def require_space(folder: Path, parameters: Sequence[Tensor]) -> None:
-    """Raises OSError while nothing is lost yet: three checkpoints (weights, two moments, LoRA) and the LoRA."""
+def require_space(folder: Path, parameters: Sequence[Tensor], copies: int) -> None:
+    """Raises OSError while nothing is lost yet: three checkpoints with so many `copies` of them each, and the LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = 13 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    needed = (3 * copies + 1) * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
