@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .adapter_start import continue_from, start_at_principal_parts
 from .blocks import read_block_values, read_blocks, value_for
+from .fused_lora import fuse
 from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAModule
 from .optimizers import ParameterGroup
 from .train_config import TrainConfig
@@ -52,6 +53,8 @@ class Adapter:
         if config.continue_from:
             continue_from(config, self.layers)
         self.groups = _groups(self.layers, config)
+        if config.adapter == "lora" and config.dropout == 0:
+            fuse(self.layers.values())
 
     def modules(self) -> dict[str, AdapterModule]:
         """What a file holds: the change against the base as it was, by diffusers' names, copied to the CPU."""
