@@ -115,7 +115,7 @@ class TrainConfig:
     )  # fmt: skip
     init: AdapterInit = setting(
         "kaiming",
-        "Where a lora or dora starts. kaiming is usual; gaussian starts smaller at high ranks; pissa starts at the "
+        "Where a lora or dora starts. kaiming is usual; gaussian starts larger below rank 64; pissa starts at the "
         "base's own main directions, learns faster, and makes a file of twice the rank.",
         group="adapter",
     )
