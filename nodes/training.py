@@ -11,9 +11,9 @@ from PIL import Image
 from ..sdxl_lora_core.base_model import SDXLBase
 from ..sdxl_lora_core.dataset import CaptionDataset
 from ..sdxl_lora_core.presets import PRESETS, Preset
+from ..sdxl_lora_core.progress import StepReport
 from ..sdxl_lora_core.runs import RunFolders
 from ..sdxl_lora_core.training import train
-from ..sdxl_lora_core.training_loop import StepReport
 from . import folders, host
 from .previews import show
 from .wires import CATEGORY, to_image, train_config, train_widget
@@ -76,8 +76,7 @@ class TrainSDXLLoRA:
         with host.training_mode(), host.parts() as parts, host.progress() as progress:
 
             def on_step(step: StepReport) -> None:
-                loss = "" if step.loss is None else f"loss {step.loss:.4f}"
-                progress(step.done, step.total, step.phase, loss)
+                progress(step.done, step.total, step.phase, step.detail)
 
             result = train(
                 base, dataset, config,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .files import file_sha256, flush_to_disk, write_text_atomic
 from .optimizer_state import put_together, take_apart
+from .watching import Look
 
 log = logging.getLogger("sdxl_lora")
 SCHEMA = 3
@@ -41,7 +42,8 @@ class LoopState:
     losses: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
-    first_validation_loss: float | None = None
+    looks: list[Look] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
     images_per_pass: int | None = None  # smaller than the batch once memory ran out
     gradient_checkpointing: bool = False
     schedule_start: int = 0  # the step from which the learning rate's schedule counts
@@ -52,6 +54,11 @@ class LoopState:
         self.step -= steps
         del self.losses[self.step :], self.learning_rates[self.step :]
         self.skipped = [step for step in self.skipped if step <= self.step]
+        self.looks = [look for look in self.looks if look.step <= self.step]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LoopState:
+        return cls(**{**values, "looks": [Look(**look) for look in values["looks"]]})
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,8 @@ class Checkpoints:
                     f"checkpoint {path.name} in {self.folder} has schema {document['schema']} and this version reads "
                     f"{SCHEMA}: finish the run with the version that began it, or begin anew under another lora_name"
                 )
-            return Checkpoint(path, LoopState(**document["loop"]), document["scaler"], document["optimizer"])
+            state = LoopState.from_json(document["loop"])
+            return Checkpoint(path, state, document["scaler"], document["optimizer"])
         return None
 
     def sweep(self) -> None:

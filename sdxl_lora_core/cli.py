@@ -19,9 +19,9 @@ from .base_model import SDXLBase, describe_base, open_base
 from .config import DatasetConfig, TrainConfig, from_mapping
 from .dataset import CaptionDataset, describe, load_caption_dataset
 from .lora_files import describe_lora
+from .progress import StepReport
 from .runs import RunFolders
 from .training import train
-from .training_loop import StepReport
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -112,8 +112,7 @@ class _Bar:
         if report.phase != self._phase:
             self.close()
             self._phase, self._bar = report.phase, tqdm(total=report.total, desc=report.phase)
-        if report.loss is not None:
-            self._bar.set_postfix_str(f"loss {report.loss:.4f}", refresh=False)
+        self._bar.set_postfix_str(report.detail, refresh=False)
         self._bar.update(report.done - self._bar.n)
 
     def close(self) -> None:

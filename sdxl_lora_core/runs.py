@@ -19,6 +19,7 @@ from .config import to_yaml
 from .dataset import CaptionDataset
 from .files import file_sha256, json_sha256, write_text_atomic
 from .train_config import TrainConfig
+from .watching import deciding_looks
 
 _UUID = "[0-9a-f]" * 32
 RANDOMNESS_VERSION = 1  # raised when noise, order or initialisation change: old runs are then not continued
@@ -62,7 +63,8 @@ class Run:
 def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> str:
     """What decides every step of the run: base, dataset contents and settings, but not its name or its length.
 
-    Raises FileNotFoundError if the LoRA to continue from is gone; its content counts, not its path.
+    What is looked at belongs to it where it decides which step ends the run or is kept. Raises FileNotFoundError if the
+    LoRA to continue from is gone; its content counts, not its path.
     """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in TrainConfig.OUTSIDE_FINGERPRINT}
     if config.continue_from:
@@ -70,9 +72,11 @@ def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig
         if not start.is_file():
             raise FileNotFoundError(f"continue_from is {start}, which is no file: give the path of a LoRA")
         settings["continue_from"] = file_sha256(start)
-    return json_sha256(
-        {"base": base.fingerprint, "dataset": dataset.fingerprint, "settings": settings, "version": RANDOMNESS_VERSION}
-    )
+    content = {
+        "base": base.fingerprint, "dataset": dataset.fingerprint, "settings": settings, "version": RANDOMNESS_VERSION
+    }  # fmt: skip
+    deciding = deciding_looks(config, dataset)
+    return json_sha256(content | {"looks": deciding} if deciding else content)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ Loss = Literal["mse", "huber", "smooth_l1"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 LoRAFormat = Literal["kohya", "peft"]
 WeightType = Literal["fp16", "bf16", "fp32"]
+KeepBest = Literal["off", "validation_loss"]
+TensorBoard = Literal["auto", "off"]
 
 MAX_SEED = 2**64 - 1
 MANY = 1_000_000
@@ -278,9 +280,29 @@ class TrainConfig:
         0, "Trains until every image was seen this often, repeats counted, instead of for `steps`. 0: steps count.",
         low=0, high=MANY, group="watch",
     )  # fmt: skip
-    checkpoint_every: int = setting(250, "Steps between checkpoints.", low=1, high=MANY, group="watch")
-    sample_steps: int = setting(25, "Denoising steps of a sample.", low=1, high=200, group="watch")
-    sample_guidance: float = setting(7.0, "Guidance scale of a sample.", low=0, high=50, group="watch")
+    checkpoint_every: int = setting(
+        250, "Steps between checkpoints. Lower it where a crash is likely.", low=1, high=MANY, group="watch"
+    )
+    validate_every: int = setting(
+        0, "Steps between measurements of the loss on held-out images. 0: only before and after the training.",
+        low=0, high=MANY, group="watch",
+    )  # fmt: skip
+    early_stopping: int = setting(
+        0, "Stops when so many validations in a row bring no lower loss. 3 to 5 is usual; 0: never.",
+        low=0, high=1000, group="watch",
+    )  # fmt: skip
+    keep_best: KeepBest = setting(
+        "off", "What the file holds: off, the last step; validation_loss, the step where it was lowest.", group="watch"
+    )
+    tensorboard: TensorBoard = setting(
+        "auto", "auto: event files in the run folder if tensorboard is installed. off: never.", group="watch"
+    )
+    sample_steps: int = setting(
+        25, "Denoising steps of a sample. Fewer are faster and rougher.", low=1, high=200, group="watch"
+    )
+    sample_guidance: float = setting(
+        7.0, "Guidance scale of a sample. Take the one that you generate with.", low=0, high=50, group="watch"
+    )
 
     # Memory
 
@@ -295,6 +317,7 @@ class TrainConfig:
     OUTSIDE_FINGERPRINT = (
         "lora_name", "steps", "epochs", "sample_prompts", "sample_steps", "sample_guidance",
         "checkpoint_every", "save_format", "save_dtype",
+        "validate_every", "early_stopping", "keep_best", "tensorboard",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -303,6 +326,7 @@ class TrainConfig:
         _check_loss(self)
         _check_optimizer(self)
         _check_captions(self)
+        _check_watching(self)
         if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
             raise ValueError(
                 f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end before"
@@ -358,3 +382,17 @@ def _check_optimizer(config: TrainConfig) -> None:
 def _check_captions(config: TrainConfig) -> None:
     if not config.tag_separator:
         raise ValueError("tag_separator is empty: give what stands between two tags, a comma for example")
+
+
+def _check_watching(config: TrainConfig) -> None:
+    """What looks at the run has to be looked with."""
+    if config.early_stopping and not config.validate_every:
+        raise ValueError(
+            f"early_stopping is {config.early_stopping} and validate_every is 0: set validate_every to the steps "
+            "between two validations"
+        )
+    if config.keep_best == "validation_loss" and not config.validate_every:
+        raise ValueError(
+            "keep_best is 'validation_loss' and validate_every is 0: set validate_every to the steps between two "
+            "validations"
+        )

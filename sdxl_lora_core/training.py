@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,23 @@ from torch import Tensor
 
 from . import generation
 from .base_model import SDXLBase, resolve_dtype
-from .charts import draw_loss_chart, smoothed
+from .charts import smoothed
 from .checkpoints import LoopState
 from .config import GenerateConfig
 from .dataset import CaptionDataset
 from .files import write_atomic, write_text_atomic
 from .generation import LoadedParts, LoRARef
+from .journal import Journal
 from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
 from .losses import as_trained
 from .optimizers import require_library
+from .progress import OnStep, StepReport
 from .run_length import passes_per_epoch, starting_point, with_steps
 from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
 from .train_config import TrainConfig, WeightType
-from .training_loop import OnStep, StepReport, Trained, train_adapter
+from .training_loop import Trained, train_adapter
+from .watching import require_lookable
 
 log = logging.getLogger("sdxl_lora")
 _DTYPES: dict[WeightType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -64,6 +66,7 @@ def train(
     """
     if not dataset.entries:
         raise ValueError(f"dataset {dataset.name} has no images to train on")
+    require_lookable(config, dataset)
     base = as_trained(base, config)
     require_library(config)
     config = with_steps(config, dataset)
@@ -98,14 +101,15 @@ def _train_and_save(
     def lora(modules: dict[str, AdapterModule], steps: int) -> LoRAFile:
         return LoRAFile(unet=modules, metadata=_metadata(run.name, base, dataset, config, steps, computed))
 
-    trained = train_adapter(
-        base, dataset, config,
-        cache=folders.cache, checkpoints=run.checkpoints,
-        start=starting_point(related_runs(folders, run, config.lora_name), config),
-        write_adapter=lambda path, modules, steps: write_lora(path, lora(modules, steps), torch.float32),
-        device=device, on_step=on_step, should_stop=should_stop,
-    )  # fmt: skip
-    finished = lora(trained.modules, trained.state.step)
+    with closing(Journal(run.folder, run.name, config.tensorboard)) as journal:
+        trained = train_adapter(
+            base, dataset, config,
+            cache=folders.cache, checkpoints=run.checkpoints,
+            start=starting_point(related_runs(folders, run, config.lora_name), config),
+            write_adapter=lambda path, modules, steps: write_lora(path, lora(modules, steps), torch.float32),
+            journal=journal, device=device, on_step=on_step, should_stop=should_stop,
+        )  # fmt: skip
+    finished = lora(trained.modules, trained.step)
     write_lora(run.lora_path, finished, _DTYPES[config.save_dtype], config.save_format)
     report = _report(run, base, dataset, config, trained)
     facts = {
@@ -113,8 +117,6 @@ def _train_and_save(
         "epochs": report["epochs"], "seconds": round(time.monotonic() - started, 1), "device": str(device),
     }  # fmt: skip
     save_settings(run, base, dataset, config, facts)
-    _write_metrics(run.folder / "metrics.csv", trained)
-    draw_loss_chart(run.folder / "loss.png", run.name, trained.state.losses, trained.state.learning_rates)
     write_text_atomic(run.folder / "report.json", json.dumps(report, indent=2))
     if not trained.stopped_early:
         write_text_atomic(run.folder / "finished", fingerprint)
@@ -165,11 +167,18 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
             f"stopped on request after {state.step} of {config.steps} steps: the same settings again train the rest, "
             f"steps {state.step} keeps what there is"
         )
+    elif state.step < config.steps:
+        report["stopped"] = (
+            f"stopped early after {state.step} of {config.steps} steps: {config.early_stopping} validations in a row "
+            "brought no lower loss"
+        )
     if state.continued_from:
         report["continued"] = _continued(state, config)
-    if trained.validation_loss is not None:
-        report["validation_loss"] = trained.validation_loss
-        report["validation_loss_before"] = state.first_validation_loss
+    if state.looks:
+        report["validation_loss"] = (trained.kept or state.looks[-1]).validation_loss
+        report["validation_loss_before"] = state.looks[0].validation_loss
+    if trained.kept:
+        report["kept"] = f"the file holds step {trained.kept.step}, the best by {config.keep_best}"
     return report
 
 
@@ -194,17 +203,6 @@ def _ranks(trained: Trained) -> int | list[int]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _write_metrics(path: Path, trained: Trained) -> None:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["step", "loss", "learning_rate"])
-    rows.writerows(
-        (step, loss, rate)
-        for step, (loss, rate) in enumerate(zip(trained.state.losses, trained.state.learning_rates, strict=True), 1)
-    )
-    write_text_atomic(path, text.getvalue())
 
 
 def _draw_samples(

@@ -21,12 +21,15 @@ from .averaging import Averaging
 from .base_model import SDXLBase
 from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset import CaptionDataset
+from .journal import Journal
 from .lora_files import AdapterModule
 from .losses import Objective
 from .optimizers import make_optimizer, set_learning_rates, state_copies
+from .progress import Meter, OnStep, StepReport
 from .run_length import learning_rate
 from .train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, Batch, TrainingData, generator
+from .watching import Look, best_look, converged, validation_due
 
 log = logging.getLogger("sdxl_lora")
 GIVE_UP_AFTER = 5
@@ -36,34 +39,31 @@ class Diverged(RuntimeError):
     """Training went where there are no numbers."""
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What is going on. done of total counts the phase's own items; loss and learning_rate only while training."""
-
-    phase: str
-    done: int
-    total: int
-    loss: float | None = None
-    learning_rate: float | None = None
-
-
-OnStep = Callable[[StepReport], None]
 WriteAdapter = Callable[[Path, dict[str, AdapterModule], int], None]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished loop: the adapter's matrices by diffusers module name, and how it went."""
+    """A finished loop: the adapter's matrices by diffusers module name, and how it went.
+
+    `kept` is the look that `keep_best` chose the adapter for; None: it is that of the last step. `stopped_early` says
+    that `should_stop` ended the run.
+    """
 
     modules: dict[str, AdapterModule]
     state: LoopState
-    validation_loss: float | None
+    kept: Look | None
     stopped_early: bool
+
+    @property
+    def step(self) -> int:
+        """The number of updates that made the adapter."""
+        return self.kept.step if self.kept else self.state.step
 
 
 def train_adapter(
     base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Checkpoints,
-    start: Checkpoint | None, write_adapter: WriteAdapter, device: torch.device, on_step: OnStep,
+    start: Checkpoint | None, write_adapter: WriteAdapter, journal: Journal, device: torch.device, on_step: OnStep,
     should_stop: Callable[[], bool],
 ) -> Trained:  # fmt: skip
     """Caches, then trains until `config.steps` or `should_stop`, from the newest of `checkpoints`, else from `start`.
@@ -76,7 +76,7 @@ def train_adapter(
     dtype = base_model.resolve_dtype(config.precision, device)
     data = TrainingData(base, dataset, config, cache, device, dtype)
     data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
-    with Loop(base, config, data, device, dtype, checkpoints, write_adapter) as loop:
+    with Loop(base, config, data, device, dtype, checkpoints, write_adapter, journal) as loop:
         return loop.run(start, on_step, should_stop)
 
 
@@ -85,12 +85,12 @@ class Loop:
 
     def __init__(
         self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype,
-        checkpoints: Checkpoints, write_adapter: WriteAdapter,
+        checkpoints: Checkpoints, write_adapter: WriteAdapter, journal: Journal,
     ) -> None:  # fmt: skip
         from diffusers import DDPMScheduler
 
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
-        self.checkpoints, self.write_adapter = checkpoints, write_adapter
+        self.checkpoints, self.write_adapter, self.journal = checkpoints, write_adapter, journal
         self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
         self.unet: Any = base_model.load_part(base, "unet", dtype, device)
         self.adapter = Adapter(self.unet, config)
@@ -101,6 +101,8 @@ class Loop:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.state = LoopState()
         self.saved_step = 0
+        keeps_best = config.keep_best != "off"
+        self.best = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters] if keeps_best else []
         if config.gradient_checkpointing == "on":
             self.unet.enable_gradient_checkpointing()
 
@@ -113,28 +115,31 @@ class Loop:
 
     @property
     def weights(self) -> list[Tensor]:
-        """What a checkpoint keeps: the parameters that learn, and their moving average where there is one."""
-        return [*self.parameters, *self.averaging.ema]
+        """What a checkpoint keeps: the parameters that learn, their moving average and the best so far, if any."""
+        return [*self.parameters, *self.averaging.ema, *self.best]
 
     def run(self, start: Checkpoint | None, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
-        weights, adapter = (1 + bool(self.averaging.ema)), 1
+        weights, adapter = len(self.weights) // len(self.parameters), 1
         require_space(self.checkpoints.folder, self.parameters, weights + state_copies(self.config) + adapter)
         if checkpoint := self.checkpoints.newest() or start:
             self.restore(checkpoint)
-        elif self.data.validation:
-            self.state.first_validation_loss = self.validation_loss(on_step)
-        stopped = False
-        while self.state.step < self.config.steps and not stopped:
-            self.update()
+        self.look(on_step)  # at the base, or what a cancel left undone
+        self.journal.open(self.state)
+        meter, stopped = Meter(self.state.losses, self.device), False
+        while not self.is_over and not stopped:
+            with meter.update(sum(map(len, self.data.micro_batches(self.state.step)))):
+                self.update()
             self.check_recent_steps()
-            if self.state.step % self.config.checkpoint_every == 0:
-                self.save()
-            self.report(on_step)
+            with self.saved_on_failure():
+                self.follow(meter, on_step)
             stopped = should_stop()
         self.save()
         self.check_result()
-        validation = self.validation_loss(on_step) if self.data.validation else None
-        return Trained(self.modules(), self.state, validation, stopped and self.state.step < self.config.steps)
+        return self.finish(on_step, stopped)
+
+    @property
+    def is_over(self) -> bool:
+        return self.state.step >= self.config.steps or converged(self.config, self.state.looks)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.restore(self.weights, self.optimizer)
@@ -145,10 +150,47 @@ class Loop:
         if self.state.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
 
-    def report(self, on_step: OnStep) -> None:
+    def follow(self, meter: Meter, on_step: OnStep) -> None:
+        """Looks at the update just taken, writes it down, saves and reports it."""
         state = self.state
-        with self.saved_on_failure():
-            on_step(StepReport("training", state.step, self.config.steps, state.losses[-1], state.learning_rates[-1]))
+        report = meter.report(state.step, self.config.steps, state.losses[-1], state.learning_rates[-1])
+        look = self.look(on_step)
+        self.journal.write(report, look)
+        saves = state.step % self.config.checkpoint_every == 0
+        if saves:
+            self.save()
+        if look or saves:
+            self.journal.draw(state)
+        on_step(report)
+
+    def look(self, on_step: OnStep, last: bool = False) -> Look | None:
+        """Sees what is due after this step, unless it was seen before, and keeps the best adapter so far."""
+        state = self.state
+        seen = state.looks and state.looks[-1].step == state.step
+        if seen or not self.data.validation or not (last or validation_due(self.config, state.step)):
+            return None
+        look = Look(state.step, self.validation_loss(on_step))
+        state.looks.append(look)
+        if best_look(self.config, state.looks) is look:
+            self.keep_best()
+        return look
+
+    def keep_best(self) -> None:
+        with self.averaging.in_place():
+            for best, parameter in zip(self.best, self.parameters, strict=True):
+                best.copy_(parameter.detach())
+
+    def finish(self, on_step: OnStep, stopped: bool) -> Trained:
+        """The last look comes after the last checkpoint: a run that goes on from there has not seen it."""
+        if self.look(on_step, last=True):
+            self.journal.open(self.state)
+        self.journal.draw(self.state, now=True)
+        kept = best_look(self.config, self.state.looks)
+        if kept is None:
+            return Trained(self.modules(), self.state, None, stopped and not self.is_over)
+        for parameter, best in zip(self.parameters, self.best, strict=True):
+            parameter.data.copy_(best)
+        return Trained(self.adapter.modules(), self.state, kept, stopped and not self.is_over)
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
@@ -166,6 +208,7 @@ class Loop:
         if not all(parameter.isfinite().all() for parameter in self.parameters):
             log.warning("no checkpoint at step %d: the LoRA holds values that are not finite", self.state.step)
             return
+        self.state.checkpoints.append(self.state.step)
         try:
             self.checkpoints.save(
                 self.state, self.weights, self.optimizer, self.scaler.state_dict(),
@@ -173,6 +216,7 @@ class Loop:
             )  # fmt: skip
             self.saved_step = self.state.step
         except OSError as error:
+            self.state.checkpoints.pop()
             log.warning("no checkpoint at step %d: %s", self.state.step, error)
 
     def modules(self) -> dict[str, AdapterModule]:
