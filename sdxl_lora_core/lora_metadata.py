@@ -22,6 +22,7 @@ def lora_metadata(
     config: TrainConfig, *, name: str, base_name: str, base_hash: str, prediction_type: str, zero_terminal_snr: bool,
     precision: Precision, resolution: int, dataset_name: str, images: int, repeats: int = 1,
     trigger_words: Sequence[str] = (), tag_counts: Mapping[str, int] | None = None, steps: int | None = None,
+    regularisation_images: int = 0,
 ) -> dict[str, str]:  # fmt: skip
     """Metadata for write_lora. `precision` is the one computed in, `steps` those taken (config.steps unless cut short).
 
@@ -40,6 +41,7 @@ def lora_metadata(
         "ss_mixed_precision": "no" if precision == "fp32" else precision,
         "ss_steps": config.steps if steps is None else steps,
         **_dataset_values(dataset_name, images, repeats, resolution, config.batch_size, tags, trigger_words),
+        "ss_num_reg_images": regularisation_images,
         **_training_values(config),
         **_loss_values(config),
         "modelspec.sai_model_spec": "1.0.0",
@@ -140,7 +142,6 @@ def _dataset_values(
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_enable_bucket": True,
         "ss_num_train_images": images * repeats,
-        "ss_num_reg_images": 0,
         "ss_dataset_dirs": canonical_json({name: folder}),
         "ss_datasets": canonical_json([dataset]),
         "ss_tag_frequency": canonical_json({name: tags}),

@@ -22,7 +22,7 @@ from .dataset import CaptionEntry
 from .files import file_sha256, json_sha256, write_atomic
 from .images import open_alpha, open_image
 from .latents import crop_mask, crop_pixels, encode_posterior, time_ids
-from .prompts import encode_prompt_sdxl
+from .prompts import CHUNK_TOKENS, encode_prompt_sdxl, truncated_words
 
 log = logging.getLogger("sdxl_lora")
 OnItem = Callable[[str, int, int], None]
@@ -116,6 +116,17 @@ def cache_prompts(
         _store(path, {"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu()})
     del encoders
     release_memory(device)
+
+
+def cut_captions(base: SDXLBase, entries: Sequence[CaptionEntry], chunks: int) -> dict[str, str]:
+    """The words of captions that are not seen, because `chunks` are too few for them, by the image's file name."""
+    # A token is at least a byte, so most captions need no tokenizer to be found short.
+    long = [(e, c) for e in entries for c in e.captions if len(c.encode()) > chunks * CHUNK_TOKENS]
+    if not long:
+        return {}
+    tokenizer = base_model.load_tokenizers(base)[0]
+    unseen = {entry.image.name: truncated_words(caption, tokenizer, chunks) for entry, caption in long}
+    return {name: words for name, words in unseen.items() if words}
 
 
 def cache_latents(base: SDXLBase, samples: Sequence[Sample], device: torch.device, on_item: OnItem) -> None:

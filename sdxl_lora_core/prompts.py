@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHUNK_TOKENS = 75  # what CLIP's 77 leave between the start and the end token
+
 
 def encode_prompt_sdxl(
     prompts: Sequence[str], tokenizers: Sequence[Any], text_encoders: Sequence[Any], chunks: int = 1
@@ -50,12 +52,12 @@ def stack_embeds(rows: Sequence[Tensor]) -> Tensor:
 def truncated_words(prompt: str, tokenizer: Any, chunks: int = 1) -> str:
     """What of `prompt` lies beyond `chunks` times 75 tokens (77 with start and end) and is not seen; empty if none."""
     tokens = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    return tokenizer.decode(tokens[chunks * (tokenizer.model_max_length - 2) :]).strip()
+    return tokenizer.decode(tokens[chunks * CHUNK_TOKENS :]).strip()
 
 
 def _chunks(prompts: Sequence[str], tokenizer: Any, limit: int) -> list[Tensor]:
     """Token ids [B, 77] of each chunk."""
-    size = tokenizer.model_max_length - 2
+    size = CHUNK_TOKENS
     if limit == 1:
         return [
             tokenizer(

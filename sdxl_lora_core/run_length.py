@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .buckets import bucket_for, epoch_batches
+from .buckets import epoch_batches
 from .checkpoints import Checkpoint
+from .class_images import planned_class_images
 from .dataset import CaptionDataset
 from .optimizers import lr_factor
 from .runs import Run
@@ -27,8 +28,8 @@ def with_steps(config: TrainConfig, dataset: CaptionDataset) -> TrainConfig:
 
 def passes_per_epoch(dataset: CaptionDataset, config: TrainConfig) -> int:
     """Passes that see every image as often as its repeats say. An update takes `gradient_accumulation` of them."""
-    buckets = [bucket_for(entry.width, entry.height, entry.resolution) for entry in dataset.entries]
-    repeats = [entry.repeats for entry in dataset.entries]
+    entries = [*dataset.entries, *dataset.regularisation, *planned_class_images(dataset, config)]
+    buckets, repeats = [entry.bucket for entry in entries], [entry.repeats for entry in entries]
     return len(epoch_batches(buckets, repeats, config.batch_size, config.seed, epoch=0))
 
 

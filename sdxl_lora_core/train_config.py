@@ -274,6 +274,16 @@ class TrainConfig:
     prior_weight: float = setting(
         1.0, "How much regularisation images count beside training images.", low=0, high=10, step=0.1, group="captions"
     )
+    class_prompt: str = setting(
+        "",
+        "What the trained subject is one of, 'a photo of a cat' for your cat. The base draws such images once and the "
+        "training keeps them as they are. Unused where the dataset has regularisation images.",
+        group="captions",
+    )
+    class_images: int = setting(
+        0, "How many images are drawn from class_prompt. 0: one for each training image.",
+        low=0, high=1000, group="captions",
+    )  # fmt: skip
 
     # Watching
     epochs: int = setting(
@@ -382,6 +392,10 @@ def _check_optimizer(config: TrainConfig) -> None:
 def _check_captions(config: TrainConfig) -> None:
     if not config.tag_separator:
         raise ValueError("tag_separator is empty: give what stands between two tags, a comma for example")
+    if config.class_images and not config.class_prompt:
+        raise ValueError(
+            f"class_images is {config.class_images} and class_prompt is empty: say what they show, or set it to 0"
+        )
 
 
 def _check_watching(config: TrainConfig) -> None:

@@ -21,6 +21,7 @@ from . import generation
 from .base_model import SDXLBase, resolve_dtype
 from .charts import smoothed
 from .checkpoints import LoopState
+from .class_images import with_class_images
 from .config import GenerateConfig
 from .dataset import CaptionDataset
 from .files import write_atomic, write_text_atomic
@@ -30,6 +31,7 @@ from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, wr
 from .lora_metadata import lora_metadata, tag_counts
 from .losses import as_trained
 from .optimizers import require_library
+from .precompute import cut_captions
 from .progress import OnStep, StepReport
 from .run_length import passes_per_epoch, starting_point, with_steps
 from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
@@ -59,7 +61,7 @@ def train(
     on_step: OnStep = lambda report: None, should_stop: Callable[[], bool] = lambda: False,
     parts: LoadedParts | None = None,
 ) -> TrainResult:  # fmt: skip
-    """Trains, or continues, or finds the same run finished. `parts` owns the weights that draw the samples.
+    """Trains, or continues, or finds the same run finished. `parts` owns the weights that draw images.
 
     Raises what `on_step` raises (after a checkpoint), OSError when a folder cannot be written, ValueError for data that
     cannot be trained on, Diverged when losses are not finite, torch.OutOfMemoryError when the GPU is too small.
@@ -67,6 +69,7 @@ def train(
     if not dataset.entries:
         raise ValueError(f"dataset {dataset.name} has no images to train on")
     require_lookable(config, dataset)
+    parts = parts or LoadedParts(device, offload=True)
     base = as_trained(base, config)
     require_library(config)
     config = with_steps(config, dataset)
@@ -74,12 +77,14 @@ def train(
     with claim_run(folders, config, fingerprint) as run:
         reused = run.finished
         if not reused:
-            _train_and_save(run, base, dataset, config, fingerprint, folders, device, on_step, should_stop)
+            shown = with_class_images(
+                base, dataset, config, run.folder / "class_images", parts=parts, cache=folders.cache,
+                on_step=lambda done, total: on_step(StepReport("drawing class images", done, total)),
+            )  # fmt: skip
+            _train_and_save(run, base, shown, config, fingerprint, folders, device, on_step, should_stop)
         report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
         report["reused"] = reused
-        samples = _draw_samples(
-            run, base, dataset, config, folders, parts or LoadedParts(device, offload=True), on_step
-        )
+        samples = _draw_samples(run, base, dataset, config, folders, parts, on_step)
         return TrainResult(
             lora_name=run.lora_path.name,
             lora_path=run.lora_path,
@@ -141,6 +146,7 @@ def _metadata(
         trigger_words=dataset.trigger_words,
         tag_counts=tag_counts(entry.caption for entry in dataset.entries),
         steps=steps,
+        regularisation_images=len(dataset.regularisation),
     )
 
 
@@ -160,6 +166,10 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
         "skipped_steps": state.skipped,
         "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped],
     }
+    if dataset.regularisation:
+        report["regularisation_images"] = len(dataset.regularisation)
+    if cut := cut_captions(base, dataset.entries, config.caption_chunks):
+        report["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut.items()]
     if run.name != config.lora_name:
         report["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"
     if trained.stopped_early:
