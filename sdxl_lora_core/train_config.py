@@ -267,7 +267,7 @@ class TrainConfig:
     )  # fmt: skip
     masked_loss: bool = setting(
         False,
-        "Learns only what the mask shows: masks/<name>.png in the dataset's folder (white is learned), "
+        "Learns only what the mask shows: the image of the same name in the dataset's masks folder (white is learned), "
         "or the image's own alpha channel.",
         group="captions",
     )
