@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .files import file_sha256, flush_to_disk, write_text_atomic
 from .optimizer_state import put_together, take_apart
+from .train_config import Checkpointing
 from .watching import Look
 
 log = logging.getLogger("sdxl_lora")
@@ -44,8 +45,9 @@ class LoopState:
     skipped: list[int] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
-    images_per_pass: int | None = None  # smaller than the batch once memory ran out
-    gradient_checkpointing: bool = False
+    images_per_pass: int = 0  # at most the batch; fewer where memory is short
+    gradient_checkpointing: Checkpointing = "off"
+    memory: str = ""  # why these two
     schedule_start: int = 0  # the step from which the learning rate's schedule counts
     continued_from: str | None = None  # the run that took the first steps
 

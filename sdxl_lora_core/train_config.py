@@ -16,7 +16,7 @@ LRSchedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "po
 Optimizer = Literal[
     "adamw", "adamw_fused", "adamw8bit", "adafactor", "lion", "prodigy", "came", "schedule_free"
 ]  # fmt: skip
-Checkpointing = Literal["auto", "on", "off"]
+Checkpointing = Literal["auto", "off", "selective", "on"]
 PredictionOverride = Literal["auto", "epsilon", "v_prediction"]
 Override = Literal["auto", "on", "off"]
 Loss = Literal["mse", "huber", "smooth_l1"]
@@ -92,7 +92,9 @@ class TrainConfig:
         "auto: bf16 or fp16 on a GPU, fp32 on the CPU.",
     )
     gradient_checkpointing: Checkpointing = setting(
-        "auto", "Less memory for more time. auto: only where the memory is too small otherwise."
+        "auto",
+        "Less memory for more time. auto: as little as the memory allows; selective: about half the memory for "
+        "little time; on: least memory, steps take a third longer.",
     )
 
     # Adapter
@@ -315,6 +317,14 @@ class TrainConfig:
     )
 
     # Memory
+    images_per_pass: int = setting(
+        0, "Images that go through the UNet at once, at most batch_size; the update stays the same. 0: as many as fit.",
+        low=0, high=256, group="memory",
+    )  # fmt: skip
+    memory_limit_gb: float = setting(
+        0.0, "The run is planned for this much memory; for where other programs will need some. 0: all that is free.",
+        low=0, high=4096, step=0.5, group="memory",
+    )  # fmt: skip
 
     # The file
     save_format: LoRAFormat = setting(

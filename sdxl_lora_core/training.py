@@ -163,6 +163,7 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
         "adapter": config.adapter,
         "rank": _ranks(trained),
         "trigger_words": list(dataset.trigger_words),
+        "memory": state.memory,
         "skipped_steps": state.skipped,
         "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped],
     }

@@ -24,6 +24,7 @@ from .dataset import CaptionDataset
 from .journal import Journal
 from .lora_files import AdapterModule
 from .losses import Objective
+from .memory import free_memory, kept_bytes, plan_memory, set_checkpointing
 from .optimizers import make_optimizer, set_learning_rates, state_copies
 from .progress import Meter, OnStep, StepReport
 from .run_length import learning_rate
@@ -103,8 +104,7 @@ class Loop:
         self.saved_step = 0
         keeps_best = config.keep_best != "off"
         self.best = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters] if keeps_best else []
-        if config.gradient_checkpointing == "on":
-            self.unet.enable_gradient_checkpointing()
+        self.unet.train()
 
     def __enter__(self) -> Loop:
         return self
@@ -123,6 +123,9 @@ class Loop:
         require_space(self.checkpoints.folder, self.parameters, weights + state_copies(self.config) + adapter)
         if checkpoint := self.checkpoints.newest() or start:
             self.restore(checkpoint)
+        else:
+            self.plan_memory()
+        set_checkpointing(self.unet, self.state.gradient_checkpointing)
         self.look(on_step)  # at the base, or what a cancel left undone
         self.journal.open(self.state)
         meter, stopped = Meter(self.state.losses, self.device), False
@@ -147,8 +150,23 @@ class Loop:
         self.scaler.load_state_dict(checkpoint.scaler)
         if checkpoint.path.parent == self.checkpoints.folder:
             self.saved_step = self.state.step
-        if self.state.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+
+    def plan_memory(self) -> None:
+        """Chooses how the run fits, before its first step. One that goes on keeps the choice."""
+        config, free = self.config, free_memory(self.device)
+        if config.memory_limit_gb:
+            free = min(free, config.memory_limit_gb * 1e9)
+        areas = [width * height for width, height in self.data.buckets]
+        images = config.images_per_pass or config.batch_size
+        batch = self.data.batch([areas.index(max(areas))], 0, 0, self.objective)
+        plan = plan_memory(
+            lambda: kept_bytes(lambda: self.predict(batch), self.unet, batch.latents.shape, batch.embeds.shape),
+            self.unet, config.gradient_checkpointing, images, self.parameters, free,
+        )  # fmt: skip
+        self.state.gradient_checkpointing, self.state.images_per_pass = plan.checkpointing, plan.images_per_pass
+        self.state.memory = f"{str(self.dtype).removeprefix('torch.')}, {plan.reason}"
+        if plan.tight:
+            log.warning("this run may not fit, or spill into memory that is many times slower: %s", plan.reason)
 
     def follow(self, meter: Meter, on_step: OnStep) -> None:
         """Looks at the update just taken, writes it down, saves and reports it."""
@@ -265,18 +283,18 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         precompute.release_memory(self.device)
         state, step = self.state, self.state.step + 1
-        images = state.images_per_pass or self.config.batch_size
+        images = state.images_per_pass
         if images > 1:
             state.images_per_pass = (images + 1) // 2
             log.warning(
                 "out of memory at step %d: from here %d images a pass, not %d", step, state.images_per_pass, images
             )
-        elif self.config.gradient_checkpointing == "auto" and not state.gradient_checkpointing:
-            state.gradient_checkpointing = True
-            self.unet.enable_gradient_checkpointing()
+        elif self.config.gradient_checkpointing == "auto" and state.gradient_checkpointing != "on":
+            state.gradient_checkpointing = "on"
+            set_checkpointing(self.unet, "on")
             log.warning("out of memory at step %d: gradient checkpointing is on from here, steps take longer", step)
         else:
-            remedy = "" if self.unet.is_gradient_checkpointing else "set gradient_checkpointing to auto, or "
+            remedy = "" if state.gradient_checkpointing == "on" else "set gradient_checkpointing to auto, or "
             raise torch.OutOfMemoryError(
                 f"out of memory at step {step} with a single image a pass: {remedy}lower the dataset's resolution "
                 f"or the rank (now {self.config.rank}), or close what else uses the memory ({cause})"
@@ -288,7 +306,7 @@ class Loop:
         total = sum(len(indices) for indices in batches)
         self.unet.train()
         loss, position = 0.0, 0
-        for indices in passes(batches, self.state.images_per_pass or self.config.batch_size):
+        for indices in passes(batches, self.state.images_per_pass):
             batch = self.data.batch(indices, step, position, self.objective)
             with layer_dropout(self.config, step, position, self.device):
                 part = self.losses(batch).sum() / total
