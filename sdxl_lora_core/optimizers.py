@@ -80,15 +80,22 @@ def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> tor
             f"optimizer is 'prodigy', which finds one learning rate for all, and the adapter's settings ask for "
             f"{len(factors)} different ones: choose another optimizer, or give all parts of the adapter one rate"
         )
+    if config.optimizer == "adamw_fused":
+        _require_fused(groups[0].parameters[0].device)
     module, _, name = CLASSES[config.optimizer].rpartition(".")
     make = getattr(importlib.import_module(module), name)
     parameters = [{"params": group.parameters} for group in groups]
+    return make(parameters, lr=config.learning_rate, **optimizer_settings(config))
+
+
+def _require_fused(device: torch.device) -> None:
+    """Torch says it only in the first step, so this takes one."""
+    probe = nn.Parameter(torch.zeros(1, device=device))
+    probe.grad = torch.zeros_like(probe)
     try:
-        return make(parameters, lr=config.learning_rate, **optimizer_settings(config))
+        torch.optim.AdamW([probe], fused=True).step()
     except RuntimeError as error:
-        if config.optimizer != "adamw_fused":
-            raise
-        raise ValueError("optimizer is 'adamw_fused', which this device does not have: choose adamw") from error
+        raise ValueError(f"optimizer is 'adamw_fused', which {device.type} does not have: choose adamw") from error
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], rate: float) -> None:

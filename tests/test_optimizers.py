@@ -21,6 +21,7 @@ from sdxl_lora_core.optimizers import CLASSES, ParameterGroup, lr_factor, make_o
 from sdxl_lora_core.train_config import Optimizer, TrainConfig
 from sdxl_lora_core.training import TrainResult
 from sdxl_lora_core.training_data import generator
+from sdxl_lora_core.training_loop import Loop
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 NAMES: tuple[Any, ...] = get_args(Optimizer)
@@ -242,6 +243,18 @@ def test_looking_at_the_average_never_changes_the_training(run: Train, settings:
     assert lora_bytes(run(often, where="b")) == lora_bytes(whole)
 
 
+def test_the_best_average_is_kept_across_a_cancel(run: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Loop, "validation_loss", lambda self, on_step: abs(self.state.step - 2.0))
+    dataset = load(pictures, validation_percent=40)
+    config = replace(SMALL, ema_decay=0.9, validate_every=1, keep_best="validation_loss")
+    whole = run(config, dataset=dataset)
+    short = load_file(run(replace(SMALL, ema_decay=0.9, steps=2), where="b", dataset=dataset).lora_path)
+    assert all(torch.equal(tensor, short[name]) for name, tensor in load_file(whole.lora_path).items())
+    with pytest.raises(Cancelled):
+        run(config, where="c", dataset=dataset, on_step=cancel_at(3))
+    assert lora_bytes(run(config, where="c", dataset=dataset)) == lora_bytes(whole)
+
+
 def test_schedule_free_saves_its_average() -> None:
     """After Defazio et al., arXiv 2405.15682, at a constant rate the average is the plain mean of the fast iterates."""
     config = with_optimizer("schedule_free", weight_decay=0.0)
@@ -284,6 +297,12 @@ def test_settings_that_contradict_are_refused_by_name(settings: dict[str, Any], 
 def test_prodigy_refuses_several_rates() -> None:
     with pytest.raises(ValueError, match="'prodigy', which finds one learning rate for all.* 2 different ones"):
         make_optimizer(groups_like_an_adapter(2.0), with_optimizer("prodigy"))
+
+
+def test_a_device_without_fused_adamw_is_told() -> None:
+    parameter = nn.Parameter(torch.ones(2, device="meta"))
+    with pytest.raises(ValueError, match="optimizer is 'adamw_fused', which meta does not have: choose adamw"):
+        make_optimizer([ParameterGroup([parameter])], with_optimizer("adamw_fused"))
 
 
 @pytest.mark.parametrize(("name", "package"), [("lion", "pytorch-optimizer"), ("adamw8bit", "bitsandbytes")])
