@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .files import canonical_json
 from .optimizers import CLASSES, optimizer_settings
+from .prompts import CHUNK_TOKENS
 from .train_config import LoRAFormat, Precision, TrainConfig
 
 _IMPLEMENTATIONS: dict[LoRAFormat, str] = {
@@ -42,6 +43,7 @@ def lora_metadata(
         "ss_steps": config.steps if steps is None else steps,
         **_dataset_values(dataset_name, images, repeats, resolution, config.batch_size, tags, trigger_words),
         "ss_num_reg_images": regularisation_images,
+        **_caption_values(config),
         **_training_values(config),
         **_loss_values(config),
         "modelspec.sai_model_spec": "1.0.0",
@@ -96,6 +98,19 @@ def _loss_values(config: TrainConfig) -> dict[str, object]:
         "ss_multires_noise_iterations": config.multires_noise_iterations,
         "ss_multires_noise_discount": config.multires_noise_discount if config.multires_noise_iterations else None,
         "ss_ip_noise_gamma": config.input_perturbation,
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _caption_values(config: TrainConfig) -> dict[str, object]:
+    """Those that are in use, by kohya's names."""
+    values: dict[str, object] = {
+        "ss_shuffle_caption": config.shuffle_tags,
+        "ss_keep_tokens": config.keep_tags,
+        "ss_caption_tag_dropout_rate": config.tag_dropout,
+        "ss_max_token_length": CHUNK_TOKENS * config.caption_chunks if config.caption_chunks > 1 else None,
+        "ss_masked_loss": config.masked_loss,
+        "ss_prior_loss_weight": str(config.prior_weight) if config.prior_weight != 1 else None,
     }
     return {key: value for key, value in values.items() if value}
 

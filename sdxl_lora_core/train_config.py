@@ -402,6 +402,11 @@ def _check_optimizer(config: TrainConfig) -> None:
 def _check_captions(config: TrainConfig) -> None:
     if not config.tag_separator:
         raise ValueError("tag_separator is empty: give what stands between two tags, a comma for example")
+    if config.keep_tags and not (config.shuffle_tags or config.tag_dropout):
+        raise ValueError(
+            f"keep_tags is {config.keep_tags} and shuffle_tags is off, tag_dropout 0: all tags stay as they are, so "
+            "turn one of them on or set keep_tags to 0"
+        )
     if config.class_images and not config.class_prompt:
         raise ValueError(
             f"class_images is {config.class_images} and class_prompt is empty: say what they show, or set it to 0"

@@ -67,6 +67,8 @@ def train(
     cannot be trained on, Diverged when losses are not finite, torch.OutOfMemoryError when the GPU is too small.
     """
     if not dataset.entries:
+        if dataset.regularisation:
+            raise ValueError(f"dataset {dataset.name} has only regularisation images: connect those to train on, too")
         raise ValueError(f"dataset {dataset.name} has no images to train on")
     require_lookable(config, dataset)
     parts = parts or LoadedParts(device, offload=True)

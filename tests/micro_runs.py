@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
@@ -34,6 +35,12 @@ def cancel_at(step: int) -> Callable[[StepReport], None]:
             raise Cancelled
 
     return on_step
+
+
+def weights(result: TrainResult) -> bytes:
+    """The file's tensors without its metadata, which names the settings."""
+    tensors = load_file(result.lora_path)
+    return b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
 
 
 def lora_bytes(result: TrainResult) -> bytes:

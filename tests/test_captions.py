@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from safetensors.torch import load_file
 
 from sdxl_lora_core import base_model, precompute
 from sdxl_lora_core.base_model import SDXLBase
@@ -23,7 +22,7 @@ from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.prompts import encode_prompt_sdxl, stack_embeds, truncated_words
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import TrainingData
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes, weights
 
 TAGS = "zxq, one, two, three, four, five"
 SHUFFLED = TrainConfig(shuffle_tags=True, caption_variants=40)
@@ -77,6 +76,11 @@ def test_another_separator_splits_elsewhere() -> None:
     assert set(shown) == {"a, b; c", "c; a, b"}
     with pytest.raises(ValueError, match="tag_separator is empty"):
         TrainConfig(tag_separator="")
+
+
+def test_tags_that_are_kept_where_none_is_moved_are_refused() -> None:
+    with pytest.raises(ValueError, match="keep_tags is 1 and shuffle_tags is off, tag_dropout 0"):
+        TrainConfig(keep_tags=1)
 
 
 def test_the_forms_depend_on_seed_image_caption_and_number_only() -> None:
@@ -177,7 +181,7 @@ def test_each_setting_changes_the_file(
     dataset = load(lay_captions(pictures, tmp_path / "tags", "a, b, c, d, e, #"))
     plain = run(replace(SMALL, **beside), dataset=dataset)
     changed = run(replace(SMALL, **beside, **change), where="b", dataset=dataset)
-    assert lora_bytes(plain) != lora_bytes(changed)
+    assert weights(plain) != weights(changed)
 
 
 def test_a_cancelled_run_with_all_of_it_continues_to_the_same_bytes(run: Train, pictures: Path, tmp_path: Path) -> None:
@@ -255,12 +259,11 @@ def test_chunks_change_the_file_of_a_long_caption_only(run: Train, pictures: Pat
     short = load(lay_captions(pictures, tmp_path / "short", "short #"))
     long = load(lay_captions(pictures, tmp_path / "long", LONG))
     files = [
-        load_file(run(replace(SMALL, caption_chunks=chunks), where=f"{chunks}{name}", dataset=dataset).lora_path)
+        weights(run(replace(SMALL, caption_chunks=chunks), where=f"{chunks}{name}", dataset=dataset))
         for name, dataset in (("short", short), ("long", long))
         for chunks in (1, 2)
     ]
-    same = [all(torch.equal(a[key], b[key]) for key in a) for a, b in (files[:2], files[2:])]
-    assert same == [True, False]
+    assert files[0] == files[1] and files[2] != files[3]
 
 
 def test_words_beyond_the_chunks_are_named(micro_base: SDXLBase) -> None:

@@ -22,7 +22,7 @@ from sdxl_lora_core.dataset import CaptionDataset, describe
 from sdxl_lora_core.latents import crop_pixels
 from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.training_data import TrainingData
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes, weights
 
 MASKED = replace(SMALL, masked_loss=True)
 
@@ -160,7 +160,7 @@ def test_masked_loss_changes_the_file_and_masks_alone_do_not(run: Train, folder:
     plain, masked = run(dataset=dataset), run(MASKED, where="b", dataset=dataset)
     shutil.rmtree(folder / "masks")
     without = run(where="c", dataset=load(folder))
-    assert lora_bytes(plain) == lora_bytes(without) != lora_bytes(masked)
+    assert weights(plain) == weights(without) != weights(masked)
 
 
 def test_a_mask_that_shows_everything_changes_nothing_but_rounding(run: Train, folder: Path) -> None:
@@ -239,7 +239,7 @@ def test_each_crop_has_its_own_latents_and_coordinates_mirrored_when_flipped(
 def test_random_crops_change_the_file_and_the_fingerprint(run: Train, wide: Path) -> None:
     plain, cropped = load(wide), load(wide, random_crops=4)
     assert plain.fingerprint != cropped.fingerprint
-    assert lora_bytes(run(dataset=plain)) != lora_bytes(run(where="b", dataset=cropped))
+    assert weights(run(dataset=plain)) != weights(run(where="b", dataset=cropped))
 
 
 # kohya's folders

@@ -14,6 +14,7 @@ import torch
 import yaml
 from diffusers import DDPMScheduler
 from PIL import Image
+from safetensors import safe_open
 
 from sdxl_lora_core import base_model
 from sdxl_lora_core.base_model import SDXLBase
@@ -22,11 +23,14 @@ from sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load
 from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.run_length import passes_per_epoch
+from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import TrainingData
 from sdxl_lora_core.training_loop import Loop, StepReport
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes, weights
 
-WITH_CLASS = replace(SMALL, class_prompt="a picture", class_images=2)
+
+def with_class(**more: Any) -> TrainConfig:
+    return replace(SMALL, **{"class_prompt": "a picture", "class_images": 2, **more})
 
 
 @pytest.fixture
@@ -122,7 +126,7 @@ def test_the_prior_weight_scales_the_loss_of_these_samples_only(
 def test_each_setting_changes_the_file(run: Train, both: CaptionDataset) -> None:
     plain, lighter = run(dataset=both), run(replace(SMALL, prior_weight=0.25), where="b", dataset=both)
     alone = run(where="c", dataset=replace(both, regularisation=(), fingerprint="alone"))
-    assert len({lora_bytes(plain), lora_bytes(lighter), lora_bytes(alone)}) == 3
+    assert len({weights(plain), weights(lighter), weights(alone)}) == 3
     assert plain.report["images"] == 2 and plain.report["regularisation_images"] == 3
 
 
@@ -132,6 +136,18 @@ def test_a_cancelled_run_continues_to_the_same_bytes(run: Train, both: CaptionDa
     with pytest.raises(Cancelled):
         run(config, where="b", dataset=both, on_step=cancel_at(2))
     assert lora_bytes(run(config, where="b", dataset=both)) == lora_bytes(whole)
+
+
+def test_regularisation_images_alone_are_refused(run: Train, both: CaptionDataset) -> None:
+    with pytest.raises(ValueError, match="has only regularisation images: connect those to train on, too"):
+        run(dataset=replace(both, entries=()))
+
+
+def test_the_file_says_what_it_was_trained_with(run: Train, both: CaptionDataset) -> None:
+    with safe_open(run(replace(SMALL, prior_weight=0.5, shuffle_tags=True), dataset=both).lora_path, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_num_reg_images"], metadata["ss_prior_loss_weight"]) == ("3", "0.5")
+    assert metadata["ss_shuffle_caption"] == "True" and "ss_masked_loss" not in metadata
 
 
 def test_run_yaml_names_both_folders(run: Train, both: CaptionDataset) -> None:
@@ -162,12 +178,12 @@ def class_images(result: Any) -> list[Path]:
 
 def test_class_images_are_drawn_once_and_trained_with(run: Train, pictures: Path, micro_base: SDXLBase) -> None:
     plain = run()
-    result = run(WITH_CLASS, where="b", on_step=drawing(2))
-    assert lora_bytes(result) != lora_bytes(plain)
+    result = run(with_class(), where="b", on_step=drawing(2))
+    assert weights(result) != weights(plain)
     assert result.report["regularisation_images"] == 2
     assert [Image.open(path).size for path in class_images(result)] == [(64, 64)] * 2
     assert class_images(result)[0].read_bytes() != class_images(result)[1].read_bytes()
-    again = run(replace(WITH_CLASS, seed=5), where="c", on_step=drawing(0))
+    again = run(with_class(seed=5), where="c", on_step=drawing(0))
     assert [path.read_bytes() for path in class_images(again)] == [path.read_bytes() for path in class_images(result)]
 
 
@@ -179,25 +195,25 @@ def test_one_class_image_for_each_training_image_unless_told_otherwise(run: Trai
 
 def test_class_images_are_seen_about_as_often_as_the_training_images(pictures: Path) -> None:
     dataset = load(pictures, repeats=4)
-    assert passes_per_epoch(dataset, replace(WITH_CLASS, batch_size=1)) == 5 * 4 + 2 * 10
+    assert passes_per_epoch(dataset, with_class(batch_size=1)) == 5 * 4 + 2 * 10
 
 
 def test_class_images_are_not_drawn_where_there_are_regularisation_images(run: Train, both: CaptionDataset) -> None:
-    result = run(WITH_CLASS, dataset=both, on_step=drawing(0))
+    result = run(with_class(), dataset=both, on_step=drawing(0))
     assert result.report["regularisation_images"] == 3 and not class_images(result)
 
 
 def test_a_run_cancelled_while_drawing_and_while_training_ends_with_the_same_bytes(run: Train) -> None:
-    whole = run(WITH_CLASS)
+    whole = run(with_class())
 
     def cancel(report: StepReport) -> None:
         if report.phase == "training" and report.done == 2:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        run(WITH_CLASS, where="b", on_step=cancel)
+        run(with_class(), where="b", on_step=cancel)
     shutil.rmtree(whole.lora_path.parents[2] / "b" / "runs" / "small" / "class_images")
-    assert lora_bytes(run(WITH_CLASS, where="b")) == lora_bytes(whole)
+    assert lora_bytes(run(with_class(), where="b")) == lora_bytes(whole)
 
 
 def test_the_drawing_weights_are_gone_before_the_training(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +226,7 @@ def test_the_drawing_weights_are_gone_before_the_training(run: Train, monkeypatc
         return original(self, *args)
 
     monkeypatch.setattr(Loop, "run", spy)
-    run(replace(WITH_CLASS, class_prompt="another"), parts=parts)
+    run(with_class(class_prompt="another"), parts=parts)
     assert held == [0]
 
 
