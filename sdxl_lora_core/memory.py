@@ -7,7 +7,7 @@ for this UNet, this adapter and this size of images, whatever they are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +32,15 @@ class MemoryPlan:
 
 
 def plan_memory(
-    measure: Callable[[], int], unet: nn.Module, wanted: Checkpointing, batch_size: int, parameters: Iterable[Tensor],
-    free: float,
+    measure: Callable[[], int], unet: nn.Module, wanted: Checkpointing, batch_size: int, learning: int, free: float
 ) -> MemoryPlan:  # fmt: skip
     """The fastest way that fits into `free` bytes.
 
     `measure` gives the bytes that one image of the largest size keeps in the UNet's present mode. Halving the pass
     costs least and comes first, then recomputing the feed-forward layers, then recomputing every block. `wanted` other
-    than auto leaves only the pass to choose.
+    than auto leaves only the pass to choose. `learning` are the bytes of gradients, optimizer state and averages.
     """
-    fixed = _RESERVE + 3 * sum(parameter.numel() * 4 for parameter in parameters)  # gradients and two moments
+    fixed = _RESERVE + learning
     modes: tuple[Checkpointing, ...] = ("off", "selective", "on") if wanted == "auto" else (wanted,)
     needed = 0
     for mode in modes:

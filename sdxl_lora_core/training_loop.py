@@ -159,9 +159,10 @@ class Loop:
         areas = [width * height for width, height in self.data.buckets]
         images = config.images_per_pass or config.batch_size
         batch = self.data.batch([areas.index(max(areas))], 0, 0, self.objective)
+        copies = 1 + state_copies(config) + bool(self.averaging.ema)
         plan = plan_memory(
             lambda: kept_bytes(lambda: self.predict(batch), self.unet, batch.latents.shape, batch.embeds.shape),
-            self.unet, config.gradient_checkpointing, images, self.parameters, free,
+            self.unet, config.gradient_checkpointing, images, copies * size_of(self.parameters), free,
         )  # fmt: skip
         self.state.gradient_checkpointing, self.state.images_per_pass = plan.checkpointing, plan.images_per_pass
         self.state.memory = f"{str(self.dtype).removeprefix('torch.')}, {plan.reason}"
@@ -402,10 +403,15 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
         yield
 
 
+def size_of(tensors: Sequence[Tensor]) -> int:
+    """In bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def require_space(folder: Path, parameters: Sequence[Tensor], copies: int) -> None:
     """Raises OSError while nothing is lost yet: three checkpoints with so many `copies` of them each, and the LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = (3 * copies + 1) * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    needed = (3 * copies + 1) * size_of(parameters)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(

@@ -72,7 +72,7 @@ def planned(free_gb: float, wanted: Checkpointing = "auto", batch: int = 4) -> t
     sizes = {"off": 4 * GB, "selective": 2 * GB, "on": 1 * GB}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sdxl_lora_core.memory.set_checkpointing", lambda unet, mode: setattr(unet, "mode", mode))
-        plan = plan_memory(lambda: sizes[unet.mode], unet, wanted, batch, [], free_gb * GB)
+        plan = plan_memory(lambda: sizes[unet.mode], unet, wanted, batch, 0, free_gb * GB)
     return plan.checkpointing, plan.images_per_pass, plan.tight
 
 

@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sdxl_lora_core import training_loop
 from sdxl_lora_core.averaging import Averaging
 from sdxl_lora_core.checkpoints import Checkpoints, LoopState
+from sdxl_lora_core.memory import plan_memory
 from sdxl_lora_core.optimizers import CLASSES, ParameterGroup, lr_factor, make_optimizer, set_learning_rates
 from sdxl_lora_core.train_config import Optimizer, TrainConfig
 from sdxl_lora_core.training import TrainResult
@@ -179,6 +181,14 @@ def test_a_cancelled_run_continues_to_the_same_bytes(run: Train, name: Any) -> N
         assert file.metadata()["ss_optimizer"].startswith(CLASSES[name] + "(betas=(")
     ups = [tensor for key, tensor in load_file(whole.lora_path).items() if key.endswith("lora_up.weight")]
     assert ups and all(tensor.abs().max() > 0 for tensor in ups)
+
+
+def test_the_memory_plan_counts_the_state(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(training_loop, "plan_memory", lambda *args: asked.append(args[4]) or plan_memory(*args))
+    run(replace(SMALL, steps=1))
+    run(with_optimizer("prodigy", steps=1, ema_decay=0.9), where="b")
+    assert asked[1] / asked[0] == (1 + 4 + 1) / (1 + 2)
 
 
 def test_groups_keep_their_own_rate() -> None:
