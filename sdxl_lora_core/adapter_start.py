@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .lora_files import read_lora
-from .lora_modules import AdapterModule, LoRAModule
+from .lora_modules import AdapterModule, LoRAModule, with_magnitude
 from .train_config import TrainConfig
 
 PISSA = "pissa_niter_16"  # peft's name of the fast decomposition; a full one of every layer takes hours
@@ -52,11 +52,11 @@ def continue_from(config: TrainConfig, layers: Mapping[str, Any]) -> None:
     for path, layer in layers.items():
         module = file.unet[path]
         where = f"continue_from is {name}, whose {path}"
-        kind = "dora" if module.kind == "LoRA" and module.dora_scale is not None else module.kind.lower()
+        kind = "dora" if isinstance(module, LoRAModule) and module.is_dora else module.kind.lower()
         if kind != config.adapter:
             raise ValueError(f"{where} is a {kind}, and adapter is {config.adapter}: take adapter {kind}")
         parameters, scale = _parameters(layer), layer.scaling["default"]
-        for key, values in _start_values(module, scale).items():
+        for key, values in _start_values(module, scale, layer.base_layer.weight).items():
             if key not in parameters or parameters[key].numel() != values.numel():
                 wanted = f"{layer.r['default']}"
                 raise ValueError(f"{where} has rank {module.rank}, and rank is {wanted}: take the file's rank")
@@ -79,13 +79,13 @@ def _parameters(layer: Any) -> dict[str, Tensor]:
     return {key.split(".")[0]: tensor for key, tensor in layer.named_parameters() if tensor.requires_grad}
 
 
-def _start_values(module: AdapterModule, scale: float) -> dict[str, Tensor]:
-    """Tensors by peft's names, so that `scale` times their product is the module's change."""
+def _start_values(module: AdapterModule, scale: float, weight: Tensor) -> dict[str, Tensor]:
+    """Tensors by peft's names, so that `scale` times their product is the module's change of `weight`."""
     factor = module.scale / scale
     if isinstance(module, LoRAModule):
         values = {"lora_A": module.down.float(), "lora_B": module.up.float() * factor}
-        lengths = {} if module.dora_scale is None else {"lora_magnitude_vector": module.dora_scale.float()}
-        return values | lengths
+        lengths = with_magnitude(module, weight).magnitude
+        return values if lengths is None else {**values, "lora_magnitude_vector": lengths.float()}
     values = {name: tensor.float() for name, tensor in module.factors.items()}
     one = next(iter(values))  # the change is linear in each factor
     return {**values, one: values[one] * factor}

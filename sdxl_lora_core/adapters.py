@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapter_start import continue_from, start_at_principal_parts
 from .blocks import read_block_values, read_blocks, value_for
 from .fused_lora import fuse
-from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAModule
+from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAModule, with_dora_scale
 from .optimizers import ParameterGroup
 from .train_config import TrainConfig
 
@@ -70,8 +70,17 @@ class Adapter:
             down, up, alpha = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1), 2 * alpha
         if self.config.adapter == "lora":
             return LoRAModule(down, up, alpha)
-        lengths = _copy(layer.lora_magnitude_vector["default"].weight)
-        return LoRAModule(down, up, alpha, lengths.reshape(-1, *[1] * (down.dim() - 1)))
+        lengths = _copy(layer.lora_magnitude_vector["default"].weight).reshape(-1, *[1] * (down.dim() - 1))
+        module = LoRAModule(down, up, alpha, magnitude=lengths)
+        return module if self.config.save_format == "peft" else with_dora_scale(module, self._base(name, layer))
+
+    def _base(self, name: str, layer: Any) -> Tensor:
+        """The weight as it was before PiSSA took its part."""
+        weight = layer.base_layer.weight.detach()
+        if name not in self.first:
+            return weight
+        down, up = (factor.to(weight.device) for factor in self.first[name])
+        return weight + layer.scaling["default"] * up @ down
 
     def _loha(self, name: str, layer: Any) -> LoHaModule:
         return LoHaModule(_factors(layer), layer.alpha["default"])

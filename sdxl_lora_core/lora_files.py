@@ -75,12 +75,17 @@ def read_lora(path: Path) -> LoRAFile:
 
 
 def kohya_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Kohya's keys with SAI's block names; ComfyUI, A1111 and diffusers read them. alpha and dora_scale stay fp32."""
+    """Kohya's keys with SAI's block names; ComfyUI, A1111 and diffusers read them. alpha and dora_scale stay fp32.
+
+    Raises ValueError for a DoRA told by magnitude: with_dora_scale brings it into this form.
+    """
     tensors: dict[str, Tensor] = {}
     for part, modules in file.parts().items():
         for path, module in modules.items():
             name = sai_block_name(path) if part == "unet" else path
             key = _KOHYA_PREFIXES[part] + name.replace(".", "_")
+            if isinstance(module, LoRAModule) and module.magnitude is not None:
+                raise ValueError(f"{path} is a DoRA in peft's form, which kohya's keys cannot hold: save it as peft")
             for factor, tensor in module.factors.items():
                 tensors[f"{key}.{factor}"] = _stored(tensor, dtype)
             tensors[f"{key}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
@@ -92,7 +97,7 @@ def kohya_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
 def peft_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
     """diffusers' keys. They have no place for alpha, so the scale alpha / rank is multiplied into lora_B.
 
-    Raises ValueError for a LoHa or LoKr and for a DoRA over its inputs, for which these keys have no form.
+    Raises ValueError for a LoHa or LoKr, which have no form here, and for a DoRA told by dora_scale.
     """
     tensors: dict[str, Tensor] = {}
     for part, modules in file.parts().items():
@@ -103,7 +108,11 @@ def peft_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
             tensors[f"{key}.lora_A.weight"] = _stored(module.down, dtype)
             tensors[f"{key}.lora_B.weight"] = _stored(module.up.float() * module.scale, dtype)
             if module.dora_scale is not None:
-                tensors[f"{key}.lora_magnitude_vector"] = _stored(_peft_magnitude(path, module), torch.float32)
+                raise ValueError(f"{path} is a DoRA in kohya's form, which peft cannot hold: save it as kohya")
+            if module.magnitude is not None:
+                lengths = module.magnitude.flatten()
+                shape = (-1,) if module.down.dim() == 2 else (1, -1, 1, 1)
+                tensors[f"{key}.lora_magnitude_vector"] = _stored(lengths.reshape(shape), torch.float32)
     return dict(sorted(tensors.items()))
 
 
@@ -192,10 +201,10 @@ def _lora_module(where: str, place: Place, tensors: Mapping[Role, Tensor], setti
         down, up = down.flatten(1), up.flatten(1)  # some write linear layers as 1x1 convolutions
     rank = down.shape[0]
     alpha = float(tensors["alpha"]) if "alpha" in tensors else peft_alpha(settings, place, rank)
-    magnitude = tensors.get("dora_scale")
-    if "magnitude" in tensors:
-        magnitude = tensors["magnitude"].reshape(-1, *[1] * (down.dim() - 1))
-    return LoRAModule(down, up, alpha, magnitude)
+    magnitude = tensors.get("magnitude")
+    if magnitude is not None:
+        magnitude = magnitude.reshape(-1, *[1] * (down.dim() - 1))
+    return LoRAModule(down, up, alpha, tensors.get("dora_scale"), magnitude)
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:
@@ -211,15 +220,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _kind(module: AdapterModule) -> str:
-    return "DoRA" if module.kind == "LoRA" and module.dora_scale is not None else module.kind
-
-
-def _peft_magnitude(path: str, module: LoRAModule) -> Tensor:
-    assert module.dora_scale is not None
-    if module.dora_scale.shape[0] != module.shape[0]:
-        raise ValueError(f"{path} is a DoRA over its inputs, which peft cannot hold: save in the kohya format")
-    lengths = module.dora_scale.flatten()
-    return lengths if module.down.dim() == 2 else lengths.reshape(1, -1, 1, 1)
+    return "DoRA" if isinstance(module, LoRAModule) and module.is_dora else module.kind
 
 
 def _span(values: Sequence[float]) -> str:

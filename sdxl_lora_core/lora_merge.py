@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from .lora_modules import AdapterModule
+from .lora_modules import AdapterModule, LoRAModule, row_lengths
 
 Modules = Mapping[str, AdapterModule]
 
@@ -77,15 +77,24 @@ def _rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
 def _changed(weight: Tensor, lora: AdapterModule, strength: float) -> Tensor:
     """`weight` is fp32 and stays as it is."""
     change = lora.change(weight.device).reshape(weight.shape) * lora.scale
-    if lora.dora_scale is None:
+    factor = _dora_factor(weight, weight + change, lora)
+    if factor is None:
         return weight + strength * change
-    return weight + strength * (_decomposed(weight + change, lora.dora_scale) - weight)
+    return weight + strength * ((weight + change) * factor - weight)
 
 
-def _decomposed(weight: Tensor, dora_scale: Tensor) -> Tensor:
-    """The directions of `weight` with the lengths of `dora_scale`, per output or, if it is [1, in, ...], per input."""
-    axis = 0 if dora_scale.numel() == weight.shape[0] and dora_scale.shape[0] != 1 else 1
-    others = [dim for dim in range(weight.dim()) if dim != axis]
-    lengths = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    wanted = dora_scale.to(weight.device, torch.float32).reshape(lengths.shape)
-    return weight * (wanted / lengths.clamp_min(torch.finfo(torch.float32).tiny))
+def _dora_factor(weight: Tensor, changed: Tensor, lora: AdapterModule) -> Tensor | None:
+    """What brings the changed weight to a DoRA's lengths; see lora_modules for its two forms."""
+    magnitude = lora.magnitude if isinstance(lora, LoRAModule) else None
+    if magnitude is not None:
+        return _like(row_lengths(changed), magnitude) / row_lengths(changed)
+    if lora.dora_scale is None:
+        return None
+    if lora.dora_scale.numel() == weight.shape[0] and lora.dora_scale.shape[0] != 1:
+        return _like(row_lengths(weight), lora.dora_scale) / row_lengths(weight)
+    columns = row_lengths(changed.transpose(0, 1)).transpose(0, 1)
+    return _like(columns, lora.dora_scale) / columns
+
+
+def _like(lengths: Tensor, wanted: Tensor) -> Tensor:
+    return wanted.to(lengths).reshape(lengths.shape)

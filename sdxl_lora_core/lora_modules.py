@@ -1,13 +1,17 @@
 """What an adapter is in memory: the factors of one weight's change, in the three forms that files hold.
 
-All change a weight W [out, in, ...] by `scale * change()`. dora_scale, [out, 1, ...] or [1, in, ...], brings the
-changed weight to these lengths; Liu et al., arXiv 2402.09353.
+All change a weight W [out, in, ...] to V = W + scale * change(). A DoRA, Liu et al., arXiv 2402.09353, then brings V
+to other lengths, and files tell them in two ways:
+
+- magnitude [out, 1, ...], peft's: V times magnitude over the lengths of V's rows, which is the paper's equation 5;
+- dora_scale, kohya's keys, as ComfyUI and Forge read it: [out, 1, ...] is divided by the lengths of *W's* rows, and
+  [1, in, ...] by those of V's columns. Where training moved the lengths, the two differ by a tenth of what was learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -28,6 +32,7 @@ class LoRAModule:
     up: Tensor
     alpha: float
     dora_scale: Tensor | None = None
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -41,6 +46,10 @@ class LoRAModule:
     def shape(self) -> tuple[int, ...]:
         """Of the weight it changes: [out, in, ...]."""
         return (self.up.shape[0], *self.down.shape[1:])
+
+    @property
+    def is_dora(self) -> bool:
+        return self.dora_scale is not None or self.magnitude is not None
 
     @property
     def factors(self) -> Mapping[str, Tensor]:
@@ -119,6 +128,34 @@ class LoKrModule:
 
 
 AdapterModule = LoRAModule | LoHaModule | LoKrModule
+
+
+def with_dora_scale(module: LoRAModule, weight: Tensor) -> LoRAModule:
+    """The same change of `weight` told by dora_scale. A module without magnitude stays as it is."""
+    if module.magnitude is None:
+        return module
+    scale = module.magnitude * _stretch(module, weight).to(module.magnitude.device)
+    return replace(module, dora_scale=scale, magnitude=None)
+
+
+def with_magnitude(module: LoRAModule, weight: Tensor) -> LoRAModule:
+    """The same change of `weight` told by magnitude. A module without dora_scale over its rows stays as it is."""
+    if module.dora_scale is None or module.dora_scale.shape[0] != weight.shape[0]:
+        return module
+    magnitude = module.dora_scale / _stretch(module, weight).to(module.dora_scale.device)
+    return replace(module, dora_scale=None, magnitude=magnitude)
+
+
+def row_lengths(weight: Tensor) -> Tensor:
+    """[out, 1, ...], above zero."""
+    lengths = torch.linalg.vector_norm(weight.flatten(1), dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
+    return lengths.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def _stretch(module: LoRAModule, weight: Tensor) -> Tensor:
+    """The lengths of W's rows over those of V's, float32 [out, 1, ...]."""
+    base = _moved(weight, weight.device)
+    return row_lengths(base) / row_lengths(base + module.scale * module.change(weight.device).reshape(weight.shape))
 
 
 def _product(factors: Mapping[str, Tensor], kind: str, number: str, device: torch.device) -> Tensor:

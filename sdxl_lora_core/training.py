@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import generation
-from .base_model import SDXLBase, resolve_dtype
+from .base_model import SDXLBase, load_part, resolve_dtype
 from .charts import smoothed
 from .checkpoints import LoopState
 from .class_images import with_class_images
@@ -29,6 +29,7 @@ from .generation import LoadedParts, LoRARef
 from .journal import Journal
 from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
+from .lora_modules import LoRAModule, with_dora_scale
 from .losses import as_trained
 from .optimizers import require_library
 from .precompute import cut_captions
@@ -90,7 +91,7 @@ def train(
         return TrainResult(
             lora_name=run.lora_path.name,
             lora_path=run.lora_path,
-            state_dict=kohya_state_dict(read_lora(run.lora_path), torch.float32),
+            state_dict=_comfyui_weights(run.lora_path, base),
             loss_chart=run.folder / "loss.png",
             samples=samples,
             report=report,
@@ -113,7 +114,9 @@ def _train_and_save(
             base, dataset, config,
             cache=folders.cache, checkpoints=run.checkpoints,
             start=starting_point(related_runs(folders, run, config.lora_name), config),
-            write_adapter=lambda path, modules, steps: write_lora(path, lora(modules, steps), torch.float32),
+            write_adapter=lambda path, modules, steps: write_lora(
+                path, lora(modules, steps), torch.float32, config.save_format
+            ),
             journal=journal, device=device, on_step=on_step, should_stop=should_stop,
         )  # fmt: skip
     finished = lora(trained.modules, trained.step)
@@ -212,6 +215,19 @@ def _ranks(trained: Trained) -> int | list[int]:
     """Of the saved file: PiSSA's is twice the setting, and blocks may have their own."""
     ranks = sorted({module.rank for module in trained.modules.values()})
     return ranks[0] if len(ranks) == 1 else ranks
+
+
+def _comfyui_weights(path: Path, base: SDXLBase) -> dict[str, Tensor]:
+    """The file in kohya's keys. A DoRA in peft's form has to be measured against the base for that."""
+    file = read_lora(path)
+    if any(isinstance(module, LoRAModule) and module.magnitude is not None for module in file.unet.values()):
+        unet: Any = load_part(base, "unet", torch.float32)
+        file.unet = {
+            name: with_dora_scale(module, unet.get_submodule(name).weight.detach())
+            for name, module in file.unet.items()
+            if isinstance(module, LoRAModule)
+        }
+    return kohya_state_dict(file, torch.float32)
 
 
 def _finite(value: float) -> float | None:

@@ -133,6 +133,21 @@ def test_the_file_says_what_it_is(run: Train) -> None:
         assert metadata["ss_network_dim"] == str(result.report["rank"])
 
 
+def test_a_dora_acts_alike_in_both_forms(run: Train, micro_base: SDXLBase) -> None:
+    """The weights on the link are in kohya's form, whatever the file's."""
+    kohya, peft = (run(replace(SMALL, adapter="dora", save_format=form), where=form) for form in ("kohya", "peft"))
+    weights = []
+    for result in (kohya, peft):
+        unet = new_unet(micro_base)
+        merge_into(unet, read_lora(result.lora_path).unet, 1.0)
+        weights.append(unet.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-6, rtol=1e-6)
+    for name, tensor in kohya.state_dict.items():
+        if "dora" in name:
+            torch.testing.assert_close(peft.state_dict[name], tensor, atol=1e-6, rtol=1e-6)
+
+
 def test_loha_and_lokr_have_no_peft_form(micro_base: SDXLBase) -> None:
     modules = Adapter(new_unet(micro_base), TrainConfig(adapter="loha", rank=2)).modules()
     with pytest.raises(ValueError, match="is a LoHa, which diffusers cannot load: save in the kohya format"):
