@@ -57,6 +57,7 @@ class LoopState:
         del self.losses[self.step :], self.learning_rates[self.step :]
         self.skipped = [step for step in self.skipped if step <= self.step]
         self.looks = [look for look in self.looks if look.step <= self.step]
+        self.checkpoints = [step for step in self.checkpoints if step <= self.step]
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LoopState:
@@ -138,6 +139,12 @@ class Checkpoints:
             state = LoopState.from_json(document["loop"])
             return Checkpoint(path, state, document["scaler"], document["optimizer"])
         return None
+
+    def forget_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps."""
+        for number, path in _numbered(self.folder):
+            if number > step:
+                shutil.rmtree(path, ignore_errors=True)
 
     def sweep(self) -> None:
         """What a process that was killed in a save has left. Nobody else writes here, so no living one needs it."""

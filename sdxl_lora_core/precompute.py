@@ -169,6 +169,8 @@ def _latents_path(cache: Path, key: str) -> Path:
 
 
 def _require_unchanged(path: Path, sha256: str) -> None:
+    if not path.exists():
+        raise ValueError(f"{path.name} is gone: load the dataset again")
     if file_sha256(path) != sha256:
         raise ValueError(f"{path.name} changed after the dataset was loaded: load the dataset again")
 

@@ -356,6 +356,7 @@ class Loop:
         first = self.state.step - failed + 1
         self.state.rewind(failed)
         self.save()
+        self.checkpoints.forget_after(self.state.step)
         kept = self.checkpoints.newest()
         where = f"the LoRA of {kept.path.name} is kept in {kept.path}" if kept else "there is no LoRA to keep"
         raise Diverged(
