@@ -1,5 +1,6 @@
 """The nodes of the pack, by id. Ids are frozen: saved graphs name them."""
 
+from . import host
 from .base_model import LoadSDXLBase
 from .dataset import LoadCaptionDataset
 from .generation import SDXLGenerateCached
@@ -44,3 +45,5 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "WatchOptions": "Train Options: Watching",
     "MemoryOptions": "Train Options: Memory",
 }
+
+host.add_routes()

@@ -10,7 +10,8 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,49 @@ def progress() -> Iterator[Progress]:
         yield bar
     finally:
         bar.close()
+
+
+# Stop and keep
+
+
+class StopButton:
+    """Finishes a training early and keeps its LoRA. `stops` counts the runs that it has ended."""
+
+    def __init__(self) -> None:
+        self._wanted: threading.Event | None = None
+        self.stops = 0
+
+    @contextmanager
+    def offered(self) -> Iterator[Callable[[], bool]]:
+        """While a training runs; the callable says whether it is to finish."""
+        self._wanted = wanted = threading.Event()
+        try:
+            yield wanted.is_set
+        finally:
+            self._wanted = None
+
+    def press(self) -> bool:
+        """Whether there was a training to stop."""
+        wanted = self._wanted
+        if wanted is not None:
+            wanted.set()
+        return wanted is not None
+
+
+stop_button = StopButton()
+
+
+def add_routes() -> None:
+    """POST /sdxl_lora/stop presses the stop button. Its answer has status 409 when nothing trains."""
+    if "folder_paths" not in sys.modules or "server" not in sys.modules:
+        return
+
+    async def stop(_: Any) -> Any:
+        stopping = stop_button.press()
+        answer = importlib.import_module("aiohttp.web").json_response
+        return answer({"stopping": stopping}, status=200 if stopping else 409)
+
+    sys.modules["server"].PromptServer.instance.routes.post("/sdxl_lora/stop")(stop)
 
 
 def nothing() -> Any:

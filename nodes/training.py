@@ -66,6 +66,11 @@ class TrainSDXLLoRA:
             },
         }
 
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> int:
+        """A run that was stopped and kept goes on when the same graph is queued again."""
+        return host.stop_button.stops
+
     def train(
         self, base: SDXLBase, dataset: CaptionDataset, options: Mapping[str, Any] | None = None,
         preset: Preset = "none", **settings: Any,
@@ -73,15 +78,17 @@ class TrainSDXLLoRA:
         config = train_config(options, settings, preset)
         if config.continue_from:
             config = replace(config, continue_from=str(folders.find("lora", config.continue_from)))
-        with host.training_mode(), host.parts() as parts, host.progress() as progress:
+        stop_button = host.stop_button.offered()
+        with host.training_mode(), host.parts() as parts, host.progress() as progress, stop_button as should_stop:
 
             def on_step(step: StepReport) -> None:
                 progress(step.done, step.total, step.phase, step.detail)
 
             result = train(
                 base, dataset, config,
-                folders=_run_folders(), device=host.device(), on_step=on_step, parts=parts,
+                folders=_run_folders(), device=host.device(), on_step=on_step, should_stop=should_stop, parts=parts,
             )  # fmt: skip
+        host.stop_button.stops += "stopped" in result.report
         chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
         samples = to_image(result.samples) if result.samples else host.nothing()
         report = json.dumps(result.report, indent=2)

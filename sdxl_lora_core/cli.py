@@ -1,6 +1,7 @@
 """sdxl-lora: the engine from the command line.
 
-sdxl-lora train run.yaml               repeats the run that a node or an earlier call wrote down
+sdxl-lora train run.yaml               repeats the run that a node or an earlier call wrote down, or continues it;
+                                       Ctrl-C finishes it early and keeps the LoRA
 sdxl-lora inspect FILE_OR_FOLDER       says what a base, a LoRA or a dataset is
 """
 
@@ -18,10 +19,12 @@ import torch
 from .base_model import SDXLBase, describe_base, open_base
 from .config import DatasetConfig, TrainConfig, from_mapping
 from .dataset import CaptionDataset, describe, load_caption_dataset
+from .interruption import Interruption, Left
 from .lora_files import describe_lora
 from .progress import StepReport
 from .runs import RunFolders
 from .training import train
+from .training_loop import Diverged
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,16 +44,31 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Diverged, torch.OutOfMemoryError) as error:
         sys.exit(f"sdxl-lora: {error}")
+    except Left as error:
+        _tell(f"sdxl-lora: {error}")
+        sys.exit(error.exit_status)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _train(options: argparse.Namespace) -> None:
     base, dataset, config = read_run(options.settings, options.home / "hashes")
     loras = options.output / "loras"
     folders = RunFolders(loras, options.output / "lora_runs", options.home, lambda name: (loras / name).exists())
-    with _Bar() as bar:
-        result = train(base, dataset, config, folders=folders, device=options.device, on_step=bar)
+    with _Bar() as bar, Interruption(_tell) as interruption:
+
+        def on_step(report: StepReport) -> None:
+            bar(report)
+            interruption.check()
+
+        result = train(
+            base, dataset, config,
+            folders=folders, device=options.device, on_step=on_step, should_stop=interruption.should_stop,
+        )  # fmt: skip
     print(json.dumps(result.report, indent=2))
     print(result.lora_path)
 
