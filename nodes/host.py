@@ -16,10 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from ..sdxl_lora_core.loaded_parts import LoadedParts
+
+PREVIEW_SIDE = 512
 
 
 class Nothing:
@@ -218,13 +222,19 @@ class Progress:
         self._terminal: Any = None
         self._node: Any = None
 
-    def __call__(self, done: int, total: int, phase: str = "", detail: str = "") -> None:
+    def __call__(
+        self, done: int, total: int, phase: str = "", detail: str = "", preview: np.ndarray | None = None
+    ) -> None:
+        """`detail` is a line of numbers, `preview` a picture to show on the node, uint8 [H, W, 3]."""
         if self._phase != (phase, total):
             self._begin(phase, total)
         self._terminal.set_postfix_str(detail, refresh=False)
         self._terminal.update(done - self._terminal.n)
         if self._node:
-            self._node.update_absolute(done, total)
+            picture = None if preview is None else ("JPEG", Image.fromarray(preview), PREVIEW_SIDE)
+            self._node.update_absolute(done, total, picture)
+            if detail:
+                _show_text(detail)
             _comfy("comfy.model_management").throw_exception_if_processing_interrupted()
 
     def close(self) -> None:
@@ -239,6 +249,15 @@ class Progress:
         self._terminal = tqdm(total=total, desc=phase or None, leave=False)
         comfy = _comfy("comfy.utils")
         self._node = comfy.ProgressBar(total) if comfy else None
+
+
+def _show_text(text: str) -> None:
+    """Beside the bar of the node that runs. Older ComfyUIs have no such text."""
+    server = getattr(_comfy("server"), "PromptServer", None)
+    context = getattr(_comfy("comfy_execution.utils"), "get_executing_context", lambda: None)()
+    send = getattr(getattr(server, "instance", None), "send_progress_text", None)
+    if context and send:
+        send(text, context.node_id)
 
 
 @contextmanager

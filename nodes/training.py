@@ -63,6 +63,10 @@ class TrainSDXLLoRA:
                 "options": ("TRAIN_OPTIONS", {"tooltip": "Further settings from option nodes."}),
                 **{option: train_widget(option, advanced=True) for option in _ADVANCED},
                 "preset": (list(PRESETS), {"default": "none", "tooltip": _PRESET_HELP, "advanced": True}),
+                "validation": (
+                    "CAPTION_DATASET",
+                    {"tooltip": "Images to validate with and never to train on, from a second Load Caption Dataset."},
+                ),
             },
         }
 
@@ -73,20 +77,23 @@ class TrainSDXLLoRA:
 
     def train(
         self, base: SDXLBase, dataset: CaptionDataset, options: Mapping[str, Any] | None = None,
-        preset: Preset = "none", **settings: Any,
+        preset: Preset = "none", validation: CaptionDataset | None = None, **settings: Any,
     ) -> dict[str, Any]:  # fmt: skip
         config = train_config(options, settings, preset)
         if config.continue_from:
             config = replace(config, continue_from=str(folders.find("lora", config.continue_from)))
+        if config.clip_model:
+            config = replace(config, clip_model=str(folders.find("clip", config.clip_model)))
         stop_button = host.stop_button.offered()
         with host.training_mode(), host.parts() as parts, host.progress() as progress, stop_button as should_stop:
 
             def on_step(step: StepReport) -> None:
-                progress(step.done, step.total, step.phase, step.detail)
+                progress(step.done, step.total, step.phase, step.detail, step.preview)
 
             result = train(
                 base, dataset, config,
                 folders=_run_folders(), device=host.device(), on_step=on_step, should_stop=should_stop, parts=parts,
+                validation=validation,
             )  # fmt: skip
         host.stop_button.stops += "stopped" in result.report
         chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))

@@ -11,7 +11,7 @@ from .checkpoints import LoopState
 from .files import write_atomic
 from .progress import Smoothing
 
-RAW, LOSS, VALIDATION, RATE, CHECKPOINTS = "#b9c9e0", "#1f4e8c", "#b3261e", "#8a8a8a", "#6a4c93"
+RAW, LOSS, VALIDATION, RATE, SAMPLES, CHECKPOINTS = "#b9c9e0", "#1f4e8c", "#b3261e", "#8a8a8a", "#2e7d32", "#6a4c93"
 
 
 def draw_loss_chart(path: Path, title: str, state: LoopState) -> None:
@@ -21,10 +21,16 @@ def draw_loss_chart(path: Path, title: str, state: LoopState) -> None:
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    scored = [(look.step, look.clip_score) for look in state.looks if look.clip_score is not None]
+    heights = (4, 1, 1) if scored else (4, 1)
+    losses, *others, rates = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     losses.set_title(title)
     _draw_losses(losses, state)
     _draw_marks(losses, state)
+    for axes in others:
+        axes.plot(*zip(*scored, strict=True), color=SAMPLES, linewidth=1.5, marker="^", markersize=5)
+        axes.set_ylabel("CLIP score")
+        axes.grid(alpha=0.25)
     _draw_rates(rates, state)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
@@ -52,9 +58,12 @@ def _draw_losses(axes: Any, state: LoopState) -> None:
 def _draw_marks(axes: Any, state: LoopState) -> None:
     """On the lower edge, so that they hide no curve."""
     edge = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "clip_on": False, "zorder": 3}
+    samples = [look.step for look in state.looks if look.clip_scores]
     if state.checkpoints:
         axes.plot(state.checkpoints, [0] * len(state.checkpoints), marker="|", markersize=11, color=CHECKPOINTS,
                   label="checkpoint", **edge)  # fmt: skip
+    if samples:
+        axes.plot(samples, [0] * len(samples), marker="^", markersize=7, color=SAMPLES, label="samples", **edge)
     axes.legend(loc="upper right", framealpha=0.9, fontsize=9)
 
 

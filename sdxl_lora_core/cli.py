@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from .base_model import SDXLBase, describe_base, open_base
 from .config import DatasetConfig, TrainConfig, from_mapping
-from .dataset import CaptionDataset, describe, load_caption_dataset
+from .dataset import CaptionDataset, describe, load_caption_dataset, with_validation
 from .interruption import Interruption, Left
 from .lora_files import describe_lora
 from .progress import StepReport
@@ -84,14 +84,22 @@ def read_run(path: Path, hash_memo: Path | None) -> tuple[SDXLBase, CaptionDatas
     if not isinstance(document, dict) or not {"base", "datasets", "train"} <= set(document):
         raise ValueError(f"{path.name} is not a run: it needs the sections base, datasets and train")
     config = from_mapping(TrainConfig, document["train"], f"{path.name}: train")
-    sources = [_source(path.name, section) for section in document["datasets"]]
+    sources, held_out = (
+        [_source(path.name, section) for section in document.get(part, [])] for part in ("datasets", "validation")
+    )
     base = open_base(Path(document["base"]["path"]), document["base"].get("precision", "auto"), hash_memo)
+    dataset = _load(sources, hash_memo)
+    if dataset is None:
+        raise ValueError(f"{path.name}: datasets is empty: name at least one folder")
+    validation = _load(held_out, hash_memo)
+    return base, with_validation(dataset, validation) if validation else dataset, config
+
+
+def _load(sources: Sequence[tuple[Path, DatasetConfig]], hash_memo: Path | None) -> CaptionDataset | None:
     dataset: CaptionDataset | None = None
     for folder, settings in sources:
         dataset = load_caption_dataset(folder, settings, dataset, hash_memo)
-    if dataset is None:
-        raise ValueError(f"{path.name}: datasets is empty: name at least one folder")
-    return base, dataset, config
+    return dataset
 
 
 def _source(file: str, section: dict[str, Any]) -> tuple[Path, DatasetConfig]:

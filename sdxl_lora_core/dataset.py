@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -71,6 +71,7 @@ class CaptionDataset:
 
     The fingerprint is over what training sees: file contents, captions and settings in their order, no path or time.
     `sources` are the folders in their order with their settings: loading them again gives this dataset again.
+    `validation_sources` are those of a dataset to validate with that was joined to it.
     """
 
     entries: tuple[CaptionEntry, ...]
@@ -80,6 +81,7 @@ class CaptionDataset:
     trigger_words: tuple[str, ...]
     name: str
     sources: tuple[tuple[Path, DatasetConfig], ...] = ()
+    validation_sources: tuple[tuple[Path, DatasetConfig], ...] = ()
     regularisation: tuple[CaptionEntry, ...] = ()
 
 
@@ -103,6 +105,25 @@ def load_caption_dataset(
     if not entries:
         raise ValueError(_nothing_left(folder.name, found, problems))
     return _joined(chained, folder, config, entries, problems)
+
+
+def with_validation(dataset: CaptionDataset, held_out: CaptionDataset) -> CaptionDataset:
+    """`dataset` with all pictures of `held_out` to validate with, beside its own.
+
+    Raises ValueError for a picture that is trained on: a loss on it says nothing about others.
+    """
+    trained = {entry.sha256 for entry in dataset.entries}
+    pictures = held_out.entries + held_out.validation
+    if shared := [entry.image.name for entry in pictures if entry.sha256 in trained]:
+        raise ValueError(
+            f"{len(shared)} pictures of the validation dataset are trained on, {shared[0]} for example: "
+            "take them out of one of the two"
+        )
+    return replace(
+        dataset,
+        validation=dataset.validation + pictures,
+        validation_sources=held_out.sources + held_out.validation_sources,
+    )
 
 
 def quick_fingerprint(folder: Path) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from .charts import draw_loss_chart
 from .checkpoints import LoopState
@@ -45,6 +47,12 @@ class Journal:
         )  # fmt: skip
         if self._metrics:
             self._metrics.add(row)
+
+    def show(self, pictures: Sequence[np.ndarray], step: int) -> None:
+        """Samples, uint8 [H, W, 3], for TensorBoard."""
+        for number, pixels in enumerate(pictures):
+            if self._metrics:
+                self._metrics.add_picture(f"sample/{number:02d}", pixels, step)
 
     def draw(self, state: LoopState, now: bool = False) -> None:
         """loss.png as the run stands. Not more often than every CHART_SECONDS unless it has to be `now`."""

@@ -7,7 +7,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from .base_model import SDXLBase
 from .checkpoints import Checkpoints
-from .config import to_yaml
+from .config import DatasetConfig, to_yaml
 from .dataset import CaptionDataset
 from .files import file_sha256, json_sha256, write_text_atomic
 from .train_config import TrainConfig
@@ -135,13 +135,16 @@ def save_settings(
         run.folder / "run.yaml",
         {
             "base": {"path": str(base.path), "precision": base.precision},
-            "datasets": [
-                {"folder": str(folder), **dataclasses.asdict(settings)} for folder, settings in dataset.sources
-            ],
+            "datasets": _sections(dataset.sources),
+            "validation": _sections(dataset.validation_sources),
             "train": config,
             "run": facts,
         },
     )
+
+
+def _sections(sources: Sequence[tuple[Path, DatasetConfig]]) -> list[dict[str, Any]]:
+    return [{"folder": str(folder), **dataclasses.asdict(settings)} for folder, settings in sources]
 
 
 def _names(wanted: str) -> Iterator[str]:

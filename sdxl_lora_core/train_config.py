@@ -23,7 +23,7 @@ Loss = Literal["mse", "huber", "smooth_l1"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 LoRAFormat = Literal["kohya", "peft"]
 WeightType = Literal["fp16", "bf16", "fp32"]
-KeepBest = Literal["off", "validation_loss"]
+KeepBest = Literal["off", "validation_loss", "clip_score"]
 TensorBoard = Literal["auto", "off"]
 
 MAX_SEED = 2**64 - 1
@@ -304,8 +304,19 @@ class TrainConfig:
         low=0, high=1000, group="watch",
     )  # fmt: skip
     keep_best: KeepBest = setting(
-        "off", "What the file holds: off, the last step; validation_loss, the step where it was lowest.", group="watch"
+        "off",
+        "What the file holds: off, the last step; otherwise the step with the lowest validation loss, or with the "
+        "highest mean CLIP score of the samples.",
+        group="watch",
     )
+    sample_every: int = setting(
+        0, "Steps between samples while it trains: each costs an image's generation a prompt. 0: only at the end.",
+        low=0, high=MANY, group="watch",
+    )  # fmt: skip
+    clip_model: str = setting(
+        "", "CLIP model that scores the samples, by its name on the CLIP Score node. Empty: they get no score.",
+        group="watch",
+    )  # fmt: skip
     tensorboard: TensorBoard = setting(
         "auto", "auto: event files in the run folder if tensorboard is installed. off: never.", group="watch"
     )
@@ -337,7 +348,7 @@ class TrainConfig:
     OUTSIDE_FINGERPRINT = (
         "lora_name", "steps", "epochs", "sample_prompts", "sample_steps", "sample_guidance",
         "checkpoint_every", "save_format", "save_dtype",
-        "validate_every", "early_stopping", "keep_best", "tensorboard",
+        "validate_every", "early_stopping", "keep_best", "sample_every", "clip_model", "tensorboard",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -424,4 +435,13 @@ def _check_watching(config: TrainConfig) -> None:
         raise ValueError(
             "keep_best is 'validation_loss' and validate_every is 0: set validate_every to the steps between two "
             "validations"
+        )
+    if config.sample_every and not config.sample_prompts:
+        raise ValueError(
+            f"sample_every is {config.sample_every} and sample_prompts is empty: give prompts, or set sample_every to 0"
+        )
+    if config.keep_best == "clip_score" and not (config.sample_every and config.clip_model):
+        raise ValueError(
+            f"keep_best is 'clip_score', sample_every is {config.sample_every} and clip_model is "
+            f"{config.clip_model!r}: set both, so that there are samples and they have a score"
         )

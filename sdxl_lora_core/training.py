@@ -14,19 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from . import generation
 from .base_model import SDXLBase, load_part, resolve_dtype
 from .charts import smoothed
 from .checkpoints import LoopState
 from .class_images import with_class_images
-from .config import GenerateConfig
-from .dataset import CaptionDataset
-from .files import write_atomic, write_text_atomic
-from .generation import LoadedParts, LoRARef
+from .dataset import CaptionDataset, with_validation
+from .files import write_text_atomic
 from .journal import Journal
+from .loaded_parts import LoadedParts
 from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
 from .lora_modules import LoRAModule, with_dora_scale
@@ -36,6 +33,7 @@ from .precompute import cut_captions
 from .progress import OnStep, StepReport
 from .run_length import passes_per_epoch, starting_point, with_steps
 from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
+from .sampling import Sampler, Samples
 from .train_config import TrainConfig, WeightType
 from .training_loop import Trained, train_adapter
 from .watching import require_lookable
@@ -60,9 +58,11 @@ class TrainResult:
 def train(
     base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, folders: RunFolders, device: torch.device,
     on_step: OnStep = lambda report: None, should_stop: Callable[[], bool] = lambda: False,
-    parts: LoadedParts | None = None,
+    parts: LoadedParts | None = None, validation: CaptionDataset | None = None,
 ) -> TrainResult:  # fmt: skip
     """Trains, or continues, or finds the same run finished. `parts` owns the weights that draw images.
+
+    The pictures of `validation` are looked at beside those that `dataset` holds out.
 
     Raises what `on_step` raises (after a checkpoint), OSError when a folder cannot be written, ValueError for data that
     cannot be trained on, Diverged when losses are not finite, torch.OutOfMemoryError when the GPU is too small.
@@ -71,6 +71,8 @@ def train(
         if dataset.regularisation:
             raise ValueError(f"dataset {dataset.name} has only regularisation images: connect those to train on, too")
         raise ValueError(f"dataset {dataset.name} has no images to train on")
+    if validation:
+        dataset = with_validation(dataset, validation)
     require_lookable(config, dataset)
     parts = parts or LoadedParts(device, offload=True)
     base = as_trained(base, config)
@@ -87,13 +89,15 @@ def train(
             _train_and_save(run, base, shown, config, fingerprint, folders, device, on_step, should_stop)
         report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
         report["reused"] = reused
-        samples = _draw_samples(run, base, dataset, config, folders, parts, on_step)
+        samples = _final_samples(run, base, dataset, config, folders, parts, on_step)
+        if config.clip_model and samples.pixels:
+            report["clip_scores"] = list(samples.clip_scores)
         return TrainResult(
             lora_name=run.lora_path.name,
             lora_path=run.lora_path,
             state_dict=_comfyui_weights(run.lora_path, base),
             loss_chart=run.folder / "loss.png",
-            samples=samples,
+            samples=samples.pixels,
             report=report,
             reused=reused,
         )
@@ -104,7 +108,8 @@ def _train_and_save(
     device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
 ) -> None:  # fmt: skip
     started = time.monotonic()
-    computed = resolve_dtype(config.precision, device)
+    computed, dtype = resolve_dtype(config.precision, device), _DTYPES[config.save_dtype]
+    sampler = _sampler(run, base, dataset, config, folders)
 
     def lora(modules: dict[str, AdapterModule], steps: int) -> LoRAFile:
         return LoRAFile(unet=modules, metadata=_metadata(run.name, base, dataset, config, steps, computed))
@@ -117,10 +122,13 @@ def _train_and_save(
             write_adapter=lambda path, modules, steps: write_lora(
                 path, lora(modules, steps), torch.float32, config.save_format
             ),
+            sample=lambda modules, step, on_step: sampler.of_step(
+                step, lambda path: write_lora(path, lora(modules, step), dtype, config.save_format), device, on_step
+            ),
             journal=journal, device=device, on_step=on_step, should_stop=should_stop,
         )  # fmt: skip
     finished = lora(trained.modules, trained.step)
-    write_lora(run.lora_path, finished, _DTYPES[config.save_dtype], config.save_format)
+    write_lora(run.lora_path, finished, dtype, config.save_format)
     report = _report(run, base, dataset, config, trained)
     facts = {
         "fingerprint": fingerprint, "base": base.fingerprint, "dataset": dataset.fingerprint,
@@ -184,15 +192,15 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
             f"steps {state.step} keeps what there is"
         )
     elif state.step < config.steps:
-        report["stopped"] = (
+        report["early_stopping"] = (
             f"stopped early after {state.step} of {config.steps} steps: {config.early_stopping} validations in a row "
             "brought no lower loss"
         )
     if state.continued_from:
         report["continued"] = _continued(state, config)
-    if state.looks:
-        report["validation_loss"] = (trained.kept or state.looks[-1]).validation_loss
-        report["validation_loss_before"] = state.looks[0].validation_loss
+    if validated := [look for look in state.looks if look.validation_loss is not None]:
+        report["validation_loss"] = (trained.kept or validated[-1]).validation_loss
+        report["validation_loss_before"] = validated[0].validation_loss
     if trained.kept:
         report["kept"] = f"the file holds step {trained.kept.step}, the best by {config.keep_best}"
     return report
@@ -234,25 +242,15 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _draw_samples(
+def _sampler(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, folders: RunFolders) -> Sampler:
+    side = max(entry.resolution for entry in dataset.entries)
+    return Sampler(base, config, side, folders.cache, run.folder / "samples")
+
+
+def _final_samples(
     run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, folders: RunFolders, parts: LoadedParts,
     on_step: OnStep,
-) -> list[np.ndarray]:  # fmt: skip
-    """The sample prompts through the same path as SDXLGenerateCached, with the finished file."""
+) -> Samples:  # fmt: skip
     if not config.sample_prompts:
-        return []
-    side = max(entry.resolution for entry in dataset.entries)
-    request = GenerateConfig(
-        prompt="\n".join(config.sample_prompts), prompt_per_line=True, seed=config.seed, width=side, height=side,
-        steps=config.sample_steps, guidance=config.sample_guidance,
-    )  # fmt: skip
-    images = generation.generate(
-        base, request, [LoRARef(run.lora_path, run.name, 1.0, 1.0)],
-        parts=parts, cache_folder=folders.cache / "images", hash_memo=folders.cache / "hashes",
-        prompt_cache=folders.cache,
-        on_step=lambda done, total: on_step(StepReport("drawing samples", done, total)),
-    )  # fmt: skip
-    for number, image in enumerate(images):
-        path = run.folder / "samples" / f"{number:02d}.png"
-        write_atomic(path, lambda file, pixels=image.pixels: Image.fromarray(pixels).save(file, format="PNG"))
-    return [image.pixels for image in images]
+        return Samples([], ())
+    return _sampler(run, base, dataset, config, folders).of_file(run.lora_path, parts, on_step)

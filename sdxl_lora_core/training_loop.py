@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from .memory import free_memory, kept_bytes, plan_memory, set_checkpointing
 from .optimizers import make_optimizer, set_learning_rates, state_copies
 from .progress import Meter, OnStep, StepReport
 from .run_length import learning_rate
+from .sampling import Samples
 from .train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, Batch, TrainingData, generator
-from .watching import Look, best_look, converged, validation_due
+from .watching import Look, best_look, converged, samples_due, validation_due
 
 log = logging.getLogger("sdxl_lora")
 GIVE_UP_AFTER = 5
@@ -41,6 +42,7 @@ class Diverged(RuntimeError):
 
 
 WriteAdapter = Callable[[Path, dict[str, AdapterModule], int], None]
+Sample = Callable[[dict[str, AdapterModule], int, OnStep], Samples]
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,13 @@ class Trained:
 
 def train_adapter(
     base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Checkpoints,
-    start: Checkpoint | None, write_adapter: WriteAdapter, journal: Journal, device: torch.device, on_step: OnStep,
-    should_stop: Callable[[], bool],
+    start: Checkpoint | None, write_adapter: WriteAdapter, sample: Sample, journal: Journal, device: torch.device,
+    on_step: OnStep, should_stop: Callable[[], bool],
 ) -> Trained:  # fmt: skip
     """Caches, then trains until `config.steps` or `should_stop`, from the newest of `checkpoints`, else from `start`.
 
-    `write_adapter` writes a LoRA file of the adapter's matrices after a number of steps. `on_step` may raise to cancel:
+    `write_adapter` writes a LoRA file of the adapter's matrices after a number of steps, `sample` draws with them while
+    the device is free. `on_step` may raise to cancel:
     a checkpoint is written first and the exception passes through. Raises ValueError for an image that changed,
     Diverged when losses are not finite, torch.OutOfMemoryError when nothing more can be saved, OSError when a cache
     or checkpoint cannot be written.
@@ -77,7 +80,7 @@ def train_adapter(
     dtype = base_model.resolve_dtype(config.precision, device)
     data = TrainingData(base, dataset, config, cache, device, dtype)
     data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
-    with Loop(base, config, data, device, dtype, checkpoints, write_adapter, journal) as loop:
+    with Loop(base, config, data, device, dtype, checkpoints, write_adapter, sample, journal) as loop:
         return loop.run(start, on_step, should_stop)
 
 
@@ -86,12 +89,12 @@ class Loop:
 
     def __init__(
         self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype,
-        checkpoints: Checkpoints, write_adapter: WriteAdapter, journal: Journal,
+        checkpoints: Checkpoints, write_adapter: WriteAdapter, sample: Sample, journal: Journal,
     ) -> None:  # fmt: skip
         from diffusers import DDPMScheduler
 
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
-        self.checkpoints, self.write_adapter, self.journal = checkpoints, write_adapter, journal
+        self.checkpoints, self.write_adapter, self.sample, self.journal = checkpoints, write_adapter, sample, journal
         self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
         self.unet: Any = base_model.load_part(base, "unet", dtype, device)
         self.adapter = Adapter(self.unet, config)
@@ -183,16 +186,34 @@ class Loop:
         on_step(report)
 
     def look(self, on_step: OnStep, last: bool = False) -> Look | None:
-        """Sees what is due after this step, unless it was seen before, and keeps the best adapter so far."""
-        state = self.state
-        seen = state.looks and state.looks[-1].step == state.step
-        if seen or not self.data.validation or not (last or validation_due(self.config, state.step)):
+        """Sees what is due after this step and was not seen before, and keeps the best adapter so far."""
+        state, config = self.state, self.config
+        seen = next((look for look in state.looks if look.step == state.step), Look(state.step))
+        validates = seen.validation_loss is None and (last or validation_due(config, state.step))
+        draws = not seen.clip_scores and samples_due(config, state.step, last)
+        look = seen
+        if validates and self.data.validation:
+            look = replace(look, validation_loss=self.validation_loss(on_step))
+        if draws:
+            look = replace(look, clip_scores=self.draw_samples(on_step))
+        if look == seen:
             return None
-        look = Look(state.step, self.validation_loss(on_step))
-        state.looks.append(look)
-        if best_look(self.config, state.looks) is look:
+        state.looks = [*(past for past in state.looks if past.step != state.step), look]
+        if best_look(config, state.looks) is look:
             self.keep_best()
         return look
+
+    def draw_samples(self, on_step: OnStep) -> tuple[float | None, ...]:
+        """Meanwhile the UNet waits in main memory, so that the device is free; it comes back to the bit."""
+        modules = self.modules()
+        self.unet.to("cpu")
+        precompute.release_memory(self.device)
+        try:
+            samples = self.sample(modules, self.state.step, on_step)
+        finally:
+            self.unet.to(self.device)
+        self.journal.show(samples.pixels, self.state.step)
+        return samples.clip_scores
 
     def keep_best(self) -> None:
         with self.averaging.in_place():

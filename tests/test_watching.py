@@ -123,7 +123,7 @@ def test_early_stopping_waits_for_its_patience(run: Train, pictures: Path, monke
     assert run(replace(config, early_stopping=3), dataset=dataset).report["steps"] == 10
     result = run(replace(config, early_stopping=2), where="b", dataset=dataset)
     assert result.report["steps"] == 8
-    assert "stopped early after 8 of 10 steps: 2 validations in a row" in result.report["stopped"]
+    assert "stopped early after 8 of 10 steps: 2 validations in a row" in result.report["early_stopping"]
     assert lora_bytes(result) != lora_bytes(run(config, where="c", dataset=dataset))
 
 
