@@ -118,15 +118,15 @@ def cache_prompts(
     release_memory(device)
 
 
-def cut_captions(base: SDXLBase, entries: Sequence[CaptionEntry], chunks: int) -> dict[str, str]:
-    """The words of captions that are not seen, because `chunks` are too few for them, by the image's file name."""
+def cut_captions(base: SDXLBase, entries: Sequence[CaptionEntry], chunks: int) -> list[tuple[str, str]]:
+    """The images with a caption too long for `chunks`: file name, and the words that are not seen."""
     # A token is at least a byte, so most captions need no tokenizer to be found short.
     long = [(e, c) for e in entries for c in e.captions if len(c.encode()) > chunks * CHUNK_TOKENS]
     if not long:
-        return {}
+        return []
     tokenizer = base_model.load_tokenizers(base)[0]
-    unseen = {entry.image.name: truncated_words(caption, tokenizer, chunks) for entry, caption in long}
-    return {name: words for name, words in unseen.items() if words}
+    unseen = [(entry.image.name, truncated_words(caption, tokenizer, chunks)) for entry, caption in long]
+    return [(name, words) for name, words in unseen if words]
 
 
 def cache_latents(base: SDXLBase, samples: Sequence[Sample], device: torch.device, on_item: OnItem) -> None:

@@ -183,7 +183,7 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
     if dataset.regularisation:
         report["regularisation_images"] = len(dataset.regularisation)
     if cut := cut_captions(base, dataset.entries, config.caption_chunks):
-        report["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut.items()]
+        report["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut]
     if run.name != config.lora_name:
         report["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"
     if trained.stopped_early:

@@ -7,6 +7,7 @@ global random state is neither used nor moved.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from .precompute import OnItem, Sample
 from .prompts import stack_embeds
 from .train_config import TrainConfig
 
+log = logging.getLogger("sdxl_lora")
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
 
 
@@ -107,7 +109,9 @@ class TrainingData:
         return precompute.prompt_file(self.base, caption, self.cache_folder, self.dtype, self.device, chunks)
 
     def cache(self, on_item: OnItem) -> None:
-        """Makes every tensor that is not on disk yet."""
+        """Makes every tensor that is not on disk yet, and says in the log which captions are cut."""
+        for name, words in precompute.cut_captions(self.base, self.entries, self.config.caption_chunks):
+            log.warning("the caption of %s is too long for caption_chunks, not seen: %s", name, words)
         samples = [sample for variants in self.variants for sample in variants] + self.validation
         chunks = self.config.caption_chunks
         precompute.cache_prompts(self.base, self.prompt_files, self.device, self.dtype, chunks, on_item)

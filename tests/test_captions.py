@@ -274,11 +274,15 @@ def test_words_beyond_the_chunks_are_named(micro_base: SDXLBase) -> None:
     assert lengths == [total - 75, total - 150, 0] and math.ceil(total / 75) == 3
 
 
-def test_the_report_names_captions_that_are_cut(run: Train, pictures: Path, tmp_path: Path) -> None:
+def test_the_report_and_the_log_name_captions_that_are_cut(
+    run: Train, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = lay_captions(pictures, tmp_path / "long", "short #")
-    (folder / "1.txt").write_text(LONG)
+    (folder / "1.txt").write_text(f"{LONG}\na short one")
     (folder / "2.txt").write_text("photographs of elephants, " * 5)  # long words, few tokens
-    (cut,) = run(dataset=load(folder)).report["cut_captions"]
+    dataset = load(folder, caption_per_line=True)
+    (cut,) = run(dataset=dataset).report["cut_captions"]
     assert cut.startswith("1.png: not seen: ") and cut.endswith("word 4 9")
-    whole = run(replace(SMALL, caption_chunks=3), where="b", dataset=load(folder))
+    assert "the caption of 1.png is too long for caption_chunks" in caplog.text
+    whole = run(replace(SMALL, caption_chunks=3), where="b", dataset=dataset)
     assert "cut_captions" not in whole.report
