@@ -145,6 +145,7 @@ def test_only_generation_has_a_seed_that_moves() -> None:
 
 def test_importing_the_pack_is_cheap() -> None:
     heavy = ["diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib", "torchvision"]
+    heavy += ["pytorch_optimizer", "bitsandbytes"]
     code = f"""
 import importlib.util, json, sys, time
 import numpy, torch, safetensors.torch, PIL.Image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -229,15 +230,16 @@ def test_an_error_within_the_average_puts_the_parameters_back() -> None:
     assert parameter.tolist() == [1.0, 1.0]
 
 
-def metrics_of(result: TrainResult) -> str:
-    return (result.lora_path.parents[1] / "runs" / "small" / "metrics.csv").read_text()
+def losses_of(result: TrainResult) -> list[str]:
+    with (result.lora_path.parents[1] / "runs" / "small" / "metrics.csv").open() as file:
+        return [row["loss"] for row in csv.DictReader(file)]
 
 
 def test_the_average_is_saved_and_validated_and_training_goes_on_without_it(run: Train, pictures: Path) -> None:
     dataset = load(pictures, validation_percent=40)
     plain = run(dataset=dataset)
     average = run(replace(SMALL, ema_decay=0.9), where="b", dataset=dataset)
-    assert metrics_of(plain) == metrics_of(average)
+    assert losses_of(plain) == losses_of(average) != []
     assert lora_bytes(plain) != lora_bytes(average)
     assert plain.report["validation_loss"] != average.report["validation_loss"]
     assert plain.report["validation_loss_before"] == average.report["validation_loss_before"]
