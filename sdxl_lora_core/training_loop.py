@@ -163,6 +163,9 @@ class Loop:
         images = config.images_per_pass or config.batch_size
         batch = self.data.batch([areas.index(max(areas))], 0, 0, self.objective)
         copies = 1 + state_copies(config) + bool(self.averaging.ema)
+        self.unet.train()
+        for layer in self.adapter.layers.values():  # LoHa and LoKr draw whether they act, which no count can follow
+            layer.train(config.adapter in ("lora", "dora"))
         plan = plan_memory(
             lambda: kept_bytes(lambda: self.predict(batch), self.unet, batch.latents.shape, batch.embeds.shape),
             self.unet, config.gradient_checkpointing, images, copies * size_of(self.parameters), free,
