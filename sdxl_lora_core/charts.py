@@ -12,26 +12,29 @@ from .files import write_atomic
 from .progress import Smoothing
 
 RAW, LOSS, VALIDATION, RATE, SAMPLES, CHECKPOINTS = "#b9c9e0", "#1f4e8c", "#b3261e", "#8a8a8a", "#2e7d32", "#6a4c93"
+TICK_UP, CARET_UP = 2, 6  # matplotlib's numbers of these markers
 
 
 def draw_loss_chart(path: Path, title: str, state: LoopState) -> None:
-    """Writes a PNG of 960 x 540: raw and smoothed loss, validation loss, learning rate; marks show what fell where."""
+    """Writes a PNG of 960 x 540: losses with marks of what fell where, mean CLIP scores if any, learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    scored = [(look.step, look.clip_score) for look in state.looks if look.clip_score is not None]
-    heights = (4, 1, 1) if scored else (4, 1)
+    scores = [(look.step, look.clip_score) for look in state.looks if look.clip_score is not None]
+    heights = (5, 1, 1) if scores else (5, 1)
     losses, *others, rates = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    losses.set_title(title)
+    figure.suptitle(title)
     _draw_losses(losses, state)
     _draw_marks(losses, state)
     for axes in others:
-        axes.plot(*zip(*scored, strict=True), color=SAMPLES, linewidth=1.5, marker="^", markersize=5)
-        axes.set_ylabel("CLIP score")
-        axes.grid(alpha=0.25)
+        axes.plot(*zip(*scores, strict=True), color=SAMPLES, linewidth=1.5, marker="^", markersize=4)
+        _label(axes, "CLIP\nscore")
     _draw_rates(rates, state)
+    rates.set_xlabel("step")
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
@@ -50,29 +53,36 @@ def _draw_losses(axes: Any, state: LoopState) -> None:
     if validations:
         axes.plot(*zip(*validations, strict=True), color=VALIDATION, linewidth=1.5, marker="o", markersize=4,
                   label="validation loss")  # fmt: skip
-    axes.set_ylabel("loss")
     axes.set_ylim(*_range(state.losses, [*averages, *(loss for _, loss in validations)]))
-    axes.grid(alpha=0.25)
+    _label(axes, "loss")
 
 
 def _draw_marks(axes: Any, state: LoopState) -> None:
-    """On the lower edge, so that they hide no curve."""
-    edge = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "clip_on": False, "zorder": 3}
-    samples = [look.step for look in state.looks if look.clip_scores]
-    if state.checkpoints:
-        axes.plot(state.checkpoints, [0] * len(state.checkpoints), marker="|", markersize=11, color=CHECKPOINTS,
-                  label="checkpoint", **edge)  # fmt: skip
-    if samples:
-        axes.plot(samples, [0] * len(samples), marker="^", markersize=7, color=SAMPLES, label="samples", **edge)
-    axes.legend(loc="upper right", framealpha=0.9, fontsize=9)
+    """On the lower edge, checkpoints above and samples below it, so that they hide no curve and not each other."""
+    marks = [
+        ("checkpoint", state.checkpoints, TICK_UP, 7, CHECKPOINTS),
+        ("samples", [look.step for look in state.looks if look.clip_scores], CARET_UP, 6, SAMPLES),
+    ]
+    for name, steps, marker, size, color in marks:
+        if steps:
+            axes.plot(
+                steps, [0] * len(steps), label=name, marker=marker, markersize=size, markeredgewidth=1.5, color=color,
+                linestyle="none", transform=axes.get_xaxis_transform(), clip_on=False, zorder=3,
+            )  # fmt: skip
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=9)
 
 
 def _draw_rates(axes: Any, state: LoopState) -> None:
+    highest = max(state.learning_rates, default=0.0) or 1.0
     axes.plot(range(1, len(state.learning_rates) + 1), state.learning_rates, color=RATE, linewidth=1.5)
-    axes.set_ylim(0, max(state.learning_rates, default=1.0) * 1.15)
-    axes.set_ylabel("learning rate")
-    axes.set_xlabel("step")
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.set_ylim(0, highest * 1.2)
+    axes.set_yticks([0, highest], ["0", f"{highest:.3g}"])
+    _label(axes, "learning\nrate")
+
+
+def _label(axes: Any, name: str) -> None:
+    axes.set_ylabel(name, fontsize=9)
+    axes.tick_params(labelsize=9)
     axes.grid(alpha=0.25)
 
 
