@@ -133,6 +133,15 @@ def test_the_file_says_what_it_is(run: Train) -> None:
         assert metadata["ss_network_dim"] == str(result.report["rank"])
 
 
+def test_samples_are_drawn_with_a_lokr(run: Train) -> None:
+    settings = {"sample_prompts": ("one",), "sample_steps": 2, "learning_rate": 0.05}
+    drawn = [
+        run(replace(SMALL, adapter="lokr", rank=1, steps=steps, **settings), where=str(steps)).samples[0]
+        for steps in (1, 3)
+    ]
+    assert (drawn[0] != drawn[1]).any()
+
+
 def test_a_dora_acts_alike_in_both_forms(run: Train, micro_base: SDXLBase) -> None:
     """The weights on the link are in kohya's form, whatever the file's."""
     kohya, peft = (run(replace(SMALL, adapter="dora", save_format=form), where=form) for form in ("kohya", "peft"))

@@ -20,6 +20,7 @@ from sdxl_lora_core.lora_files import LoRAFile, read_lora, write_lora
 from sdxl_lora_core.runs import run_fingerprint
 from tests.micro_loras import TEXT, load_parts, random_lora
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tools.run_workflow import ROOT, load_pack
 
 STYLE = "up_blocks.0.attentions.1"
 
@@ -173,6 +174,23 @@ def test_a_continued_run_is_another_run_and_resumes_exactly(
     assert run_fingerprint(micro_base, dataset, replace(config, continue_from=str(copy))) != fingerprint
     with pytest.raises(FileNotFoundError, match="continue_from is gone.safetensors, which is no file"):
         run_fingerprint(micro_base, dataset, replace(config, continue_from="gone.safetensors"))
+
+
+def test_the_node_finds_the_file_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack: Any = load_pack()
+    configs: list[TrainConfig] = []
+
+    def train(base: Any, dataset: Any, config: TrainConfig, **_: Any) -> None:
+        configs.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack.nodes.training, "train", train)
+    node = pack.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"]()
+    with pytest.raises(KeyboardInterrupt):
+        node.train(None, None, {"continue_from": "8bit_style (bundled)"}, lora_name="x")
+    assert Path(configs[0].continue_from) == ROOT / "assets/loras/8bit_style.safetensors"
+    with pytest.raises(FileNotFoundError, match="'nothing' was not found: choose a .safetensors file in the loras"):
+        node.train(None, None, {"continue_from": "nothing"}, lora_name="x")
 
 
 @pytest.mark.parametrize(
