@@ -26,6 +26,7 @@ from benchmarks.full_size import write_pictures, write_random_base
 from sdxl_lora_core.base_model import SDXLBase, load_part, load_tokenizers, open_base, scheduler_config
 from sdxl_lora_core.config import DatasetConfig
 from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.processes import Processes
 from sdxl_lora_core.prompts import encode_prompt_sdxl
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import TrainingData
@@ -142,7 +143,7 @@ def ours(work: Path, size: int) -> Step:
     data = TrainingData(base, dataset, config, work / "cache", CPU, torch.bfloat16)
     data.cache(lambda phase, done, total: None)
     unused: Any = None
-    loop = Loop(base, config, data, CPU, torch.bfloat16, unused, unused, unused)
+    loop = Loop(base, config, data, CPU, torch.bfloat16, unused, unused, unused, Processes())
     loop.plan_memory()
     batch = data.batch([0], 0, 0, loop.objective)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,18 +60,21 @@ def _train(options: argparse.Namespace) -> None:
     base, dataset, config = read_run(options.settings, options.home / "hashes")
     loras = options.output / "loras"
     folders = RunFolders(loras, options.output / "lora_runs", options.home, lambda name: (loras / name).exists())
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
     with _Bar() as bar, Interruption(_tell) as interruption:
 
         def on_step(report: StepReport) -> None:
-            bar(report)
+            if speaks:
+                bar(report)
             interruption.check()
 
         result = train(
             base, dataset, config,
             folders=folders, device=options.device, on_step=on_step, should_stop=interruption.should_stop,
         )  # fmt: skip
-    print(json.dumps(result.report, indent=2))
-    print(result.lora_path)
+    if speaks:
+        print(json.dumps(result.report, indent=2))
+        print(result.lora_path)
 
 
 def read_run(path: Path, hash_memo: Path | None) -> tuple[SDXLBase, CaptionDataset, TrainConfig]:
@@ -154,5 +158,5 @@ class _Bar:
 
 def _default_device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -65,6 +65,28 @@ class Journal:
         self._drawn = time.monotonic()
 
 
+class NoJournal(Journal):
+    """Of a process that leaves the writing to the first one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def open(self, state: LoopState) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def write(self, report: StepReport, look: Look | None) -> None:
+        pass
+
+    def draw(self, state: LoopState, now: bool = False) -> None:
+        pass
+
+    def show(self, pictures: Sequence[np.ndarray], step: int) -> None:
+        pass
+
+
 def _past(state: LoopState) -> Iterator[Row]:
     """The rows of what a resumed run has behind it."""
     validation = {look.step: look.validation_loss for look in state.looks}

@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .train_config import TrainConfig
+
 Value = TypeVar("Value")
 
 
@@ -23,6 +25,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    device: torch.device = torch.device("cpu")  # what messages travel from
 
     @classmethod
     def launched(cls, device: torch.device) -> Processes:
@@ -32,7 +35,7 @@ class Processes:
         from accelerate import PartialState
 
         state = PartialState(cpu=device.type == "cpu")
-        return cls(state.process_index, state.num_processes)
+        return cls(state.process_index, state.num_processes, device)
 
     @property
     def is_first(self) -> bool:
@@ -57,12 +60,13 @@ class Processes:
         return bool(raised.item())
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor, float32, becomes its sum over all processes, in place. They travel as one message."""
+        """Each tensor becomes its sum over all processes, in place. They are of one number format: it is one message."""
         if self.count == 1:
             return
         from accelerate.utils import reduce
 
-        flat: Tensor = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "sum")  # type: ignore[assignment]
+        own = torch.cat([tensor.flatten() for tensor in tensors]).to(self.device)
+        flat: Tensor = reduce(own, "sum")  # type: ignore[assignment]
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
@@ -81,3 +85,13 @@ class Processes:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+
+def require_work_for_all(config: TrainConfig, processes: Processes) -> None:
+    """Raises ValueError if an update has fewer images than there are processes."""
+    images = config.batch_size * config.gradient_accumulation
+    if images < processes.count:
+        raise ValueError(
+            f"an update has {images} images (batch_size {config.batch_size}, gradient_accumulation "
+            f"{config.gradient_accumulation}) and there are {processes.count} processes: raise one of the two"
+        )

@@ -6,8 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .checkpoints import LoopState
 from .class_images import with_class_images
 from .dataset import CaptionDataset, with_validation
 from .files import write_text_atomic
-from .journal import Journal
+from .journal import Journal, NoJournal
 from .loaded_parts import LoadedParts
 from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
@@ -30,6 +30,7 @@ from .lora_modules import LoRAModule, with_dora_scale
 from .losses import as_trained
 from .optimizers import require_library
 from .precompute import cut_captions
+from .processes import Processes, require_work_for_all
 from .progress import OnStep, StepReport
 from .run_length import passes_per_epoch, starting_point, with_steps
 from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
@@ -78,18 +79,23 @@ def train(
     base = as_trained(base, config)
     require_library(config)
     config = with_steps(config, dataset)
+    processes = Processes.launched(device)
+    require_work_for_all(config, processes)
     fingerprint = run_fingerprint(base, dataset, config)
-    with claim_run(folders, config, fingerprint) as run:
-        reused = run.finished
+    with _claimed(processes, folders, config, fingerprint) as run:
+        reused = processes.share(run.finished)
         if not reused:
-            shown = with_class_images(
-                base, dataset, config, run.folder / "class_images", parts=parts, cache=folders.cache,
-                on_step=lambda done, total: on_step(StepReport("drawing class images", done, total)),
-            )  # fmt: skip
-            _train_and_save(run, base, shown, config, fingerprint, folders, device, on_step, should_stop)
+            with processes.one_after_the_other():
+                shown = with_class_images(
+                    base, dataset, config, run.folder / "class_images", parts=parts, cache=folders.cache,
+                    on_step=lambda done, total: on_step(StepReport("drawing class images", done, total)),
+                )  # fmt: skip
+            _train_and_save(run, base, shown, config, fingerprint, folders, device, on_step, should_stop, processes)
+            processes.wait()
         report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
         report["reused"] = reused
-        samples = _final_samples(run, base, dataset, config, folders, parts, on_step)
+        draws = bool(config.sample_prompts) and processes.is_first
+        samples = _final_samples(run, base, dataset, config, folders, parts, on_step) if draws else Samples([], ())
         if config.clip_model and samples.pixels:
             report["clip_scores"] = list(samples.clip_scores)
         return TrainResult(
@@ -103,9 +109,18 @@ def train(
         )
 
 
+@contextmanager
+def _claimed(processes: Processes, folders: RunFolders, config: TrainConfig, fingerprint: str) -> Iterator[Run]:
+    """The run that the first process claims; the others follow it there."""
+    with claim_run(folders, config, fingerprint) if processes.is_first else nullcontext() as claimed:
+        run = processes.share(claimed)
+        assert run
+        yield run
+
+
 def _train_and_save(
     run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, fingerprint: str, folders: RunFolders,
-    device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
+    device: torch.device, on_step: OnStep, should_stop: Callable[[], bool], processes: Processes,
 ) -> None:  # fmt: skip
     started = time.monotonic()
     computed, dtype = resolve_dtype(config.precision, device), _DTYPES[config.save_dtype]
@@ -114,7 +129,8 @@ def _train_and_save(
     def lora(modules: dict[str, AdapterModule], steps: int) -> LoRAFile:
         return LoRAFile(unet=modules, metadata=_metadata(run.name, base, dataset, config, steps, computed))
 
-    with closing(Journal(run.folder, run.name, config.tensorboard)) as journal:
+    written = Journal(run.folder, run.name, config.tensorboard) if processes.is_first else NoJournal()
+    with closing(written) as journal:
         trained = train_adapter(
             base, dataset, config,
             cache=folders.cache, checkpoints=run.checkpoints,
@@ -125,8 +141,10 @@ def _train_and_save(
             sample=lambda modules, step, on_step: sampler.of_step(
                 step, lambda path: write_lora(path, lora(modules, step), dtype, config.save_format), device, on_step
             ),
-            journal=journal, device=device, on_step=on_step, should_stop=should_stop,
+            journal=journal, device=device, on_step=on_step, should_stop=should_stop, processes=processes,
         )  # fmt: skip
+    if not processes.is_first:
+        return
     finished = lora(trained.modules, trained.step)
     write_lora(run.lora_path, finished, dtype, config.save_format)
     report = _report(run, base, dataset, config, trained)
@@ -251,6 +269,4 @@ def _final_samples(
     run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, folders: RunFolders, parts: LoadedParts,
     on_step: OnStep,
 ) -> Samples:  # fmt: skip
-    if not config.sample_prompts:
-        return Samples([], ())
     return _sampler(run, base, dataset, config, folders).of_file(run.lora_path, parts, on_step)

@@ -7,6 +7,7 @@ global random state is neither used nor moved.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,9 +133,13 @@ class TrainingData:
             self._epochs = {epoch: batches}
         return self._epochs[epoch]
 
-    def batch(self, indices: Sequence[int], step: int, first_position: int, objective: Objective) -> Batch:
-        places = enumerate(indices, start=first_position)
-        return self._stack([self._draw(index, step, position, objective) for position, index in places])
+    def batch(
+        self, indices: Sequence[int], step: int, first_position: int, objective: Objective, apart: int = 1
+    ) -> Batch:
+        """The images of one pass; in the update's batch their positions are `apart`."""
+        positions = itertools.count(first_position, apart)
+        rows = [self._draw(index, step, position, objective) for position, index in zip(positions, indices)]  # noqa: B905
+        return self._stack(rows)
 
     def _draw(self, index: int, step: int, position: int, objective: Objective) -> Row:
         draw = generator(self.config.seed, step, position)

@@ -26,6 +26,7 @@ from .lora_files import AdapterModule
 from .losses import Objective
 from .memory import free_memory, kept_bytes, plan_memory, set_checkpointing
 from .optimizers import make_optimizer, set_learning_rates, state_copies
+from .processes import Processes
 from .progress import Meter, OnStep, StepReport
 from .run_length import learning_rate
 from .sampling import Samples
@@ -67,7 +68,7 @@ class Trained:
 def train_adapter(
     base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Checkpoints,
     start: Checkpoint | None, write_adapter: WriteAdapter, sample: Sample, journal: Journal, device: torch.device,
-    on_step: OnStep, should_stop: Callable[[], bool],
+    on_step: OnStep, should_stop: Callable[[], bool], processes: Processes,
 ) -> Trained:  # fmt: skip
     """Caches, then trains until `config.steps` or `should_stop`, from the newest of `checkpoints`, else from `start`.
 
@@ -79,8 +80,9 @@ def train_adapter(
     """
     dtype = base_model.resolve_dtype(config.precision, device)
     data = TrainingData(base, dataset, config, cache, device, dtype)
-    data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
-    with Loop(base, config, data, device, dtype, checkpoints, write_adapter, sample, journal) as loop:
+    with processes.one_after_the_other():
+        data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
+    with Loop(base, config, data, device, dtype, checkpoints, write_adapter, sample, journal, processes) as loop:
         return loop.run(start, on_step, should_stop)
 
 
@@ -89,12 +91,13 @@ class Loop:
 
     def __init__(
         self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype,
-        checkpoints: Checkpoints, write_adapter: WriteAdapter, sample: Sample, journal: Journal,
+        checkpoints: Checkpoints, write_adapter: WriteAdapter, sample: Sample, journal: Journal, processes: Processes,
     ) -> None:  # fmt: skip
         from diffusers import DDPMScheduler
 
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
         self.checkpoints, self.write_adapter, self.sample, self.journal = checkpoints, write_adapter, sample, journal
+        self.processes = processes
         self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
         self.unet: Any = base_model.load_part(base, "unet", dtype, device)
         self.adapter = Adapter(self.unet, config)
@@ -138,7 +141,7 @@ class Loop:
             self.check_recent_steps()
             with self.saved_on_failure():
                 self.follow(meter, on_step)
-            stopped = should_stop()
+            stopped = self.processes.any(should_stop())
         self.save()
         self.check_result()
         return self.finish(on_step, stopped)
@@ -208,6 +211,8 @@ class Loop:
 
     def draw_samples(self, on_step: OnStep) -> tuple[float | None, ...]:
         """Meanwhile the UNet waits in main memory, so that the device is free; it comes back to the bit."""
+        if not self.processes.is_first:
+            return self.processes.share(())
         modules = self.modules()
         self.unet.to("cpu")
         precompute.release_memory(self.device)
@@ -216,7 +221,7 @@ class Loop:
         finally:
             self.unet.to(self.device)
         self.journal.show(samples.pixels, self.state.step)
-        return samples.clip_scores
+        return self.processes.share(samples.clip_scores)
 
     def keep_best(self) -> None:
         with self.averaging.in_place():
@@ -246,7 +251,7 @@ class Loop:
 
     def save(self) -> None:
         """Writes a checkpoint unless this step has one. A disk that fills up costs the checkpoint, not the run."""
-        if self.saved_step == self.state.step:
+        if self.saved_step == self.state.step or not self.processes.is_first:
             return
         if not all(parameter.isfinite().all() for parameter in self.parameters):
             log.warning("no checkpoint at step %d: the LoRA holds values that are not finite", self.state.step)
@@ -330,15 +335,25 @@ class Loop:
         batches = self.data.micro_batches(step)
         total = sum(len(indices) for indices in batches)
         self.unet.train()
-        loss, position = 0.0, 0
-        for indices in passes(batches, self.state.images_per_pass):
-            batch = self.data.batch(indices, step, position, self.objective)
+        loss = 0.0
+        for position, indices in passes(batches, self.state.images_per_pass, self.processes):
+            batch = self.data.batch(indices, step, position, self.objective, apart=self.processes.count)
             with layer_dropout(self.config, step, position, self.device):
                 part = self.losses(batch).sum() / total
                 self.scaler.scale(part).backward()
             loss += part.item()
-            position += len(indices)
-        return loss
+        return self.sum_over_processes(loss)
+
+    def sum_over_processes(self, loss: float) -> float:
+        """Adds the other processes' gradients to this one's, and their losses to `loss`."""
+        if self.processes.count == 1:
+            return loss
+        for parameter in self.parameters:
+            if parameter.grad is None:  # this process had no image of the update
+                parameter.grad = torch.zeros_like(parameter)
+        total = torch.tensor([loss], device=self.device)
+        self.processes.add_up([total, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)])
+        return total.item()
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each sample, times its weight, float32 [B]."""
@@ -360,13 +375,15 @@ class Loop:
     def validation_loss(self, on_step: OnStep) -> float:
         self.unet.eval()
         total = len(self.data.validation) * len(VALIDATION_TIMESTEPS)
-        losses = []
+        losses = torch.zeros(total, dtype=torch.float64)
         with self.averaging.in_place():
             for done, batch in enumerate(self.data.validation_batches()):
                 on_step(StepReport("validating", done, total))
-                sample = batch.latents, batch.noise, batch.timesteps, batch.masks
-                losses.append(self.objective.squared_errors(self.predict(batch), *sample).item())
-        return sum(losses) / total
+                if done % self.processes.count == self.processes.rank:
+                    sample = batch.latents, batch.noise, batch.timesteps, batch.masks
+                    losses[done] = self.objective.squared_errors(self.predict(batch), *sample).item()
+        self.processes.add_up([losses])
+        return losses.mean().item()
 
     def check_recent_steps(self) -> None:
         """Gives up after some steps in a row that could not be taken, and goes back to the state before them.
@@ -396,11 +413,19 @@ class Loop:
             )
 
 
-def passes(batches: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:
-    """The batches, cut into forward passes of at most `size` images."""
+def passes(batches: Sequence[Sequence[int]], size: int, processes: Processes) -> Iterator[tuple[int, Sequence[int]]]:
+    """This process's share of the batches, cut into forward passes of at most `size` images.
+
+    An image's position in the whole update says whose it is. Each pass comes with the position of its first image; the
+    next ones are `processes.count` apart.
+    """
+    before = 0
     for batch in batches:
-        for start in range(0, len(batch), size):
-            yield batch[start : start + size]
+        first = (processes.rank - before) % processes.count
+        mine = batch[first :: processes.count]
+        for start in range(0, len(mine), size):
+            yield before + first + start * processes.count, mine[start : start + size]
+        before += len(batch)
 
 
 def trailing_steps(steps: Sequence[int], last: int) -> int:
