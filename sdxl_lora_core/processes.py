@@ -60,7 +60,7 @@ class Processes:
         return bool(raised.item())
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes its sum over all processes, in place. They are of one number format: it is one message."""
+        """Each tensor becomes its sum over all processes, in place. All have one number format: it is one message."""
         if self.count == 1:
             return
         from accelerate.utils import reduce
