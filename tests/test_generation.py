@@ -14,6 +14,8 @@ from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.generation import LoadedParts, LoRARef
 from tests.micro_images import CPU, TRAINED, WatchedParts, draw, edit_json, pixels, settings, weighted, write_lora
 
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
 
 @pytest.fixture
 def parts() -> WatchedParts:
@@ -35,7 +37,7 @@ def plain_pipeline(folder: Path, **scheduler: Any) -> Any:
     """Diffusers as its documentation uses it."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32, add_watermarker=False)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -179,3 +181,15 @@ def test_equal_requests_are_made_once(micro_base: SDXLBase) -> None:
     images = draw(micro_base, config, on_step=lambda done, total: steps.append((done, total)))
     assert len(images) == 2 and images[0] == images[1]
     assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_bundled_model_with_its_lora_equals_the_plain_pipeline(tmp_path: Path) -> None:
+    folder, lora = ASSETS / "tiny-sdxl", LoRARef(ASSETS / "loras/8bit_style.safetensors", "8bit_style", 1.0, 1.0)
+    base = open_base(folder, "fp32", tmp_path)
+    config = settings(prompt="8-bit illustration of a red ring on a sky background", steps=25, width=128, height=128)
+    pipeline = plain_pipeline(folder, use_karras_sigmas=True)
+    for stack in ([], [lora]):
+        if stack:
+            pipeline.load_lora_weights(lora.path)
+        reference = plain_image(pipeline, config)
+        assert abs(pixels(base, config, stack)[0] - reference).max() <= 1
