@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,18 @@ def continue_from(config: TrainConfig, layers: Mapping[str, Any]) -> None:
         kind = "dora" if isinstance(module, LoRAModule) and module.is_dora else module.kind.lower()
         if kind != config.adapter:
             raise ValueError(f"{where} is a {kind}, and adapter is {config.adapter}: take adapter {kind}")
-        parameters, scale = _parameters(layer), layer.scaling["default"]
-        for key, values in _start_values(module, scale, layer.base_layer.weight).items():
-            if key not in parameters or parameters[key].numel() != values.numel():
-                wanted = f"{layer.r['default']}"
-                raise ValueError(f"{where} has rank {module.rank}, and rank is {wanted}: take the file's rank")
-            parameters[key].copy_(values.reshape(parameters[key].shape))
+        weight, parameters = layer.base_layer.weight, _parameters(layer)
+        sizes = {key: parameter.numel() for key, parameter in parameters.items()}
+        alike = prod(module.shape) == weight.numel()
+        values = _start_values(module, layer.scaling["default"], weight) if alike else {}
+        if not values or any(tensor.numel() != sizes.get(key) for key, tensor in values.items()):
+            raise ValueError(
+                f"{where} has rank {module.rank or 'full'} for a weight of shape {list(module.shape)}; here it is "
+                f"{layer.r['default']}, for {list(weight.shape)}: "
+                "take the file's rank and block_ranks, or the base it was made for"
+            )
+        for key, tensor in values.items():
+            parameters[key].copy_(tensor.reshape(parameters[key].shape))
 
 
 def _require_same_layers(name: str, config: TrainConfig, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

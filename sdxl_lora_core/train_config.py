@@ -100,7 +100,7 @@ class TrainConfig:
     # Adapter
     adapter: AdapterKind = setting(
         "lora",
-        "How the change of a layer is written. lora fits most; dora learns a little more and takes twice the time; "
+        "How the change of a layer is written. lora fits most; dora learns a little more, in up to twice the time; "
         "loha and lokr hold much change in small files, and ComfyUI reads them, diffusers does not.",
         group="adapter",
     )

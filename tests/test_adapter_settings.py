@@ -196,7 +196,7 @@ def test_the_node_finds_the_file_by_its_name(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 2}, "has rank 3, and rank is 2"),
+        ({"rank": 2}, r"has rank 3 for a weight of shape \[16, 16\]; here it is 2, for"),
         ({"adapter": "dora"}, "is a lora, and adapter is dora: take adapter lora"),
         ({"adapter": "lokr"}, "is a lora, and adapter is lokr"),
         ({"target_modules": "all-linear"}, "only this run has .*: choose the target_modules and blocks"),
@@ -210,6 +210,15 @@ def test_a_file_that_does_not_fit_is_refused(
     write_lora(path, LoRAFile(unet=adapter(rank=3).modules()), torch.float16)
     with pytest.raises(ValueError, match=f"continue_from is x.safetensors.*{message}"):
         adapter(**{"rank": 3, "continue_from": str(path), **settings})
+
+
+def test_a_file_for_another_base_is_refused(adapter: Any, tmp_path: Path) -> None:
+    modules = adapter(adapter="dora", rank=3).modules()
+    name, module = next(iter(modules.items()))
+    modules[name] = replace(module, down=torch.zeros(3, 640), up=torch.zeros(640, 3), dora_scale=torch.ones(640, 1))
+    write_lora(tmp_path / "x.safetensors", LoRAFile(unet=modules), torch.float16)
+    with pytest.raises(ValueError, match=r"shape \[640, 640\]; here it is 3, for \[16, 16\]: .*or the base"):
+        adapter(adapter="dora", rank=3, continue_from=str(tmp_path / "x.safetensors"))
 
 
 def test_a_file_with_text_encoders_is_refused(adapter: Any, micro_base: SDXLBase, tmp_path: Path) -> None:
