@@ -176,7 +176,8 @@ def test_best_and_patience_survive_cancels_wherever_they_fall(
         run(config, dataset=dataset, on_step=kill)
     resumed = run(config, dataset=dataset)
     assert lora_bytes(resumed) == lora_bytes(whole)
-    assert resumed.report == whole.report
+    seen = ("kept", "early_stopping", "validation_loss", "validation_loss_before", "loss", "steps")
+    assert [resumed.report[name] for name in seen] == [whole.report[name] for name in seen]
 
 
 def kill(report: StepReport) -> None:
