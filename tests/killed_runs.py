@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import peft  # noqa: F401 - like the line above it is imported here once, in the process that all runs are forked from
+import diffusers.models.unets.unet_2d_condition  # noqa: F401 - this and the next: imported once, before the fork
+import peft  # noqa: F401
 import torch
 
 from sdxl_lora_core.base_model import open_base

@@ -51,7 +51,8 @@ def test_a_run_cancelled_three_times_ends_with_the_same_bytes(run: Train, change
     resumed = run(config, where="b", on_step=seen.append)
     assert trained_steps(seen) == list(range(6, config.steps + 1))
     assert lora_bytes(resumed) == lora_bytes(whole)
-    assert {**resumed.report, "reused": None} == {**whole.report, "reused": None}
+    told = {key: value for key, value in resumed.report.items() if key != "memory"}  # how much of it was free
+    assert told == {key: value for key, value in whole.report.items() if key != "memory"}
 
 
 def test_the_loss_scale_is_kept(run: Train, tmp_path: Path) -> None:

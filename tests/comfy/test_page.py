@@ -115,6 +115,9 @@ def test_the_stop_button_is_there_while_a_node_trains(
     open_workflow(page, "train_and_compare")
     settings = {"lora_name": "button", "steps": 2000, "rank": 2, "sample_prompts": ""}
     set_widgets(page, shrink(shipped["train_and_compare"], TrainSDXLLoRA=settings))
+    page.evaluate("""() => window.app.graph._nodes
+      .filter((node) => !["LoadSDXLBase", "LoadCaptionDataset", "TrainSDXLLoRA"].includes(node.type))
+      .forEach((node) => window.app.graph.remove(node))""")
     button = """() => window.app.graph._nodes.find((node) => node.type === "TrainSDXLLoRA")
       .widgets.find((widget) => widget.name === "Stop and keep")"""
     saved = "() => JSON.stringify(window.app.graph.serialize().nodes.map((node) => node.widgets_values))"
