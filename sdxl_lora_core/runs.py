@@ -37,7 +37,7 @@ class RunFolders:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its name, its folder, and the identity by which it is found again: a fingerprint, a length, a format."""
+    """One run: its name, its folder, and the identity by which it is found again: fingerprint, length and form."""
 
     name: str
     folder: Path
@@ -89,7 +89,8 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
     from filelock import FileLock, Timeout
 
     identity = {
-        "fingerprint": fingerprint, "steps": config.steps, "format": [config.save_format, config.save_dtype]
+        "fingerprint": fingerprint, "steps": config.steps, "kept": _kept(config),
+        "format": [config.save_format, config.save_dtype],
     }  # fmt: skip
     _check_writable(folders)
     for name in _names(config.lora_name):
@@ -123,8 +124,18 @@ def related_runs(folders: RunFolders, run: Run, lora_name: str) -> list[Run]:
     return [
         Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
         for name, identity in known
-        if identity and identity["fingerprint"] == run.identity["fingerprint"]
+        if identity and all(identity.get(part) == run.identity[part] for part in ("fingerprint", "kept"))
     ]
+
+
+def _kept(config: TrainConfig) -> list[Any]:
+    """What decides of which step the file holds the adapter; empty for the last one."""
+    by_score = config.keep_best == "clip_score"
+    if config.keep_best == "off" and not config.early_stopping:
+        return []
+    watched = [config.keep_best, config.early_stopping, config.validate_every]
+    samples = [config.sample_every, config.clip_model, config.sample_steps, config.sample_guidance]
+    return [*watched, *samples, *config.sample_prompts] if by_score else watched
 
 
 def save_settings(

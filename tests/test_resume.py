@@ -182,6 +182,20 @@ def test_other_settings_or_a_longer_cosine_are_no_start(run: Train) -> None:
     assert "continued" not in run(replace(cosine, steps=5)).report
 
 
+def test_another_way_to_choose_the_step_is_another_run(run: Train, pictures: Path) -> None:
+    """Not the finished file again, and not a start that has none of what the choice needs."""
+    dataset = load(pictures, validation_percent=40)
+    best = replace(SMALL, validate_every=2, keep_best="validation_loss")
+    run(dataset=dataset)
+    chosen = run(best, dataset=dataset)
+    assert not chosen.reused and "continued" not in chosen.report
+    assert run(replace(SMALL, validate_every=1), dataset=dataset).reused, "validation alone changes no file"
+    whole = run(replace(best, steps=6, ema_decay=0.9), where="b", dataset=dataset)
+    run(replace(best, ema_decay=0.9), where="c", dataset=dataset)
+    more = run(replace(best, steps=6, ema_decay=0.9), where="c", dataset=dataset)
+    assert "continued" in more.report and same_tensors(more.lora_path, whole.lora_path)
+
+
 def test_another_format_trains_nothing_again(run: Train) -> None:
     run()
     seen: list[StepReport] = []
