@@ -31,7 +31,10 @@ from tools.run_workflow import ROOT
 
 CLIP = str(ROOT / "assets/tiny-clip")
 SAMPLED = replace(SMALL, sample_prompts=("one", "two"), sample_steps=2, sample_every=2)
-CHOSEN = replace(SAMPLED, keep_best="clip_score", clip_model=CLIP)
+
+
+def chosen(**changes: Any) -> TrainConfig:
+    return replace(SAMPLED, keep_best="clip_score", clip_model=CLIP, **changes)
 
 
 def samples_folder(tmp_path: Path, where: str = "a") -> Path:
@@ -102,7 +105,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
 
 def test_the_file_holds_the_step_with_the_best_score(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, 10.0, 30.0, 20.0, 0.0)
-    result = run(replace(CHOSEN, steps=5))
+    result = run(chosen(steps=5))
     assert "holds step 4, the best by clip_score" in result.report["kept"]
     assert lora_metadata_steps(result.lora_path) == "4"
 
@@ -116,17 +119,17 @@ def lora_metadata_steps(path: Path) -> str:
 
 def test_a_choice_by_score_survives_a_cancel(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once after a step, once while it draws."""
-    whole = run(CHOSEN, where="whole")
+    whole = run(chosen(), where="whole")
     with pytest.raises(Cancelled):
-        run(CHOSEN, on_step=cancel_at(1))
+        run(chosen(), on_step=cancel_at(1))
 
     def cancel_drawing(report: StepReport) -> None:
         if report.phase == "drawing samples" and report.done == 1:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        run(CHOSEN, on_step=cancel_drawing)
-    assert lora_bytes(run(CHOSEN)) == lora_bytes(whole)
+        run(chosen(), on_step=cancel_drawing)
+    assert lora_bytes(run(chosen())) == lora_bytes(whole)
 
 
 def test_samples_that_fail_do_not_end_the_run(
@@ -189,7 +192,7 @@ def test_sampling_is_outside_the_fingerprint_unless_it_decides(micro_base: SDXLB
         return run_fingerprint(micro_base, load(pictures), config)
 
     assert fingerprint(SAMPLED) == fingerprint(replace(SAMPLED, sample_every=3, clip_model=CLIP, sample_steps=9))
-    deciding = [CHOSEN, replace(CHOSEN, sample_every=3), replace(CHOSEN, sample_steps=9)]
+    deciding = [chosen(), chosen(sample_every=3), chosen(sample_steps=9)]
     assert len({fingerprint(SAMPLED), *map(fingerprint, deciding)}) == 4
 
 
