@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import socket
@@ -90,6 +91,16 @@ def micro_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         write_micro_sdxl(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collection() -> None:
+    """Training frees its memory with gc.collect, which would look at every library's objects each time."""
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,8 @@ def demo() -> int:
 
 
 def test() -> int:
-    return run("-m", "pytest", "-q", "--ignore=tests/comfy")
+    """In a process for each core, each with one thread: the models are too small for more."""
+    return run("-m", "pytest", "-q", "--ignore=tests/comfy", "-n", "auto", "--dist", "loadfile", OMP_NUM_THREADS="1")
 
 
 def test_comfy() -> int:
