@@ -1,9 +1,18 @@
 """The nodes of the pack, by id. Ids are frozen: saved graphs name them."""
 
+from . import host
 from .base_model import LoadSDXLBase
 from .dataset import LoadCaptionDataset
 from .generation import SDXLGenerateCached
 from .lora import LoadLoRA
+from .options import (
+    AdapterOptions,
+    CaptionOptions,
+    LossOptions,
+    MemoryOptions,
+    OptimizerOptions,
+    WatchOptions,
+)
 from .scoring import CLIPScore
 from .training import TrainSDXLLoRA
 
@@ -14,6 +23,12 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "LoadLoRA": LoadLoRA,
     "SDXLGenerateCached": SDXLGenerateCached,
     "CLIPScore": CLIPScore,
+    "AdapterOptions": AdapterOptions,
+    "LossOptions": LossOptions,
+    "OptimizerOptions": OptimizerOptions,
+    "CaptionOptions": CaptionOptions,
+    "WatchOptions": WatchOptions,
+    "MemoryOptions": MemoryOptions,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -23,4 +38,12 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "LoadLoRA": "Load LoRA (SDXL)",
     "SDXLGenerateCached": "SDXL Generate (cached)",
     "CLIPScore": "CLIP Score",
+    "AdapterOptions": "Train Options: Adapter",
+    "LossOptions": "Train Options: Loss",
+    "OptimizerOptions": "Train Options: Optimizer",
+    "CaptionOptions": "Train Options: Captions",
+    "WatchOptions": "Train Options: Watching",
+    "MemoryOptions": "Train Options: Memory",
 }
+
+host.add_routes()

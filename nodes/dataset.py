@@ -67,6 +67,24 @@ class LoadCaptionDataset:
                     "Mirror images at random. Not for text, faces or anything that has a left and a right.",
                     advanced=True,
                 ),
+                "random_crops": widget(
+                    DatasetConfig, "random_crops", "INT",
+                    "Cut images at this many random places instead of the middle. 0: the middle. For images that do "
+                    "not fill their bucket exactly; each place is encoded once.",
+                    min=0, max=64, advanced=True,
+                ),
+                "caption_per_line": widget(
+                    DatasetConfig, "caption_per_line", "BOOLEAN",
+                    "Each line of a caption file is a caption of its own, and each step draws one of them. "
+                    "Off: the lines are one caption.",
+                    advanced=True,
+                ),
+                "is_regularisation": widget(
+                    DatasetConfig, "is_regularisation", "BOOLEAN",
+                    "These images show the class of what is learned (any cat, where yours is learned), and the LoRA is "
+                    "to leave them as they are. Connect the training images' dataset, and leave trigger_word empty.",
+                    advanced=True,
+                ),
             },
         }  # fmt: skip
 

@@ -10,15 +10,20 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from ..sdxl_lora_core.loaded_parts import LoadedParts
+
+PREVIEW_SIDE = 512
 
 
 class Nothing:
@@ -217,13 +222,19 @@ class Progress:
         self._terminal: Any = None
         self._node: Any = None
 
-    def __call__(self, done: int, total: int, phase: str = "", detail: str = "") -> None:
+    def __call__(
+        self, done: int, total: int, phase: str = "", detail: str = "", preview: np.ndarray | None = None
+    ) -> None:
+        """`detail` is a line of numbers, `preview` a picture to show on the node, uint8 [H, W, 3]."""
         if self._phase != (phase, total):
             self._begin(phase, total)
         self._terminal.set_postfix_str(detail, refresh=False)
         self._terminal.update(done - self._terminal.n)
         if self._node:
-            self._node.update_absolute(done, total)
+            picture = None if preview is None else ("JPEG", Image.fromarray(preview), PREVIEW_SIDE)
+            self._node.update_absolute(done, total, picture)
+            if detail:
+                _show_text(detail)
             _comfy("comfy.model_management").throw_exception_if_processing_interrupted()
 
     def close(self) -> None:
@@ -240,6 +251,15 @@ class Progress:
         self._node = comfy.ProgressBar(total) if comfy else None
 
 
+def _show_text(text: str) -> None:
+    """Beside the bar of the node that runs. Older ComfyUIs have no such text."""
+    server = getattr(_comfy("server"), "PromptServer", None)
+    context = getattr(_comfy("comfy_execution.utils"), "get_executing_context", lambda: None)()
+    send = getattr(getattr(server, "instance", None), "send_progress_text", None)
+    if context and send:
+        send(text, context.node_id)
+
+
 @contextmanager
 def progress() -> Iterator[Progress]:
     bar = Progress()
@@ -247,6 +267,49 @@ def progress() -> Iterator[Progress]:
         yield bar
     finally:
         bar.close()
+
+
+# Stop and keep
+
+
+class StopButton:
+    """Finishes a training early and keeps its LoRA. `stops` counts the runs that it has ended."""
+
+    def __init__(self) -> None:
+        self._wanted: threading.Event | None = None
+        self.stops = 0
+
+    @contextmanager
+    def offered(self) -> Iterator[Callable[[], bool]]:
+        """While a training runs; the callable says whether it is to finish."""
+        self._wanted = wanted = threading.Event()
+        try:
+            yield wanted.is_set
+        finally:
+            self._wanted = None
+
+    def press(self) -> bool:
+        """Whether there was a training to stop."""
+        wanted = self._wanted
+        if wanted is not None:
+            wanted.set()
+        return wanted is not None
+
+
+stop_button = StopButton()
+
+
+def add_routes() -> None:
+    """POST /sdxl_lora/stop presses the stop button. Its answer has status 409 when nothing trains."""
+    if "folder_paths" not in sys.modules or "server" not in sys.modules:
+        return
+
+    async def stop(_: Any) -> Any:
+        stopping = stop_button.press()
+        answer = importlib.import_module("aiohttp.web").json_response
+        return answer({"stopping": stopping}, status=200 if stopping else 409)
+
+    sys.modules["server"].PromptServer.instance.routes.post("/sdxl_lora/stop")(stop)
 
 
 def nothing() -> Any:

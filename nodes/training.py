@@ -2,20 +2,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..sdxl_lora_core.base_model import SDXLBase
-from ..sdxl_lora_core.config import LR_SCHEDULES, PRECISIONS, SWITCHES, TARGET_MODULES, TrainConfig, default
 from ..sdxl_lora_core.dataset import CaptionDataset
+from ..sdxl_lora_core.presets import PRESETS, Preset
+from ..sdxl_lora_core.progress import StepReport
 from ..sdxl_lora_core.runs import RunFolders
 from ..sdxl_lora_core.training import train
-from ..sdxl_lora_core.training_loop import StepReport
 from . import folders, host
 from .previews import show
-from .wires import CATEGORY, Widget, to_image, train_config, widget
+from .wires import CATEGORY, to_image, train_config, train_widget
+
+_FACE = ("lora_name", "steps", "learning_rate", "rank", "alpha", "batch_size", "seed", "sample_prompts")
+_ADVANCED = (
+    "gradient_accumulation", "lr_schedule", "lr_warmup_steps", "target_modules", "dropout", "caption_dropout",
+    "precision", "gradient_checkpointing",
+)  # fmt: skip
+_PRESET_HELP = (
+    "A starting point for a kind of job. It fills every setting that still stands at its default, here and on option "
+    "nodes; run.yaml shows the result."
+)
 
 
 class TrainSDXLLoRA:
@@ -46,121 +57,51 @@ class TrainSDXLLoRA:
             "required": {
                 "base": ("SDXL_BASE", {"tooltip": "The model to train on, from Load SDXL Base."}),
                 "dataset": ("CAPTION_DATASET", {"tooltip": "The images, from Load Caption Dataset."}),
-                "lora_name": widget(
-                    TrainConfig, "lora_name", "STRING",
-                    "File name of the LoRA. If another LoRA has it, a number is appended; nothing is overwritten.",
-                ),
-                "steps": widget(
-                    TrainConfig, "steps", "INT",
-                    "Number of weight updates. About 50 to 100 per image is a usual start.",
-                    min=1, max=1_000_000,
-                ),
-                "learning_rate": widget(
-                    TrainConfig, "learning_rate", "FLOAT",
-                    "Size of each update. Lower it if images turn noisy or burnt, raise it if little is learned.",
-                    min=1e-8, max=1.0, step=1e-5, round=False,
-                ),
-                "rank": widget(
-                    TrainConfig, "rank", "INT",
-                    "Capacity of the LoRA. 4 to 16 for a style, 16 to 64 for much detail; file size grows with it.",
-                    min=1, max=1024,
-                ),
-                "alpha": widget(
-                    TrainConfig, "alpha", "FLOAT",
-                    "The LoRA acts with alpha / rank. Larger learns faster, like a larger learning rate.",
-                    min=0.001, max=4096.0, step=1.0, round=False,
-                ),
-                "batch_size": widget(
-                    TrainConfig, "batch_size", "INT",
-                    "Images per pass. More is steadier and needs more memory.",
-                    min=1, max=256,
-                ),
-                "seed": widget(
-                    TrainConfig, "seed", "INT",
-                    "Decides the start values, the order of images and the noise. The same seed repeats a run.",
-                    min=0, max=2**64 - 1, control_after_generate=False,
-                ),
-                "sample_prompts": (
-                    "STRING",
-                    {
-                        "default": "\n".join(default(TrainConfig, "sample_prompts")),
-                        "multiline": True,
-                        "tooltip": "One prompt a line; the finished LoRA draws each once. Empty: none.",
-                    },
-                ),
+                **{option: train_widget(option) for option in _FACE},
             },
             "optional": {
                 "options": ("TRAIN_OPTIONS", {"tooltip": "Further settings from option nodes."}),
-                **_advanced(),
+                **{option: train_widget(option, advanced=True) for option in _ADVANCED},
+                "preset": (list(PRESETS), {"default": "none", "tooltip": _PRESET_HELP, "advanced": True}),
+                "validation": (
+                    "CAPTION_DATASET",
+                    {"tooltip": "Images to validate with and never to train on, from a second Load Caption Dataset."},
+                ),
             },
-        }  # fmt: skip
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> int:
+        """A run that was stopped and kept goes on when the same graph is queued again."""
+        return host.stop_button.stops
 
     def train(
-        self, base: SDXLBase, dataset: CaptionDataset, options: Mapping[str, Any] | None = None, **settings: Any
-    ) -> dict[str, Any]:
-        config = train_config(options, settings)
-        with host.training_mode(), host.parts() as parts, host.progress() as progress:
+        self, base: SDXLBase, dataset: CaptionDataset, options: Mapping[str, Any] | None = None,
+        preset: Preset = "none", validation: CaptionDataset | None = None, **settings: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        config = train_config(options, settings, preset)
+        if config.continue_from:
+            config = replace(config, continue_from=str(folders.find("lora", config.continue_from)))
+        if config.clip_model:
+            config = replace(config, clip_model=str(folders.find("clip", config.clip_model)))
+        stop_button = host.stop_button.offered()
+        with host.training_mode(), host.parts() as parts, host.progress() as progress, stop_button as should_stop:
 
             def on_step(step: StepReport) -> None:
-                loss = "" if step.loss is None else f"loss {step.loss:.4f}"
-                progress(step.done, step.total, step.phase, loss)
+                progress(step.done, step.total, step.phase, step.detail, step.preview)
 
             result = train(
                 base, dataset, config,
-                folders=_run_folders(), device=host.device(), on_step=on_step, parts=parts,
+                folders=_run_folders(), device=host.device(), on_step=on_step, should_stop=should_stop, parts=parts,
+                validation=validation,
             )  # fmt: skip
+        host.stop_button.stops += "stopped" in result.report
         chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
         samples = to_image(result.samples) if result.samples else host.nothing()
         report = json.dumps(result.report, indent=2)
         stack = [(result.lora_name, 1.0, 1.0)]
         outputs = (stack, result.lora_name, result.state_dict, to_image([chart]), samples, report)
         return show(outputs, report, [chart, *result.samples])
-
-
-def _advanced() -> dict[str, Widget]:
-    return {
-        "gradient_accumulation": widget(
-            TrainConfig, "gradient_accumulation", "INT",
-            "Passes per update: acts like a larger batch without its memory.",
-            min=1, max=1024, advanced=True,
-        ),
-        "lr_schedule": widget(
-            TrainConfig, "lr_schedule", LR_SCHEDULES,
-            "How the learning rate goes over the run: it stays, falls linearly, or falls along a cosine.",
-            advanced=True,
-        ),
-        "lr_warmup_steps": widget(
-            TrainConfig, "lr_warmup_steps", "INT",
-            "The learning rate rises from 0 over this many steps.",
-            min=0, max=1_000_000, advanced=True,
-        ),
-        "target_modules": widget(
-            TrainConfig, "target_modules", TARGET_MODULES,
-            "The UNet layers that learn: attention is the usual choice, more layers learn more and make larger files.",
-            advanced=True,
-        ),
-        "dropout": widget(
-            TrainConfig, "dropout", "FLOAT",
-            "Share of the LoRA's inputs left out at random in training, against overfitting.",
-            min=0.0, max=0.9, step=0.05, advanced=True,
-        ),
-        "caption_dropout": widget(
-            TrainConfig, "caption_dropout", "FLOAT",
-            "Share of training images shown without their caption.",
-            min=0.0, max=1.0, step=0.05, advanced=True,
-        ),
-        "precision": widget(
-            TrainConfig, "precision", PRECISIONS,
-            "Number format of the frozen weights while training; the LoRA itself learns in fp32. "
-            "auto: bf16 or fp16 on a GPU, fp32 on the CPU.",
-            advanced=True,
-        ),
-        "gradient_checkpointing": widget(
-            TrainConfig, "gradient_checkpointing", SWITCHES,
-            "Less memory for more time. auto: only where the memory is too small otherwise.",
-            advanced=True,
-        ),
-    }  # fmt: skip
 
 
 def _run_folders() -> RunFolders:

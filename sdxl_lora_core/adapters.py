@@ -1,14 +1,23 @@
-"""LoRA on the UNet through peft (Hu et al., arXiv 2106.09685)."""
+"""Adapters on the UNet through peft.
+
+LoRA, arXiv 2106.09685; DoRA, 2402.09353; LoHa, 2108.06098; LoKr, 2309.14859; rsLoRA, 2312.03732; LoRA+, 2402.12354.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import TrainConfig
-from .lora_files import LoRAModule
+from .adapter_start import continue_from, start_at_principal_parts
+from .blocks import read_block_values, read_blocks, value_for
+from .fused_lora import fuse
+from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAModule, with_dora_scale
+from .optimizers import ParameterGroup
+from .train_config import TrainConfig
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -22,36 +31,131 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def add_lora(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
-    """Puts a LoRA on the modules of `config.target_modules` and returns its parameters, float32, in a fixed order.
+class Adapter:
+    """The adapter of `config` on a UNet, which it changes in place. `layers` are peft's, by diffusers' names.
 
-    `down` starts at random from `config.seed`, `up` at zero, so that training starts at the base itself.
+    Training starts at the base itself, or at the effect of the file that `continue_from` names. Random start values
+    follow from `config.seed`. Raises ValueError where that file, or the rank of PiSSA, does not fit.
     """
-    from peft import LoraConfig
 
-    adapter = LoraConfig(
-        r=config.rank,
+    def __init__(self, unet: Any, config: TrainConfig) -> None:
+        self.config = config
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            unet.add_adapter(_peft_config(config))
+            self.layers = {name: module for name, module in unet.named_modules() if hasattr(module, "base_layer")}
+            for parameter in unet.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+            self.first = start_at_principal_parts(self.layers) if config.init == "pissa" else {}
+        if config.adapter == "dora":
+            _measure_lengths(self.layers)
+        if config.continue_from:
+            continue_from(config, self.layers)
+        self.groups = _groups(self.layers, config)
+        if config.adapter == "lora" and config.dropout == 0:
+            fuse(self.layers.values())
+
+    def modules(self) -> dict[str, AdapterModule]:
+        """What a file holds: the change against the base as it was, by diffusers' names, copied to the CPU."""
+        read = {"loha": self._loha, "lokr": self._lokr}.get(self.config.adapter, self._lora)
+        return {name: read(name, layer) for name, layer in self.layers.items()}
+
+    def _lora(self, name: str, layer: Any) -> LoRAModule:
+        """rsLoRA's scale alpha / sqrt(rank) is alpha * sqrt(rank) / rank. PiSSA's first product is taken off again."""
+        down, up = _copy(layer.lora_A["default"].weight), _copy(layer.lora_B["default"].weight)
+        alpha = layer.lora_alpha["default"] * (math.sqrt(down.shape[0]) if self.config.use_rslora else 1.0)
+        if name in self.first:
+            first_down, first_up = self.first[name]
+            down, up, alpha = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1), 2 * alpha
+        if self.config.adapter == "lora":
+            return LoRAModule(down, up, alpha)
+        lengths = _copy(layer.lora_magnitude_vector["default"].weight).reshape(-1, *[1] * (down.dim() - 1))
+        module = LoRAModule(down, up, alpha, magnitude=lengths)
+        return module if self.config.save_format == "peft" else with_dora_scale(module, self._base(name, layer))
+
+    def _base(self, name: str, layer: Any) -> Tensor:
+        """The weight as it was before PiSSA took its part."""
+        weight = layer.base_layer.weight.detach()
+        if name not in self.first:
+            return weight
+        down, up = (factor.to(weight.device) for factor in self.first[name])
+        return weight + layer.scaling["default"] * up @ down
+
+    def _loha(self, name: str, layer: Any) -> LoHaModule:
+        return LoHaModule(_factors(layer), layer.alpha["default"])
+
+    def _lokr(self, name: str, layer: Any) -> LoKrModule:
+        """Files have no scale where both matrices are whole, so it goes into the first."""
+        module = LoKrModule(_factors(layer), layer.alpha["default"])
+        if module.rank:
+            return module
+        first = module.factors["lokr_w1"] * layer.scaling["default"]
+        return LoKrModule({**module.factors, "lokr_w1": first}, 1.0)
+
+
+def _peft_config(config: TrainConfig) -> Any:
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    ranks = read_block_values("block_ranks", config.block_ranks, 1, math.inf)
+    common: dict[str, Any] = {
+        "r": config.rank,
+        "target_modules": _target_pattern(config),
+        "rank_pattern": {_inside(block): int(rank) for block, rank in ranks.items()},
+        "alpha_pattern": {_inside(block): config.alpha * rank / config.rank for block, rank in ranks.items()},
+    }
+    if config.adapter in ("loha", "lokr"):
+        kind: Any = LoHaConfig if config.adapter == "loha" else LoKrConfig
+        drops = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
+        return kind(alpha=config.alpha, **drops, **common)
+    return LoraConfig(
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, and divides it as a float
         lora_dropout=config.dropout,
-        target_modules=list(PRESETS[config.target_modules]),
+        use_rslora=config.use_rslora,
+        use_dora=config.adapter == "dora",
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
+        **common,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        unet.add_adapter(adapter)
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return parameters
 
 
-def lora_modules(unet: Any, alpha: float) -> dict[str, LoRAModule]:
-    """The adapter's matrices by the diffusers name of the module they sit on, copied to the CPU."""
-    modules = {}
-    for name, module in unet.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
-            modules[name] = LoRAModule(down=_copy(down), up=_copy(up), alpha=alpha)
-    return modules
+def _target_pattern(config: TrainConfig) -> str:
+    """A pattern for whole module names: the preset's layers within `config.blocks`."""
+    ends = "|".join(map(re.escape, PRESETS[config.target_modules]))
+    blocks = "|".join(map(re.escape, read_blocks("blocks", config.blocks)))
+    return rf"(?:{blocks})\.(?:.*\.)?(?:{ends})" if blocks else rf"(?:.*\.)?(?:{ends})"
+
+
+def _inside(block: str) -> str:
+    return rf"{re.escape(block)}\..*"
+
+
+def _measure_lengths(layers: dict[str, Any]) -> None:
+    """DoRA's lengths anew: peft measured them in the base's number format, and training is to start at the base."""
+    for layer in layers.values():
+        layer.lora_magnitude_vector["default"].update_layer(
+            base_layer=layer.base_layer,
+            lora_A=layer.lora_A["default"].weight,
+            lora_B=layer.lora_B["default"].weight,
+            scaling=layer.scaling["default"],
+        )
+
+
+def _groups(layers: dict[str, Any], config: TrainConfig) -> list[ParameterGroup]:
+    """A group for each learning rate; without settings of their own all parameters are one."""
+    rates = read_block_values("block_learning_rates", config.block_learning_rates, 0, math.inf)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, layer in layers.items():
+        for key, parameter in layer.named_parameters():
+            if parameter.requires_grad:
+                faster = config.lora_plus_ratio if key.startswith("lora_B") else 1.0
+                groups.setdefault(value_for(name, rates, 1.0) * faster, []).append(parameter)
+    return [ParameterGroup(parameters, factor) for factor, parameters in groups.items()]
+
+
+def _factors(layer: Any) -> dict[str, Tensor]:
+    """peft names them as LyCORIS does."""
+    names = (name for name in layer.adapter_layer_names if "default" in getattr(layer, name))
+    return {name: _copy(getattr(layer, name)["default"]) for name in names}
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .lots import pick
 
 Bucket = tuple[int, int]
 
@@ -52,6 +54,14 @@ def center_crop(width: int, height: int, bucket: Bucket) -> Crop:
     else:
         resized_w, resized_h = bucket_w, _divide_rounded(height * bucket_w, width)
     return Crop(resized_w, resized_h, (resized_w - bucket_w) // 2, (resized_h - bucket_h) // 2, bucket_w, bucket_h)
+
+
+def random_crop(width: int, height: int, bucket: Bucket, *lot: object) -> Crop:
+    """center_crop's resize, and the cut at a place that `lot` decides."""
+    crop = center_crop(width, height, bucket)
+    left = pick(crop.resized_w - crop.bucket_w + 1, *lot, "left")
+    top = pick(crop.resized_h - crop.bucket_h + 1, *lot, "top")
+    return replace(crop, left=left, top=top)
 
 
 def epoch_batches(

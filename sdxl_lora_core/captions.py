@@ -16,6 +16,7 @@ from typing import Any
 
 from .files import safe_path
 
+_KOHYA_FOLDER = re.compile(r"([1-9][0-9]{0,2}|1000)_(.+)")
 # With formats that cannot be read here: such a file is then named in the report instead of overlooked.
 IMAGE_SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"),
@@ -46,12 +47,24 @@ class Problem:
 
 @dataclass
 class FolderFiles:
-    """What lies in a dataset folder. Keys are paths relative to it, with slashes, in Unicode's composed form."""
+    """What lies in a dataset folder. Keys are paths relative to it, with slashes, in Unicode's composed form.
+
+    `kohya` has the repeats and the name of each subfolder `10_cat`, when all pictures lie in such folders.
+    """
 
     root: Path
     images: list[tuple[str, Path]] = field(default_factory=list)
     texts: dict[str, Path] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
+    kohya: dict[str, tuple[int, str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+
+    def repeats(self, key: str) -> int:
+        return self.kohya.get(_first_folder(key), (1, ""))[0]
+
+    def mask(self, key: str) -> Path | None:
+        """masks/<name> of a picture, whatever its suffix."""
+        return self.masks.get(_stem(key).removeprefix("images/"))
 
 
 def scan_folder(root: Path) -> FolderFiles:
@@ -71,25 +84,29 @@ def scan_folder(root: Path) -> FolderFiles:
         else:
             files.texts[str(PurePosixPath(key).with_suffix(suffix))] = path
     files.images.sort(key=lambda item: (item[0].casefold(), item[0], item[1].as_posix()))
+    _set_aside_masks(files)
     _set_aside_pictures_beside_images(files)
+    files.kohya = _kohya_folders(files.images)
     return files
 
 
-def read_captions(files: FolderFiles) -> dict[str, str]:
-    """The caption of each picture that has one, by its key; the others join files.problems.
+def read_captions(files: FolderFiles, per_line: bool = False) -> dict[str, tuple[str, ...]]:
+    """The captions of each picture that has any, by its key; the others join files.problems.
 
     metadata.csv (file_name,caption) and metadata.jsonl (file_name,text) come first, in the folder itself or in
-    images/; then captions/<name>.txt or .caption for images/<name>; then a .txt or .caption beside the picture.
+    images/; then captions/<name>.txt or .caption for images/<name>; then a .txt or .caption beside the picture; then
+    the name of a kohya folder. A list in metadata.jsonl holds several captions, and so does a text of several lines
+    with `per_line`.
     """
-    captions = _read_metadata(files)
+    captions = _read_metadata(files, per_line)
     for key, _ in files.images:
         if key in captions:
             continue
         try:
-            captions[key] = _read_sidecar(files, key)
+            captions[key] = _split(_read_sidecar(files, key), per_line)
         except ValueError as error:
             files.problems.append(Problem(key, str(error)))
-    for key in [key for key, caption in captions.items() if not caption]:
+    for key in [key for key, found in captions.items() if not found]:
         files.problems.append(Problem(key, "its caption is empty: write what the picture shows"))
         del captions[key]
     return captions
@@ -113,6 +130,11 @@ def decode_text(data: bytes) -> tuple[str, str]:
 def clean_caption(text: str) -> str:
     """One line of valid Unicode: no control characters (a caption is shown in logs and pages), no double spaces."""
     return " ".join(_CONTROL.sub(" ", _valid(text)).split())
+
+
+def holds_word(text: str, word: str) -> bool:
+    """Whether `text` has `word` in it: whole words, in any case."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _decode_unmarked(data: bytes) -> tuple[str, str]:
@@ -151,6 +173,35 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def _stem(key: str) -> str:
+    return str(PurePosixPath(key).with_suffix(""))
+
+
+def _first_folder(key: str) -> str:
+    return key.split("/", 1)[0] if "/" in key else ""
+
+
+def _split(text: str, per_line: bool) -> tuple[str, ...]:
+    captions = map(clean_caption, text.splitlines() if per_line else [text])
+    return tuple(caption for caption in captions if caption)
+
+
+def _kohya_folders(images: list[tuple[str, Path]]) -> dict[str, tuple[int, str]]:
+    folders = {_first_folder(key): _KOHYA_FOLDER.fullmatch(_first_folder(key)) for key, _ in images}
+    kohya = {folder: (int(match[1]), match[2]) for folder, match in folders.items() if match}
+    return kohya if len(kohya) == len(folders) else {}
+
+
+def _set_aside_masks(files: FolderFiles) -> None:
+    """A picture in masks/ with the name of another picture is that one's mask."""
+    stems = {_stem(key).removeprefix("images/") for key, _ in files.images if not key.startswith("masks/")}
+    for key, path in files.images:
+        if key.startswith("masks/") and (stem := _stem(key).removeprefix("masks/")) in stems:
+            files.masks.setdefault(stem, path)
+    masks = set(files.masks.values())
+    files.images = [(key, path) for key, path in files.images if path not in masks]
+
+
 def _set_aside_pictures_beside_images(files: FolderFiles) -> None:
     if not any(key.startswith("images/") for key, _ in files.images):
         return
@@ -161,13 +212,17 @@ def _set_aside_pictures_beside_images(files: FolderFiles) -> None:
 
 
 def _read_sidecar(files: FolderFiles, key: str) -> str:
-    stem = str(PurePosixPath(key).with_suffix(""))
+    stem = _stem(key)
     stems = [stem]
     if key.startswith("images/"):
         stems.insert(0, f"captions/{stem.removeprefix('images/')}")
     for name in (stem + suffix for stem in stems for suffix in CAPTION_SUFFIXES):
         if name in files.texts:
-            return clean_caption(_read_text(files, name, MAX_CAPTION_BYTES))
+            return _read_text(files, name, MAX_CAPTION_BYTES)
+    if folder := files.kohya.get(_first_folder(key)):
+        reason = f"has no caption: its folder's name is used, {clean_caption(folder[1])!r}"
+        files.problems.append(Problem(key, reason, skipped=False))
+        return folder[1]
     raise ValueError(f"has no caption: write one to {stems[0]}.txt")
 
 
@@ -189,14 +244,15 @@ def _read_text(files: FolderFiles, name: str, limit: int) -> str:
     return text
 
 
-def _read_metadata(files: FolderFiles) -> dict[str, str]:
-    captions: dict[str, str] = {}
+def _read_metadata(files: FolderFiles, per_line: bool) -> dict[str, tuple[str, ...]]:
+    captions: dict[str, tuple[str, ...]] = {}
     known = {key for key, _ in files.images}
     for name in (base + name for base in ("", "images/") for name in METADATA_NAMES if base + name in files.texts):
         for line, row in _rows(files, name):
             try:
-                key, caption = _read_row(files.root, PurePosixPath(name).parent, known, row)
-                if captions.setdefault(key, caption) != caption:
+                key, texts = _read_row(files.root, PurePosixPath(name).parent, known, row)
+                found = tuple(caption for text in texts for caption in _split(text, per_line))
+                if captions.setdefault(key, found) != found:
                     raise ValueError(f"{key!r} already has another caption, which is used")
             except ValueError as error:
                 files.problems.append(Problem(f"{name} line {line}", str(error)))
@@ -235,16 +291,17 @@ def _jsonl_rows(text: str, name: str, problems: list[Problem]) -> Iterator[tuple
             problems.append(Problem(f"{name} line {number}", f"is no JSON: {error}"))
 
 
-def _read_row(root: Path, base: PurePosixPath, known: set[str], row: Any) -> tuple[str, str]:
+def _read_row(root: Path, base: PurePosixPath, known: set[str], row: Any) -> tuple[str, list[str]]:
     file_name = row.get("file_name") if isinstance(row, dict) else None
     caption = row.get("caption", row.get("text")) if isinstance(row, dict) else None
-    if not isinstance(file_name, str) or not isinstance(caption, str):
+    texts: list[Any] = caption if isinstance(caption, list) else [caption]
+    if not isinstance(file_name, str) or not all(isinstance(text, str) for text in texts):
         raise ValueError("needs a file_name and a caption (or text)")
     safe_path(root / base, file_name)
     keys = _key((base / file_name).as_posix()), _key(f"images/{file_name}")
     key = next((key for key in keys if key in known), None)
     if key is None:
         raise ValueError(f"names {clean_caption(file_name)!r}, which is no picture in this folder")
-    if len(_valid(caption).encode()) > MAX_CAPTION_BYTES:
+    if len(_valid("".join(texts)).encode()) > MAX_CAPTION_BYTES:
         raise ValueError(f"its caption is larger than {MAX_CAPTION_BYTES // 1024} KiB: shorten it")
-    return key, clean_caption(caption)
+    return key, texts

@@ -5,37 +5,93 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from .checkpoints import LoopState
 from .files import write_atomic
+from .progress import Smoothing
+
+RAW, LOSS, VALIDATION, RATE, SAMPLES, CHECKPOINTS = "#b9c9e0", "#1f4e8c", "#b3261e", "#8a8a8a", "#2e7d32", "#6a4c93"
+TICK_UP, CARET_UP = 2, 6  # matplotlib's numbers of these markers
 
 
-def draw_loss_chart(path: Path, title: str, losses: Sequence[float], learning_rates: Sequence[float]) -> None:
-    """Writes a PNG with the raw loss, its smoothed course and the learning rate over the optimizer updates."""
+def draw_loss_chart(path: Path, title: str, state: LoopState) -> None:
+    """Writes a PNG of 960 x 540: losses with marks of what fell where, mean CLIP scores if any, learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    steps = range(1, len(losses) + 1)
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss")
-    axes.plot(steps, losses, color="#9db4d3", linewidth=0.8, label="loss")
-    axes.plot(steps, smoothed(losses), color="#1f4e8c", linewidth=2, label="smoothed")
-    axes.grid(alpha=0.25)
-    rate = axes.twinx()
-    rate.plot(steps, learning_rates, color="#c2571a", linewidth=1, linestyle="--", label="learning rate")
-    rate.set_ylabel("learning rate")
-    rate.set_ylim(0, max(learning_rates) * 1.15)
-    handles = [*axes.get_legend_handles_labels()[0], *rate.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, loc="upper right")
+    scores = [(look.step, look.clip_score) for look in state.looks if look.clip_score is not None]
+    heights = (5, 1, 1) if scores else (5, 1)
+    losses, *others, rates = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    figure.suptitle(title)
+    _draw_losses(losses, state)
+    _draw_marks(losses, state)
+    for axes in others:
+        axes.plot(*zip(*scores, strict=True), color=SAMPLES, linewidth=1.5, marker="^", markersize=4)
+        _label(axes, "CLIP\nscore")
+    _draw_rates(rates, state)
+    rates.set_xlabel("step")
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
 def smoothed(losses: Sequence[float], span: int = 50) -> list[float]:
-    """Exponential moving average over about `span` steps without the bias to its first value; skips NaN."""
-    decay, average, weight, result = 1 - 1 / span, 0.0, 0.0, []
-    for loss in losses:
-        if math.isfinite(loss):
-            average = decay * average + (1 - decay) * loss
-            weight = decay * weight + (1 - decay)
-        result.append(average / weight if weight else math.nan)
-    return result
+    """The course of the Smoothing over `span` values."""
+    smoothing = Smoothing(span)
+    return [smoothing.add(loss) for loss in losses]
+
+
+def _draw_losses(axes: Any, state: LoopState) -> None:
+    steps = range(1, len(state.losses) + 1)
+    validations = [(look.step, look.validation_loss) for look in state.looks if look.validation_loss is not None]
+    averages = smoothed(state.losses)
+    axes.plot(steps, state.losses, color=RAW, linewidth=0.7, label="loss")
+    axes.plot(steps, averages, color=LOSS, linewidth=2, label="loss, smoothed")
+    if validations:
+        axes.plot(*zip(*validations, strict=True), color=VALIDATION, linewidth=1.5, marker="o", markersize=4,
+                  label="validation loss")  # fmt: skip
+    axes.set_ylim(*_range(state.losses, [*averages, *(loss for _, loss in validations)]))
+    _label(axes, "loss")
+
+
+def _draw_marks(axes: Any, state: LoopState) -> None:
+    """On the lower edge, checkpoints above and samples below it, so that they hide no curve and not each other."""
+    marks = [
+        ("checkpoint", state.checkpoints, TICK_UP, 7, CHECKPOINTS),
+        ("samples", [look.step for look in state.looks if look.clip_scores], CARET_UP, 6, SAMPLES),
+    ]
+    for name, steps, marker, size, color in marks:
+        if steps:
+            axes.plot(
+                steps, [0] * len(steps), label=name, marker=marker, markersize=size, markeredgewidth=1.5, color=color,
+                linestyle="none", transform=axes.get_xaxis_transform(), clip_on=False, zorder=3,
+            )  # fmt: skip
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=9)
+
+
+def _draw_rates(axes: Any, state: LoopState) -> None:
+    highest = max(state.learning_rates, default=0.0) or 1.0
+    axes.plot(range(1, len(state.learning_rates) + 1), state.learning_rates, color=RATE, linewidth=1.5)
+    axes.set_ylim(0, highest * 1.2)
+    axes.set_yticks([0, highest], ["0", f"{highest:.3g}"])
+    _label(axes, "learning\nrate")
+
+
+def _label(axes: Any, name: str) -> None:
+    axes.set_ylabel(name, fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.grid(alpha=0.25)
+
+
+def _range(raw: Sequence[float], courses: Sequence[float]) -> tuple[float, float]:
+    """Shows 98 of 100 raw values and all of the courses: a single wild step must not flatten the rest."""
+    known = sorted(loss for loss in raw if math.isfinite(loss))
+    if not known:
+        return 0.0, 1.0
+    low, high = known[len(known) // 100], known[len(known) - 1 - len(known) // 100]
+    shown = [low, high, *(value for value in courses if math.isfinite(value))]
+    margin = 0.06 * (max(shown) - min(shown)) or 0.1
+    return min(shown) - margin, max(shown) + margin

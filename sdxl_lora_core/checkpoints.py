@@ -1,32 +1,37 @@
 """A run's state on disk: safetensors and JSON, whole or not there, two kept.
 
-A checkpoint is a folder `step-000500/`; `state.json` with the hashes of the other files is written last, and the
-folder gets its name only after that.
+A checkpoint is a folder `step-000500/` of three files: `adapter.safetensors` (a LoRA in kohya's form, which any loader
+reads), `state.safetensors` (what the run needs to go on) and `state.json`, written last, with the hashes of all of it.
+The folder gets its name only after everything has reached the disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import file_sha256, write_text_atomic
+from .files import file_sha256, flush_to_disk, write_text_atomic
+from .optimizer_state import put_together, take_apart
+from .train_config import Checkpointing
+from .watching import Look
 
 log = logging.getLogger("sdxl_lora")
-SCHEMA = 1
+SCHEMA = 3
 KEPT = 2
+ADAPTER, STATE = "adapter.safetensors", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -38,60 +43,121 @@ class LoopState:
     losses: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
-    first_validation_loss: float | None = None
+    looks: list[Look] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    images_per_pass: int = 0  # at most the batch; fewer where memory is short
+    gradient_checkpointing: Checkpointing = "off"
+    memory: str = ""  # why these two
+    schedule_start: int = 0  # the step from which the learning rate's schedule counts
+    continued_from: str | None = None  # the run that took the first steps
+
+    def rewind(self, steps: int) -> None:
+        """Forgets the last `steps`, none of which was taken."""
+        self.step -= steps
+        del self.losses[self.step :], self.learning_rates[self.step :]
+        self.skipped = [step for step in self.skipped if step <= self.step]
+        self.looks = [look for look in self.looks if look.step <= self.step]
+        self.checkpoints = [step for step in self.checkpoints if step <= self.step]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LoopState:
+        return cls(**{**values, "looks": [Look(**look) for look in values["looks"]]})
 
 
-def save_checkpoint(
-    folder: Path, fingerprint: str, state: LoopState, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer,
-    scaler: dict[str, Any],
-) -> Path:  # fmt: skip
-    """Writes `folder/step-XXXXXX`, then removes all but the newest two. On failure raises OSError and removes none."""
-    final = folder / f"step-{state.step:06d}"
-    temporary = folder / f".tmp-{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
-    try:
-        tensors = {f"parameter.{i}": parameter.detach().cpu().contiguous() for i, parameter in enumerate(parameters)}
-        save_file(tensors | _moments(optimizer), temporary / "state.safetensors")
-        document = {
-            "schema": SCHEMA,
-            "fingerprint": fingerprint,
-            "loop": asdict(state),
-            "scaler": scaler,
-            "sha256": {"state.safetensors": file_sha256(temporary / "state.safetensors")},
-        }
-        write_text_atomic(temporary / "state.json", json.dumps(document))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for _, old in _numbered(folder)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint. Its tensors stay on disk until they are restored; `optimizer` says where each belongs."""
+
+    path: Path
+    state: LoopState
+    scaler: dict[str, Any]
+    optimizer: Any
+
+    def restore(self, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Gives `weights`, in the order in which they were saved, and the optimizer what they had."""
+        tensors = load_file(self.path / STATE)
+        for i, weight in enumerate(weights):
+            weight.data.copy_(tensors[f"weight.{i}"])
+        put_together(optimizer, tensors, self.optimizer)
 
 
-def load_newest(
-    folder: Path, fingerprint: str, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[LoopState, dict[str, Any]] | None:
-    """Restores parameters and optimizer from the newest checkpoint that is whole; None if there is none."""
-    for _, path in _numbered(folder):
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run, in a folder that no other process writes to."""
+
+    folder: Path
+    fingerprint: str
+
+    def save(
+        self, state: LoopState, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer, scaler: dict[str, Any],
+        write_adapter: Callable[[Path], object],
+    ) -> None:  # fmt: skip
+        """Writes `step-XXXXXX`, then removes all but the newest two. On failure raises OSError and removes none.
+
+        `weights` are the adapter's parameters and all that moves with them, in an order that is the same every time.
+        """
+        final = self.folder / f"step-{state.step:06d}"
+        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
+        temporary.mkdir(parents=True)
         try:
-            document = _verified(path, fingerprint)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            log.warning("checkpoint %s is passed over: %s", path.name, error)
-            continue
-        tensors = load_file(path / "state.safetensors")
-        for i, parameter in enumerate(parameters):
-            parameter.data.copy_(tensors[f"parameter.{i}"])
-        _restore_moments(optimizer, tensors)
-        return LoopState(**document["loop"]), document["scaler"]
-    return None
+            moments, plan = take_apart(optimizer)
+            tensors = {f"weight.{i}": weight.detach().cpu().contiguous() for i, weight in enumerate(weights)}
+            save_file(tensors | moments, temporary / STATE)
+            flush_to_disk(temporary / STATE)
+            write_adapter(temporary / ADAPTER)
+            hashes = {name: file_sha256(temporary / name) for name in (ADAPTER, STATE)}
+            document = {
+                "schema": SCHEMA, "fingerprint": self.fingerprint, "loop": asdict(state), "scaler": scaler,
+                "optimizer": plan, "sha256": hashes,
+            }  # fmt: skip
+            write_text_atomic(temporary / "state.json", json.dumps({**document, "seal": _seal(document)}))
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            flush_to_disk(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for _, old in _numbered(self.folder)[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; None if there is none.
+
+        Raises ValueError for one that another version wrote: going on without it would in the end delete it.
+        """
+        for _, path in _numbered(self.folder):
+            try:
+                document = _verified(path, self.fingerprint)
+            except (OSError, ValueError, KeyError) as error:
+                log.warning("checkpoint %s is passed over: %s", path.name, error)
+                continue
+            if document["schema"] != SCHEMA:
+                raise ValueError(
+                    f"checkpoint {path.name} in {self.folder} has schema {document['schema']} and this version reads "
+                    f"{SCHEMA}: finish the run with the version that began it, or begin anew under another lora_name"
+                )
+            state = LoopState.from_json(document["loop"])
+            return Checkpoint(path, state, document["scaler"], document["optimizer"])
+        return None
+
+    def forget_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps."""
+        for number, path in _numbered(self.folder):
+            if number > step:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """What a process that was killed in a save has left. Nobody else writes here, so no living one needs it."""
+        for leftover in self.folder.glob(".tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _verified(path: Path, fingerprint: str) -> dict[str, Any]:
     document = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if document["schema"] != SCHEMA:
-        raise ValueError(f"it has schema {document['schema']}, this version reads {SCHEMA}")
+        return document
+    if document.pop("seal") != _seal(document):
+        raise ValueError("state.json is damaged")
     if document["fingerprint"] != fingerprint:
         raise ValueError("it belongs to a run with other settings")
     for name, digest in document["sha256"].items():
@@ -100,27 +166,14 @@ def _verified(path: Path, fingerprint: str) -> dict[str, Any]:
     return document
 
 
+def _seal(document: dict[str, Any]) -> str:
+    """Losses may be NaN, which canonical JSON refuses."""
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """Checkpoints, the newest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, values in state.items()
-        for name, value in values.items()
-    }
-
-
-def _restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

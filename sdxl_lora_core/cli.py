@@ -1,6 +1,7 @@
 """sdxl-lora: the engine from the command line.
 
-sdxl-lora train run.yaml               repeats the run that a node or an earlier call wrote down
+sdxl-lora train run.yaml               repeats the run that a node or an earlier call wrote down, or continues it;
+                                       Ctrl-C finishes it early and keeps the LoRA
 sdxl-lora inspect FILE_OR_FOLDER       says what a base, a LoRA or a dataset is
 """
 
@@ -8,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ import torch
 
 from .base_model import SDXLBase, describe_base, open_base
 from .config import DatasetConfig, TrainConfig, from_mapping
-from .dataset import CaptionDataset, describe, load_caption_dataset
+from .dataset import CaptionDataset, describe, load_caption_dataset, with_validation
+from .interruption import Interruption, Left
 from .lora_files import describe_lora
+from .progress import StepReport
 from .runs import RunFolders
 from .training import train
-from .training_loop import StepReport
+from .training_loop import Diverged
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,18 +45,36 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Diverged, torch.OutOfMemoryError) as error:
         sys.exit(f"sdxl-lora: {error}")
+    except Left as error:
+        _tell(f"sdxl-lora: {error}")
+        sys.exit(error.exit_status)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _train(options: argparse.Namespace) -> None:
     base, dataset, config = read_run(options.settings, options.home / "hashes")
     loras = options.output / "loras"
     folders = RunFolders(loras, options.output / "lora_runs", options.home, lambda name: (loras / name).exists())
-    with _Bar() as bar:
-        result = train(base, dataset, config, folders=folders, device=options.device, on_step=bar)
-    print(json.dumps(result.report, indent=2))
-    print(result.lora_path)
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
+    with _Bar() as bar, Interruption(_tell) as interruption:
+
+        def on_step(report: StepReport) -> None:
+            if speaks:
+                bar(report)
+            interruption.check()
+
+        result = train(
+            base, dataset, config,
+            folders=folders, device=options.device, on_step=on_step, should_stop=interruption.should_stop,
+        )  # fmt: skip
+    if speaks:
+        print(json.dumps(result.report, indent=2))
+        print(result.lora_path)
 
 
 def read_run(path: Path, hash_memo: Path | None) -> tuple[SDXLBase, CaptionDataset, TrainConfig]:
@@ -66,14 +88,22 @@ def read_run(path: Path, hash_memo: Path | None) -> tuple[SDXLBase, CaptionDatas
     if not isinstance(document, dict) or not {"base", "datasets", "train"} <= set(document):
         raise ValueError(f"{path.name} is not a run: it needs the sections base, datasets and train")
     config = from_mapping(TrainConfig, document["train"], f"{path.name}: train")
-    sources = [_source(path.name, section) for section in document["datasets"]]
+    sources, held_out = (
+        [_source(path.name, section) for section in document.get(part, [])] for part in ("datasets", "validation")
+    )
     base = open_base(Path(document["base"]["path"]), document["base"].get("precision", "auto"), hash_memo)
+    dataset = _load(sources, hash_memo)
+    if dataset is None:
+        raise ValueError(f"{path.name}: datasets is empty: name at least one folder")
+    validation = _load(held_out, hash_memo)
+    return base, with_validation(dataset, validation) if validation else dataset, config
+
+
+def _load(sources: Sequence[tuple[Path, DatasetConfig]], hash_memo: Path | None) -> CaptionDataset | None:
     dataset: CaptionDataset | None = None
     for folder, settings in sources:
         dataset = load_caption_dataset(folder, settings, dataset, hash_memo)
-    if dataset is None:
-        raise ValueError(f"{path.name}: datasets is empty: name at least one folder")
-    return base, dataset, config
+    return dataset
 
 
 def _source(file: str, section: dict[str, Any]) -> tuple[Path, DatasetConfig]:
@@ -112,8 +142,7 @@ class _Bar:
         if report.phase != self._phase:
             self.close()
             self._phase, self._bar = report.phase, tqdm(total=report.total, desc=report.phase)
-        if report.loss is not None:
-            self._bar.set_postfix_str(f"loss {report.loss:.4f}", refresh=False)
+        self._bar.set_postfix_str(report.detail, refresh=False)
         self._bar.update(report.done - self._bar.n)
 
     def close(self) -> None:
@@ -129,5 +158,5 @@ class _Bar:
 
 def _default_device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .files import file_sha256, json_sha256
 from .library_logs import quiet_libraries
 
 _IMAGES_AT_ONCE = 8
@@ -26,7 +27,7 @@ def load_clip(folder: Path) -> torch.nn.Module:
     from safetensors import SafetensorError
     from transformers import CLIPModel
 
-    _check_folder(folder)
+    require_clip_folder(folder)
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]):  # transformers 4 draws weights before it reads them
             loaded: Any = CLIPModel.from_pretrained(
@@ -98,7 +99,14 @@ def embed_images(model: Any, processor: Any, images: Sequence[np.ndarray]) -> Te
     return torch.cat(features)
 
 
-def _check_folder(folder: Path) -> None:
+def clip_fingerprint(folder: Path) -> str:
+    """Over the content of the model's files, whatever the folder is called."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".txt"))
+    return json_sha256([[file.name, file_sha256(file)] for file in files])
+
+
+def require_clip_folder(folder: Path) -> None:
+    """Raises FileNotFoundError or ValueError saying what the folder of a CLIP model lacks. Opens no weights."""
     wanted = "give a folder with a CLIP model of transformers (config.json, model.safetensors, tokenizer files)"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder.name!r} has no config.json: {wanted}")

@@ -1,4 +1,7 @@
-"""Every setting, its default and its range. Node widgets, the command line and run.yaml all read them from here."""
+"""The settings of datasets and of generation, their defaults and ranges, and how settings are read and written.
+
+Those of training are in train_config.py.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
+from .train_config import Precision, TrainConfig
+
 Sampler = Literal["dpmpp_2m"]
 Schedule = Literal["karras", "normal"]
 CacheMode = Literal["use", "refresh", "off"]
 PromptSyntax = Literal["plain"]
 Attention = Literal["auto", "sdpa", "math"]
 Offload = Literal["auto", "none", "phase"]
-TargetModules = Literal["attention", "attention+ff", "all-linear", "all-linear+conv"]
-LRSchedule = Literal["constant", "linear", "cosine"]
-Switch = Literal["auto", "on", "off"]
-LoRAFormat = Literal["kohya", "peft"]
-WeightType = Literal["fp16", "bf16", "fp32"]
 
 PRECISIONS = get_args(Precision)
 SAMPLERS = get_args(Sampler)
@@ -28,9 +27,6 @@ CACHE_MODES = get_args(CacheMode)
 PROMPT_SYNTAXES = get_args(PromptSyntax)
 ATTENTIONS = get_args(Attention)
 OFFLOADS = get_args(Offload)
-TARGET_MODULES = get_args(TargetModules)
-LR_SCHEDULES = get_args(LRSchedule)
-SWITCHES = get_args(Switch)
 
 Config = TypeVar("Config", bound="DatasetConfig | TrainConfig | GenerateConfig")
 
@@ -52,7 +48,9 @@ class DatasetConfig:
     """How a folder becomes training data.
 
     resolution is the side in pixels of the square whose area no bucket exceeds. repeats counts how often an image is
-    seen in one epoch. flip adds mirrored images with an even chance.
+    seen in one epoch. flip adds mirrored images with an even chance. random_crops is the number of cuts at random
+    places that take the place of the one from the middle. caption_per_line makes each line of a caption file a caption
+    of its own. is_regularisation: images of the class that is trained, which the LoRA is to leave as they are.
     """
 
     trigger_word: str = ""
@@ -60,88 +58,30 @@ class DatasetConfig:
     validation_percent: int = 0
     repeats: int = 1
     flip: bool = False
+    random_crops: int = 0
+    caption_per_line: bool = False
+    is_regularisation: bool = False
 
     def __post_init__(self) -> None:
         _check_range(self, "resolution", 64, 4096)
         _check_range(self, "validation_percent", 0, 50)
         _check_range(self, "repeats", 1, 1000)
+        _check_range(self, "random_crops", 0, 64)
         if self.resolution % 16:
             raise ValueError(f"resolution is {self.resolution}: give a multiple of 16")
+        if self.is_regularisation:
+            self._check_regularisation()
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run. steps are optimizer updates; each sees batch_size x gradient_accumulation images."""
-
-    lora_name: str = "my_lora"
-    steps: int = 1000
-    learning_rate: float = 1e-4
-    rank: int = 8
-    alpha: float = 16.0
-    batch_size: int = 1
-    seed: int = 0
-    sample_prompts: tuple[str, ...] = ()
-
-    gradient_accumulation: int = 1
-    lr_schedule: LRSchedule = "constant"
-    lr_warmup_steps: int = 0
-    target_modules: TargetModules = "attention"
-    dropout: float = 0.0
-    caption_dropout: float = 0.0
-    precision: Precision = "auto"
-    gradient_checkpointing: Switch = "auto"
-
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    checkpoint_every: int = 250
-    sample_steps: int = 25
-    sample_guidance: float = 7.0
-    save_format: LoRAFormat = "kohya"
-    save_dtype: WeightType = "fp16"
-
-    # What a run is called, how long it lasts and what is shown of it does not change a single step.
-    OUTSIDE_FINGERPRINT = (
-        "lora_name", "steps", "sample_prompts", "sample_steps", "sample_guidance",
-        "checkpoint_every", "save_format", "save_dtype",
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        _check_range(self, "steps", 1, 1_000_000)
-        _check_range(self, "learning_rate", 1e-8, 1.0)
-        _check_range(self, "rank", 1, 1024)
-        _check_range(self, "alpha", 1e-3, 4096)
-        _check_range(self, "batch_size", 1, 256)
-        _check_range(self, "seed", 0, 2**64 - 1)
-        _check_range(self, "gradient_accumulation", 1, 1024)
-        _check_range(self, "lr_warmup_steps", 0, 1_000_000)
-        _check_range(self, "dropout", 0, 0.9)
-        _check_range(self, "caption_dropout", 0, 1)
-        _check_range(self, "adam_beta1", 0, 0.9999)
-        _check_range(self, "adam_beta2", 0, 0.99999)
-        _check_range(self, "weight_decay", 0, 10)
-        _check_range(self, "max_grad_norm", 0, 1e6)
-        _check_range(self, "checkpoint_every", 1, 1_000_000)
-        _check_range(self, "sample_steps", 1, 200)
-        _check_range(self, "sample_guidance", 0, 50)
-        _check_choice(self, "lr_schedule", LR_SCHEDULES)
-        _check_choice(self, "target_modules", TARGET_MODULES)
-        _check_choice(self, "precision", PRECISIONS)
-        _check_choice(self, "gradient_checkpointing", SWITCHES)
-        _check_choice(self, "save_format", get_args(LoRAFormat))
-        _check_choice(self, "save_dtype", get_args(WeightType))
-        if self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
+    def _check_regularisation(self) -> None:
+        if self.trigger_word:
             raise ValueError(
-                f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end before"
+                f"trigger_word is {self.trigger_word!r} with is_regularisation on: regularisation images show what the "
+                "word does not mean, so leave it empty"
             )
-        if (
-            not self.lora_name
-            or set(self.lora_name) & set('/\\<>:"|?*')
-            or self.lora_name.strip(" .") != self.lora_name
-        ):
+        if self.validation_percent:
             raise ValueError(
-                f'lora_name is {self.lora_name!r}: give a plain file name without slashes or any of <>:"|?*'
+                f"validation_percent is {self.validation_percent} with is_regularisation on: only training images are "
+                "held out, so set it to 0"
             )
 
 

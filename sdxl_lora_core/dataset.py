@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from .buckets import bucket_for, center_crop
-from .captions import FolderFiles, Problem, clean_caption, read_captions, scan_folder
+from .buckets import Crop, bucket_for, center_crop, random_crop
+from .captions import FolderFiles, Problem, clean_caption, holds_word, read_captions, scan_folder
 from .config import DatasetConfig
 from .drawing import CELL, fit, sheet
 from .files import file_sha256, json_sha256
-from .images import decode, open_image, strict_pillow
+from .images import decode, has_alpha, open_image, strict_pillow
 
 _FINGERPRINT_VERSION = 1
 # A picture of 64 megapixels takes up to a gigabyte while it is converted, so not one thread per core.
@@ -27,28 +26,52 @@ _DECODERS = 4
 
 @dataclass(frozen=True)
 class CaptionEntry:
-    """One picture. width and height in px as it is seen (after EXIF rotation); caption with the trigger word."""
+    """One picture. width and height in px as it is seen (after EXIF rotation); captions with the trigger word.
+
+    `mask` is the file in masks/, or the picture itself if it has an alpha channel; None if all of it is learned.
+    """
 
     image: Path
-    caption: str
+    captions: tuple[str, ...]
     width: int
     height: int
     sha256: str
     repeats: int
     flip: bool
     resolution: int
+    random_crops: int = 0
+    mask: Path | None = None
+    mask_sha256: str = ""
+
+    @property
+    def caption(self) -> str:
+        """The first caption: the one that is shown, and the one that validates."""
+        return self.captions[0]
 
     @property
     def bucket(self) -> tuple[int, int]:
         return bucket_for(self.width, self.height, self.resolution)
 
+    @property
+    def center(self) -> Crop:
+        return center_crop(self.width, self.height, self.bucket)
+
+    @property
+    def crops(self) -> tuple[Crop, ...]:
+        """The cuts that training draws from: the middle, or `random_crops` places that follow from the content."""
+        if not self.random_crops:
+            return (self.center,)
+        numbers = range(self.random_crops)
+        return tuple(random_crop(self.width, self.height, self.bucket, self.sha256, number) for number in numbers)
+
 
 @dataclass(frozen=True)
 class CaptionDataset:
-    """Pictures to train on and pictures to validate with, and what could not be used.
+    """Pictures to train on, to validate with and to regularise with, and what could not be used.
 
     The fingerprint is over what training sees: file contents, captions and settings in their order, no path or time.
     `sources` are the folders in their order with their settings: loading them again gives this dataset again.
+    `validation_sources` are those of a dataset to validate with that was joined to it.
     """
 
     entries: tuple[CaptionEntry, ...]
@@ -58,6 +81,8 @@ class CaptionDataset:
     trigger_words: tuple[str, ...]
     name: str
     sources: tuple[tuple[Path, DatasetConfig], ...] = ()
+    validation_sources: tuple[tuple[Path, DatasetConfig], ...] = ()
+    regularisation: tuple[CaptionEntry, ...] = ()
 
 
 def load_caption_dataset(
@@ -82,6 +107,25 @@ def load_caption_dataset(
     return _joined(chained, folder, config, entries, problems)
 
 
+def with_validation(dataset: CaptionDataset, held_out: CaptionDataset) -> CaptionDataset:
+    """`dataset` with all pictures of `held_out` to validate with, beside its own.
+
+    Raises ValueError for a picture that is trained on: a loss on it says nothing about others.
+    """
+    trained = {entry.sha256 for entry in dataset.entries}
+    pictures = held_out.entries + held_out.validation
+    if shared := [entry.image.name for entry in pictures if entry.sha256 in trained]:
+        raise ValueError(
+            f"{len(shared)} pictures of the validation dataset are trained on, {shared[0]} for example: "
+            "take them out of one of the two"
+        )
+    return replace(
+        dataset,
+        validation=dataset.validation + pictures,
+        validation_sources=held_out.sources + held_out.validation_sources,
+    )
+
+
 def quick_fingerprint(folder: Path) -> str:
     """Changes when a file in `folder` comes, goes, grows or is touched. Looks at no content and never raises."""
     digest = hashlib.sha256()
@@ -97,13 +141,10 @@ def quick_fingerprint(folder: Path) -> str:
 
 def contact_sheet(dataset: CaptionDataset, limit: int = 24) -> Image.Image:
     """Up to `limit` pictures, spread evenly over the data set, with their captions, on one page."""
-    entries = [*dataset.entries, *dataset.validation]
+    entries = [*dataset.entries, *dataset.validation, *dataset.regularisation]
     shown = [entries[number * len(entries) // limit] for number in range(limit)] if len(entries) > limit else entries
-    held_out = set(dataset.validation)
-    cells = [
-        (fit(open_image(entry.image), CELL), f"(validation) {entry.caption}" if entry in held_out else entry.caption)
-        for entry in shown
-    ]
+    marks = dict.fromkeys(dataset.validation, "(validation) ") | dict.fromkeys(dataset.regularisation, "(prior) ")
+    cells = [(fit(open_image(entry.image), CELL), marks.get(entry, "") + entry.caption) for entry in shown]
     more = f" and {len(entries) - len(shown)} more, not shown" if len(entries) > len(shown) else ""
     return sheet(cells, f"{dataset.name}: {len(shown)} images{more}")
 
@@ -118,6 +159,7 @@ def describe(dataset: CaptionDataset, limit: int = 40) -> str:
         f"trigger words: {', '.join(dataset.trigger_words) or 'none'}",
         f"resolution: {', '.join(map(str, resolutions))}",
         f"flip: {sum(entry.flip for entry in dataset.entries)} of {len(dataset.entries)}",
+        *_extras(dataset),
         *_bucket_table(dataset.entries),
         *_enlarged(dataset.entries, limit),
         *_problem_lines("skipped", [problem for problem in dataset.problems if problem.skipped], limit),
@@ -130,7 +172,7 @@ def describe(dataset: CaptionDataset, limit: int = 40) -> str:
 def with_trigger_word(caption: str, trigger_word: str) -> str:
     """The trigger in front, `trigger, caption`, unless the caption has it already: whole words, in any case."""
     trigger = clean_caption(trigger_word)
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if not trigger or holds_word(caption, trigger):
         return caption
     return f"{trigger}, {caption}"
 
@@ -142,17 +184,20 @@ def _paths_below(folder: Path) -> list[str]:
 
 
 def _read_entries(files: FolderFiles, config: DatasetConfig, hash_memo: Path | None) -> list[CaptionEntry]:
-    captions = read_captions(files)
+    captions = read_captions(files, config.caption_per_line)
     usable = [(key, path) for key, path in files.images if key in captions]
     with strict_pillow(), ThreadPoolExecutor(_DECODERS) as pool:
         checked = list(pool.map(lambda item: _check(item[1], hash_memo), usable))
+        masks = {key: _mask(files, key, path, hash_memo) for key, path in usable}
     entries = []
     for (key, path), facts in zip(usable, checked, strict=True):
         if isinstance(facts, str):
             files.problems.append(Problem(key, facts))
             continue
-        caption = with_trigger_word(captions[key], config.trigger_word)
-        entries.append(CaptionEntry(path, caption, *facts, config.repeats, config.flip, config.resolution))
+        shown = tuple(with_trigger_word(caption, config.trigger_word) for caption in captions[key])
+        repeats = config.repeats * files.repeats(key)
+        settings = (repeats, config.flip, config.resolution, config.random_crops)
+        entries.append(CaptionEntry(path, shown, *facts, *settings, *masks[key]))
     return entries
 
 
@@ -165,6 +210,20 @@ def _check(path: Path, hash_memo: Path | None) -> tuple[int, int, str] | str:
         return str(error)
 
 
+def _mask(files: FolderFiles, key: str, path: Path, hash_memo: Path | None) -> tuple[Path | None, str]:
+    """Where the picture's mask lies, and its hash. A mask that cannot be used is named, and the picture has none."""
+    mask = files.mask(key)
+    if mask is None:
+        return (path, "") if has_alpha(path) else (None, "")
+    try:
+        if decode(mask).convert("L").getextrema()[1] == 0:
+            raise ValueError("is black all over, so nothing would be learned: paint white what is to be learned")
+        return mask, file_sha256(mask, hash_memo)
+    except (ValueError, OSError) as error:
+        files.problems.append(Problem(f"masks/{mask.name}", str(error)))
+        return None, ""
+
+
 def _joined(
     chained: CaptionDataset | None,
     folder: Path,
@@ -173,15 +232,27 @@ def _joined(
     problems: Sequence[Problem],
 ) -> CaptionDataset:
     training, validation = _split(entries, config.validation_percent)
+    regularisation: list[CaptionEntry] = []
+    if config.is_regularisation:
+        training, regularisation = regularisation, training
     words, name = [clean_caption(config.trigger_word)], folder.name
     sources = (*(chained.sources if chained else ()), (folder, config))
     if chained is not None:
         training, validation = [*chained.entries, *training], [*chained.validation, *validation]
+        regularisation = [*chained.regularisation, *regularisation]
         problems, words = [*chained.problems, *problems], [*chained.trigger_words, *words]
         name = f"{chained.name} + {name}"
     words = [word for word in dict.fromkeys(words) if word]
-    fingerprint = _fingerprint(training, validation, words)
-    return CaptionDataset(tuple(training), tuple(validation), fingerprint, tuple(problems), tuple(words), name, sources)
+    return CaptionDataset(
+        entries=tuple(training),
+        validation=tuple(validation),
+        fingerprint=_fingerprint(training, validation, regularisation, words),
+        problems=tuple(problems),
+        trigger_words=tuple(words),
+        name=name,
+        sources=sources,
+        regularisation=tuple(regularisation),
+    )
 
 
 def _split(entries: Sequence[CaptionEntry], percent: int) -> tuple[list[CaptionEntry], list[CaptionEntry]]:
@@ -195,10 +266,22 @@ def _split(entries: Sequence[CaptionEntry], percent: int) -> tuple[list[CaptionE
 
 
 def _fingerprint(
-    training: Sequence[CaptionEntry], validation: Sequence[CaptionEntry], trigger_words: Sequence[str]
+    training: Sequence[CaptionEntry],
+    validation: Sequence[CaptionEntry],
+    regularisation: Sequence[CaptionEntry],
+    trigger_words: Sequence[str],
 ) -> str:
-    parts = [[[e.sha256, e.caption, e.repeats, e.flip, e.resolution] for e in part] for part in (training, validation)]
-    return json_sha256([_FINGERPRINT_VERSION, *parts, list(trigger_words)])
+    parts = [[_identity(entry) for entry in part] for part in (training, validation)]
+    more = [[_identity(entry) for entry in regularisation]] if regularisation else []
+    return json_sha256([_FINGERPRINT_VERSION, *parts, list(trigger_words), *more])
+
+
+def _identity(entry: CaptionEntry) -> list[object]:
+    """What training sees of a picture. What few pictures have is named, so that the others keep their identity."""
+    captions = entry.caption if len(entry.captions) == 1 else list(entry.captions)
+    extras = {"random_crops": entry.random_crops, "mask": entry.mask_sha256}
+    more = {name: value for name, value in extras.items() if value}
+    return [entry.sha256, captions, entry.repeats, entry.flip, entry.resolution, *([more] if more else [])]
 
 
 def _nothing_left(name: str, found: int, problems: Sequence[Problem]) -> str:
@@ -210,6 +293,20 @@ def _nothing_left(name: str, found: int, problems: Sequence[Problem]) -> str:
     reasons = [f"{names[0]}{_others(len(names) - 1)} {reason}" for reason, names in files.items()]
     more = f"; and {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
     return f"none of the {_images(found)} in the dataset folder {name!r} can be used: {'; '.join(reasons[:5])}{more}"
+
+
+def _extras(dataset: CaptionDataset) -> list[str]:
+    """What only some data sets have."""
+    entries = dataset.entries
+    repeats = Counter(entry.repeats for entry in entries)
+    counts = {
+        "repeats": ", ".join(f"{_images(repeats[n])} x {n}" for n in sorted(repeats)) if len(repeats) > 1 else "",
+        "random crops": sum(entry.random_crops for entry in entries),
+        "captions": sum(len(entry.captions) for entry in entries) if any(len(e.captions) > 1 for e in entries) else 0,
+        "masks (used with masked_loss)": sum(entry.mask is not None for entry in entries),
+        "regularisation images": len(dataset.regularisation),
+    }
+    return [f"{name}: {count}" for name, count in counts.items() if count]
 
 
 def _bucket_table(entries: Sequence[CaptionEntry]) -> list[str]:
@@ -224,7 +321,7 @@ def _bucket_table(entries: Sequence[CaptionEntry]) -> list[str]:
 def _enlarged(entries: Sequence[CaptionEntry], limit: int) -> list[str]:
     lines = []
     for entry in entries:
-        crop = center_crop(entry.width, entry.height, entry.bucket)
+        crop = entry.center
         if crop.resized_w > entry.width or crop.resized_h > entry.height:
             bucket = f"{crop.bucket_w}x{crop.bucket_h}"
             lines.append(f"  {entry.image.name}: {entry.width}x{entry.height}, trained at {bucket}")

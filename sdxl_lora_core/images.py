@@ -67,6 +67,21 @@ def decode(path: Path) -> Image.Image:
         raise ValueError(f"cannot be used: {_reason(error)}") from error
 
 
+def has_alpha(path: Path) -> bool:
+    """Whether a picture that is being opened has transparent parts; False for what is no picture."""
+    try:
+        with Image.open(path, formats=_known_formats()) as image:
+            return image.has_transparency_data
+    except _DAMAGE:
+        return False
+
+
+def open_alpha(path: Path) -> Image.Image:
+    """The alpha channel (mode L) of a picture that `open_image` takes, turned as EXIF says."""
+    with strict_pillow(), Image.open(path, formats=_known_formats()) as image:
+        return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+
+
 def crop_to_bucket(image: Image.Image, crop: Crop) -> Image.Image:
     """Lanczos resize to crop.resized_w x crop.resized_h, then the bucket cut out of it, in one step.
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from .buckets import Crop
 from .images import crop_to_bucket
@@ -15,10 +16,19 @@ from .images import crop_to_bucket
 
 def crop_pixels(image: Image.Image, crop: Crop, mirrored: bool) -> Tensor:
     """The bucket's part of an RGB image as float32 [3, H, W] in -1..1."""
+    return torch.from_numpy(_cut(image, crop, mirrored)).permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def crop_mask(image: Image.Image, crop: Crop, mirrored: bool) -> Tensor:
+    """The bucket's part of a mask (mode L) on the grid of the latents: float32 [1, H/8, W/8] in 0..1, 1 for white."""
+    return avg_pool2d(torch.from_numpy(_cut(image, crop, mirrored))[None] / 255, kernel_size=8)
+
+
+def _cut(image: Image.Image, crop: Crop, mirrored: bool) -> np.ndarray:
     part = crop_to_bucket(image, crop)
     if mirrored:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.asarray(part, dtype=np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
+    return np.asarray(part, dtype=np.float32)
 
 
 def encode_posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""Keeps diffusers and transformers silent while they load."""
+"""Keeps diffusers, transformers and what they import silent while they load."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No progress bars and no warnings: what these warn of, missing and unknown tensors, the callers raise."""
+    bitsandbytes_log = logging.getLogger("bitsandbytes")  # imported by them where it is installed
+    bitsandbytes_level = bitsandbytes_log.level
+    bitsandbytes_log.setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
@@ -20,6 +24,7 @@ def quiet_libraries() -> Iterator[None]:
     try:
         yield
     finally:
+        bitsandbytes_log.setLevel(bitsandbytes_level)
         diffusers_log.set_verbosity(levels[0])
         transformers_log.set_verbosity(levels[1])
         if had_bar:

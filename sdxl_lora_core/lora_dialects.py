@@ -8,6 +8,7 @@
 | peft alone                   | base_model.model.down_blocks.1.attentions.0...attn1.to_q.lora_A.weight     |
 | diffusers of 2023            | unet.down_blocks...attn1.processor.to_q_lora.down.weight, .lora.down.weight |
 | ComfyUI                      | diffusion_model.input_blocks.4.1...attn1.to_q.lora_down.weight             |
+| LyCORIS                      | lora_unet_input_blocks_4_1_..._attn1_to_q.hada_w1_a, .lokr_w1, .alpha      |
 
 The text encoders are lora_te1_/lora_te2_, text_encoder./text_encoder_2. or text_encoders.clip_l./clip_g.transformer.
 """
@@ -18,12 +19,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from .base_parts import Part
 from .lora_names import diffusers_block_name, dotted
 
-Role = Literal["down", "mid", "up", "alpha", "dora_scale", "magnitude"]
+Role = str  # down, mid, up, alpha, dora_scale, magnitude, or LyCORIS' own name of a factor: hada_w1_a, lokr_w2, ...
 SETTINGS_KEY = "lora_adapter_metadata"  # diffusers keeps peft's settings under it, as JSON
 
 _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
@@ -36,6 +37,7 @@ _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"\.dora_scale$"), "dora_scale"),
     (re.compile(r"\.lora_magnitude_vector(?:\.\w+)*$"), "magnitude"),
 )
+_LYCORIS_FACTOR = re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$")
 _PARTS: tuple[tuple[str, Part, bool], ...] = (  # the prefix, its part, whether kohya's flat spelling follows
     ("lora_unet_", "unet", True),
     ("lycoris_", "unet", True),
@@ -62,7 +64,9 @@ class Place(NamedTuple):
 
 
 def role_of(key: str) -> tuple[str, Role] | None:
-    """The key without its ending, and what the ending says the tensor is. None for anything that is not low-rank."""
+    """The key without its ending, and what the ending says the tensor is. None where it says nothing known."""
+    if found := _LYCORIS_FACTOR.search(key):
+        return key[: found.start()], found[1]
     for pattern, role in _ROLES:
         if found := pattern.search(key):
             return key[: found.start()], role

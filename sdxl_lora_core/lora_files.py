@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .base_parts import Part
-from .config import LoRAFormat
 from .lora_dialects import Place, Role, peft_alpha, peft_settings, place_of, role_of
-from .lora_merge import LoRAModule, MergeReport, merge_into, merge_stack
+from .lora_merge import MergeReport, merge_into, merge_stack
 from .lora_metadata import lora_metadata, tag_counts, trigger_words
+from .lora_modules import LOHA_FACTORS, AdapterModule, LoHaModule, LoKrModule, LoRAModule
 from .lora_names import sai_block_name
 from .model_kinds import foreign_adapter, is_adapter, kind_of
+from .train_config import LoRAFormat
 from .weights_file import first_names, pack_weights, read_header, write_weights
 
 __all__ = [
-    "LoRAFile", "LoRAModule", "MergeReport", "describe_lora", "kohya_state_dict", "lora_metadata", "merge_into",
-    "merge_stack", "peft_state_dict", "read_lora", "tag_counts", "trigger_words", "write_lora",
+    "AdapterModule", "LoHaModule", "LoKrModule", "LoRAFile", "LoRAModule", "MergeReport", "describe_lora",
+    "kohya_state_dict", "lora_metadata", "merge_into", "merge_stack", "peft_state_dict", "read_lora", "tag_counts",
+    "trigger_words", "write_lora",
 ]  # fmt: skip
 
 WANTED = "give an SDXL LoRA (.safetensors)"
@@ -36,15 +38,15 @@ _KOHYA_PREFIXES: dict[Part, str] = {"unet": "lora_unet_", "text_encoder": "lora_
 
 @dataclass
 class LoRAFile:
-    """What a file holds. `unknown` are the keys that are no low-rank pair of a module of SDXL."""
+    """What a file holds. `unknown` are the keys that are no change of a module of SDXL."""
 
-    unet: dict[str, LoRAModule] = field(default_factory=dict)
-    text_encoder: dict[str, LoRAModule] = field(default_factory=dict)
-    text_encoder_2: dict[str, LoRAModule] = field(default_factory=dict)
+    unet: dict[str, AdapterModule] = field(default_factory=dict)
+    text_encoder: dict[str, AdapterModule] = field(default_factory=dict)
+    text_encoder_2: dict[str, AdapterModule] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
 
-    def parts(self) -> dict[Part, dict[str, LoRAModule]]:
+    def parts(self) -> dict[Part, dict[str, AdapterModule]]:
         return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
 
 
@@ -52,7 +54,7 @@ def read_lora(path: Path) -> LoRAFile:
     """Reads every spelling that lora_dialects lists.
 
     Raises FileNotFoundError, or ValueError for what is no SDXL LoRA (naming what it is), for one without a single
-    low-rank pair, and for damaged ones.
+    low-rank change, and for damaged ones.
     """
     header = read_header(path)
     foreign = foreign_adapter(header) if is_adapter(header) else kind_of(header)
@@ -62,25 +64,30 @@ def read_lora(path: Path) -> LoRAFile:
     groups, unknown = _group(path)
     file = LoRAFile(metadata=dict(header.metadata))
     for place, tensors in groups.items():
-        if "down" in tensors and "up" in tensors:
+        if _is_whole(tensors):
             file.parts()[place.part][place.module] = _module(path.name, place, tensors, settings)
         else:
             unknown += [f"{place.part}.{place.module} ({role} alone)" for role in tensors]
     if not any(file.parts().values()):
-        raise ValueError(f"{path.name} holds no low-rank pair this pack can apply ({first_names(unknown)}): {WANTED}")
+        raise ValueError(f"{path.name} holds no low-rank change this pack can apply ({first_names(unknown)}): {WANTED}")
     file.unknown = tuple(sorted(unknown))
     return file
 
 
 def kohya_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Kohya's keys with SAI's block names; ComfyUI, A1111 and diffusers read them. alpha and dora_scale stay fp32."""
+    """Kohya's keys with SAI's block names; ComfyUI, A1111 and diffusers read them. alpha and dora_scale stay fp32.
+
+    Raises ValueError for a DoRA told by magnitude: with_dora_scale brings it into this form.
+    """
     tensors: dict[str, Tensor] = {}
     for part, modules in file.parts().items():
         for path, module in modules.items():
             name = sai_block_name(path) if part == "unet" else path
             key = _KOHYA_PREFIXES[part] + name.replace(".", "_")
-            tensors[f"{key}.lora_down.weight"] = _stored(module.down, dtype)
-            tensors[f"{key}.lora_up.weight"] = _stored(module.up, dtype)
+            if isinstance(module, LoRAModule) and module.magnitude is not None:
+                raise ValueError(f"{path} is a DoRA in peft's form, which kohya's keys cannot hold: save it as peft")
+            for factor, tensor in module.factors.items():
+                tensors[f"{key}.{factor}"] = _stored(tensor, dtype)
             tensors[f"{key}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
             if module.dora_scale is not None:
                 tensors[f"{key}.dora_scale"] = _stored(module.dora_scale, torch.float32)
@@ -90,22 +97,37 @@ def kohya_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
 def peft_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
     """diffusers' keys. They have no place for alpha, so the scale alpha / rank is multiplied into lora_B.
 
-    Raises ValueError for a DoRA over its inputs, which peft does not know.
+    Raises ValueError for a LoHa or LoKr, which have no form here, and for a DoRA told by dora_scale.
     """
     tensors: dict[str, Tensor] = {}
     for part, modules in file.parts().items():
         for path, module in modules.items():
             key = f"{part}.{path}"
+            if not isinstance(module, LoRAModule):
+                raise ValueError(f"{path} is a {module.kind}, which diffusers cannot load: save in the kohya format")
             tensors[f"{key}.lora_A.weight"] = _stored(module.down, dtype)
-            tensors[f"{key}.lora_B.weight"] = _stored(module.up.float() * (module.alpha / module.rank), dtype)
+            tensors[f"{key}.lora_B.weight"] = _stored(module.up.float() * module.scale, dtype)
             if module.dora_scale is not None:
-                tensors[f"{key}.lora_magnitude_vector"] = _stored(_peft_magnitude(path, module), torch.float32)
+                raise ValueError(f"{path} is a DoRA in kohya's form, which peft cannot hold: save it as kohya")
+            if module.magnitude is not None:
+                lengths = module.magnitude.flatten()
+                shape = (-1,) if module.down.dim() == 2 else (1, -1, 1, 1)
+                tensors[f"{key}.lora_magnitude_vector"] = _stored(lengths.reshape(shape), torch.float32)
     return dict(sorted(tensors.items()))
 
 
 def write_lora(path: Path, file: LoRAFile, dtype: torch.dtype, format: LoRAFormat = "kohya") -> None:
-    """Atomic; equal content gives equal bytes. Adds the hash of the tensors' bytes that galleries know files by."""
-    packed = pack_weights(kohya_state_dict(file, dtype) if format == "kohya" else peft_state_dict(file, dtype))
+    """Atomic; equal content gives equal bytes. Adds the hash of the tensors' bytes that galleries know files by.
+
+    Raises ValueError, and writes nothing, for values that are not finite in `dtype`.
+    """
+    tensors = kohya_state_dict(file, dtype) if format == "kohya" else peft_state_dict(file, dtype)
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{path.name} is not written: {first_names(bad)} would hold NaN or infinity as {dtype}; "
+            "save in fp32 or bf16 if fp16 is too narrow, else train anew with a lower learning_rate"
+        )
+    packed = pack_weights(tensors)
     digest = hashlib.sha256(packed.data).hexdigest()
     hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
     write_weights(path, packed, {**file.metadata, **hashes})
@@ -117,10 +139,10 @@ def describe_lora(path: Path) -> str:
     lines = [path.name]
     for part, modules in file.parts().items():
         if modules:
-            ranks = sorted({module.rank for module in modules.values()})
+            ranks = sorted({module.rank for module in modules.values() if module.rank})
             alphas = sorted({module.alpha for module in modules.values()})
-            kind = "DoRA" if any(module.dora_scale is not None for module in modules.values()) else "LoRA"
-            lines.append(f"{part}: {kind} of {len(modules)} modules, rank {_span(ranks)}, alpha {_span(alphas)}")
+            kinds = "/".join(sorted({_kind(module) for module in modules.values()}))
+            lines.append(f"{part}: {kinds} of {len(modules)} modules, rank {_span(ranks)}, alpha {_span(alphas)}")
     if words := trigger_words(file.metadata):
         lines.append(f"trigger words: {', '.join(words)}")
     if base := file.metadata.get("ss_sd_model_name"):
@@ -144,23 +166,45 @@ def _group(path: Path) -> tuple[dict[Place, dict[Role, Tensor]], list[str]]:
     return groups, unknown
 
 
-def _module(file: str, place: Place, tensors: Mapping[Role, Tensor], settings: Mapping[str, Any]) -> LoRAModule:
-    down, up = tensors["down"], tensors["up"]
+def _is_whole(roles: Mapping[Role, Tensor]) -> bool:
+    """Whether every factor of a LoRA, a LoHa or a LoKr is there."""
+
+    def has(*names: str) -> bool:
+        return all(name in roles for name in names)
+
+    lokr = all(has(f"lokr_w{i}") or has(f"lokr_w{i}_a", f"lokr_w{i}_b") for i in (1, 2))
+    return has("down", "up") or has(*LOHA_FACTORS) or lokr
+
+
+def _module(file: str, place: Place, tensors: Mapping[Role, Tensor], settings: Mapping[str, Any]) -> AdapterModule:
     where = f"{file}: {place.part}.{place.module}"
-    if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1]:
-        raise ValueError(f"{where} has factors {list(down.shape)} and {list(up.shape)} of unlike rank: damaged file")
     if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{where} holds NaN or infinity: its training broke down, take an earlier checkpoint")
+    if "down" in tensors:
+        return _lora_module(where, place, tensors, settings)
+    factors = {role: tensor for role, tensor in tensors.items() if role.startswith(("hada_", "lokr_"))}
+    module = (LoHaModule if "hada_w1_a" in factors else LoKrModule)(factors, 1.0, tensors.get("dora_scale"))
+    try:
+        module.change(torch.device("meta"))
+    except RuntimeError as error:
+        raise ValueError(f"{where} has factors that do not fit together ({error}): damaged file") from error
+    return replace(module, alpha=float(tensors["alpha"]) if "alpha" in tensors else float(module.rank or 1))
+
+
+def _lora_module(where: str, place: Place, tensors: Mapping[Role, Tensor], settings: Mapping[str, Any]) -> LoRAModule:
+    down, up = tensors["down"], tensors["up"]
+    if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1]:
+        raise ValueError(f"{where} has factors {list(down.shape)} and {list(up.shape)} of unlike rank: damaged file")
     if "mid" in tensors:  # a convolution factored once more: [rank, in] pixelwise, then [rank, rank, h, w]
         down = torch.einsum("okhw,ki->oihw", tensors["mid"].float(), down.flatten(1).float())
     if down.dim() == 4 and down.shape[2:] == (1, 1) and not place.module.endswith("conv_shortcut"):
         down, up = down.flatten(1), up.flatten(1)  # some write linear layers as 1x1 convolutions
     rank = down.shape[0]
     alpha = float(tensors["alpha"]) if "alpha" in tensors else peft_alpha(settings, place, rank)
-    magnitude = tensors.get("dora_scale")
-    if "magnitude" in tensors:
-        magnitude = tensors["magnitude"].reshape(-1, *[1] * (down.dim() - 1))
-    return LoRAModule(down, up, alpha, magnitude)
+    magnitude = tensors.get("magnitude")
+    if magnitude is not None:
+        magnitude = magnitude.reshape(-1, *[1] * (down.dim() - 1))
+    return LoRAModule(down, up, alpha, tensors.get("dora_scale"), magnitude)
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:
@@ -175,13 +219,11 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype).contiguous()
 
 
-def _peft_magnitude(path: str, module: LoRAModule) -> Tensor:
-    assert module.dora_scale is not None
-    if module.dora_scale.shape[0] != module.shape[0]:
-        raise ValueError(f"{path} is a DoRA over its inputs, which peft cannot hold: save in the kohya format")
-    lengths = module.dora_scale.flatten()
-    return lengths if module.down.dim() == 2 else lengths.reshape(1, -1, 1, 1)
+def _kind(module: AdapterModule) -> str:
+    return "DoRA" if isinstance(module, LoRAModule) and module.is_dora else module.kind
 
 
 def _span(values: Sequence[float]) -> str:
+    if not values:
+        return "full"
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"

@@ -4,36 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from .lora_modules import AdapterModule, LoRAModule, row_lengths
 
-@dataclass(frozen=True, eq=False)
-class LoRAModule:
-    """A change of one weight W [out, in, ...] by alpha / rank * up @ down; Hu et al., arXiv 2106.09685.
-
-    down [rank, in, ...] and up [out, rank, ...] may have trailing dimensions, as convolutions do. dora_scale,
-    [out, 1, ...] or [1, in, ...], makes it a DoRA: the changed weight is brought to these lengths; Liu et al.,
-    arXiv 2402.09353.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-    dora_scale: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight it changes: [out, in, ...]."""
-        return (self.up.shape[0], *self.down.shape[1:])
-
-
-Modules = Mapping[str, LoRAModule]
+Modules = Mapping[str, AdapterModule]
 
 
 @dataclass(frozen=True)
@@ -51,7 +29,7 @@ def merge_into(module: nn.Module, modules: Modules, strength: float) -> MergeRep
 
 @torch.no_grad()
 def merge_stack(module: nn.Module, stack: Sequence[tuple[Modules, float]]) -> MergeReport:
-    """W + strength * alpha / rank * up @ down for each LoRA in turn, in fp32, in place, each weight rounded once.
+    """W + strength * scale * change for each LoRA in turn, in fp32, in place, each weight rounded once.
 
     `module` is the part whose paths name the LoRA's modules. Linear and Conv2d can be changed.
     Raises ValueError naming the module whose shape does not fit; then nothing was changed.
@@ -83,31 +61,40 @@ def _weight_of(module: nn.Module, name: str) -> Tensor | None:
     return None
 
 
-def _require_shape(name: str, lora: LoRAModule, weight: Tensor) -> None:
-    if _without_unit_sides(lora.shape) != _without_unit_sides(tuple(weight.shape)):
+def _require_shape(name: str, lora: AdapterModule, weight: Tensor) -> None:
+    if _rows_and_columns(lora.shape) != _rows_and_columns(weight.shape):
         raise ValueError(
             f"the LoRA's {name} changes a weight of shape {list(lora.shape)}, the model's has {list(weight.shape)}:"
             " take a LoRA that was trained on a model of this size"
         )
 
 
-def _without_unit_sides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if shape[2:] == (1, 1) else shape
+def _rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """A kernel may be written flat, and a linear layer as a 1x1 kernel."""
+    return shape[0], prod(shape[1:])
 
 
-def _changed(weight: Tensor, lora: LoRAModule, strength: float) -> Tensor:
+def _changed(weight: Tensor, lora: AdapterModule, strength: float) -> Tensor:
     """`weight` is fp32 and stays as it is."""
-    up, down = (factor.to(weight.device, torch.float32).flatten(1) for factor in (lora.up, lora.down))
-    change = (up @ down).reshape(weight.shape) * (lora.alpha / lora.rank)
-    if lora.dora_scale is None:
+    change = lora.change(weight.device).reshape(weight.shape) * lora.scale
+    factor = _dora_factor(weight, weight + change, lora)
+    if factor is None:
         return weight + strength * change
-    return weight + strength * (_decomposed(weight + change, lora.dora_scale) - weight)
+    return weight + strength * ((weight + change) * factor - weight)
 
 
-def _decomposed(weight: Tensor, dora_scale: Tensor) -> Tensor:
-    """The directions of `weight` with the lengths of `dora_scale`, per output or, if it is [1, in, ...], per input."""
-    axis = 0 if dora_scale.numel() == weight.shape[0] and dora_scale.shape[0] != 1 else 1
-    others = [dim for dim in range(weight.dim()) if dim != axis]
-    lengths = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    wanted = dora_scale.to(weight.device, torch.float32).reshape(lengths.shape)
-    return weight * (wanted / lengths.clamp_min(torch.finfo(torch.float32).tiny))
+def _dora_factor(weight: Tensor, changed: Tensor, lora: AdapterModule) -> Tensor | None:
+    """What brings the changed weight to a DoRA's lengths; see lora_modules for its two forms."""
+    magnitude = lora.magnitude if isinstance(lora, LoRAModule) else None
+    if magnitude is not None:
+        return _like(row_lengths(changed), magnitude) / row_lengths(changed)
+    if lora.dora_scale is None:
+        return None
+    if lora.dora_scale.numel() == weight.shape[0] and lora.dora_scale.shape[0] != 1:
+        return _like(row_lengths(weight), lora.dora_scale) / row_lengths(weight)
+    columns = row_lengths(changed.transpose(0, 1)).transpose(0, 1)
+    return _like(columns, lora.dora_scale) / columns
+
+
+def _like(lengths: Tensor, wanted: Tensor) -> Tensor:
+    return wanted.to(lengths).reshape(lengths.shape)

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from .config import LoRAFormat, Precision, TrainConfig
 from .files import canonical_json
+from .optimizers import CLASSES, optimizer_settings
+from .prompts import CHUNK_TOKENS
+from .train_config import LoRAFormat, Precision, TrainConfig
 
 _IMPLEMENTATIONS: dict[LoRAFormat, str] = {
     "kohya": "https://github.com/Stability-AI/generative-models",  # ModelSpec's name for SAI's block names
@@ -21,6 +23,7 @@ def lora_metadata(
     config: TrainConfig, *, name: str, base_name: str, base_hash: str, prediction_type: str, zero_terminal_snr: bool,
     precision: Precision, resolution: int, dataset_name: str, images: int, repeats: int = 1,
     trigger_words: Sequence[str] = (), tag_counts: Mapping[str, int] | None = None, steps: int | None = None,
+    regularisation_images: int = 0,
 ) -> dict[str, str]:  # fmt: skip
     """Metadata for write_lora. `precision` is the one computed in, `steps` those taken (config.steps unless cut short).
 
@@ -39,7 +42,10 @@ def lora_metadata(
         "ss_mixed_precision": "no" if precision == "fp32" else precision,
         "ss_steps": config.steps if steps is None else steps,
         **_dataset_values(dataset_name, images, repeats, resolution, config.batch_size, tags, trigger_words),
+        "ss_num_reg_images": regularisation_images,
+        **_caption_values(config),
         **_training_values(config),
+        **_loss_values(config),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": _IMPLEMENTATIONS[config.save_format],
@@ -64,24 +70,71 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _training_values(config: TrainConfig) -> dict[str, object]:
+    arguments = ",".join(f"{name}={value}" for name, value in optimizer_settings(config).items())
     return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": config.rank,
-        "ss_network_alpha": config.alpha,
-        "ss_network_dropout": config.dropout,
-        "ss_network_args": canonical_json({"target_modules": config.target_modules}),
+        **_network_values(config),
         "ss_caption_dropout_rate": config.caption_dropout,
         "ss_max_train_steps": config.steps,
         "ss_learning_rate": config.learning_rate,
         "ss_unet_lr": config.learning_rate,
         "ss_lr_scheduler": config.lr_schedule,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
-        "ss_optimizer": f"torch.optim.AdamW(betas=({config.adam_beta1}, {config.adam_beta2}),"
-        f"weight_decay={config.weight_decay})",
+        "ss_optimizer": f"{CLASSES[config.optimizer]}({arguments})",
         "ss_max_grad_norm": config.max_grad_norm,
         "ss_gradient_accumulation_steps": config.gradient_accumulation,
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation,
         "ss_seed": config.seed,
+    }
+
+
+def _loss_values(config: TrainConfig) -> dict[str, object]:
+    """Those that are in use, by kohya's names where it has one."""
+    values: dict[str, object] = {
+        "ss_loss_type": config.loss if config.loss != "mse" else None,
+        "ss_huber_c": config.huber_delta if config.loss != "mse" else None,
+        "ss_min_snr_gamma": config.snr_gamma,
+        "ss_debiased_estimation": config.debiased,
+        "ss_noise_offset": config.noise_offset,
+        "ss_multires_noise_iterations": config.multires_noise_iterations,
+        "ss_multires_noise_discount": config.multires_noise_discount if config.multires_noise_iterations else None,
+        "ss_ip_noise_gamma": config.input_perturbation,
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _caption_values(config: TrainConfig) -> dict[str, object]:
+    """Those that are in use, by kohya's names."""
+    values: dict[str, object] = {
+        "ss_shuffle_caption": config.shuffle_tags,
+        "ss_keep_tokens": config.keep_tags,
+        "ss_caption_tag_dropout_rate": config.tag_dropout,
+        "ss_max_token_length": CHUNK_TOKENS * config.caption_chunks if config.caption_chunks > 1 else None,
+        "ss_masked_loss": config.masked_loss,
+        "ss_prior_loss_weight": str(config.prior_weight) if config.prior_weight != 1 else None,
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _network_values(config: TrainConfig) -> dict[str, object]:
+    """Plain LoRA is kohya's own network, all others are LyCORIS'. A file from PiSSA has twice the rank and alpha."""
+    doubled = 2 if config.init == "pissa" else 1
+    arguments: dict[str, str] = {"target_modules": config.target_modules}
+    if config.adapter != "lora":
+        arguments["algo"] = "lora" if config.adapter == "dora" else config.adapter
+    if config.adapter == "dora":
+        arguments |= {"dora_wd": "True", "wd_on_output": "True"}
+    if config.use_rslora:
+        arguments["rs_lora"] = "True"
+    chosen = ("rank_dropout", "module_dropout", "blocks", "block_ranks", "block_learning_rates")
+    arguments |= {option: str(getattr(config, option)) for option in chosen if getattr(config, option)}
+    if config.lora_plus_ratio != 1:
+        arguments["loraplus_lr_ratio"] = str(config.lora_plus_ratio)
+    return {
+        "ss_network_module": "networks.lora" if config.adapter == "lora" else "lycoris.kohya",
+        "ss_network_dim": config.rank * doubled,
+        "ss_network_alpha": config.alpha * doubled,
+        "ss_network_dropout": config.dropout,
+        "ss_network_args": canonical_json(arguments),
     }
 
 
@@ -104,7 +157,6 @@ def _dataset_values(
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_enable_bucket": True,
         "ss_num_train_images": images * repeats,
-        "ss_num_reg_images": 0,
         "ss_dataset_dirs": canonical_json({name: folder}),
         "ss_datasets": canonical_json([dataset]),
         "ss_tag_frequency": canonical_json({name: tags}),

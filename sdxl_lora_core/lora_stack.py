@@ -15,7 +15,7 @@ from . import base_model
 from .base_model import SDXLBase
 from .base_parts import Part
 from .files import file_sha256, json_sha256
-from .lora_files import LoRAFile, LoRAModule, merge_stack, read_lora
+from .lora_files import AdapterModule, LoRAFile, merge_stack, read_lora
 
 log = logging.getLogger("sdxl_lora")
 
@@ -44,7 +44,7 @@ class StackEntry:
     def strength(self, part: Part) -> float:
         return self.ref.strength_model if part == "unet" else self.ref.strength_clip
 
-    def modules(self, part: Part) -> Mapping[str, LoRAModule]:
+    def modules(self, part: Part) -> Mapping[str, AdapterModule]:
         """What acts on `part`: nothing at strength 0, and nothing for the VAE, which LoRAs leave alone."""
         return getattr(self.file, part) if part != "vae" and self.strength(part) else {}
 

@@ -40,7 +40,7 @@ _OUTER_ATTENTION = re.compile(
     r"input_blocks[._][12][._]1[._]|output_blocks[._](6|7|8|9|10|11)[._]1[._]"
     r"|down_blocks[._]0[._]attentions|up_blocks[._][23][._]attentions"
 )
-_CROSS_ATTENTION_INPUT = re.compile(r"attn2[._].*to_[kv].*(lora[._]down|lora_A|lora\.down)")
+_CROSS_ATTENTION_INPUT = re.compile(r"attn2[._].*to_[kv].*(lora[._]down|lora_A|lora\.down|hada_w1_b)")
 _ADAPTERS: tuple[tuple[str, str], ...] = (
     (r"double_blocks|single_blocks|single_transformer_blocks", "a Flux or HunyuanVideo LoRA"),
     (r"joint_blocks|transformer\.transformer_blocks", "a Stable Diffusion 3 LoRA"),

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import base_model
 from .base_model import SDXLBase
-from .buckets import Crop, bucket_for, center_crop
-from .dataset import CaptionEntry, open_image
+from .buckets import Crop
+from .dataset import CaptionEntry
 from .files import file_sha256, json_sha256, write_atomic
-from .latents import crop_pixels, encode_posterior, time_ids
-from .prompts import encode_prompt_sdxl
+from .images import open_alpha, open_image
+from .latents import crop_mask, crop_pixels, encode_posterior, time_ids
+from .prompts import CHUNK_TOKENS, encode_prompt_sdxl, truncated_words
 
 log = logging.getLogger("sdxl_lora")
 OnItem = Callable[[str, int, int], None]
@@ -28,39 +30,45 @@ OnItem = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image in one orientation, ready to train on. The tensors stay on disk until `latents` or `prompt` is read."""
+    """One image in one cut and orientation, ready to train on. Its tensors stay on disk until they are read."""
 
     entry: CaptionEntry
     crop: Crop
     mirrored: bool
     latents_file: Path
-    prompt_file: Path
+    mask_file: Path | None
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, float32 [4, H/8, W/8]."""
         tensors = load_file(self.latents_file)
         return tensors["mean"], tensors["std"]
 
+    def mask(self) -> Tensor:
+        """What is learned of it, float32 [1, H/8, W/8] in 0..1: all of it if it has no mask."""
+        if self.mask_file is None:
+            return torch.ones(1, self.crop.bucket_h // 8, self.crop.bucket_w // 8)
+        return load_file(self.mask_file)["mask"]
+
     def time_ids(self) -> Tensor:
         return time_ids((self.entry.width, self.entry.height), self.crop, self.mirrored)
 
 
 def load_prompt(path: Path) -> tuple[Tensor, Tensor]:
-    """Embeddings [77, C] and pooled embeddings [P] of one prompt."""
+    """Embeddings [77 n, C] and pooled embeddings [P] of one prompt."""
     tensors = load_file(path)
     return tensors["embeds"], tensors["pooled"]
 
 
-def make_sample(
-    base: SDXLBase, entry: CaptionEntry, mirrored: bool, cache: Path, dtype: torch.dtype, device: torch.device
-) -> Sample:
+def make_sample(base: SDXLBase, entry: CaptionEntry, crop: Crop, mirrored: bool, cache: Path) -> Sample:
     """Where the sample's tensors lie, or will lie."""
-    crop = center_crop(entry.width, entry.height, bucket_for(entry.width, entry.height, entry.resolution))
+    cut = {
+        "crop": [crop.resized_w, crop.resized_h, crop.left, crop.top, crop.bucket_w, crop.bucket_h],
+        "mirrored": mirrored,
+    }
     key = json_sha256(
         {
             "image": entry.sha256,
-            "crop": [crop.resized_w, crop.resized_h, crop.left, crop.top, crop.bucket_w, crop.bucket_h],
-            "mirrored": mirrored,
+            **cut,
             "vae": dict(base.part_hashes)["vae"],
             "library": _minor_version("diffusers"),
         }
@@ -69,12 +77,14 @@ def make_sample(
         entry=entry,
         crop=crop,
         mirrored=mirrored,
-        latents_file=cache / "latents" / "v1" / key[:2] / f"{key}.safetensors",
-        prompt_file=prompt_file(base, entry.caption, cache, dtype, device),
+        latents_file=_latents_path(cache, key),
+        mask_file=_latents_path(cache, json_sha256({"mask": _mask_sha256(entry), **cut})) if entry.mask else None,
     )
 
 
-def prompt_file(base: SDXLBase, prompt: str, cache: Path, dtype: torch.dtype, device: torch.device) -> Path:
+def prompt_file(
+    base: SDXLBase, prompt: str, cache: Path, dtype: torch.dtype, device: torch.device, chunks: int = 1
+) -> Path:
     """Where a prompt's embeddings lie, or will lie. Kinds of device differ in the last bits, so each has its own."""
     hashes = dict(base.part_hashes)
     key = json_sha256(
@@ -85,16 +95,16 @@ def prompt_file(base: SDXLBase, prompt: str, cache: Path, dtype: torch.dtype, de
             "device": device.type,
             "library": _minor_version("transformers"),
         }
+        | ({"chunks": chunks} if chunks > 1 else {})
     )
     return cache / "prompts" / "v1" / key[:2] / f"{key}.safetensors"
 
 
 def cache_prompts(
-    base: SDXLBase, prompts: Iterable[str], cache: Path, device: torch.device, dtype: torch.dtype, on_item: OnItem
+    base: SDXLBase, prompts: Mapping[str, Path], device: torch.device, dtype: torch.dtype, chunks: int, on_item: OnItem
 ) -> None:
-    """Encodes what is not on disk yet. The text encoders are gone from memory on return."""
-    missing = {prompt: prompt_file(base, prompt, cache, dtype, device) for prompt in prompts}
-    missing = {prompt: path for prompt, path in missing.items() if not _readable(path)}
+    """Encodes what is not on disk yet, each to its prompt_file. The text encoders are gone from memory on return."""
+    missing = {prompt: path for prompt, path in prompts.items() if not _readable(path)}
     if not missing:
         return
     tokenizers = base_model.load_tokenizers(base)
@@ -102,10 +112,21 @@ def cache_prompts(
     for done, (prompt, path) in enumerate(missing.items()):
         on_item("encoding captions", done, len(missing))
         with torch.no_grad():
-            embeds, pooled = encode_prompt_sdxl([prompt], tokenizers, encoders)
+            embeds, pooled = encode_prompt_sdxl([prompt], tokenizers, encoders, chunks)
         _store(path, {"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu()})
     del encoders
     release_memory(device)
+
+
+def cut_captions(base: SDXLBase, entries: Sequence[CaptionEntry], chunks: int) -> list[tuple[str, str]]:
+    """The images with a caption too long for `chunks`: file name, and the words that are not seen."""
+    # A token is at least a byte, so most captions need no tokenizer to be found short.
+    long = [(e, c) for e in entries for c in e.captions if len(c.encode()) > chunks * CHUNK_TOKENS]
+    if not long:
+        return []
+    tokenizer = base_model.load_tokenizers(base)[0]
+    unseen = [(entry.image.name, truncated_words(caption, tokenizer, chunks)) for entry, caption in long]
+    return [(name, words) for name, words in unseen if words]
 
 
 def cache_latents(base: SDXLBase, samples: Sequence[Sample], device: torch.device, on_item: OnItem) -> None:
@@ -124,10 +145,39 @@ def cache_latents(base: SDXLBase, samples: Sequence[Sample], device: torch.devic
     release_memory(device)
 
 
+def cache_masks(samples: Sequence[Sample], on_item: OnItem) -> None:
+    """Cuts the masks that are not on disk yet. Raises ValueError for one that changed since it was listed."""
+    for done, sample in enumerate(samples):
+        if sample.mask_file is not None and not _readable(sample.mask_file):
+            on_item("reading masks", done, len(samples))
+            _store(sample.mask_file, {"mask": crop_mask(_open_mask(sample.entry), sample.crop, sample.mirrored)})
+
+
+def _open_mask(entry: CaptionEntry) -> Image.Image:
+    assert entry.mask is not None
+    _require_unchanged(entry.mask, _mask_sha256(entry))
+    return open_alpha(entry.mask) if entry.mask == entry.image else open_image(entry.mask).convert("L")
+
+
+def _mask_sha256(entry: CaptionEntry) -> str:
+    """A file's own hash if it is a mask; the picture's if its alpha channel is."""
+    return entry.mask_sha256 or entry.sha256
+
+
+def _latents_path(cache: Path, key: str) -> Path:
+    return cache / "latents" / "v1" / key[:2] / f"{key}.safetensors"
+
+
+def _require_unchanged(path: Path, sha256: str) -> None:
+    if not path.exists():
+        raise ValueError(f"{path.name} is gone: load the dataset again")
+    if file_sha256(path) != sha256:
+        raise ValueError(f"{path.name} changed after the dataset was loaded: load the dataset again")
+
+
 def _encode(vae: object, sample: Sample) -> dict[str, Tensor]:
     path = sample.entry.image
-    if file_sha256(path) != sample.entry.sha256:
-        raise ValueError(f"{path.name} changed after the dataset was loaded: load the dataset again")
+    _require_unchanged(path, sample.entry.sha256)
     with torch.no_grad():
         mean, std = encode_posterior(vae, crop_pixels(open_image(path), sample.crop, sample.mirrored)[None])
     if not (mean.isfinite().all() and std.isfinite().all()):

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .base_model import SDXLBase
-from .config import TrainConfig, to_yaml
+from .checkpoints import Checkpoints
+from .config import DatasetConfig, to_yaml
 from .dataset import CaptionDataset
-from .files import json_sha256, write_text_atomic
+from .files import file_sha256, json_sha256, write_text_atomic
+from .train_config import TrainConfig
+from .watching import deciding_looks
 
+_UUID = "[0-9a-f]" * 32
 RANDOMNESS_VERSION = 1  # raised when noise, order or initialisation change: old runs are then not continued
 
 
@@ -30,24 +37,46 @@ class RunFolders:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its name, its folder, and the identity by which it is found again."""
+    """One run: its name, its folder, and the identity by which it is found again: fingerprint, length and form."""
 
     name: str
     folder: Path
     lora_path: Path
-    identity: str
+    identity: dict[str, Any]
 
     @property
     def finished(self) -> bool:
         return self.lora_path.exists() and (self.folder / "finished").exists()
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints", self.identity["fingerprint"])
+
+    def sweep(self) -> None:
+        """Removes what a process that was killed while it wrote has left. Nobody else writes under this name."""
+        self.checkpoints.sweep()
+        own = glob.escape(self.lora_path.name)
+        for leftover in (*self.folder.glob(".*.tmp"), *self.lora_path.parent.glob(f".{own}.{_UUID}.tmp")):
+            leftover.unlink(missing_ok=True)
+
 
 def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> str:
-    """What decides every step of the run: base, dataset contents and settings, but not its name or its length."""
+    """What decides every step of the run: base, dataset contents and settings, but not its name or its length.
+
+    What is looked at belongs to it where it decides which step ends the run or is kept. Raises FileNotFoundError if the
+    LoRA to continue from is gone; its content counts, not its path.
+    """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in TrainConfig.OUTSIDE_FINGERPRINT}
-    return json_sha256(
-        {"base": base.fingerprint, "dataset": dataset.fingerprint, "settings": settings, "version": RANDOMNESS_VERSION}
-    )
+    if config.continue_from:
+        start = Path(config.continue_from)
+        if not start.is_file():
+            raise FileNotFoundError(f"continue_from is {start}, which is no file: give the path of a LoRA")
+        settings["continue_from"] = file_sha256(start)
+    content = {
+        "base": base.fingerprint, "dataset": dataset.fingerprint, "settings": settings, "version": RANDOMNESS_VERSION
+    }  # fmt: skip
+    deciding = deciding_looks(config, dataset)
+    return json_sha256(content | {"looks": deciding} if deciding else content)
 
 
 @contextmanager
@@ -59,7 +88,10 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
     """
     from filelock import FileLock, Timeout
 
-    identity = json_sha256([fingerprint, config.steps, config.save_format, config.save_dtype])
+    identity = {
+        "fingerprint": fingerprint, "steps": config.steps, "kept": _kept(config),
+        "format": [config.save_format, config.save_dtype],
+    }  # fmt: skip
     _check_writable(folders)
     for name in _names(config.lora_name):
         run = Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
@@ -74,11 +106,36 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
             continue
         try:
             if _identity(run.folder) in (None, identity):
-                write_text_atomic(run.folder / "identity", identity)
+                write_text_atomic(run.folder / "identity", json.dumps(identity))
+                run.sweep()
                 yield run
                 return
         finally:
             lock.release()
+
+
+def related_runs(folders: RunFolders, run: Run, lora_name: str) -> list[Run]:
+    """Other runs of the same base, data and settings in this series of names: they differ in length or format only."""
+    series = re.compile(rf"{re.escape(lora_name)}(_\d{{5}})?")
+    names = sorted(
+        path.name for path in folders.runs.iterdir() if series.fullmatch(path.name) and path.name != run.name
+    )
+    known = [(name, _identity(folders.runs / name)) for name in names]
+    return [
+        Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
+        for name, identity in known
+        if identity and all(identity.get(part) == run.identity[part] for part in ("fingerprint", "kept"))
+    ]
+
+
+def _kept(config: TrainConfig) -> list[Any]:
+    """What decides of which step the file holds the adapter; empty for the last one."""
+    by_score = config.keep_best == "clip_score"
+    if config.keep_best == "off" and not config.early_stopping:
+        return []
+    watched = [config.keep_best, config.early_stopping, config.validate_every]
+    samples = [config.sample_every, config.clip_model, config.sample_steps, config.sample_guidance]
+    return [*watched, *samples, *config.sample_prompts] if by_score else watched
 
 
 def save_settings(
@@ -89,13 +146,16 @@ def save_settings(
         run.folder / "run.yaml",
         {
             "base": {"path": str(base.path), "precision": base.precision},
-            "datasets": [
-                {"folder": str(folder), **dataclasses.asdict(settings)} for folder, settings in dataset.sources
-            ],
+            "datasets": _sections(dataset.sources),
+            "validation": _sections(dataset.validation_sources),
             "train": config,
             "run": facts,
         },
     )
+
+
+def _sections(sources: Sequence[tuple[Path, DatasetConfig]]) -> list[dict[str, Any]]:
+    return [{"folder": str(folder), **dataclasses.asdict(settings)} for folder, settings in sources]
 
 
 def _names(wanted: str) -> Iterator[str]:
@@ -104,9 +164,16 @@ def _names(wanted: str) -> Iterator[str]:
         yield f"{wanted}_{number:05d}"
 
 
-def _identity(folder: Path) -> str | None:
+def _identity(folder: Path) -> dict[str, Any] | None:
+    """None for a folder that is no run's yet."""
     file = folder / "identity"
-    return file.read_text(encoding="utf-8") if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        identity = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        identity = None
+    return identity if isinstance(identity, dict) else {"fingerprint": "unreadable"}
 
 
 def _check_writable(folders: RunFolders) -> None:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from . import generation
-from .base_model import SDXLBase, resolve_dtype
-from .charts import draw_loss_chart, smoothed
-from .config import GenerateConfig, TrainConfig, WeightType
-from .dataset import CaptionDataset
-from .files import write_atomic, write_text_atomic
-from .generation import LoadedParts, LoRARef
-from .lora_files import LoRAFile, kohya_state_dict, read_lora, write_lora
+from .base_model import SDXLBase, load_part, resolve_dtype
+from .charts import smoothed
+from .checkpoints import LoopState
+from .class_images import with_class_images
+from .dataset import CaptionDataset, with_validation
+from .files import write_text_atomic
+from .journal import Journal, NoJournal
+from .loaded_parts import LoadedParts
+from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
-from .runs import Run, RunFolders, claim_run, run_fingerprint, save_settings
-from .training_loop import OnStep, StepReport, Trained, train_adapter
+from .lora_modules import LoRAModule, with_dora_scale
+from .losses import as_trained
+from .optimizers import require_library
+from .precompute import cut_captions
+from .processes import Processes, require_work_for_all
+from .progress import OnStep, StepReport
+from .run_length import passes_per_epoch, starting_point, with_steps
+from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
+from .sampling import Sampler, Samples
+from .train_config import TrainConfig, WeightType
+from .training_loop import Trained, train_adapter
+from .watching import require_lookable
 
 log = logging.getLogger("sdxl_lora")
 _DTYPES: dict[WeightType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -50,63 +59,107 @@ class TrainResult:
 def train(
     base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, folders: RunFolders, device: torch.device,
     on_step: OnStep = lambda report: None, should_stop: Callable[[], bool] = lambda: False,
-    parts: LoadedParts | None = None,
+    parts: LoadedParts | None = None, validation: CaptionDataset | None = None,
 ) -> TrainResult:  # fmt: skip
-    """Trains, or continues, or finds the same run finished. `parts` owns the weights that draw the samples.
+    """Trains, or continues, or finds the same run finished. `parts` owns the weights that draw images.
+
+    The pictures of `validation` are looked at beside those that `dataset` holds out.
 
     Raises what `on_step` raises (after a checkpoint), OSError when a folder cannot be written, ValueError for data that
-    cannot be trained on, RuntimeError when the loss was never finite.
+    cannot be trained on, Diverged when losses are not finite, torch.OutOfMemoryError when the GPU is too small.
     """
     if not dataset.entries:
+        if dataset.regularisation:
+            raise ValueError(f"dataset {dataset.name} has only regularisation images: connect those to train on, too")
         raise ValueError(f"dataset {dataset.name} has no images to train on")
+    if validation:
+        dataset = with_validation(dataset, validation)
+    require_lookable(config, dataset)
+    parts = parts or LoadedParts(device, offload=True)
+    base = as_trained(base, config)
+    require_library(config)
+    config = with_steps(config, dataset)
+    processes = Processes.launched(device)
+    require_work_for_all(config, processes)
     fingerprint = run_fingerprint(base, dataset, config)
-    with claim_run(folders, config, fingerprint) as run:
-        reused = run.finished
+    with _claimed(processes, folders, config, fingerprint) as run:
+        reused = processes.share(run.finished)
         if not reused:
-            _train_and_save(run, base, dataset, config, fingerprint, folders, device, on_step, should_stop)
+            with processes.one_after_the_other():
+                shown = with_class_images(
+                    base, dataset, config, run.folder / "class_images", parts=parts, cache=folders.cache,
+                    on_step=lambda done, total: on_step(StepReport("drawing class images", done, total)),
+                )  # fmt: skip
+            _train_and_save(run, base, shown, config, fingerprint, folders, device, on_step, should_stop, processes)
+            processes.wait()
         report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
         report["reused"] = reused
-        samples = _draw_samples(
-            run, base, dataset, config, folders, parts or LoadedParts(device, offload=True), on_step
-        )
+        draws = bool(config.sample_prompts) and processes.is_first
+        samples = _final_samples(run, base, dataset, config, folders, parts, on_step) if draws else Samples([], ())
+        if config.clip_model and samples.pixels:
+            report["clip_scores"] = list(samples.clip_scores)
         return TrainResult(
             lora_name=run.lora_path.name,
             lora_path=run.lora_path,
-            state_dict=kohya_state_dict(read_lora(run.lora_path), torch.float32),
+            state_dict=_comfyui_weights(run.lora_path, base),
             loss_chart=run.folder / "loss.png",
-            samples=samples,
+            samples=samples.pixels,
             report=report,
             reused=reused,
         )
 
 
+@contextmanager
+def _claimed(processes: Processes, folders: RunFolders, config: TrainConfig, fingerprint: str) -> Iterator[Run]:
+    """The run that the first process claims; the others follow it there."""
+    with claim_run(folders, config, fingerprint) if processes.is_first else nullcontext() as claimed:
+        run = processes.share(claimed)
+        assert run
+        yield run
+
+
 def _train_and_save(
     run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, fingerprint: str, folders: RunFolders,
-    device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
+    device: torch.device, on_step: OnStep, should_stop: Callable[[], bool], processes: Processes,
 ) -> None:  # fmt: skip
     started = time.monotonic()
-    trained = train_adapter(
-        base, dataset, config,
-        cache=folders.cache, checkpoints=run.folder / "checkpoints", fingerprint=fingerprint,
-        device=device, on_step=on_step, should_stop=should_stop,
-    )  # fmt: skip
-    metadata = _metadata(run.name, base, dataset, config, trained, resolve_dtype(config.precision, device))
-    lora = LoRAFile(unet=trained.modules, metadata=metadata)
-    write_lora(run.lora_path, lora, _DTYPES[config.save_dtype], config.save_format)
+    computed, dtype = resolve_dtype(config.precision, device), _DTYPES[config.save_dtype]
+    sampler = _sampler(run, base, dataset, config, folders)
+
+    def lora(modules: dict[str, AdapterModule], steps: int) -> LoRAFile:
+        return LoRAFile(unet=modules, metadata=_metadata(run.name, base, dataset, config, steps, computed))
+
+    written = Journal(run.folder, run.name, config.tensorboard) if processes.is_first else NoJournal()
+    with closing(written) as journal:
+        trained = train_adapter(
+            base, dataset, config,
+            cache=folders.cache, checkpoints=run.checkpoints,
+            start=starting_point(related_runs(folders, run, config.lora_name), config),
+            write_adapter=lambda path, modules, steps: write_lora(
+                path, lora(modules, steps), torch.float32, config.save_format
+            ),
+            sample=lambda modules, step, on_step: sampler.of_step(
+                step, lambda path: write_lora(path, lora(modules, step), dtype, config.save_format), device, on_step
+            ),
+            journal=journal, device=device, on_step=on_step, should_stop=should_stop, processes=processes,
+        )  # fmt: skip
+    if not processes.is_first:
+        return
+    finished = lora(trained.modules, trained.step)
+    write_lora(run.lora_path, finished, dtype, config.save_format)
     report = _report(run, base, dataset, config, trained)
     facts = {
         "fingerprint": fingerprint, "base": base.fingerprint, "dataset": dataset.fingerprint,
-        "seconds": round(time.monotonic() - started, 1), "device": str(device),
+        "epochs": report["epochs"], "seconds": round(time.monotonic() - started, 1), "device": str(device),
     }  # fmt: skip
     save_settings(run, base, dataset, config, facts)
-    _write_metrics(run.folder / "metrics.csv", trained)
-    draw_loss_chart(run.folder / "loss.png", run.name, trained.state.losses, trained.state.learning_rates)
     write_text_atomic(run.folder / "report.json", json.dumps(report, indent=2))
-    write_text_atomic(run.folder / "finished", fingerprint)
+    if not trained.stopped_early:
+        write_text_atomic(run.folder / "finished", fingerprint)
 
 
 def _metadata(
-    name: str, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, trained: Trained, dtype: torch.dtype
+    name: str, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, steps: int, dtype: torch.dtype
 ) -> dict[str, str]:
     precision: WeightType = next(option for option, computed in _DTYPES.items() if computed == dtype)
     return lora_metadata(
@@ -123,7 +176,8 @@ def _metadata(
         repeats=max(entry.repeats for entry in dataset.entries),
         trigger_words=dataset.trigger_words,
         tag_counts=tag_counts(entry.caption for entry in dataset.entries),
-        steps=trained.state.step,
+        steps=steps,
+        regularisation_images=len(dataset.regularisation),
     )
 
 
@@ -134,56 +188,85 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
         "base": base.name,
         "images": len(dataset.entries),
         "steps": state.step,
+        "epochs": _epochs(dataset, config, state.step),
         "loss": _finite(smoothed(state.losses)[-1]),
         "modules": len(trained.modules),
+        "adapter": config.adapter,
+        "rank": _ranks(trained),
         "trigger_words": list(dataset.trigger_words),
+        "memory": state.memory,
         "skipped_steps": state.skipped,
         "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped],
     }
+    if dataset.regularisation:
+        report["regularisation_images"] = len(dataset.regularisation)
+    if cut := cut_captions(base, dataset.entries, config.caption_chunks):
+        report["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut]
     if run.name != config.lora_name:
         report["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"
     if trained.stopped_early:
-        report["stopped"] = f"stopped on request after {state.step} of {config.steps} steps"
-    if trained.validation_loss is not None:
-        report["validation_loss"] = trained.validation_loss
-        report["validation_loss_before"] = state.first_validation_loss
+        report["stopped"] = (
+            f"stopped on request after {state.step} of {config.steps} steps: the same settings again train the rest, "
+            f"steps {state.step} keeps what there is"
+        )
+    elif state.step < config.steps:
+        report["early_stopping"] = (
+            f"stopped early after {state.step} of {config.steps} steps: {config.early_stopping} validations in a row "
+            "brought no lower loss"
+        )
+    if state.continued_from:
+        report["continued"] = _continued(state, config)
+    if validated := [look for look in state.looks if look.validation_loss is not None]:
+        report["validation_loss"] = (trained.kept or validated[-1]).validation_loss
+        report["validation_loss_before"] = validated[0].validation_loss
+    if trained.kept:
+        report["kept"] = f"the file holds step {trained.kept.step}, the best by {config.keep_best}"
     return report
+
+
+def _epochs(dataset: CaptionDataset, config: TrainConfig, steps: int) -> float:
+    return round(steps * config.gradient_accumulation / passes_per_epoch(dataset, config), 2)
+
+
+def _continued(state: LoopState, config: TrainConfig) -> str:
+    if not state.schedule_start:
+        return f"the first steps are those of {state.continued_from}, as in one run of {config.steps} steps"
+    return (
+        f"the first {state.schedule_start} steps are those of {state.continued_from}; after them the schedule "
+        f"{config.lr_schedule} began anew, warm-up included"
+    )
+
+
+def _ranks(trained: Trained) -> int | list[int]:
+    """Of the saved file: PiSSA's is twice the setting, and blocks may have their own."""
+    ranks = sorted({module.rank for module in trained.modules.values()})
+    return ranks[0] if len(ranks) == 1 else ranks
+
+
+def _comfyui_weights(path: Path, base: SDXLBase) -> dict[str, Tensor]:
+    """The file in kohya's keys. A DoRA in peft's form has to be measured against the base for that."""
+    file = read_lora(path)
+    if any(isinstance(module, LoRAModule) and module.magnitude is not None for module in file.unet.values()):
+        unet: Any = load_part(base, "unet", torch.float32)
+        file.unet = {
+            name: with_dora_scale(module, unet.get_submodule(name).weight.detach())
+            for name, module in file.unet.items()
+            if isinstance(module, LoRAModule)
+        }
+    return kohya_state_dict(file, torch.float32)
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _write_metrics(path: Path, trained: Trained) -> None:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["step", "loss", "learning_rate"])
-    rows.writerows(
-        (step, loss, rate)
-        for step, (loss, rate) in enumerate(zip(trained.state.losses, trained.state.learning_rates, strict=True), 1)
-    )
-    write_text_atomic(path, text.getvalue())
+def _sampler(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, folders: RunFolders) -> Sampler:
+    side = max(entry.resolution for entry in dataset.entries)
+    return Sampler(base, config, side, folders.cache, run.folder / "samples")
 
 
-def _draw_samples(
+def _final_samples(
     run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, folders: RunFolders, parts: LoadedParts,
     on_step: OnStep,
-) -> list[np.ndarray]:  # fmt: skip
-    """The sample prompts through the same path as SDXLGenerateCached, with the finished file."""
-    if not config.sample_prompts:
-        return []
-    side = max(entry.resolution for entry in dataset.entries)
-    request = GenerateConfig(
-        prompt="\n".join(config.sample_prompts), prompt_per_line=True, seed=config.seed, width=side, height=side,
-        steps=config.sample_steps, guidance=config.sample_guidance,
-    )  # fmt: skip
-    images = generation.generate(
-        base, request, [LoRARef(run.lora_path, run.name, 1.0, 1.0)],
-        parts=parts, cache_folder=folders.cache / "images", hash_memo=folders.cache / "hashes",
-        prompt_cache=folders.cache,
-        on_step=lambda done, total: on_step(StepReport("drawing samples", done, total)),
-    )  # fmt: skip
-    for number, image in enumerate(images):
-        path = run.folder / "samples" / f"{number:02d}.png"
-        write_atomic(path, lambda file, pixels=image.pixels: Image.fromarray(pixels).save(file, format="PNG"))
-    return [image.pixels for image in images]
+) -> Samples:  # fmt: skip
+    return _sampler(run, base, dataset, config, folders).of_file(run.lora_path, parts, on_step)

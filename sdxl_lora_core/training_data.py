@@ -7,6 +7,8 @@ global random state is neither used nor moved.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,59 +18,107 @@ from torch import Tensor
 
 from . import precompute
 from .base_model import SDXLBase
-from .buckets import epoch_batches
-from .config import TrainConfig
+from .buckets import Crop, epoch_batches
+from .caption_variants import caption_variants
 from .dataset import CaptionDataset, CaptionEntry
+from .losses import Objective
+from .lots import pick
 from .precompute import OnItem, Sample
+from .prompts import stack_embeds
+from .train_config import TrainConfig
 
+log = logging.getLogger("sdxl_lora")
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one forward pass on the device. latents and noise are float32 [B, 4, H/8, W/8]."""
+    """Tensors of one forward pass on the device. latents, noise and input_noise are float32 [B, 4, H/8, W/8].
+
+    The UNet is asked for noise, and sees latents with input_noise. weights [B] are those of the loss; masks are float32
+    [B, 1, H/8, W/8], 1 where the image is learned, or None.
+    """
 
     latents: Tensor
     noise: Tensor
+    input_noise: Tensor
     timesteps: Tensor
     embeds: Tensor
     pooled: Tensor
     time_ids: Tensor
+    weights: Tensor
+    masks: Tensor | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of a batch, on the CPU."""
+
+    sample: Sample
+    caption: str
+    latents: Tensor
+    noise: Tensor
+    input_noise: Tensor
+    timestep: int
+    weight: float = 1.0
 
 
 class TrainingData:
-    """The samples and what they are conditioned on, drawn by step and position only."""
+    """The samples and what they are conditioned on, drawn by step and position only.
+
+    `captions` are the texts that each image may be shown with; `prompt_files` hold the embeddings of all of them.
+    """
 
     def __init__(
         self, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, cache: Path, device: torch.device,
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.base, self.config, self.cache_folder, self.device, self.dtype = base, config, cache, device, dtype
-        self.entries = dataset.entries
-        self.variants = [self._variants(entry) for entry in dataset.entries]
-        self.validation = [
-            precompute.make_sample(base, entry, False, cache, dtype, device) for entry in dataset.validation
-        ]
-        self.empty_prompt = precompute.prompt_file(base, "", cache, dtype, device)
-        self.buckets = [(v[0].crop.bucket_w, v[0].crop.bucket_h) for v in self.variants]
+        self.entries = (*dataset.entries, *dataset.regularisation)
+        if config.masked_loss and not any(entry.mask for entry in self.entries):
+            raise ValueError(
+                f"masked_loss is on and no image of {dataset.name} has a mask or an alpha channel: "
+                "put masks/<name>.png into the folder, or turn masked_loss off"
+            )
+        self.variants = [self._variants(entry) for entry in self.entries]
+        self.captions = [self._captions(entry, dataset.trigger_words) for entry in dataset.entries]
+        self.captions += [entry.captions for entry in dataset.regularisation]
+        self.first_regularisation = len(dataset.entries)
+        self.validation = [self._sample(entry, entry.center, mirrored=False) for entry in dataset.validation]
+        self.prompt_files = {caption: self._prompt_file(caption) for caption in self._all_captions()}
+        self.buckets = [entry.bucket for entry in self.entries]
         self._epochs: dict[int, list[list[int]]] = {}
         self._per_epoch = len(self._epoch(0))
 
     def _variants(self, entry: CaptionEntry) -> list[Sample]:
         orientations = (False, True) if entry.flip else (False,)
-        return [
-            precompute.make_sample(self.base, entry, mirrored, self.cache_folder, self.dtype, self.device)
-            for mirrored in orientations
-        ]
+        return [self._sample(entry, crop, mirrored) for crop in entry.crops for mirrored in orientations]
+
+    def _sample(self, entry: CaptionEntry, crop: Crop, mirrored: bool) -> Sample:
+        return precompute.make_sample(self.base, entry, crop, mirrored, self.cache_folder)
+
+    def _captions(self, entry: CaptionEntry, trigger_words: Sequence[str]) -> tuple[str, ...]:
+        return caption_variants(entry.captions, entry.sha256, trigger_words, self.config)
+
+    def _all_captions(self) -> list[str]:
+        shown = [caption for captions in self.captions for caption in captions]
+        shown += [sample.entry.caption for sample in self.validation]
+        return [*shown, ""] if self.config.caption_dropout > 0 else shown
+
+    def _prompt_file(self, caption: str) -> Path:
+        chunks = self.config.caption_chunks
+        return precompute.prompt_file(self.base, caption, self.cache_folder, self.dtype, self.device, chunks)
 
     def cache(self, on_item: OnItem) -> None:
-        """Makes every tensor that is not on disk yet."""
+        """Makes every tensor that is not on disk yet, and says in the log which captions are cut."""
+        for name, words in precompute.cut_captions(self.base, self.entries, self.config.caption_chunks):
+            log.warning("the caption of %s is too long for caption_chunks, not seen: %s", name, words)
         samples = [sample for variants in self.variants for sample in variants] + self.validation
-        prompts = dict.fromkeys(sample.entry.caption for sample in samples)
-        if self.config.caption_dropout > 0:
-            prompts[""] = None
-        precompute.cache_prompts(self.base, prompts, self.cache_folder, self.device, self.dtype, on_item)
+        chunks = self.config.caption_chunks
+        precompute.cache_prompts(self.base, self.prompt_files, self.device, self.dtype, chunks, on_item)
         precompute.cache_latents(self.base, samples, self.device, on_item)
+        if self.config.masked_loss:
+            precompute.cache_masks(samples, on_item)
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """The image indices of each forward pass of this optimizer update."""
@@ -83,44 +133,59 @@ class TrainingData:
             self._epochs = {epoch: batches}
         return self._epochs[epoch]
 
-    def batch(self, indices: Sequence[int], step: int, first_position: int, timesteps: int) -> Batch:
-        rows = []
-        for position, index in enumerate(indices, start=first_position):
-            draw = generator(self.config.seed, step, position)
-            variants = self.variants[index]
-            chance = torch.rand(2, generator=draw)
-            sample = variants[int(chance[0] * len(variants))]
-            prompt = self.empty_prompt if chance[1] < self.config.caption_dropout else sample.prompt_file
-            timestep = int(torch.randint(timesteps, (1,), generator=draw))
-            rows.append(_row(sample, prompt, timestep, draw))
+    def batch(
+        self, indices: Sequence[int], step: int, first_position: int, objective: Objective, apart: int = 1
+    ) -> Batch:
+        """The images of one pass; in the update's batch their positions are `apart`."""
+        positions = itertools.count(first_position, apart)
+        rows = [self._draw(index, step, position, objective) for position, index in zip(positions, indices)]  # noqa: B905
         return self._stack(rows)
+
+    def _draw(self, index: int, step: int, position: int, objective: Objective) -> Row:
+        draw = generator(self.config.seed, step, position)
+        chance = torch.rand(2, generator=draw)
+        sample = self.variants[index][int(chance[0] * len(self.variants[index]))]
+        is_regularisation = index >= self.first_regularisation
+        if chance[1] < self.config.caption_dropout and not is_regularisation:
+            caption = ""
+        else:
+            captions = self.captions[index]
+            caption = captions[pick(len(captions), self.config.seed, step, position, "caption")]
+        timestep = objective.timestep(draw)
+        latents = _latents(sample, draw)
+        noise = objective.noise(latents, draw)
+        weight = self.config.prior_weight if is_regularisation else 1.0
+        return Row(sample, caption, latents, noise, objective.input_noise(noise, draw), timestep, weight)
 
     def validation_batches(self) -> Iterator[Batch]:
         """Every held-out image at fixed timesteps with fixed noise, whatever the run's seed, so that runs compare."""
         for position, sample in enumerate(self.validation):
             for timestep in VALIDATION_TIMESTEPS:
                 draw = generator(0, timestep, position)
-                yield self._stack([_row(sample, sample.prompt_file, timestep, draw)])
+                latents = _latents(sample, draw)
+                noise = torch.randn(latents.shape, generator=draw)
+                yield self._stack([Row(sample, sample.entry.caption, latents, noise, noise, timestep)])
 
-    def _stack(self, rows: list[tuple[Tensor, ...]]) -> Batch:
-        latents, noise, timesteps, embeds, pooled, time_ids = (
-            torch.stack(column) for column in zip(*rows, strict=True)
-        )
+    def _stack(self, rows: Sequence[Row]) -> Batch:
+        prompts = [precompute.load_prompt(self.prompt_files[row.caption]) for row in rows]
+        masks = torch.stack([row.sample.mask() for row in rows]) if self.config.masked_loss else None
         return Batch(
-            latents=latents.to(self.device),
-            noise=noise.to(self.device),
-            timesteps=timesteps.to(self.device),
-            embeds=embeds.to(self.device, self.dtype),
-            pooled=pooled.to(self.device, self.dtype),
-            time_ids=time_ids.to(self.device),
+            latents=torch.stack([row.latents for row in rows]).to(self.device),
+            noise=torch.stack([row.noise for row in rows]).to(self.device),
+            input_noise=torch.stack([row.input_noise for row in rows]).to(self.device),
+            timesteps=torch.tensor([row.timestep for row in rows], device=self.device),
+            embeds=stack_embeds([embeds for embeds, _ in prompts]).to(self.device, self.dtype),
+            pooled=torch.stack([pooled for _, pooled in prompts]).to(self.device, self.dtype),
+            time_ids=torch.stack([row.sample.time_ids() for row in rows]).to(self.device),
+            weights=torch.tensor([row.weight for row in rows], device=self.device),
+            masks=None if masks is None else masks.to(self.device),
         )
 
 
-def _row(sample: Sample, prompt_file: Path, timestep: int, draw: torch.Generator) -> tuple[Tensor, ...]:
+def _latents(sample: Sample, draw: torch.Generator) -> Tensor:
+    """A fresh draw from the VAE's posterior, [4, H/8, W/8]."""
     mean, std = sample.posterior()
-    latents = mean + std * torch.randn(mean.shape, generator=draw)
-    noise = torch.randn(mean.shape, generator=draw)
-    return latents, noise, torch.tensor(timestep), *precompute.load_prompt(prompt_file), sample.time_ids()
+    return mean + std * torch.randn(mean.shape, generator=draw)
 
 
 def generator(seed: int, step: int, position: int) -> torch.Generator:

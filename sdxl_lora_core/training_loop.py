@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,148 +16,275 @@ import torch
 from torch import Tensor
 
 from . import base_model, precompute
-from .adapters import add_lora, lora_modules
+from .adapters import Adapter
+from .averaging import Averaging
 from .base_model import SDXLBase
-from .checkpoints import LoopState, load_newest, save_checkpoint
-from .config import TrainConfig
+from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset import CaptionDataset
-from .lora_files import LoRAModule
-from .losses import loss_per_sample, training_target
+from .journal import Journal
+from .lora_files import AdapterModule
+from .losses import Objective
+from .memory import free_memory, kept_bytes, plan_memory, set_checkpointing
+from .optimizers import make_optimizer, set_learning_rates, state_copies
+from .processes import Processes
+from .progress import Meter, OnStep, StepReport
+from .run_length import learning_rate
+from .sampling import Samples
+from .train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, Batch, TrainingData, generator
+from .watching import Look, best_look, converged, samples_due, validation_due
 
 log = logging.getLogger("sdxl_lora")
+GIVE_UP_AFTER = 5
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What is going on. done of total counts the phase's own items; loss and learning_rate only while training."""
-
-    phase: str
-    done: int
-    total: int
-    loss: float | None = None
-    learning_rate: float | None = None
+class Diverged(RuntimeError):
+    """Training went where there are no numbers."""
 
 
-OnStep = Callable[[StepReport], None]
+WriteAdapter = Callable[[Path, dict[str, AdapterModule], int], None]
+Sample = Callable[[dict[str, AdapterModule], int, OnStep], Samples]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished loop: the adapter's matrices by diffusers module name, and how it went."""
+    """A finished loop: the adapter's matrices by diffusers module name, and how it went.
 
-    modules: dict[str, LoRAModule]
+    `kept` is the look that `keep_best` chose the adapter for; None: it is that of the last step. `stopped_early` says
+    that `should_stop` ended the run.
+    """
+
+    modules: dict[str, AdapterModule]
     state: LoopState
-    validation_loss: float | None
+    kept: Look | None
     stopped_early: bool
+
+    @property
+    def step(self) -> int:
+        """The number of updates that made the adapter."""
+        return self.kept.step if self.kept else self.state.step
 
 
 def train_adapter(
-    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Path, fingerprint: str,
-    device: torch.device, on_step: OnStep, should_stop: Callable[[], bool],
+    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Checkpoints,
+    start: Checkpoint | None, write_adapter: WriteAdapter, sample: Sample, journal: Journal, device: torch.device,
+    on_step: OnStep, should_stop: Callable[[], bool], processes: Processes,
 ) -> Trained:  # fmt: skip
-    """Caches, then trains until `config.steps` or `should_stop`. Continues from the newest checkpoint in `checkpoints`.
+    """Caches, then trains until `config.steps` or `should_stop`, from the newest of `checkpoints`, else from `start`.
 
-    `on_step` may raise to cancel: a checkpoint is written first and the exception passes through. Raises ValueError for
-    an image that changed, RuntimeError when the loss was never finite, OSError when a cache or checkpoint cannot be
-    written.
+    `write_adapter` writes a LoRA file of the adapter's matrices after a number of steps, `sample` draws with them while
+    the device is free. `on_step` may raise to cancel:
+    a checkpoint is written first and the exception passes through. Raises ValueError for an image that changed,
+    Diverged when losses are not finite, torch.OutOfMemoryError when nothing more can be saved, OSError when a cache
+    or checkpoint cannot be written.
     """
     dtype = base_model.resolve_dtype(config.precision, device)
     data = TrainingData(base, dataset, config, cache, device, dtype)
-    data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
-    with Loop(base, config, data, device, dtype) as loop:
-        return loop.run(checkpoints, fingerprint, on_step, should_stop)
+    with processes.one_after_the_other():
+        data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
+    with Loop(base, config, data, device, dtype, checkpoints, write_adapter, sample, journal, processes) as loop:
+        return loop.run(start, on_step, should_stop)
 
 
 class Loop:
     """The UNet with its adapter, the optimizer and where they stand. Closing it frees their memory."""
 
     def __init__(
-        self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype
-    ) -> None:
+        self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype,
+        checkpoints: Checkpoints, write_adapter: WriteAdapter, sample: Sample, journal: Journal, processes: Processes,
+    ) -> None:  # fmt: skip
         from diffusers import DDPMScheduler
 
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
-        self.scheduler: Any = DDPMScheduler.from_config(base_model.scheduler_config(base))
+        self.checkpoints, self.write_adapter, self.sample, self.journal = checkpoints, write_adapter, sample, journal
+        self.processes = processes
+        self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
         self.unet: Any = base_model.load_part(base, "unet", dtype, device)
-        self.parameters = add_lora(self.unet, config)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-        )
+        self.adapter = Adapter(self.unet, config)
+        self.groups = self.adapter.groups
+        self.parameters = [parameter for group in self.groups for parameter in group.parameters]
+        self.optimizer = make_optimizer(self.groups, config)
+        self.averaging = Averaging(self.parameters, self.optimizer, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.state = LoopState()
-        self.checkpointing = config.gradient_checkpointing == "on"
-        if self.checkpointing:
-            self.unet.enable_gradient_checkpointing()
+        self.saved_step = 0
+        keeps_best = config.keep_best != "off"
+        self.best = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters] if keeps_best else []
+        self.unet.train()
 
     def __enter__(self) -> Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.unet, self.optimizer, self.parameters
+        del self.unet, self.adapter, self.optimizer, self.averaging, self.parameters, self.groups
         precompute.release_memory(self.device)
 
-    def run(self, checkpoints: Path, fingerprint: str, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
-        require_space(checkpoints, self.parameters)
-        restored = load_newest(checkpoints, fingerprint, self.parameters, self.optimizer)
-        if restored:
-            self.state, scaler = restored
-            self.scaler.load_state_dict(scaler)
-        elif self.data.validation:
-            self.state.first_validation_loss = self.validation_loss(on_step)
-        stopped = False
-        while self.state.step < self.config.steps and not stopped:
-            self.update()
-            if self.state.step % self.config.checkpoint_every == 0:
-                self.save(checkpoints, fingerprint)
-            self.report(on_step, checkpoints, fingerprint)
-            stopped = should_stop()
-        if self.state.step % self.config.checkpoint_every:
-            self.save(checkpoints, fingerprint)
-        self.check_result()
-        validation = self.validation_loss(on_step) if self.data.validation else None
-        return Trained(lora_modules(self.unet, self.config.alpha), self.state, validation, stopped)
+    @property
+    def weights(self) -> list[Tensor]:
+        """What a checkpoint keeps: the parameters that learn, their moving average and the best so far, if any."""
+        return [*self.parameters, *self.averaging.ema, *self.best]
 
-    def report(self, on_step: OnStep, checkpoints: Path, fingerprint: str) -> None:
+    def run(self, start: Checkpoint | None, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
+        weights, adapter = len(self.weights) // len(self.parameters), 1
+        require_space(self.checkpoints.folder, self.parameters, weights + state_copies(self.config) + adapter)
+        if checkpoint := self.checkpoints.newest() or start:
+            self.restore(checkpoint)
+        else:
+            self.plan_memory()
+        set_checkpointing(self.unet, self.state.gradient_checkpointing)
+        self.look(on_step)  # at the base, or what a cancel left undone
+        self.journal.open(self.state)
+        meter, stopped = Meter(self.state.losses, self.device), False
+        while not self.is_over and not stopped:
+            with meter.update(sum(map(len, self.data.micro_batches(self.state.step)))):
+                self.update()
+            self.check_recent_steps()
+            with self.saved_on_failure():
+                self.follow(meter, on_step)
+            stopped = self.processes.any(should_stop())
+        self.save()
+        self.check_result()
+        return self.finish(on_step, stopped)
+
+    @property
+    def is_over(self) -> bool:
+        return self.state.step >= self.config.steps or converged(self.config, self.state.looks)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.restore(self.weights, self.optimizer)
+        self.state = checkpoint.state
+        self.scaler.load_state_dict(checkpoint.scaler)
+        if checkpoint.path.parent == self.checkpoints.folder:
+            self.saved_step = self.state.step
+
+    def plan_memory(self) -> None:
+        """Chooses how the run fits, before its first step. One that goes on keeps the choice."""
+        config, free = self.config, free_memory(self.device)
+        if config.memory_limit_gb:
+            free = min(free, config.memory_limit_gb * 1e9)
+        areas = [width * height for width, height in self.data.buckets]
+        images = config.images_per_pass or config.batch_size
+        batch = self.data.batch([areas.index(max(areas))], 0, 0, self.objective)
+        copies = 1 + state_copies(config) + bool(self.averaging.ema)
+        self.unet.train()
+        for layer in self.adapter.layers.values():  # LoHa and LoKr draw whether they act, which no count can follow
+            layer.train(config.adapter in ("lora", "dora"))
+        plan = plan_memory(
+            lambda: kept_bytes(lambda: self.predict(batch), self.unet, batch.latents.shape, batch.embeds.shape),
+            self.unet, config.gradient_checkpointing, images, copies * size_of(self.parameters), free,
+        )  # fmt: skip
+        self.state.gradient_checkpointing, self.state.images_per_pass = plan.checkpointing, plan.images_per_pass
+        self.state.memory = f"{str(self.dtype).removeprefix('torch.')}, {plan.reason}"
+        if plan.tight:
+            log.warning("this run may not fit, or spill into memory that is many times slower: %s", plan.reason)
+
+    def follow(self, meter: Meter, on_step: OnStep) -> None:
+        """Looks at the update just taken, writes it down, saves and reports it."""
+        state = self.state
+        report = meter.report(state.step, self.config.steps, state.losses[-1], state.learning_rates[-1])
+        look = self.look(on_step)
+        self.journal.write(report, look)
+        saves = state.step % self.config.checkpoint_every == 0
+        if saves:
+            self.save()
+        if look or saves:
+            self.journal.draw(state)
+        on_step(report)
+
+    def look(self, on_step: OnStep, last: bool = False) -> Look | None:
+        """Sees what is due after this step and was not seen before, and keeps the best adapter so far."""
+        state, config = self.state, self.config
+        seen = next((look for look in state.looks if look.step == state.step), Look(state.step))
+        validates = seen.validation_loss is None and (last or validation_due(config, state.step))
+        draws = not seen.clip_scores and samples_due(config, state.step, last)
+        look = seen
+        if validates and self.data.validation:
+            look = replace(look, validation_loss=self.validation_loss(on_step))
+        if draws:
+            look = replace(look, clip_scores=self.draw_samples(on_step))
+        if look == seen:
+            return None
+        state.looks = [*(past for past in state.looks if past.step != state.step), look]
+        if best_look(config, state.looks) is look:
+            self.keep_best()
+        return look
+
+    def draw_samples(self, on_step: OnStep) -> tuple[float | None, ...]:
+        """Meanwhile the UNet waits in main memory, so that the device is free; it comes back to the bit."""
+        if not self.processes.is_first:
+            return self.processes.share(())
+        modules = self.modules()
+        self.unet.to("cpu")
+        precompute.release_memory(self.device)
         try:
-            on_step(
-                StepReport(
-                    "training", self.state.step, self.config.steps, self.state.losses[-1], self.state.learning_rates[-1]
-                )
-            )
+            samples = self.sample(modules, self.state.step, on_step)
+        finally:
+            self.unet.to(self.device)
+        self.journal.show(samples.pixels, self.state.step)
+        return self.processes.share(samples.clip_scores)
+
+    def keep_best(self) -> None:
+        with self.averaging.in_place():
+            for best, parameter in zip(self.best, self.parameters, strict=True):
+                best.copy_(parameter.detach())
+
+    def finish(self, on_step: OnStep, stopped: bool) -> Trained:
+        """The last look comes after the last checkpoint: a run that goes on from there has not seen it."""
+        if self.look(on_step, last=True):
+            self.journal.open(self.state)
+        self.journal.draw(self.state, now=True)
+        kept = best_look(self.config, self.state.looks)
+        if kept is None:
+            return Trained(self.modules(), self.state, None, stopped and not self.is_over)
+        for parameter, best in zip(self.parameters, self.best, strict=True):
+            parameter.data.copy_(best)
+        return Trained(self.adapter.modules(), self.state, kept, stopped and not self.is_over)
+
+    @contextmanager
+    def saved_on_failure(self) -> Iterator[None]:
+        """Around what may fail or be cancelled between two updates: no step that was taken is lost."""
+        try:
+            yield
         except BaseException:
-            self.save(checkpoints, fingerprint)
+            self.save()
             raise
 
-    def save(self, checkpoints: Path, fingerprint: str) -> None:
-        """A disk that fills up costs the checkpoint, not the run."""
-        scaler = self.scaler.state_dict()
+    def save(self) -> None:
+        """Writes a checkpoint unless this step has one. A disk that fills up costs the checkpoint, not the run."""
+        if self.saved_step == self.state.step or not self.processes.is_first:
+            return
+        if not all(parameter.isfinite().all() for parameter in self.parameters):
+            log.warning("no checkpoint at step %d: the LoRA holds values that are not finite", self.state.step)
+            return
+        self.state.checkpoints.append(self.state.step)
         try:
-            save_checkpoint(checkpoints, fingerprint, self.state, self.parameters, self.optimizer, scaler)
+            self.checkpoints.save(
+                self.state, self.weights, self.optimizer, self.scaler.state_dict(),
+                lambda path: self.write_adapter(path, self.modules(), self.state.step),
+            )  # fmt: skip
+            self.saved_step = self.state.step
         except OSError as error:
+            self.state.checkpoints.pop()
             log.warning("no checkpoint at step %d: %s", self.state.step, error)
+
+    def modules(self) -> dict[str, AdapterModule]:
+        """The adapter's matrices as they would be saved now."""
+        with self.averaging.in_place():
+            return self.adapter.modules()
 
     def update(self) -> None:
         """One optimizer update; not taken where the loss or the gradient is not finite."""
         step = self.state.step
-        rate = self.config.learning_rate * lr_factor(self.config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        try:
-            loss = self.accumulate(step)
-        except torch.OutOfMemoryError:
-            if self.checkpointing or self.config.gradient_checkpointing == "off":
-                raise
-            self.turn_on_checkpointing()
-            loss = self.accumulate(step)
+        rate = learning_rate(self.config, step, self.state.schedule_start)
+        set_learning_rates(self.optimizer, self.groups, rate)
+        with self.saved_on_failure():
+            loss = self.accumulate_within_memory(step)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         if math.isfinite(loss) and bool(norm.isfinite()):
             self.optimizer.step()
+            self.averaging.update(step + 1)
         else:
             self.state.skipped.append(step + 1)
             log.warning("step %d is not taken: loss %s, gradient norm %s", step + 1, loss, norm.item())
@@ -167,62 +294,157 @@ class Loop:
         self.state.losses.append(loss)
         self.state.learning_rates.append(rate)
 
-    def turn_on_checkpointing(self) -> None:
-        log.warning("out of memory without gradient checkpointing: it is on from here, and steps take longer")
+    def accumulate_within_memory(self, step: int) -> float:
+        while True:
+            try:
+                return self.accumulate(step)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                cause = str(error)
+            self.need_less_memory(cause)  # out of the except block, whose traceback keeps the failed graph alive
+
+    def need_less_memory(self, cause: str) -> None:
+        """Halves the pass, then turns gradient checkpointing on; raises torch.OutOfMemoryError if nothing is left.
+
+        The batch and its random numbers stay as they are; sums are rounded in another order, and layer dropout draws
+        its masks anew for each pass.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         precompute.release_memory(self.device)
-        self.unet.enable_gradient_checkpointing()
-        self.checkpointing = True
+        state, step = self.state, self.state.step + 1
+        images = state.images_per_pass
+        if images > 1:
+            state.images_per_pass = (images + 1) // 2
+            log.warning(
+                "out of memory at step %d: from here %d images a pass, not %d", step, state.images_per_pass, images
+            )
+        elif self.config.gradient_checkpointing == "auto" and state.gradient_checkpointing != "on":
+            state.gradient_checkpointing = "on"
+            set_checkpointing(self.unet, "on")
+            log.warning("out of memory at step %d: gradient checkpointing is on from here, steps take longer", step)
+        else:
+            remedy = "" if state.gradient_checkpointing == "on" else "set gradient_checkpointing to auto, or "
+            raise torch.OutOfMemoryError(
+                f"out of memory at step {step} with a single image a pass: {remedy}lower the dataset's resolution "
+                f"or the rank (now {self.config.rank}), or close what else uses the memory ({cause})"
+            )
 
     def accumulate(self, step: int) -> float:
         """Adds up the gradient of the mean loss over the effective batch and returns that loss."""
-        micro_batches = self.data.micro_batches(step)
-        total = sum(len(indices) for indices in micro_batches)
+        batches = self.data.micro_batches(step)
+        total = sum(len(indices) for indices in batches)
         self.unet.train()
-        loss, position = 0.0, 0
-        for indices in micro_batches:
-            batch = self.data.batch(indices, step, position, self.scheduler.config.num_train_timesteps)
+        loss = 0.0
+        for position, indices in passes(batches, self.state.images_per_pass, self.processes):
+            batch = self.data.batch(indices, step, position, self.objective, apart=self.processes.count)
             with layer_dropout(self.config, step, position, self.device):
                 part = self.losses(batch).sum() / total
                 self.scaler.scale(part).backward()
             loss += part.item()
-            position += len(indices)
-        return loss
+        return self.sum_over_processes(loss)
+
+    def sum_over_processes(self, loss: float) -> float:
+        """Adds the other processes' gradients to this one's, and their losses to `loss`."""
+        if self.processes.count == 1:
+            return loss
+        for parameter in self.parameters:
+            if parameter.grad is None:  # this process had no image of the update
+                parameter.grad = torch.zeros_like(parameter)
+        total = torch.tensor([loss], device=self.device)
+        self.processes.add_up([total, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)])
+        return total.item()
 
     def losses(self, batch: Batch) -> Tensor:
-        """The loss of each sample, float32 [B]."""
-        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        prediction = self.unet(
+        """The loss of each sample, times its weight, float32 [B]."""
+        prediction = self.predict(batch)
+        losses = self.objective.losses(prediction, batch.latents, batch.noise, batch.timesteps, batch.masks)
+        return losses * batch.weights
+
+    def predict(self, batch: Batch) -> Tensor:
+        """What the UNet says of the noisy samples, [B, 4, H/8, W/8]."""
+        noisy = self.objective.noisy(batch.latents, batch.input_noise, batch.timesteps)
+        return self.unet(
             noisy.to(self.dtype),
             batch.timesteps,
             encoder_hidden_states=batch.embeds,
             added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
         ).sample
-        target = training_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
-        return loss_per_sample(prediction, target)
 
     @torch.no_grad()
     def validation_loss(self, on_step: OnStep) -> float:
         self.unet.eval()
         total = len(self.data.validation) * len(VALIDATION_TIMESTEPS)
-        losses = []
-        for done, batch in enumerate(self.data.validation_batches()):
-            on_step(StepReport("validating", done, total))
-            losses.append(self.losses(batch).item())
-        return sum(losses) / total
+        losses = torch.zeros(total, dtype=torch.float64)
+        with self.averaging.in_place():
+            for done, batch in enumerate(self.data.validation_batches()):
+                on_step(StepReport("validating", done, total))
+                if done % self.processes.count == self.processes.rank:
+                    sample = batch.latents, batch.noise, batch.timesteps, batch.masks
+                    losses[done] = self.objective.squared_errors(self.predict(batch), *sample).item()
+        self.processes.add_up([losses])
+        return losses.mean().item()
+
+    def check_recent_steps(self) -> None:
+        """Gives up after some steps in a row that could not be taken, and goes back to the state before them.
+
+        A second try would fail again, since all that is random depends on the step. fp16's loss scale is found by steps
+        that fail, so it has to be at its lowest first.
+        """
+        failed = trailing_steps(self.state.skipped, self.state.step)
+        if failed < GIVE_UP_AFTER or self.scaler.get_scale() > 1:
+            return
+        first = self.state.step - failed + 1
+        self.state.rewind(failed)
+        self.save()
+        self.checkpoints.forget_after(self.state.step)
+        kept = self.checkpoints.newest()
+        where = f"the LoRA of {kept.path.name} is kept in {kept.path}" if kept else "there is no LoRA to keep"
+        raise Diverged(
+            f"loss or gradient was not finite in {failed} steps in a row, from step {first} on, and {where}: "
+            "use precision bf16 or fp32, or a lower learning_rate"
+        )
 
     def check_result(self) -> None:
         if not any(math.isfinite(loss) for loss in self.state.losses):
-            raise RuntimeError(
+            raise Diverged(
                 f"the loss was not finite in any of {self.state.step} steps, so there is no LoRA to save: "
                 "use precision bf16 or fp32, or a lower learning_rate"
             )
 
 
+def passes(batches: Sequence[Sequence[int]], size: int, processes: Processes) -> Iterator[tuple[int, Sequence[int]]]:
+    """This process's share of the batches, cut into forward passes of at most `size` images.
+
+    An image's position in the whole update says whose it is. Each pass comes with the position of its first image; the
+    next ones are `processes.count` apart.
+    """
+    before = 0
+    for batch in batches:
+        first = (processes.rank - before) % processes.count
+        mine = batch[first :: processes.count]
+        for start in range(0, len(mine), size):
+            yield before + first + start * processes.count, mine[start : start + size]
+        before += len(batch)
+
+
+def trailing_steps(steps: Sequence[int], last: int) -> int:
+    """How many of the ascending `steps` are the run ... last-2, last-1, last."""
+    count = 0
+    while count < len(steps) and steps[-1 - count] == last - count:
+        count += 1
+    return count
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it, Apple's MPS only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 @contextmanager
 def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.device) -> Iterator[None]:
     """Seeds the dropout layers by step and position and puts the global random state back afterwards."""
-    if config.dropout == 0:
+    if not (config.dropout or config.rank_dropout or config.module_dropout):
         yield
         return
     devices = [device] if device.type == "cuda" else []
@@ -231,10 +453,15 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
         yield
 
 
-def require_space(folder: Path, parameters: Sequence[Tensor]) -> None:
-    """Raises OSError while nothing is lost yet: three checkpoints of weights and two moments, and the LoRA."""
+def size_of(tensors: Sequence[Tensor]) -> int:
+    """In bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def require_space(folder: Path, parameters: Sequence[Tensor], copies: int) -> None:
+    """Raises OSError while nothing is lost yet: three checkpoints with so many `copies` of them each, and the LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = 10 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    needed = (3 * copies + 1) * size_of(parameters)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -242,15 +469,3 @@ def require_space(folder: Path, parameters: Sequence[Tensor]) -> None:
             f"the run needs about {needed / 1e6:.0f} MB for its checkpoints and {free / 1e6:.0f} MB are free: "
             "make room or lower the rank; training has not started",
         )
-
-
-def lr_factor(config: TrainConfig, step: int) -> float:
-    """The learning rate at 0-based `step` as a share of `config.learning_rate`: warm-up, then the schedule."""
-    if step < config.lr_warmup_steps:
-        return (step + 1) / config.lr_warmup_steps
-    progress = (step - config.lr_warmup_steps) / (config.steps - config.lr_warmup_steps)
-    if config.lr_schedule == "linear":
-        return 1 - progress
-    if config.lr_schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0

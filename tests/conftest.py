@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import socket
@@ -11,12 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdxl_lora_core
 from sdxl_lora_core.base_model import SDXLBase, open_base
+from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.lora_names import sai_block_name
+from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.training import TrainResult, train
+from tests.micro_runs import CPU, SMALL, Train, load
 
 DATA = Path(sdxl_lora_core.__file__).parent / "data"
 
@@ -85,6 +91,16 @@ def micro_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         write_micro_sdxl(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collection() -> None:
+    """Training frees its memory with gc.collect, which would look at every library's objects each time."""
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -211,3 +227,34 @@ def published_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     projection = published.pop("conditioner.embedders.1.model.text_projection.weight")
     published["conditioner.embedders.1.model.text_projection"] = projection.T.contiguous()
     return published
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    sizes = [(64, 64), (64, 64), (64, 64), (96, 48), (48, 96)]
+    for number, size in enumerate(sizes):
+        colour = (40 * number, 255 - 30 * number, 90)
+        image = Image.new("RGB", size, colour)
+        image.paste((255, 255, 255), (8, 8, 24 + number, 30))
+        image.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture number {number}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(tmp_path: Path, micro_base: SDXLBase, pictures: Path, cache: Path) -> Train:
+    """Trains into this test's own folders, with caches that all tests of the file share."""
+
+    def call(config: TrainConfig = SMALL, where: str = "a", base: SDXLBase = micro_base, **more: Any) -> TrainResult:
+        loras = tmp_path / where / "loras"
+        folders = RunFolders(loras, tmp_path / where / "runs", cache, lambda name: (loras / name).exists())
+        dataset = more.pop("dataset", None) or load(pictures)
+        return train(base, dataset, config, folders=folders, device=CPU, **more)
+
+    return call

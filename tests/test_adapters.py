@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdxl_lora_core import base_model
-from sdxl_lora_core.adapters import PRESETS, add_lora, lora_modules
+from sdxl_lora_core.adapters import PRESETS, Adapter
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.lora_files import merge_into
@@ -28,8 +28,8 @@ def new_unet(base: SDXLBase) -> Any:
 def test_a_preset_covers_its_modules_and_no_others(micro_base: SDXLBase, preset: Any, ends: set[str]) -> None:
     unet = new_unet(micro_base)
     wanted = {name for name, _ in unet.named_modules() if any(name.endswith(f".{end}") for end in ends)}
-    add_lora(unet, TrainConfig(rank=2, target_modules=preset))
-    assert set(lora_modules(unet, 2)) == wanted
+    adapter = Adapter(unet, TrainConfig(rank=2, target_modules=preset))
+    assert set(adapter.modules()) == wanted
 
 
 def test_the_full_size_model_has_560_and_722_modules() -> None:
@@ -47,21 +47,23 @@ def test_the_full_size_model_has_560_and_722_modules() -> None:
 
 def test_only_fp32_matrices_are_trained_and_they_change_nothing_at_the_start(micro_base: SDXLBase) -> None:
     unet = base_model.load_part(micro_base, "unet", torch.bfloat16)
-    parameters = add_lora(unet, TrainConfig(rank=2))
+    adapter = Adapter(unet, TrainConfig(rank=2))
+    (group,) = adapter.groups
+    parameters = group.parameters
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     assert sum(parameter.requires_grad for parameter in unet.parameters()) == len(parameters)
-    assert all(module.up.abs().max() == 0 < module.down.abs().max() for module in lora_modules(unet, 2).values())
+    assert all(module.up.abs().max() == 0 < module.down.abs().max() for module in adapter.modules().values())
 
 
 @pytest.mark.parametrize("preset", ["attention", "all-linear+conv"])
 def test_the_merged_matrices_act_as_the_adapter_does(micro_base: SDXLBase, preset: Any) -> None:
     unet = new_unet(micro_base)
-    add_lora(unet, TrainConfig(rank=2, alpha=6, target_modules=preset))
+    adapter = Adapter(unet, TrainConfig(rank=2, alpha=6, target_modules=preset))
     for number, parameter in enumerate(unet.parameters()):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(number))
     merged = new_unet(micro_base)
-    assert not merge_into(merged, lora_modules(unet, 6), 1.0).missing
+    assert not merge_into(merged, adapter.modules(), 1.0).missing
     arguments = {
         "sample": torch.randn(1, 4, 8, 8),
         "timestep": torch.tensor(10),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sdxl_lora_core.adapters import PRESETS, Adapter
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.lora_files import (
@@ -185,9 +187,9 @@ def test_what_is_not_low_rank_is_named(lora: LoRAFile, tmp_path: Path) -> None:
     save_file({**kohya_state_dict(lora, torch.float32), **extra}, tmp_path / "x.safetensors")
     read = read_lora(tmp_path / "x.safetensors")
     assert read.unknown == (
-        "lora_unet_input_blocks_4_1_proj_in.hada_w1_a",
         "lora_unet_nowhere.lora_down.weight",
         "lora_unet_out_2.diff",
+        "unet.down_blocks.1.attentions.0.proj_in (hada_w1_a alone)",
         "unet.down_blocks.1.attentions.1.proj_in (down alone)",
     )
     assert same_effect(read.unet, lora.unet)
@@ -209,6 +211,7 @@ ATTN2 = "transformer_blocks_0_attn2_to_k"
     [
         (low_rank("lora_unet_down_blocks_1_attentions_0_" + ATTN2, 768), "a Stable Diffusion 1.x LoRA"),
         (low_rank("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"), "a Stable Diffusion 1.x LoRA"),
+        ({f"lora_unet_mid_block_attentions_0_{ATTN2}.hada_w1_b": torch.ones(2, 768)}, "a Stable Diffusion 1.x LoRA"),
         (low_rank("lora_te_text_model_encoder_layers_0_mlp_fc1"), "a Stable Diffusion 1.x LoRA"),
         (low_rank("unet.up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q"), "a Stable Diffusion 1.x LoRA"),
         (low_rank("lora_unet_mid_block_attentions_0_" + ATTN2, 1024), "a Stable Diffusion 2.x LoRA"),
@@ -232,7 +235,7 @@ def test_damaged_and_empty_loras_are_refused(lora: LoRAFile, tmp_path: Path) -> 
     path = tmp_path / "x.safetensors"
     key = f"unet.{Q}"
     for tensors, message in (
-        ({f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": torch.ones(2, 2)}, "no low-rank pair.*lokr_w1"),
+        ({f"{key}.oft_blocks": torch.ones(2, 2)}, "no low-rank change.*oft_blocks"),
         ({f"{key}.lora_A.weight": torch.ones(4, 2), f"{key}.lora_B.weight": torch.ones(2, 3)}, "of unlike rank"),
         ({f"{key}.lora_A.weight": torch.full((4, 2), math.nan), f"{key}.lora_B.weight": torch.ones(2, 4)}, "holds NaN"),
     ):
@@ -432,3 +435,53 @@ def test_the_written_file_is_plain_safetensors(lora: LoRAFile, tmp_path: Path) -
     expected = kohya_state_dict(lora, torch.float16)
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+@pytest.mark.parametrize(("kind", "format"), [("lora", "kohya"), ("lora", "peft"), ("dora", "peft")])
+def test_diffusers_loads_a_trained_adapter_whole(
+    kind: Any, format: Any, rank_stabilised: bool, micro_base: SDXLBase, pipeline: Any, tmp_path: Path
+) -> None:
+    """diffusers 0.42 leaves a DoRA's lengths in kohya's keys out, and says so; peft's keys it takes."""
+    unet = trained_unet(micro_base, tmp_path, adapter=kind, use_rslora=rank_stabilised, save_format=format)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="x.safetensors", adapter_name="x")
+    assert adapter_modules(pipeline.unet) == set(read_lora(tmp_path / "x.safetensors").unet)
+    pipeline.fuse_lora(adapter_names=["x"])
+    pipeline.unload_lora_weights()
+    theirs = pipeline.unet.state_dict()
+    assert all(torch.allclose(weight, theirs[name], atol=1e-6, rtol=1e-5) for name, weight in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_peft_loads_a_trained_adapter_whole(kind: Any, micro_base: SDXLBase, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import set_peft_model_state_dict
+
+    unet = trained_unet(micro_base, tmp_path, adapter=kind, save_format="peft")
+    plain: Any = load_parts(micro_base)["unet"]
+    names = [name for name, module in plain.named_modules() if module.__class__ in (nn.Linear, nn.Conv2d)]
+    pattern = rf".*\.({'|'.join(PRESETS['all-linear+conv'])})"
+    targets = [name for name in names if re.fullmatch(pattern, name)]
+    model = get_peft_model(plain, LoraConfig(r=3, lora_alpha=3, use_dora=kind == "dora", target_modules=targets))
+    weights = {
+        f"base_model.model.{key.removeprefix('unet.')}": tensor
+        for key, tensor in load_file(tmp_path / "x.safetensors").items()
+    }
+    result = set_peft_model_state_dict(model, weights)
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "lora_" in key]
+    theirs = model.merge_and_unload().state_dict()
+    assert all(torch.allclose(weight, theirs[name], atol=1e-6, rtol=1e-5) for name, weight in unet.state_dict().items())
+
+
+def trained_unet(base: SDXLBase, folder: Path, **settings: Any) -> Any:
+    """Writes an adapter on every layer to x.safetensors, and returns the UNet with it merged in."""
+    unet: Any = load_parts(base)["unet"]
+    config = TrainConfig(rank=3, alpha=5.0, target_modules="all-linear+conv", **settings)
+    adapter = Adapter(load_parts(base)["unet"], config)
+    with torch.no_grad():
+        for number, parameter in enumerate(adapter.groups[0].parameters):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    write_lora(folder / "x.safetensors", LoRAFile(unet=adapter.modules()), torch.float32, config.save_format)
+    merge_into(unet, adapter.modules(), 1.0)
+    return unet

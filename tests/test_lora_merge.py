@@ -14,12 +14,14 @@ from sdxl_lora_core.lora_files import (
     LoRAFile,
     LoRAModule,
     describe_lora,
+    kohya_state_dict,
     merge_into,
     merge_stack,
     peft_state_dict,
     read_lora,
     write_lora,
 )
+from sdxl_lora_core.lora_modules import with_dora_scale, with_magnitude
 from tests.micro_loras import CONV, OUT, SHORTCUT, UNET_MODULES, Q, change, load_parts, same_effect, some_modules
 
 
@@ -97,27 +99,58 @@ def test_dora_is_merged_as_peft_merges_it() -> None:
         }
         (lengths,) = (value for key, value in state.items() if f"model.{name}.lora_magnitude" in key)
         wanted = lengths.reshape(-1, *[1] * (pick["A"].dim() - 1))
-        modules[name] = LoRAModule(pick["A"], pick["B"], 3.0, wanted)
+        modules[name] = LoRAModule(pick["A"], pick["B"], 3.0, magnitude=wanted)
     expected: Any = adapted.merge_and_unload()
     merge_into(plain, modules, 1.0)
     for name in (0, 1):
         assert torch.allclose(plain[name].weight, expected[name].weight, atol=1e-6)
 
 
-def test_dora_survives_both_formats(tmp_path: Path) -> None:
-    down, up = torch.randn(2, 6), torch.randn(5, 2)
-    over_outputs, over_inputs = torch.rand(5, 1) + 0.5, torch.rand(1, 6) + 0.5
-    kernel = LoRAModule(torch.randn(2, 6, 3, 3), torch.randn(5, 2, 1, 1), 2.0, torch.rand(5, 1, 1, 1) + 0.5)
-    file = LoRAFile(unet={Q: LoRAModule(down, up, 1.0, over_outputs), CONV: kernel})
-    for format in ("kohya", "peft"):
-        write_lora(tmp_path / "x.safetensors", file, torch.float32, format)  # type: ignore[arg-type]
-        read = read_lora(tmp_path / "x.safetensors")
-        assert same_effect(read.unet, file.unet)
-        for name in (Q, CONV):
-            assert torch.equal(read.unet[name].dora_scale, file.unet[name].dora_scale)  # type: ignore[arg-type]
+def random_dora(lengths: str) -> dict[str, LoRAModule]:
+    linear, kernel = ((5, 1), (5, 1, 1, 1))
+    return {
+        Q: LoRAModule(torch.randn(2, 6), torch.randn(5, 2), 1.0, **{lengths: torch.rand(linear) + 0.5}),
+        CONV: LoRAModule(torch.randn(2, 6, 3, 3), torch.randn(5, 2, 1, 1), 2.0, **{lengths: torch.rand(kernel) + 0.5}),
+    }
+
+
+@pytest.mark.parametrize(("format", "lengths"), [("kohya", "dora_scale"), ("peft", "magnitude")])
+def test_dora_survives_each_format(format: Any, lengths: str, tmp_path: Path) -> None:
+    file = LoRAFile(unet={**random_dora(lengths)})
+    write_lora(tmp_path / "x.safetensors", file, torch.float32, format)
+    read = read_lora(tmp_path / "x.safetensors")
+    assert same_effect(read.unet, file.unet)  # type: ignore[arg-type]
+    for name in (Q, CONV):
+        assert torch.equal(getattr(read.unet[name], lengths), getattr(file.unet[name], lengths))
     assert "DoRA of 2 modules" in describe_lora(tmp_path / "x.safetensors")
+
+
+def test_a_dora_in_the_other_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="a DoRA in kohya's form.*: save it as kohya"):
+        peft_state_dict(LoRAFile(unet={**random_dora("dora_scale")}), torch.float32)
+    with pytest.raises(ValueError, match="a DoRA in peft's form.*: save it as peft"):
+        kohya_state_dict(LoRAFile(unet={**random_dora("magnitude")}), torch.float32)
+
+
+def test_both_forms_of_a_dora_change_a_weight_alike() -> None:
+    for name, layer in ((Q, nn.Linear(6, 5)), (CONV, nn.Conv2d(6, 5, 3))):
+        peft = random_dora("magnitude")[name]
+        kohya = with_dora_scale(peft, layer.weight)
+        assert kohya.magnitude is None and not torch.allclose(kohya.dora_scale, peft.magnitude)  # type: ignore[arg-type]
+        back = with_magnitude(kohya, layer.weight)
+        torch.testing.assert_close(back.magnitude, peft.magnitude)
+        weights = []
+        for module in (peft, kohya, back):
+            model = nn.Sequential(layer.__class__(6, 5, *([3] if name == CONV else [])))
+            model[0].load_state_dict(layer.state_dict())
+            merge_into(model, {"0": module}, 0.7)
+            weights.append(model[0].weight)
+        torch.testing.assert_close(weights[1], weights[0])
+        torch.testing.assert_close(weights[2], weights[0])
+
+
+def test_dora_over_inputs_brings_the_columns_to_its_lengths() -> None:
+    over_inputs = torch.rand(1, 6) + 0.5
     layer = nn.Sequential(nn.Linear(6, 5, bias=False))
-    merge_into(layer, {"0": LoRAModule(down, up, 1.0, over_inputs)}, 1.0)
+    merge_into(layer, {"0": LoRAModule(torch.randn(2, 6), torch.randn(5, 2), 1.0, over_inputs)}, 1.0)
     assert torch.allclose(layer[0].weight.norm(dim=0), over_inputs[0], atol=1e-6)
-    with pytest.raises(ValueError, match="a DoRA over its inputs"):
-        peft_state_dict(LoRAFile(unet={Q: LoRAModule(down, up, 1.0, over_inputs)}), torch.float32)

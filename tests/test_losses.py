@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,33 +10,36 @@ from diffusers import DDPMScheduler
 from sdxl_lora_core import base_model
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.charts import smoothed
-from sdxl_lora_core.losses import loss_per_sample, training_target
+from sdxl_lora_core.losses import Objective
+from sdxl_lora_core.train_config import TrainConfig
 
 
-def scheduler(base: SDXLBase, prediction_type: str) -> DDPMScheduler:
-    return DDPMScheduler.from_config(base_model.scheduler_config(base), prediction_type=prediction_type)
+def objective(base: SDXLBase, prediction_type: str = "epsilon", **settings: Any) -> Objective:
+    scheduler = DDPMScheduler.from_config(base_model.scheduler_config(base), prediction_type=prediction_type)
+    return Objective(scheduler, TrainConfig(**settings))
 
 
 def test_targets_match_their_closed_forms(micro_base: SDXLBase) -> None:
     latents, noise, timesteps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     kept = torch.cumprod(1 - betas, 0)[timesteps].view(-1, 1, 1, 1)
-    epsilon, v = scheduler(micro_base, "epsilon"), scheduler(micro_base, "v_prediction")
-    assert training_target(epsilon, latents, noise, timesteps) is noise
+    epsilon, v = objective(micro_base), objective(micro_base, "v_prediction")
+    assert epsilon.target(latents, noise, timesteps) is noise
     velocity = kept.sqrt() * noise - (1 - kept).sqrt() * latents
-    torch.testing.assert_close(training_target(v, latents, noise, timesteps), velocity)
+    torch.testing.assert_close(v.target(latents, noise, timesteps), velocity)
     noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
-    torch.testing.assert_close(epsilon.add_noise(latents, noise, timesteps), noisy)
+    torch.testing.assert_close(epsilon.noisy(latents, noise, timesteps), noisy)
 
 
 def test_another_prediction_type_is_refused(micro_base: SDXLBase) -> None:
     with pytest.raises(ValueError, match="prediction_type is 'sample'"):
-        training_target(scheduler(micro_base, "sample"), *torch.randn(3, 1, 4, 2, 2))
+        objective(micro_base, "sample")
 
 
-def test_the_loss_is_the_mean_square_of_each_sample_in_fp32() -> None:
+def test_the_loss_is_the_mean_square_of_each_sample_in_fp32(micro_base: SDXLBase) -> None:
     prediction = torch.stack([torch.full((4, 2, 2), 3.0), torch.zeros(4, 2, 2)]).bfloat16()
-    losses = loss_per_sample(prediction, torch.zeros(2, 4, 2, 2))
+    nothing = torch.zeros(2, 4, 2, 2)
+    losses = objective(micro_base).losses(prediction, nothing, nothing, torch.tensor([1, 999]))
     assert losses.dtype == torch.float32 and losses.tolist() == [9.0, 0.0]
 
 

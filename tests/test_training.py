@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,76 +16,27 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_lora_core import base_model, checkpoints, precompute, training_loop
+from sdxl_lora_core import base_model, checkpoints, precompute, training, training_loop
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
-from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.losses import Objective
+from sdxl_lora_core.optimizers import lr_factor
 from sdxl_lora_core.runs import RunFolders
-from sdxl_lora_core.training import TrainResult, train
+from sdxl_lora_core.training import train
 from sdxl_lora_core.training_data import TrainingData, generator
-from sdxl_lora_core.training_loop import Loop, StepReport, lr_factor
-
-CPU = torch.device("cpu")
-SMALL = TrainConfig(lora_name="small", steps=4, learning_rate=1e-3, rank=2, alpha=4.0, batch_size=2, save_dtype="fp32")
+from sdxl_lora_core.training_loop import Loop, StepReport
+from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    sizes = [(64, 64), (64, 64), (64, 64), (96, 48), (48, 96)]
-    for number, size in enumerate(sizes):
-        colour = (40 * number, 255 - 30 * number, 90)
-        image = Image.new("RGB", size, colour)
-        image.paste((255, 255, 255), (8, 8, 24 + number, 30))
-        image.save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture number {number}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def load(pictures: Path, **settings: Any) -> CaptionDataset:
-    return load_caption_dataset(pictures, DatasetConfig(resolution=64, **settings))
-
-
-Train = Callable[..., TrainResult]
-
-
-@pytest.fixture
-def run(tmp_path: Path, micro_base: SDXLBase, pictures: Path, cache: Path) -> Train:
-    """Trains into this test's own folders, with caches that all tests of the file share."""
-
-    def call(config: TrainConfig = SMALL, where: str = "a", base: SDXLBase = micro_base, **more: Any) -> TrainResult:
-        loras = tmp_path / where / "loras"
-        folders = RunFolders(loras, tmp_path / where / "runs", cache, lambda name: (loras / name).exists())
-        dataset = more.pop("dataset", None) or load(pictures)
-        return train(base, dataset, config, folders=folders, device=CPU, **more)
-
-    return call
-
-
-class Cancelled(Exception):
-    pass
-
-
-def cancel_at(step: int) -> Callable[[StepReport], None]:
-    def on_step(report: StepReport) -> None:
-        if report.phase == "training" and report.done == step:
-            raise Cancelled
-
-    return on_step
-
-
-def lora_bytes(result: TrainResult) -> bytes:
-    return result.lora_path.read_bytes()
+def objective(base: SDXLBase) -> Objective:
+    return Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), SMALL)
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state(run: Train) -> None:
@@ -156,15 +106,15 @@ def test_each_dataset_setting_changes_the_file(run: Train, pictures: Path, chang
 def test_gradient_checkpointing_is_used_and_changes_nothing(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_file(run().lora_path)
     used: list[bool] = []
-    original = training_loop.Loop.run
+    original = training_loop.Loop.update
 
-    def spy(self: Loop, *args: Any) -> Any:
+    def spy(self: Loop) -> None:
         used.append(self.unet.is_gradient_checkpointing)
-        return original(self, *args)
+        original(self)
 
-    monkeypatch.setattr(training_loop.Loop, "run", spy)
+    monkeypatch.setattr(training_loop.Loop, "update", spy)
     checkpointed = load_file(run(replace(SMALL, gradient_checkpointing="on"), where="b").lora_path)
-    assert used == [True]
+    assert all(used) and len(used) == SMALL.steps
     for name, tensor in plain.items():
         torch.testing.assert_close(checkpointed[name], tensor, atol=1e-6, rtol=1e-5)
 
@@ -305,10 +255,12 @@ def test_a_disk_that_is_full_at_the_end_says_so_and_the_run_continues_later(
     run: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run()
-    from sdxl_lora_core import training
+    original = training.write_lora
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "could not write small.safetensors: No space left on device")
+    def full(path: Path, *rest: Any) -> None:
+        if path.parent.name == "loras":
+            raise OSError(errno.ENOSPC, f"could not write {path.name}: No space left on device")
+        original(path, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "write_lora", full)
@@ -438,7 +390,7 @@ def test_every_image_is_seen_once_an_epoch_in_its_own_bucket(micro_base: SDXLBas
     while len(seen) < 5:
         (indices,) = data.micro_batches(step)
         assert len({data.buckets[index] for index in indices}) == 1
-        batch = data.batch(indices, step, 0, 1000)
+        batch = data.batch(indices, step, 0, objective(micro_base))
         width, height = data.buckets[indices[0]]
         assert batch.latents.shape == (len(indices), 4, height // 8, width // 8)
         assert batch.time_ids[0, 4:].tolist() == [height, width]
@@ -452,7 +404,7 @@ def test_a_fresh_sample_is_drawn_from_the_posterior_each_step(
 ) -> None:
     data = TrainingData(micro_base, load(pictures), SMALL, cache, CPU, torch.float32)
     data.cache(lambda *_: None)
-    first, second = (data.batch([0], step, 0, 1000) for step in (0, 1))
+    first, second = (data.batch([0], step, 0, objective(micro_base)) for step in (0, 1))
     mean, std = data.variants[0][0].posterior()
     assert not torch.equal(first.latents, second.latents)
     assert ((first.latents[0] - mean).abs() <= 6 * std).all()
@@ -476,9 +428,7 @@ def test_a_mirrored_crop_has_mirrored_coordinates(micro_base: SDXLBase, tmp_path
     Image.new("RGB", (101, 64)).save(tmp_path / "wide.png")
     (tmp_path / "wide.txt").write_text("wide")
     (entry,) = load(tmp_path, flip=True).entries
-    plain, mirrored = (
-        precompute.make_sample(micro_base, entry, flip, cache, torch.float32, CPU) for flip in (False, True)
-    )
+    plain, mirrored = (precompute.make_sample(micro_base, entry, entry.center, flip, cache) for flip in (False, True))
     crop = plain.crop
     assert plain.time_ids().tolist() == [64, 101, crop.top, crop.left, crop.bucket_h, crop.bucket_w]
     assert mirrored.time_ids()[3] == crop.resized_w - crop.bucket_w - crop.left

@@ -1,4 +1,4 @@
-"""python tools/dev.py demo | test | test-comfy | lint: the project's commands, the same on every system.
+"""python tools/dev.py demo | test | test-comfy | faults | lint: the project's commands, the same on every system.
 
 The first call makes `.venv` and installs requirements-dev.txt into it; later calls need no network.
 """
@@ -20,7 +20,7 @@ REQUIREMENTS = ROOT / "requirements-dev.txt"
 
 
 def main() -> int:
-    tasks = {"demo": demo, "test": test, "test-comfy": test_comfy, "lint": lint}
+    tasks = {"demo": demo, "test": test, "test-comfy": test_comfy, "faults": faults, "lint": lint}
     if len(sys.argv) != 2 or sys.argv[1] not in tasks:
         print(__doc__)
         return 2
@@ -59,11 +59,17 @@ def demo() -> int:
 
 
 def test() -> int:
-    return run("-m", "pytest", "-q", "--ignore=tests/comfy")
+    """In a process for each core, each with one thread: the models are too small for more."""
+    return run("-m", "pytest", "-q", "--ignore=tests/comfy", "-n", "auto", "--dist", "loadfile", OMP_NUM_THREADS="1")
 
 
 def test_comfy() -> int:
     return run("-m", "pytest", "-q", "tests/comfy", REQUIRE_COMFYUI="1")
+
+
+def faults() -> int:
+    """kill -9 at random moments of a run, 20 times; `test` takes 3 of them."""
+    return run("-m", "pytest", "-q", "tests/test_kill.py", FAULT_SEEDS="20")
 
 
 def lint() -> int:

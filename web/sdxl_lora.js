@@ -35,11 +35,22 @@ function showText(node, lines) {
   widget.element.value = lines.join("\n");
 }
 
+// ComfyUI shows a running node's text in a widget that it also saves; a saved graph holds the inputs' values alone.
+function saveInputsOnly(node) {
+  const own = node.widgets?.length ?? 0;
+  const before = node.onSerialize;
+  node.onSerialize = function (saved) {
+    before?.apply(this, arguments);
+    if (saved.widgets_values?.length > own) saved.widgets_values.length = own;
+  };
+}
+
 app.registerExtension({
   name: "sdxl_lora.nodes",
   nodeCreated(node) {
     if (!OURS.has(node.comfyClass)) return;
     hideAdvanced(node);
+    saveInputsOnly(node);
     const before = node.onExecuted;
     node.onExecuted = function (output) {
       before?.apply(this, arguments);

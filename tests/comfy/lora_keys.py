@@ -1,11 +1,14 @@
-"""Run by test_lora_keys.py on ComfyUI's Python, in its folder: which keys of a LoRA does ComfyUI apply to SDXL?"""
+"""Run by test_lora_keys.py on ComfyUI's Python, in its folder: which keys of LoRAs does ComfyUI apply to SDXL?
+
+Arguments: LoRA files, or `--weights IN OUT` and one LoRA file: the weights in IN as that file changes them, to OUT.
+"""
 
 import json
 import logging
 import sys
 from pathlib import Path
 
-path = sys.argv.pop()
+arguments = sys.argv[1:]
 sys.path.insert(0, str(Path.cwd()))
 sys.argv[1:] = ["--cpu"]
 import comfy.options  # noqa: E402
@@ -16,6 +19,7 @@ import comfy.model_detection  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
 SDXL = {
@@ -33,9 +37,34 @@ handler.emit = lambda record: complaints.append(record.getMessage())
 logging.getLogger().addHandler(handler)
 
 model = comfy.supported_models.SDXL(SDXL).get_model({}, "", device="meta")
-weights = comfy.utils.load_torch_file(path, safe_load=True)
-patches = comfy.lora.load_lora(weights, comfy.lora.model_lora_keys_unet(model, {}))
-patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-applied = patcher.add_patches(patches)
-result = {"tensors": len(weights), "patches": len(patches), "applied": len(applied), "complaints": complaints}
+keys = comfy.lora.model_lora_keys_unet(model, {})
+
+
+def patches_of(path: str) -> dict:
+    return comfy.lora.load_lora(comfy.utils.load_torch_file(path, safe_load=True), keys)
+
+
+def applied_keys(path: str) -> dict:
+    complaints.clear()
+    patches = patches_of(path)
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    applied = patcher.add_patches(patches)
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensors = len(file.keys())
+    return {"tensors": tensors, "patches": len(patches), "applied": len(applied), "complaints": list(complaints)}
+
+
+def write_changed(weights_path: str, out: str, lora_path: str) -> dict:
+    weights = comfy.utils.load_torch_file(weights_path, safe_load=True)
+    patches = patches_of(lora_path)
+    changed = {
+        key: comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], weight, key)
+        for key, weight in weights.items()
+    }
+    safetensors.torch.save_file({key: weight.contiguous() for key, weight in changed.items()}, out)
+    return {"patches": len(patches), "complaints": list(complaints)}
+
+
+changing = arguments[0] == "--weights"
+result = write_changed(*arguments[1:]) if changing else [applied_keys(path) for path in arguments]
 sys.stdout.write(json.dumps(result))

@@ -1,37 +1,106 @@
-"""A full-size LoRA from the core in ComfyUI's own loader: every key has to be applied."""
+"""Files from the core in ComfyUI's own loader: every key is applied, and to the same weights as here."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sdxl_lora_core
-from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, write_lora
+from sdxl_lora_core import base_model
+from sdxl_lora_core.adapters import Adapter
+from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.config import TrainConfig
+from sdxl_lora_core.lora_files import LoRAFile, merge_into, write_lora
+from sdxl_lora_core.lora_names import sai_block_name
 
 DATA = Path(sdxl_lora_core.__file__).parent / "data"
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+EVERY_LAYER = 788  # 722 of the transformers, 66 of the resnets and their samplers
+TENSORS = {"lora": 3, "dora": 4, "loha": 5}
 
 
-def test_comfyui_applies_every_key(comfyui: Path, comfyui_python: str, tmp_path: Path) -> None:
+@pytest.fixture
+def ask_comfyui(comfyui: Path, comfyui_python: str) -> Callable[..., Any]:
+    def ask(*arguments: object) -> Any:
+        script = Path(__file__).with_name("lora_keys.py")
+        command = [comfyui_python, str(script), *map(str, arguments)]
+        done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return ask
+
+
+def full_size(kind: str) -> LoRAFile:
+    """An adapter of zeros on every layer of SDXL."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(DATA / "unet", local_files_only=True))
-    modules = {
-        name: LoRAModule(torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1), alpha=1.0)
-        for name, layer in unet.named_modules()
-        if isinstance(layer, torch.nn.Linear) and name.endswith(ATTENTION)
-    }
-    path = tmp_path / "full.safetensors"
-    file = LoRAFile(unet=modules, text_encoder={}, text_encoder_2={}, metadata={}, unknown=())
-    write_lora(path, file, torch.float16)
-    script = Path(__file__).with_name("lora_keys.py")
-    done = subprocess.run(
-        [comfyui_python, str(script), str(path)], cwd=comfyui, capture_output=True, text=True, check=True
-    )
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result == {"tensors": 1680, "patches": 560, "applied": 560, "complaints": result["complaints"]}
-    assert not [line for line in result["complaints"] if "lora" in line.lower()]
+        unet: Any = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(DATA / "unet", local_files_only=True)
+        )
+    form: Any = "peft" if kind == "dora" else "kohya"  # kohya's would measure the base, which is not there
+    config = TrainConfig(adapter=kind, rank=1, target_modules="all-linear+conv", save_format=form)  # type: ignore[arg-type]
+    adapter = Adapter(unet, config)
+    for layer in adapter.layers.values():
+        for name, child in layer.named_children():
+            if name != "base_layer":
+                child.to_empty(device="cpu")
+                for parameter in child.parameters():
+                    torch.nn.init.zeros_(parameter)
+    modules: dict[str, Any] = adapter.modules()
+    if kind == "dora":
+        modules = {
+            name: replace(module, dora_scale=module.magnitude, magnitude=None) for name, module in modules.items()
+        }
+    return LoRAFile(unet=modules)
+
+
+def test_comfyui_applies_every_key(ask_comfyui: Callable[..., Any], tmp_path: Path) -> None:
+    kinds = ("lora", "dora", "loha", "lokr")
+    paths = [tmp_path / f"{kind}.safetensors" for kind in kinds]
+    for kind, path in zip(kinds, paths, strict=True):
+        write_lora(path, full_size(kind), torch.float16)
+    for kind, result in zip(kinds, ask_comfyui(*paths), strict=True):
+        assert (result["patches"], result["applied"]) == (EVERY_LAYER, EVERY_LAYER), kind
+        assert kind not in TENSORS or result["tensors"] == TENSORS[kind] * EVERY_LAYER
+        assert not [line for line in result["complaints"] if "lora" in line.lower()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"adapter": "lora", "rank": 3},
+        {"adapter": "lora", "rank": 3, "use_rslora": True},
+        {"adapter": "lora", "rank": 3, "init": "pissa", "target_modules": "all-linear"},
+        {"adapter": "dora", "rank": 3},
+        {"adapter": "loha", "rank": 3},
+        {"adapter": "lokr", "rank": 1},
+        {"adapter": "lokr", "rank": 9},
+    ],
+)
+def test_comfyui_changes_the_weights_as_we_do(
+    settings: dict[str, Any], ask_comfyui: Callable[..., Any], micro_base: SDXLBase, tmp_path: Path
+) -> None:
+    config = TrainConfig(**{"alpha": 5.0, "target_modules": "all-linear+conv", **settings})
+    adapter = Adapter(base_model.load_part(micro_base, "unet", torch.float32), config)
+    with torch.no_grad():
+        for number, parameter in enumerate(adapter.groups[0].parameters):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    modules = adapter.modules()
+    base, ours = (base_model.load_part(micro_base, "unet", torch.float32) for _ in range(2))
+    merge_into(ours, modules, 1.0)
+    lora, before, after = (tmp_path / f"{name}.safetensors" for name in ("lora", "before", "after"))
+    write_lora(lora, LoRAFile(unet=modules), torch.float32)
+    names = {f"diffusion_model.{sai_block_name(name)}.weight": name for name in modules}
+    save_file({key: base.get_submodule(name).weight.detach() for key, name in names.items()}, before)
+    assert ask_comfyui("--weights", before, after, lora)["patches"] == len(modules)
+    for key, changed in load_file(after).items():
+        wanted = ours.get_submodule(names[key]).weight
+        assert (changed - wanted).norm() <= 1e-6 * wanted.norm(), key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,30 @@ def test_cancelled_training_continues_where_it_stopped(server: Any) -> None:
     assert (server.base / "output/loras/cancelled.safetensors").exists()
 
 
-def _steps(log: str) -> list[int]:
+def _steps(log: str, total: int = 60) -> list[int]:
     """The step numbers that the training bar has shown, the empty bar left out."""
-    return [int(step) for step in re.findall(r"training: .*?\| (\d+)/60", log) if step != "0"]
+    return [int(step) for step in re.findall(rf"training: .*?\| (\d+)/{total}", log) if step != "0"]
+
+
+def test_a_stopped_training_is_kept_and_goes_on_when_it_is_queued_again(server: Any) -> None:
+    workflow = {**picture(["train", 0], seed=61), **job(train={"lora_name": "stopped", "steps": 50})}
+    seen = len(server.text())
+    prompt = server.queue(workflow)
+    server.wait(lambda: max(_steps(server.text()[seen:], 50), default=0) >= 3, 120)
+    assert server.post("/sdxl_lora/stop", {}) == {"stopping": True}
+    entry = server.finished(prompt)
+    assert entry["status"]["status_str"] == "success"
+    report = json.loads(entry["outputs"]["train"]["text"][0])
+    assert report["steps"] < 50 and "stopped on request" in report["stopped"]
+    assert entry["outputs"]["picture"]["images"], "what hangs on the training did not run"
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        server.post("/sdxl_lora/stop", {})
+    assert refusal.value.code == 409
+
+    rest = json.loads(server.run(workflow)["train"]["text"][0])
+    assert rest["steps"] == 50 and "stopped" not in rest and rest["lora"] == report["lora"]
+    outputs = server.run(workflow)
+    assert "train" not in outputs or json.loads(outputs["train"]["text"][0]) == rest, "it was trained a third time"
 
 
 def test_a_new_lora_is_offered_by_comfyui_and_by_us(server: Any) -> None:

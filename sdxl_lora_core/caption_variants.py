@@ -1,0 +1,48 @@
+"""What an image may be shown with: its captions, their tags shuffled or thinned.
+
+All forms are known before the run, so all of them are encoded once and cached. Each is a function of (seed, image,
+caption, number).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .captions import holds_word
+from .lots import share
+from .train_config import TrainConfig
+
+
+def caption_variants(
+    captions: Sequence[str], image: str, trigger_words: Sequence[str], config: TrainConfig
+) -> tuple[str, ...]:
+    """Every text that `image` (its hash) may be shown with, each as likely as the others.
+
+    The captions themselves, or `config.caption_variants` forms of each when tags are shuffled or dropped.
+    """
+    if not config.shuffle_tags and config.tag_dropout == 0:
+        return tuple(captions)
+    numbers = range(config.caption_variants)
+    return tuple(
+        _variant(caption, trigger_words, config, f"{config.seed}/{image}/{caption}/{number}")
+        for caption in captions
+        for number in numbers
+    )
+
+
+def _variant(caption: str, trigger_words: Sequence[str], config: TrainConfig, lot: str) -> str:
+    """One form: the tags with a trigger word, the first `keep_tags` others, then what is left, in its new order."""
+    tags = _split(caption, config.tag_separator)
+    words = [part for word in trigger_words for part in _split(word, config.tag_separator)]
+    triggers = [tag for tag in tags if any(holds_word(tag, word) for word in words)]
+    others = [tag for tag in tags if tag not in triggers]
+    kept, loose = others[: config.keep_tags], list(enumerate(others[config.keep_tags :]))
+    loose = [(place, tag) for place, tag in loose if share(lot, "drop", place) >= config.tag_dropout]
+    if config.shuffle_tags:
+        loose.sort(key=lambda item: share(lot, "order", item[0]))
+    joint = f"{config.tag_separator.strip()} "
+    return joint.join([*triggers, *kept, *(tag for _, tag in loose)])
+
+
+def _split(text: str, separator: str) -> list[str]:
+    return [tag for part in text.split(separator) if (tag := part.strip())]

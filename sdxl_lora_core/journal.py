@@ -1,0 +1,97 @@
+"""What a run leaves for a person to follow it by: its metrics and its chart, kept up to date while it trains."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .charts import draw_loss_chart
+from .checkpoints import LoopState
+from .metrics import Metrics, Row
+from .progress import Smoothing, StepReport
+from .train_config import TensorBoard
+from .watching import Look
+
+log = logging.getLogger("sdxl_lora")
+CHART_SECONDS = 10  # between two drawings while the run goes on: drawing takes a quarter of a second
+
+
+class Journal:
+    """Writes into the run's folder. Whatever fails here is warned about and never ends the run."""
+
+    def __init__(self, folder: Path, title: str, tensorboard: TensorBoard) -> None:
+        self._folder, self._title = folder, title
+        self._tensorboard: TensorBoard = tensorboard
+        self._drawn = -math.inf
+        self._metrics: Metrics | None = None
+
+    def open(self, state: LoopState) -> None:
+        """To be called with what a resumed run has behind it, and again whenever the run goes back to an older step."""
+        self.close()
+        self._metrics = Metrics(self._folder, self._tensorboard, list(_past(state)))
+
+    def close(self) -> None:
+        if self._metrics:
+            self._metrics.close()
+
+    def write(self, report: StepReport, look: Look | None) -> None:
+        """The row of one update."""
+        row = Row(
+            report.done, report.loss, report.smoothed, report.learning_rate, look.validation_loss if look else None,
+            report.images_per_second, report.memory,
+        )  # fmt: skip
+        if self._metrics:
+            self._metrics.add(row)
+
+    def show(self, pictures: Sequence[np.ndarray], step: int) -> None:
+        """Samples, uint8 [H, W, 3], for TensorBoard."""
+        for number, pixels in enumerate(pictures):
+            if self._metrics:
+                self._metrics.add_picture(f"sample/{number:02d}", pixels, step)
+
+    def draw(self, state: LoopState, now: bool = False) -> None:
+        """loss.png as the run stands. Not more often than every CHART_SECONDS unless it has to be `now`."""
+        if not now and time.monotonic() - self._drawn < CHART_SECONDS:
+            return
+        try:
+            draw_loss_chart(self._folder / "loss.png", self._title, state)
+        except OSError as error:
+            log.warning("the chart could not be drawn: %s", error)
+        self._drawn = time.monotonic()
+
+
+class NoJournal(Journal):
+    """Of a process that leaves the writing to the first one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def open(self, state: LoopState) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def write(self, report: StepReport, look: Look | None) -> None:
+        pass
+
+    def draw(self, state: LoopState, now: bool = False) -> None:
+        pass
+
+    def show(self, pictures: Sequence[np.ndarray], step: int) -> None:
+        pass
+
+
+def _past(state: LoopState) -> Iterator[Row]:
+    """The rows of what a resumed run has behind it."""
+    validation = {look.step: look.validation_loss for look in state.looks}
+    smoothing = Smoothing()
+    if 0 in validation:
+        yield Row(0, validation_loss=validation[0])
+    for step, (loss, rate) in enumerate(zip(state.losses, state.learning_rates, strict=True), 1):
+        yield Row(step, loss, smoothing.add(loss), rate, validation.get(step))

@@ -1,0 +1,130 @@
+"""How a run fits into memory: gradient checkpointing and images a pass, planned from what a forward pass keeps.
+
+What a pass keeps for its backward pass is counted on tensors without contents, so the count costs no memory and holds
+for this UNet, this adapter and this size of images, whatever they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .train_config import Checkpointing
+
+_OVERHEAD = 1.15  # of what a pass keeps: the tensors that the backward pass makes on its way
+_RESERVE = 512 * 2**20  # bytes for the libraries' own workspace
+_GEGLU = "GEGLU"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run does to fit. `reason` is a sentence for the report; `tight` if even so it may not fit."""
+
+    checkpointing: Checkpointing
+    images_per_pass: int
+    reason: str
+    tight: bool = False
+
+
+def plan_memory(
+    measure: Callable[[], int], unet: nn.Module, wanted: Checkpointing, batch_size: int, learning: int, free: float
+) -> MemoryPlan:  # fmt: skip
+    """The fastest way that fits into `free` bytes.
+
+    `measure` gives the bytes that one image of the largest size keeps in the UNet's present mode. Halving the pass
+    costs least and comes first, then recomputing the feed-forward layers, then recomputing every block. `wanted` other
+    than auto leaves only the pass to choose. `learning` are the bytes of gradients, optimizer state and averages.
+    """
+    fixed = _RESERVE + learning
+    modes: tuple[Checkpointing, ...] = ("off", "selective", "on") if wanted == "auto" else (wanted,)
+    needed = 0
+    for mode in modes:
+        set_checkpointing(unet, mode)
+        an_image = measure()
+        images = batch_size
+        while images > 1 and fixed + _OVERHEAD * an_image * images > free:
+            images = (images + 1) // 2
+        needed = int(fixed + _OVERHEAD * an_image * images)
+        if needed <= free:
+            return MemoryPlan(mode, images, _reason(mode, images, needed, free))
+    return MemoryPlan(modes[-1], 1, _reason(modes[-1], 1, needed, free), tight=True)
+
+
+def _reason(mode: Checkpointing, images: int, needed: int, free: float) -> str:
+    return (
+        f"gradient checkpointing {mode}, {images} images a pass: "
+        f"about {needed / 1e9:.1f} GB needed of {free / 1e9:.1f} GB free"
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run may still take on `device`."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+_known: dict[tuple[object, ...], int] = {}  # counts by what they depend on
+
+
+def kept_bytes(forward: Callable[[], object], unet: Any, *shapes: torch.Size) -> int:
+    """Bytes that `forward` keeps for its backward pass, the UNet's own weights left out. Nothing is computed.
+
+    `shapes` are those of its inputs: the same UNet in the same mode keeps the same for the same shapes.
+    """
+    layers = tuple((name, module.extra_repr(), "forward" in vars(module)) for name, module in unet.named_modules())
+    key = (layers, next(unet.parameters()).dtype, unet.is_gradient_checkpointing, shapes)
+    if key not in _known:
+        _known[key] = _count(forward, unet)
+    return _known[key]
+
+
+def _count(forward: Callable[[], object], unet: nn.Module) -> int:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # as long as they live, their storages' addresses are theirs alone
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage._cdata not in weights:
+            kept.append(tensor)
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        without_contents = [mode.from_tensor(weight) for weight in unet.parameters()]
+        weights = {weight.untyped_storage()._cdata for weight in without_contents}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            forward()
+    return sum(sizes.values())
+
+
+def set_checkpointing(unet: Any, mode: Checkpointing) -> None:
+    """off: keeps all. selective: computes the middle of feed-forward layers again. on: computes every block again."""
+    unet.disable_gradient_checkpointing()
+    for module in unet.modules():
+        if type(module).__name__ == _GEGLU:
+            vars(module).pop("forward", None)
+            if mode == "selective":
+                module.forward = functools.partial(_recomputed, module.forward)
+    if mode == "on":
+        unet.enable_gradient_checkpointing()
+
+
+def _recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    from torch.utils.checkpoint import checkpoint
+
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,47 @@
+"""Any optimizer's state as safetensors and JSON can hold it: tensors by name, and a plan with names in their places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def take_apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
+    """Copies of the state's tensors on the CPU, and the plan, which is JSON: numbers, flags, lists and their nesting.
+
+    Raises TypeError for a value of another kind.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def plan_of(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": name}
+        if isinstance(value, dict):  # as pairs, because JSON would turn the numbers of parameters into strings
+            return {"dict": [[key, plan_of(item, f"{name}.{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [plan_of(item, f"{name}.{number}") for number, item in enumerate(value)]}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"{type(optimizer).__name__} keeps a {type(value).__name__} in {name}: no form to save it in")
+
+    return tensors, plan_of(optimizer.state_dict(), "optimizer")
+
+
+def put_together(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plan: Any) -> None:
+    """Gives the optimizer the state that `take_apart` took."""
+
+    def value_of(plan: Any) -> Any:
+        if not isinstance(plan, dict):
+            return plan
+        ((kind, content),) = plan.items()
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "dict":
+            return {key: value_of(item) for key, item in content}
+        return (tuple if kind == "tuple" else list)(value_of(item) for item in content)
+
+    optimizer.load_state_dict(value_of(plan))

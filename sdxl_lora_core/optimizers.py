@@ -1,0 +1,120 @@
+"""The optimizer and its learning rate over the run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .train_config import Optimizer, TrainConfig
+
+CLASSES: dict[Optimizer, str] = {
+    "adamw": "torch.optim.AdamW",
+    "adamw_fused": "torch.optim.AdamW",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "adafactor": "pytorch_optimizer.AdaFactor",
+    "lion": "pytorch_optimizer.Lion",
+    "prodigy": "pytorch_optimizer.Prodigy",
+    "came": "pytorch_optimizer.CAME",
+    "schedule_free": "pytorch_optimizer.ScheduleFreeAdamW",
+}
+_PIP = {"pytorch_optimizer": "pytorch-optimizer", "bitsandbytes": "bitsandbytes"}
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters, float32, in a fixed order, that learn at `rate_factor` times the run's learning rate."""
+
+    parameters: list[nn.Parameter]
+    rate_factor: float = 1.0
+
+
+def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of the optimizer's class beside the learning rate.
+
+    AdamW: Loshchilov and Hutter, arXiv 1711.05101; 8-bit: Dettmers et al., 2110.02861. Adafactor: Shazeer and Stern,
+    1804.04235, without momentum and at the run's own learning rate. Lion: Chen et al., 2302.06675. Prodigy: Mishchenko
+    and Defazio, 2306.06101, with what its authors advise for diffusion. CAME: Luo et al., 2307.02047. Schedule-free:
+    Defazio et al., 2405.15682.
+    """
+    betas = (config.adam_beta1, config.adam_beta2)
+    own: dict[Optimizer, dict[str, Any]] = {
+        "adamw_fused": {"fused": True},
+        "adafactor": {"betas": (None, config.adam_beta2), "relative_step": False, "scale_parameter": False},
+        "lion": {"betas": (config.adam_beta1, 0.99)},
+        "prodigy": {"bias_correction": True, "safeguard_warmup": True},
+        "came": {"betas": (*betas, 0.9999)},
+    }
+    return {"betas": betas, "weight_decay": config.weight_decay, **own.get(config.optimizer, {})}
+
+
+def require_library(config: TrainConfig) -> None:
+    """Raises ValueError with the pip command if the optimizer's library is not installed. Imports nothing."""
+    library = CLASSES[config.optimizer].partition(".")[0]
+    if importlib.util.find_spec(library) is None:
+        raise ValueError(
+            f"optimizer is {config.optimizer!r}, which is in a library that is not installed: "
+            f"python -m pip install {_PIP[library]}, or choose adamw"
+        )
+
+
+def state_copies(config: TrainConfig) -> int:
+    """How many times the size of the parameters the optimizer's state has at most."""
+    return 4 if config.optimizer == "prodigy" else 2
+
+
+def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of `config` with one parameter group for each of `groups`, in their order.
+
+    Raises ValueError where the device has no fused AdamW, and for several rates with Prodigy, which sets one for all.
+    """
+    factors = {group.rate_factor for group in groups}
+    if config.optimizer == "prodigy" and len(factors) > 1:
+        raise ValueError(
+            f"optimizer is 'prodigy', which finds one learning rate for all, and the adapter's settings ask for "
+            f"{len(factors)} different ones: choose another optimizer, or give all parts of the adapter one rate"
+        )
+    if config.optimizer == "adamw_fused":
+        _require_fused(groups[0].parameters[0].device)
+    module, _, name = CLASSES[config.optimizer].rpartition(".")
+    make = getattr(importlib.import_module(module), name)
+    parameters = [{"params": group.parameters} for group in groups]
+    return make(parameters, lr=config.learning_rate, **optimizer_settings(config))
+
+
+def _require_fused(device: torch.device) -> None:
+    """Torch says it only in the first step, so this takes one."""
+    probe = nn.Parameter(torch.zeros(1, device=device))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        torch.optim.AdamW([probe], fused=True).step()
+    except RuntimeError as error:
+        raise ValueError(f"optimizer is 'adamw_fused', which {device.type} does not have: choose adamw") from error
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], rate: float) -> None:
+    """Each group learns at `rate` times its own factor."""
+    for settings, group in zip(optimizer.param_groups, groups, strict=True):
+        settings["lr"] = rate * group.rate_factor
+
+
+def lr_factor(config: TrainConfig, step: int) -> float:
+    """The learning rate at 0-based `step` as a share of `config.learning_rate`: warm-up, then the schedule."""
+    if step < config.lr_warmup_steps:
+        return (step + 1) / config.lr_warmup_steps
+    progress = (step - config.lr_warmup_steps) / (config.steps - config.lr_warmup_steps)
+    if config.lr_schedule == "linear":
+        return 1 - progress
+    if config.lr_schedule == "polynomial":
+        return (1 - progress) ** config.lr_power
+    if config.lr_schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_schedule == "cosine_with_restarts":
+        return 0.5 * (1 + math.cos(math.pi * (config.lr_cycles * progress % 1)))
+    return 1.0

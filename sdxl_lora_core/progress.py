@@ -1,0 +1,110 @@
+"""What a run tells while it goes on: where it stands, the loss, the speed, the memory, the time left."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What is going on. done of total counts the phase's own items; the numbers are known only while training.
+
+    `smoothed` is the loss's moving average, `memory` bytes, `seconds_left` what the remaining updates will take.
+    `preview` is a picture to show at once, uint8 [H, W, 3].
+    """
+
+    phase: str
+    done: int
+    total: int
+    loss: float | None = None
+    smoothed: float | None = None
+    learning_rate: float | None = None
+    images_per_second: float | None = None
+    memory: int | None = None
+    seconds_left: float | None = None
+    preview: np.ndarray | None = None
+
+    @property
+    def detail(self) -> str:
+        """The numbers in one line; empty outside of training."""
+        if self.smoothed is None or self.learning_rate is None:
+            return ""
+        words = [f"loss {self.smoothed:.4f}", f"lr {self.learning_rate:.2e}"]
+        if self.images_per_second is not None:
+            words.append(f"{self.images_per_second:.2f} images/s")
+        if self.memory is not None:
+            words.append(f"{self.memory / 1e9:.1f} GB")
+        if self.seconds_left is not None:
+            words.append(f"{_clock(self.seconds_left)} left")
+        return ", ".join(words)
+
+
+OnStep = Callable[[StepReport], None]
+
+
+class Smoothing:
+    """Moving average over about `span` values that skips NaN.
+
+    Exponential, without the bias to its start (Kingma and Ba, arXiv 1412.6980, section 3). NaN until a value came.
+    """
+
+    def __init__(self, span: int = 50) -> None:
+        self._decay, self._average, self._weight = 1 - 1 / span, 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        if math.isfinite(value):
+            self._average = self._decay * self._average + (1 - self._decay) * value
+            self._weight = self._decay * self._weight + (1 - self._decay)
+        return self._average / self._weight if self._weight else math.nan
+
+
+class Meter:
+    """The numbers of a StepReport. Speed is that of the last updates alone: looking and saving in between are free."""
+
+    def __init__(self, losses: Sequence[float], device: torch.device, span: int = 20) -> None:
+        """`losses` are those of the updates that a resumed run has behind it."""
+        self._smoothing, self._device = Smoothing(), device
+        self._updates: deque[tuple[int, float]] = deque(maxlen=span)
+        for loss in losses:
+            self._smoothing.add(loss)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @contextmanager
+    def update(self, images: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._updates.append((images, time.perf_counter() - start))
+
+    def report(self, step: int, steps: int, loss: float, learning_rate: float) -> StepReport:
+        """To be called once after each update."""
+        images, seconds = (sum(column) for column in zip(*self._updates, strict=True))
+        return StepReport(
+            "training", step, steps, loss, self._smoothing.add(loss), learning_rate,
+            images_per_second=round(images / max(seconds, 1e-9), 3),
+            memory=memory_in_use(self._device),
+            seconds_left=(steps - step) * seconds / len(self._updates),
+        )  # fmt: skip
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: on CUDA the peak of what torch holds since the run began, elsewhere what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

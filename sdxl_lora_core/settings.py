@@ -1,0 +1,62 @@
+"""What a setting of a config dataclass is: its default, its range and a sentence of help, stated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Container, Mapping
+from typing import Any, Literal, get_args, get_origin
+
+
+def setting(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, step: float | None = None,
+    group: str = "", only_with: tuple[str, Container[Any]] | None = None,
+) -> Any:  # fmt: skip
+    """A field with `help` (when to touch it), its range, the `step` of its widget and the option node that shows it.
+
+    `only_with` names another setting and its values without which this one would do nothing.
+    """
+    metadata = {"help": help, "low": low, "high": high, "step": step, "group": group, "only_with": only_with}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def fields_of(config: type | object) -> Mapping[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+
+
+@functools.cache
+def types_of(config: type) -> Mapping[str, Any]:
+    """The type of each field. Choices are Literals."""
+    return typing.get_type_hints(config)
+
+
+def choices_of(config: type, option: str) -> tuple[str, ...]:
+    """The values a setting may have; empty if it is no choice."""
+    kind = types_of(config)[option]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def check_settings(config: object) -> None:
+    """Raises ValueError naming the setting that is out of its range, no choice or without effect, and the remedy."""
+    for name, field in fields_of(config).items():
+        value, low, high = getattr(config, name), field.metadata.get("low"), field.metadata.get("high")
+        if low is not None and not low <= value <= (float("inf") if high is None else high):
+            limit = f"give a value from {low:g}" + ("" if high is None else f" to {high:g}")
+            raise ValueError(f"{name} is {value}: {limit}")
+        choices = choices_of(type(config), name)
+        if choices and value not in choices:
+            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+        _check_effect(config, field)
+
+
+def _check_effect(config: object, field: dataclasses.Field[Any]) -> None:
+    value, only_with = getattr(config, field.name), field.metadata.get("only_with")
+    if only_with is None or value == field.default:
+        return
+    other, values = only_with
+    if getattr(config, other) not in values:
+        raise ValueError(
+            f"{field.name} is {value} and does nothing while {other} is {getattr(config, other)!r}: "
+            f"change {other}, or set {field.name} back to {field.default}"
+        )

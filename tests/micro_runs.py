@@ -1,0 +1,47 @@
+"""Training runs of a few steps on the micro SDXL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from sdxl_lora_core.config import DatasetConfig, TrainConfig
+from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.training import TrainResult
+from sdxl_lora_core.training_loop import StepReport
+
+CPU = torch.device("cpu")
+SMALL = TrainConfig(lora_name="small", steps=4, learning_rate=1e-3, rank=2, alpha=4.0, batch_size=2, save_dtype="fp32")
+
+
+def load(pictures: Path, **settings: Any) -> CaptionDataset:
+    return load_caption_dataset(pictures, DatasetConfig(resolution=64, **settings))
+
+
+Train = Callable[..., TrainResult]
+
+
+class Cancelled(Exception):
+    pass
+
+
+def cancel_at(step: int) -> Callable[[StepReport], None]:
+    def on_step(report: StepReport) -> None:
+        if report.phase == "training" and report.done == step:
+            raise Cancelled
+
+    return on_step
+
+
+def weights(result: TrainResult) -> bytes:
+    """The file's tensors without its metadata, which names the settings."""
+    tensors = load_file(result.lora_path)
+    return b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
+
+
+def lora_bytes(result: TrainResult) -> bytes:
+    return result.lora_path.read_bytes()

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sdxl_lora_core.adapters import Adapter
+from sdxl_lora_core.base_model import SDXLBase, load_part
+from sdxl_lora_core.memory import kept_bytes, plan_memory, set_checkpointing
+from sdxl_lora_core.train_config import Checkpointing, TrainConfig
+from tests.micro_runs import SMALL, Train
+
+MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")
+GB = 10**9
+
+
+def unet_with_lora(base: SDXLBase) -> Any:
+    unet: Any = load_part(base, "unet", torch.float32)
+    Adapter(unet, TrainConfig(rank=2))
+    return unet.train()
+
+
+def forward(unet: Any) -> Tensor:
+    return unet(
+        torch.ones(1, 4, 16, 16), torch.tensor([500]), encoder_hidden_states=torch.ones(1, 77, 20),
+        added_cond_kwargs={"text_embeds": torch.ones(1, 16), "time_ids": torch.ones(1, 6)},
+    ).sample  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_count_is_what_a_real_pass_keeps(micro_base: SDXLBase, mode: Checkpointing) -> None:
+    unet = unet_with_lora(micro_base)
+    set_checkpointing(unet, mode)
+    counted = kept_bytes(lambda: forward(unet), unet)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        result = forward(unet)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    assert counted == sum(size for address, size in storages.items() if address not in weights)
+    assert result.requires_grad
+
+
+def test_each_mode_keeps_less_and_gives_the_same_gradients(micro_base: SDXLBase) -> None:
+    unet = unet_with_lora(micro_base)
+    kept, gradients = [], []
+    for mode in MODES:
+        set_checkpointing(unet, mode)
+        kept.append(kept_bytes(lambda: forward(unet), unet))
+        forward(unet).square().sum().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters() if p.grad is not None])
+        unet.zero_grad()
+    assert kept[0] > 1.1 * kept[1] > 2 * kept[2]
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
+
+
+class Modes(nn.Module):
+    """A stand-in whose images keep 4 GB, 2 GB or 1 GB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode = "off"
+
+
+def planned(free_gb: float, wanted: Checkpointing = "auto", batch: int = 4) -> tuple[str, int, bool]:
+    unet = Modes()
+    sizes = {"off": 4 * GB, "selective": 2 * GB, "on": 1 * GB}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdxl_lora_core.memory.set_checkpointing", lambda unet, mode: setattr(unet, "mode", mode))
+        plan = plan_memory(lambda: sizes[unet.mode], unet, wanted, batch, 0, free_gb * GB)
+    return plan.checkpointing, plan.images_per_pass, plan.tight
+
+
+def test_the_fastest_plan_that_fits_is_taken() -> None:
+    assert planned(80) == ("off", 4, False)
+    assert planned(10) == ("off", 2, False)
+    assert planned(5.5) == ("off", 1, False)
+    assert planned(3.5) == ("selective", 1, False)
+    assert planned(2) == ("on", 1, False)
+    assert planned(1) == ("on", 1, True)
+    assert planned(3, wanted="off") == ("off", 1, True)
+    assert planned(80, wanted="selective") == ("selective", 4, False)
+
+
+def test_a_low_limit_is_planned_for_and_changes_nothing_else(run: Train, caplog: pytest.LogCaptureFixture) -> None:
+    plain = run(replace(SMALL, batch_size=2))
+    low = run(replace(SMALL, batch_size=2, memory_limit_gb=0.001), where="b")
+    assert "gradient checkpointing off, 2 images a pass" in plain.report["memory"]
+    assert "gradient checkpointing on, 1 images a pass" in low.report["memory"]
+    assert "may not fit" in caplog.text
+    ours, theirs = load_file(low.lora_path), load_file(plain.lora_path)
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in theirs)
+
+
+def test_images_per_pass_cuts_the_batch(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdxl_lora_core.training_loop import Loop
+
+    sizes: list[int] = []
+    losses = Loop.losses
+    monkeypatch.setattr(Loop, "losses", lambda self, batch: sizes.append(len(batch.latents)) or losses(self, batch))
+    run(replace(SMALL, batch_size=2, images_per_pass=1, steps=2))
+    assert set(sizes) == {1}

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sdxl_lora_core.presets import PRESETS, with_preset
+from sdxl_lora_core.settings import fields_of
+from sdxl_lora_core.train_config import TrainConfig
+from tools.make_docs import pages
+from tools.run_workflow import ROOT, load_pack
+
+PACK: Any = load_pack()
+OPTIONS: Any = PACK.nodes.options
+NODES = {name: node for name, node in PACK.NODE_CLASS_MAPPINGS.items() if issubclass(node, OPTIONS.TrainOptions)}
+FIELDS = fields_of(TrainConfig)
+
+
+def test_every_setting_is_on_one_node_and_explained() -> None:
+    training = PACK.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"].INPUT_TYPES()
+    shown = [*training["required"], *training["optional"]]
+    shown += [name for node in NODES.values() for name in node.settings()]
+    assert sorted(name for name in shown if name in FIELDS) == sorted(FIELDS)
+    assert all(len(field.metadata["help"]) > 20 for field in FIELDS.values())
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_help_pages_are_current(node_id: str) -> None:
+    page = (ROOT / "web/docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    assert page == pages()[node_id], "run python -m tools.make_docs"
+
+
+def test_only_changed_settings_travel_and_the_later_node_wins() -> None:
+    (first,) = OPTIONS.OptimizerOptions().collect(weight_decay=0.5, adam_beta1=0.9)
+    assert first == {"weight_decay": 0.5}
+    (second,) = OPTIONS.LossOptions().collect(options=first, snr_gamma=5.0)
+    assert second == {"weight_decay": 0.5, "snr_gamma": 5.0} and first == {"weight_decay": 0.5}
+    (third,) = OPTIONS.OptimizerOptions().collect(options=second, weight_decay=0.2)
+    assert third["weight_decay"] == 0.2
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
+def test_a_preset_fills_what_stands_at_its_default(preset: Any) -> None:
+    config = PACK.nodes.wires.train_config(None, {}, preset)
+    assert {name: getattr(config, name) for name in PRESETS[preset]} == dict(PRESETS[preset])
+    assert any(value != FIELDS[name].default for name, value in PRESETS[preset].items())
+
+
+def test_what_was_changed_wins_over_the_preset() -> None:
+    assert with_preset({"rank": 4}, "style")["rank"] == 4
+    assert PACK.nodes.wires.train_config({"noise_offset": 0.1}, {"rank": 4}, "style").noise_offset == 0.1
+    assert "snr_gamma" not in with_preset({"debiased": True}, "style"), "the two contradict each other"
+    assert "lr_warmup_steps" not in with_preset({"steps": 20}, "style")

@@ -1,0 +1,78 @@
+"""Does a test notice when a setting does nothing? Forces each field of TrainConfig to its default, one at a time.
+
+    python tools/forced_defaults.py [FIELD ...] [--table FILE]
+
+For each field the test files that name it run with the field forced inside TrainConfig; one of them has to fail.
+Settings that only a test of another file would notice count as missed. The table says which test failed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+PLUGIN = """
+import dataclasses, os
+from sdxl_lora_core.train_config import TrainConfig
+FIELD = os.environ["FORCED_FIELD"]
+(DEFAULT,) = (field.default for field in dataclasses.fields(TrainConfig) if field.name == FIELD)
+check = TrainConfig.__post_init__
+def forced(self):
+    object.__setattr__(self, FIELD, DEFAULT)
+    check(self)
+TrainConfig.__post_init__ = forced
+"""
+
+
+def main() -> int:
+    from sdxl_lora_core.settings import fields_of
+    from sdxl_lora_core.train_config import TrainConfig
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fields", nargs="*", default=list(fields_of(TrainConfig)))
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    plugin = ROOT / "out" / "forced_plugin.py"
+    plugin.parent.mkdir(exist_ok=True)
+    plugin.write_text(PLUGIN, encoding="utf-8")
+    rows = []
+    with ThreadPoolExecutor(args.workers) as pool:
+        for field, test in zip(args.fields, pool.map(first_failure, args.fields), strict=True):
+            rows.append(f"| `{field}` | {test or '**no test failed**'} |")
+            print(rows[-1], flush=True)
+    if args.table:
+        title = "# The test that fails first when a setting is forced to its default"
+        head = [title, "", "| setting | test |", "|---|---|"]
+        args.table.write_text("\n".join([*head, *rows, ""]), encoding="utf-8")
+    return any("no test failed" in row for row in rows)
+
+
+def first_failure(field: str) -> str | None:
+    """The id of the first test that fails with `field` forced."""
+    word = re.compile(rf"\b{field}\b")
+    files = [path for path in ROOT.glob("tests/test_*.py") if word.search(path.read_text(encoding="utf-8"))]
+    files.sort(key=lambda path: len(path.read_text(encoding="utf-8")))
+    for file in files:
+        plugins = ["-p", "forced_plugin", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", *plugins, str(file)]
+        environment = {
+            **os.environ, "FORCED_FIELD": field, "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "out")]),
+        }  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if failed := re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE):
+            return failed[1]
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
