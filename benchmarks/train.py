@@ -143,7 +143,7 @@ def ours(work: Path, size: int) -> Step:
     data = TrainingData(base, dataset, config, work / "cache", CPU, torch.bfloat16)
     data.cache(lambda phase, done, total: None)
     unused: Any = None
-    loop = Loop(base, config, data, CPU, torch.bfloat16, unused, unused, unused, Processes())
+    loop = Loop(base, config, data, CPU, torch.bfloat16, unused, unused, unused, unused, Processes())
     loop.plan_memory()
     batch = data.batch([0], 0, 0, loop.objective)
 
