@@ -52,7 +52,8 @@ def main() -> None:
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
         return
-    report(take_turns(args.work, args.size, args.steps), {name: peak_gb(args, name) for name in ("recipe", "ours")})
+    memory = {name: peak_gb(args, name) for name in ("recipe", "ours")}  # before both are here at once
+    report(take_turns(args.work, args.size, args.steps), memory)
 
 
 def take_turns(work: Path, size: int, steps: int) -> dict[str, dict[str, float]]:
