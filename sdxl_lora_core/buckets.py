@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .lots import pick
+from .lots import digest, pick
 
 Bucket = tuple[int, int]
 
@@ -78,7 +78,7 @@ def epoch_batches(
         raise ValueError(f"batch_size is {batch_size}: give 1 or more")
     queues: defaultdict[Bucket, list[tuple[bytes, int]]] = defaultdict(list)
     for index, (bucket, count) in enumerate(zip(buckets, repeats, strict=True)):
-        queues[bucket] += [(_lot(seed, epoch, index, turn), index) for turn in range(count)]
+        queues[bucket] += [(digest(seed, epoch, index, turn), index) for turn in range(count)]
     batches = [batch for queue in queues.values() for batch in _cut(sorted(queue), batch_size)]
     # A hash of the first lot, not the lot: lots rise within a bucket, which would keep its short batch for the end.
     batches.sort(key=lambda batch: hashlib.sha256(batch[0][0]).digest())
@@ -95,10 +95,6 @@ def _buckets(resolution: int) -> list[Bucket]:
 
 def _divide_rounded(a: int, b: int) -> int:
     return (2 * a + b) // (2 * b)
-
-
-def _lot(seed: int, epoch: int, index: int, turn: int) -> bytes:
-    return hashlib.sha256(f"{seed}/{epoch}/{index}/{turn}".encode()).digest()
 
 
 def _cut(queue: list[tuple[bytes, int]], size: int) -> list[list[tuple[bytes, int]]]:

@@ -22,9 +22,12 @@ CHART_SECONDS = 10  # between two drawings while the run goes on: drawing takes 
 
 
 class Journal:
-    """Writes into the run's folder. Whatever fails here is warned about and never ends the run."""
+    """Writes into the run's folder. Whatever fails here is warned about and never ends the run.
 
-    def __init__(self, folder: Path, title: str, tensorboard: TensorBoard) -> None:
+    Without a folder it writes nothing: of several processes, only the first one keeps a journal.
+    """
+
+    def __init__(self, folder: Path | None, title: str, tensorboard: TensorBoard) -> None:
         self._folder, self._title = folder, title
         self._tensorboard: TensorBoard = tensorboard
         self._drawn = -math.inf
@@ -33,7 +36,8 @@ class Journal:
     def open(self, state: LoopState) -> None:
         """To be called with what a resumed run has behind it, and again whenever the run goes back to an older step."""
         self.close()
-        self._metrics = Metrics(self._folder, self._tensorboard, list(_past(state)))
+        if self._folder:
+            self._metrics = Metrics(self._folder, self._tensorboard, list(_past(state)))
 
     def close(self) -> None:
         if self._metrics:
@@ -56,35 +60,13 @@ class Journal:
 
     def draw(self, state: LoopState, now: bool = False) -> None:
         """loss.png as the run stands. Not more often than every CHART_SECONDS unless it has to be `now`."""
-        if not now and time.monotonic() - self._drawn < CHART_SECONDS:
+        if self._folder is None or (not now and time.monotonic() - self._drawn < CHART_SECONDS):
             return
         try:
             draw_loss_chart(self._folder / "loss.png", self._title, state)
         except OSError as error:
             log.warning("the chart could not be drawn: %s", error)
         self._drawn = time.monotonic()
-
-
-class NoJournal(Journal):
-    """Of a process that leaves the writing to the first one."""
-
-    def __init__(self) -> None:
-        pass
-
-    def open(self, state: LoopState) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def write(self, report: StepReport, look: Look | None) -> None:
-        pass
-
-    def draw(self, state: LoopState, now: bool = False) -> None:
-        pass
-
-    def show(self, pictures: Sequence[np.ndarray], step: int) -> None:
-        pass
 
 
 def _past(state: LoopState) -> Iterator[Row]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 
 
+def digest(*lot: object) -> bytes:
+    """32 bytes that `lot` decides."""
+    return hashlib.sha256("/".join(map(str, lot)).encode()).digest()
+
+
 def pick(count: int, *lot: object) -> int:
     """A number from 0 to count - 1 that `lot` decides; all are equally likely."""
-    digest = hashlib.sha256("/".join(map(str, lot)).encode()).digest()
-    return int.from_bytes(digest, "big") % count
+    return int.from_bytes(digest(*lot), "big") % count
 
 
 def share(*lot: object) -> float:

@@ -59,6 +59,11 @@ def load_prompt(path: Path) -> tuple[Tensor, Tensor]:
     return tensors["embeds"], tensors["pooled"]
 
 
+def store_prompt(path: Path, embeds: Tensor, pooled: Tensor) -> None:
+    """Writes what `load_prompt` reads."""
+    _store(path, {"embeds": embeds, "pooled": pooled})
+
+
 def make_sample(base: SDXLBase, entry: CaptionEntry, crop: Crop, mirrored: bool, cache: Path) -> Sample:
     """Where the sample's tensors lie, or will lie."""
     cut = {
@@ -113,7 +118,7 @@ def cache_prompts(
         on_item("encoding captions", done, len(missing))
         with torch.no_grad():
             embeds, pooled = encode_prompt_sdxl([prompt], tokenizers, encoders, chunks)
-        _store(path, {"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu()})
+        store_prompt(path, embeds[0].cpu(), pooled[0].cpu())
     del encoders
     release_memory(device)
 

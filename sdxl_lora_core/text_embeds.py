@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import base_model
 from .base_model import SDXLBase
 from .base_parts import Part
-from .files import json_sha256, write_atomic
+from .files import json_sha256
 from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key
-from .precompute import load_prompt, prompt_file
+from .precompute import load_prompt, prompt_file, store_prompt
 from .prompts import encode_prompt_sdxl, truncated_words
 
 log = logging.getLogger("sdxl_lora")
@@ -104,7 +103,6 @@ def _read(file: Path | None) -> TextEmbeds | None:
 def _write(made: Mapping[Path, TextEmbeds]) -> None:
     try:
         for file, embeds in made.items():
-            tensors = {"embeds": embeds.hidden[0].contiguous(), "pooled": embeds.pooled[0].contiguous()}
-            write_atomic(file, lambda temporary, tensors=tensors: save_file(tensors, temporary))
+            store_prompt(file, embeds.hidden[0], embeds.pooled[0])
     except (OSError, SafetensorError) as error:
         log.warning("prompt embeddings could not be kept: %s", error)

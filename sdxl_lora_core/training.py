@@ -22,7 +22,7 @@ from .checkpoints import LoopState
 from .class_images import with_class_images
 from .dataset import CaptionDataset, with_validation
 from .files import write_text_atomic
-from .journal import Journal, NoJournal
+from .journal import Journal
 from .loaded_parts import LoadedParts
 from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
@@ -129,8 +129,7 @@ def _train_and_save(
     def lora(modules: dict[str, AdapterModule], steps: int) -> LoRAFile:
         return LoRAFile(unet=modules, metadata=_metadata(run.name, base, dataset, config, steps, computed))
 
-    written = Journal(run.folder, run.name, config.tensorboard) if processes.is_first else NoJournal()
-    with closing(written) as journal:
+    with closing(Journal(run.folder if processes.is_first else None, run.name, config.tensorboard)) as journal:
         trained = train_adapter(
             base, dataset, config,
             cache=folders.cache, checkpoints=run.checkpoints,

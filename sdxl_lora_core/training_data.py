@@ -6,7 +6,6 @@ global random state is neither used nor moved.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from .buckets import Crop, epoch_batches
 from .caption_variants import caption_variants
 from .dataset import CaptionDataset, CaptionEntry
 from .losses import Objective
-from .lots import pick
+from .lots import digest, pick
 from .precompute import OnItem, Sample
 from .prompts import stack_embeds
 from .train_config import TrainConfig
@@ -190,5 +189,4 @@ def _latents(sample: Sample, draw: torch.Generator) -> Tensor:
 
 def generator(seed: int, step: int, position: int) -> torch.Generator:
     """A CPU generator that depends on nothing but its arguments."""
-    digest = hashlib.sha256(f"{seed}/{step}/{position}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.Generator().manual_seed(int.from_bytes(digest(seed, step, position)[:8], "little", signed=True))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from sdxl_lora_core import base_model
+from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.training import TrainResult
+from sdxl_lora_core.training_data import TrainingData
 from sdxl_lora_core.training_loop import StepReport
 
 CPU = torch.device("cpu")
@@ -45,3 +50,16 @@ def weights(result: TrainResult) -> bytes:
 
 def lora_bytes(result: TrainResult) -> bytes:
     return result.lora_path.read_bytes()
+
+
+def objective(base: SDXLBase) -> Objective:
+    from diffusers import DDPMScheduler
+
+    return Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), SMALL)
+
+
+def data_of(base: SDXLBase, dataset: CaptionDataset, cache: Path, **settings: Any) -> TrainingData:
+    """What SMALL with these settings trains on, cached."""
+    data = TrainingData(base, dataset, replace(SMALL, **settings), cache, CPU, torch.float32)
+    data.cache(lambda *_: None)
+    return data

@@ -12,17 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 
 from sdxl_lora_core import base_model, precompute
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.caption_variants import caption_variants
-from sdxl_lora_core.dataset import CaptionDataset
-from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.prompts import encode_prompt_sdxl, stack_embeds, truncated_words
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import TrainingData
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes, weights
+from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
 
 TAGS = "zxq, one, two, three, four, five"
 SHUFFLED = TrainConfig(shuffle_tags=True, caption_variants=40)
@@ -121,16 +118,6 @@ def test_a_list_in_metadata_holds_several_captions(pictures: Path, tmp_path: Pat
 
 
 # What a run draws
-
-
-def data_of(base: SDXLBase, dataset: CaptionDataset, cache: Path, **settings: Any) -> TrainingData:
-    data = TrainingData(base, dataset, replace(SMALL, **settings), cache, CPU, torch.float32)
-    data.cache(lambda *_: None)
-    return data
-
-
-def objective(base: SDXLBase) -> Objective:
-    return Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), SMALL)
 
 
 def shown_with(data: TrainingData, base: SDXLBase, index: int, steps: int) -> list[int]:

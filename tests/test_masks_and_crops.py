@@ -6,23 +6,18 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_lora_core import base_model
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.buckets import center_crop
-from sdxl_lora_core.dataset import CaptionDataset, describe
+from sdxl_lora_core.dataset import describe
 from sdxl_lora_core.latents import crop_pixels
-from sdxl_lora_core.losses import Objective
-from sdxl_lora_core.training_data import TrainingData
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes, weights
+from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
 
 SHORT = replace(SMALL, steps=2)
 MASKED = replace(SHORT, masked_loss=True)
@@ -33,16 +28,6 @@ def paint_mask(path: Path, box: tuple[int, int, int, int], size: tuple[int, int]
     mask.paste(255, box)
     path.parent.mkdir(exist_ok=True)
     mask.save(path)
-
-
-def objective(base: SDXLBase) -> Objective:
-    return Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), SMALL)
-
-
-def data_of(base: SDXLBase, dataset: CaptionDataset, cache: Path, **settings: Any) -> TrainingData:
-    data = TrainingData(base, dataset, replace(SMALL, **settings), cache, CPU, torch.float32)
-    data.cache(lambda *_: None)
-    return data
 
 
 @pytest.fixture

@@ -12,21 +12,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 
-from sdxl_lora_core import base_model
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import DatasetConfig
 from sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load_caption_dataset
 from sdxl_lora_core.loaded_parts import LoadedParts
-from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.run_length import passes_per_epoch
 from sdxl_lora_core.train_config import TrainConfig
-from sdxl_lora_core.training_data import TrainingData
 from sdxl_lora_core.training_loop import Loop, StepReport
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes, weights
+from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
 
 SHORT = replace(SMALL, steps=2)
 
@@ -53,16 +49,6 @@ def with_regularisation(pictures: Path, where: Path, chained: CaptionDataset, re
     folder = copied(pictures, where / "any", 2, 3, 4)
     config = DatasetConfig(resolution=64, is_regularisation=True, repeats=repeats)
     return load_caption_dataset(folder, config, chained)
-
-
-def data_of(base: SDXLBase, dataset: CaptionDataset, cache: Path, **settings: Any) -> TrainingData:
-    data = TrainingData(base, dataset, replace(SHORT, **settings), cache, CPU, torch.float32)
-    data.cache(lambda *_: None)
-    return data
-
-
-def objective(base: SDXLBase) -> Objective:
-    return Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), SMALL)
 
 
 def test_regularisation_images_are_kept_apart_and_named(both: CaptionDataset, pictures: Path, tmp_path: Path) -> None:

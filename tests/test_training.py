@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,17 +25,12 @@ from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import load_caption_dataset
-from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.optimizers import lr_factor
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.training import train
 from sdxl_lora_core.training_data import TrainingData, generator
 from sdxl_lora_core.training_loop import Loop, StepReport
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
-
-
-def objective(base: SDXLBase) -> Objective:
-    return Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), SMALL)
+from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes, objective
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state(run: Train) -> None:
