@@ -145,16 +145,16 @@ def ours(work: Path, size: int) -> Step:
     data.cache(lambda phase, done, total: None)
     unused: Any = None
     loop = Loop(base, config, data, CPU, torch.bfloat16, unused, unused, unused, unused, Processes())
-    loop.plan_memory()
-    batch = data.batch([0], 0, 0, loop.objective)
+    loop.gradients.plan(loop.state)
+    batch = data.batch([0], 0, 0, loop.learner.objective)
 
     def step() -> dict[str, float]:
         started = time.perf_counter()
         loop.update()
         updated = time.perf_counter()
-        loop.predict(batch).sum().backward()
+        loop.learner.predict(batch).sum().backward()
         alone = time.perf_counter()
-        loop.optimizer.zero_grad()
+        loop.gradients.clear()
         return {"step": updated - started, "unet": alone - updated}
 
     return step

@@ -46,4 +46,5 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "MemoryOptions": "Train Options: Memory",
 }
 
+host.add_embeddings_folder()
 host.add_routes()

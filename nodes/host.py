@@ -91,6 +91,13 @@ def cache_folder() -> Path:
     return roots("sdxl_lora_cache")[0]
 
 
+def add_embeddings_folder() -> None:
+    """ComfyUI's own nodes find new tokens there: a prompt with `embedding:my_lora-ohwx` reads them."""
+    comfy = _comfy("folder_paths")
+    if comfy:
+        comfy.add_model_folder_path("embeddings", str(output_folder() / "embeddings"))
+
+
 # Devices and memory
 
 

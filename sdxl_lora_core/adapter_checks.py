@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .blocks import WITH_ATTENTION, lies_in, read_block_values, read_blocks
+from .new_tokens import read_new_tokens
 
 if TYPE_CHECKING:
     from .train_config import TrainConfig
@@ -18,6 +19,31 @@ def check_adapter(config: TrainConfig) -> None:
     _check_kind(config)
     _check_start(config)
     _check_blocks(config)
+
+
+def check_what_learns(config: TrainConfig) -> None:
+    """Raises ValueError if nothing learns, if new tokens cannot be read, or if Prodigy is to find several rates."""
+    tokens = read_new_tokens(config.new_tokens, config.vectors_per_token)
+    rates = {
+        "learning_rate": config.learning_rate if config.train_unet else 0,
+        "text_encoder_learning_rate": config.text_encoder_learning_rate,
+        "text_encoder_2_learning_rate": config.text_encoder_2_learning_rate,
+        "token_learning_rate": config.token_learning_rate if tokens else 0,
+    }
+    in_use = {option: rate for option, rate in rates.items() if rate}
+    if not in_use:
+        raise ValueError(
+            "train_unet is off and nothing else learns: turn it on, give a text encoder a learning rate, or name "
+            "new_tokens"
+        )
+    own_rates = config.block_learning_rates or config.lora_plus_ratio != 1
+    if config.optimizer == "prodigy" and (own_rates or len(set(in_use.values())) > 1):
+        shown = ", ".join(f"{option} {rate:g}" for option, rate in in_use.items())
+        raise ValueError(
+            f"optimizer is 'prodigy', which finds one rate for all, and there are several ({shown}, "
+            f"block_learning_rates {config.block_learning_rates!r}, lora_plus_ratio {config.lora_plus_ratio:g}): "
+            "make them equal, or choose another optimizer"
+        )
 
 
 def _check_kind(config: TrainConfig) -> None:

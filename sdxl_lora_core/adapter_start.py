@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_files import read_lora
+from .base_parts import ENCODERS, Part
+from .lora_files import LoRAFile
 from .lora_modules import AdapterModule, LoRAModule, with_magnitude
+from .new_tokens import read_new_tokens
 from .train_config import TrainConfig
 
 PISSA = "pissa_niter_16"  # peft's name of the fast decomposition; a full one of every layer takes hours
@@ -39,19 +41,42 @@ def start_at_principal_parts(layers: Mapping[str, Any]) -> dict[str, tuple[Tenso
     return first
 
 
+def require_same_parts(file: LoRAFile, config: TrainConfig, encoders: Sequence[Part]) -> None:
+    """Raises ValueError if the file of `continue_from` changes a part that this run leaves alone, or has other tokens.
+
+    `encoders` are the text encoders that learn by themselves.
+    """
+    name = Path(config.continue_from).name
+    learns = {"unet": config.train_unet} | {part: part in encoders for part in ENCODERS}
+    for part, modules in file.parts().items():
+        if modules and not learns[part]:
+            remedy = "turn train_unet on" if part == "unet" else f"set {part}_learning_rate"
+            raise ValueError(
+                f"continue_from is {name}, which changes the {part}, and here that does not learn: {remedy}"
+            )
+    wanted = dict.fromkeys(read_new_tokens(config.new_tokens, config.vectors_per_token), config.vectors_per_token)
+    found = {token: len(next(iter(vectors.values()))) for token, vectors in file.tokens.items()}
+    if found != wanted:
+        raise ValueError(
+            f"continue_from is {name} with the new tokens {_named(found)}, and here they are {_named(wanted)}: "
+            "take the file's new_tokens and vectors_per_token"
+        )
+
+
+def _named(tokens: Mapping[str, int]) -> str:
+    return ", ".join(f"{token} of {count} vectors" for token, count in tokens.items()) or "none"
+
+
 @torch.no_grad()
-def continue_from(config: TrainConfig, layers: Mapping[str, Any]) -> None:
-    """Puts the matrices of the file into the layers, scaled so that they act as they do in the file.
+def continue_from(file: LoRAFile, config: TrainConfig, part: Part, layers: Mapping[str, Any]) -> None:
+    """Puts the matrices of the file into the layers of `part`, scaled so that they act as they do in the file.
 
     Raises ValueError for a file of another kind, of other layers or of another rank, naming what differs.
     """
-    file = read_lora(Path(config.continue_from))
-    name = Path(config.continue_from).name
-    if file.text_encoder or file.text_encoder_2:
-        raise ValueError(f"continue_from is {name}, which changes the text encoders, too: only the UNet is trained")
-    _require_same_layers(name, config, file.unet, layers)
+    name, modules = Path(config.continue_from).name, file.parts()[part]
+    _require_same_layers(name, config, modules, layers)
     for path, layer in layers.items():
-        module = file.unet[path]
+        module = modules[path]
         where = f"continue_from is {name}, whose {path}"
         kind = "dora" if isinstance(module, LoRAModule) and module.is_dora else module.kind.lower()
         if kind != config.adapter:

@@ -1,4 +1,4 @@
-"""Adapters on the UNet through peft.
+"""Adapters on the UNet and the text encoders through peft.
 
 LoRA, arXiv 2106.09685; DoRA, 2402.09353; LoHa, 2108.06098; LoKr, 2309.14859; rsLoRA, 2312.03732; LoRA+, 2402.12354.
 """
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_start import continue_from, start_at_principal_parts
+from .base_parts import Part
 from .blocks import read_block_values, read_blocks, value_for
 from .fused_lora import fuse
+from .lora_files import LoRAFile
 from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAModule, with_dora_scale
 from .optimizers import ParameterGroup
 from .train_config import TrainConfig
@@ -22,6 +24,7 @@ from .train_config import TrainConfig
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 _TRANSFORMERS = (*_ATTENTION, *_FEED_FORWARD, "proj_in", "proj_out")
+_TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _RESNETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,
@@ -32,27 +35,29 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 class Adapter:
-    """The adapter of `config` on a UNet, which it changes in place. `layers` are peft's, by diffusers' names.
+    """The adapter of `config` on one part of SDXL, which it changes in place. `layers` are peft's, by diffusers' names.
 
-    Training starts at the base itself, or at the effect of the file that `continue_from` names. Random start values
-    follow from `config.seed`. Raises ValueError where that file, or the rank of PiSSA, does not fit.
+    Training starts at the base itself, or at the effect of `start`. Random start values follow from `config.seed`.
+    Raises ValueError where `start`, or the rank of PiSSA, does not fit.
     """
 
-    def __init__(self, unet: Any, config: TrainConfig) -> None:
+    def __init__(self, model: Any, config: TrainConfig, part: Part = "unet", start: LoRAFile | None = None) -> None:
         self.config = config
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            unet.add_adapter(_peft_config(config))
-            self.layers = {name: module for name, module in unet.named_modules() if hasattr(module, "base_layer")}
-            for parameter in unet.parameters():
+            model.add_adapter(_peft_config(config, part), "default")
+            self.layers = {
+                _file_path(name, part): layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")
+            }
+            for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
             self.first = start_at_principal_parts(self.layers) if config.init == "pissa" else {}
         if config.adapter == "dora":
             _measure_lengths(self.layers)
-        if config.continue_from:
-            continue_from(config, self.layers)
-        self.groups = _groups(self.layers, config)
+        if start:
+            continue_from(start, config, part, self.layers)
+        self.groups = _groups(self.layers, config, part)
         if config.adapter == "lora" and config.dropout == 0:
             fuse(self.layers.values())
 
@@ -94,13 +99,23 @@ class Adapter:
         return LoKrModule({**module.factors, "lokr_w1": first}, 1.0)
 
 
-def _peft_config(config: TrainConfig) -> Any:
+def _file_path(name: str, part: Part) -> str:
+    """CLIP's text model lies within `text_model` or, from transformers 5.6 on, is the part itself; files say it."""
+    return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
+
+
+def encoder_rate(config: TrainConfig, part: Part) -> float:
+    """The learning rate of a text encoder's adapter; 0: it has none."""
+    return config.text_encoder_learning_rate if part == "text_encoder" else config.text_encoder_2_learning_rate
+
+
+def _peft_config(config: TrainConfig, part: Part) -> Any:
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
-    ranks = read_block_values("block_ranks", config.block_ranks, 1, math.inf)
+    ranks = read_block_values("block_ranks", config.block_ranks, 1, math.inf) if part == "unet" else {}
     common: dict[str, Any] = {
         "r": config.rank,
-        "target_modules": _target_pattern(config),
+        "target_modules": _target_pattern(config) if part == "unet" else _text_pattern(config),
         "rank_pattern": {_inside(block): int(rank) for block, rank in ranks.items()},
         "alpha_pattern": {_inside(block): config.alpha * rank / config.rank for block, rank in ranks.items()},
     }
@@ -125,6 +140,12 @@ def _target_pattern(config: TrainConfig) -> str:
     return rf"(?:{blocks})\.(?:.*\.)?(?:{ends})" if blocks else rf"(?:.*\.)?(?:{ends})"
 
 
+def _text_pattern(config: TrainConfig) -> str:
+    """A text encoder has attention and feed-forward layers; what else a preset names, it has not."""
+    feed_forward = () if config.target_modules == "attention" else ("fc1", "fc2")
+    return rf".*\.(?:{'|'.join((*_TEXT_ATTENTION, *feed_forward))})"
+
+
 def _inside(block: str) -> str:
     return rf"{re.escape(block)}\..*"
 
@@ -140,15 +161,17 @@ def _measure_lengths(layers: dict[str, Any]) -> None:
         )
 
 
-def _groups(layers: dict[str, Any], config: TrainConfig) -> list[ParameterGroup]:
+def _groups(layers: dict[str, Any], config: TrainConfig, part: Part) -> list[ParameterGroup]:
     """A group for each learning rate; without settings of their own all parameters are one."""
-    rates = read_block_values("block_learning_rates", config.block_learning_rates, 0, math.inf)
+    blocks = config.block_learning_rates if part == "unet" else ""
+    rates = read_block_values("block_learning_rates", blocks, 0, math.inf)
+    of_part = 1.0 if part == "unet" else encoder_rate(config, part) / config.learning_rate
     groups: dict[float, list[nn.Parameter]] = {}
     for name, layer in layers.items():
         for key, parameter in layer.named_parameters():
             if parameter.requires_grad:
                 faster = config.lora_plus_ratio if key.startswith("lora_B") else 1.0
-                groups.setdefault(value_for(name, rates, 1.0) * faster, []).append(parameter)
+                groups.setdefault(value_for(name, rates, of_part) * faster, []).append(parameter)
     return [ParameterGroup(parameters, factor) for factor, parameters in groups.items()]
 
 

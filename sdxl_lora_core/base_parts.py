@@ -16,6 +16,7 @@ from .model_kinds import TEXT, TEXT_2, UNET, VAE
 
 Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 PARTS: tuple[Part, ...] = get_args(Part)
+ENCODERS: tuple[Part, Part] = ("text_encoder", "text_encoder_2")
 
 _PREFIXES: dict[Part, str] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "text_encoder_2": TEXT_2}
 # What published files hold besides weights: a buffer older transformers saved, and CLIP's unused temperature.

@@ -9,6 +9,7 @@
 | diffusers of 2023            | unet.down_blocks...attn1.processor.to_q_lora.down.weight, .lora.down.weight |
 | ComfyUI                      | diffusion_model.input_blocks.4.1...attn1.to_q.lora_down.weight             |
 | LyCORIS                      | lora_unet_input_blocks_4_1_..._attn1_to_q.hada_w1_a, .lokr_w1, .alpha      |
+| OneTrainer, of new tokens    | bundle_emb.NAME.clip_l, bundle_emb.NAME.clip_g                             |
 
 The text encoders are lora_te1_/lora_te2_, text_encoder./text_encoder_2. or text_encoders.clip_l./clip_g.transformer.
 """
@@ -51,6 +52,9 @@ _PARTS: tuple[tuple[str, Part, bool], ...] = (  # the prefix, its part, whether 
     ("model.diffusion_model.", "unet", False),
     ("diffusion_model.", "unet", False),
 )
+ENCODER_KEYS: Mapping[Part, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+_ENCODERS: Mapping[str, Part] = {key: part for part, key in ENCODER_KEYS.items()}
+_BUNDLED = re.compile(rf"bundle_emb\.(.+)\.({'|'.join(_ENCODERS)})")
 _PEFT_WRAPPER = "base_model.model."
 _DIFFUSERS_UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)(\.|$)")
 _TEXT_MODULE = re.compile(r"text_model\.|text_projection$")
@@ -84,6 +88,24 @@ def place_of(key: str) -> Place | None:
     path = dotted(name) if flat else name
     module = _unet_module(path) if part == "unet" else _text_module(path)
     return None if module is None else Place(part, module)
+
+
+class Token(NamedTuple):
+    """Whose vectors a tensor holds: a new token's, for one text encoder."""
+
+    name: str
+    part: Part
+
+
+def bundled_token(key: str) -> Token | None:
+    """The new token whose vectors lie under a key; the spelling is OneTrainer's, and A1111 and ComfyUI read it."""
+    found = _BUNDLED.fullmatch(key)
+    return Token(found[1], _ENCODERS[found[2]]) if found else None
+
+
+def bundled_key(name: str, part: Part) -> str:
+    """The way back from bundled_token."""
+    return f"bundle_emb.{name}.{ENCODER_KEYS[part]}"
 
 
 def peft_alpha(settings: Mapping[str, Any], place: Place, rank: int) -> float:

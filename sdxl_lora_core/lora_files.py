@@ -16,13 +16,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .base_parts import Part
-from .lora_dialects import Place, Role, peft_alpha, peft_settings, place_of, role_of
+from .base_parts import ENCODERS, Part
+from .lora_dialects import Place, Role, bundled_key, bundled_token, peft_alpha, peft_settings, place_of, role_of
 from .lora_merge import MergeReport, merge_into, merge_stack
 from .lora_metadata import lora_metadata, tag_counts, trigger_words
 from .lora_modules import LOHA_FACTORS, AdapterModule, LoHaModule, LoKrModule, LoRAModule
 from .lora_names import sai_block_name
 from .model_kinds import foreign_adapter, is_adapter, kind_of
+from .new_tokens import Vectors
 from .train_config import LoRAFormat
 from .weights_file import first_names, pack_weights, read_header, write_weights
 
@@ -38,11 +39,12 @@ _KOHYA_PREFIXES: dict[Part, str] = {"unet": "lora_unet_", "text_encoder": "lora_
 
 @dataclass
 class LoRAFile:
-    """What a file holds. `unknown` are the keys that are no change of a module of SDXL."""
+    """What a file holds. `tokens` are new words with their vectors; `unknown` are keys that are nothing of SDXL's."""
 
     unet: dict[str, AdapterModule] = field(default_factory=dict)
     text_encoder: dict[str, AdapterModule] = field(default_factory=dict)
     text_encoder_2: dict[str, AdapterModule] = field(default_factory=dict)
+    tokens: dict[str, Vectors] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
 
@@ -61,14 +63,14 @@ def read_lora(path: Path) -> LoRAFile:
     if foreign:
         raise ValueError(f"{path.name} is {foreign}: {WANTED}")
     settings = peft_settings(header.metadata) or _settings_beside(path)
-    groups, unknown = _group(path)
-    file = LoRAFile(metadata=dict(header.metadata))
+    groups, tokens, unknown = _group(path)
+    file = LoRAFile(tokens=_tokens(path.name, tokens), metadata=dict(header.metadata))
     for place, tensors in groups.items():
         if _is_whole(tensors):
             file.parts()[place.part][place.module] = _module(path.name, place, tensors, settings)
         else:
             unknown += [f"{place.part}.{place.module} ({role} alone)" for role in tensors]
-    if not any(file.parts().values()):
+    if not any(file.parts().values()) and not tokens:
         raise ValueError(f"{path.name} holds no low-rank change this pack can apply ({first_names(unknown)}): {WANTED}")
     file.unknown = tuple(sorted(unknown))
     return file
@@ -91,7 +93,7 @@ def kohya_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
             tensors[f"{key}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
             if module.dora_scale is not None:
                 tensors[f"{key}.dora_scale"] = _stored(module.dora_scale, torch.float32)
-    return dict(sorted(tensors.items()))
+    return dict(sorted((tensors | _bundled(file)).items()))
 
 
 def peft_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -113,7 +115,15 @@ def peft_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
                 lengths = module.magnitude.flatten()
                 shape = (-1,) if module.down.dim() == 2 else (1, -1, 1, 1)
                 tensors[f"{key}.lora_magnitude_vector"] = _stored(lengths.reshape(shape), torch.float32)
-    return dict(sorted(tensors.items()))
+    return dict(sorted((tensors | _bundled(file)).items()))
+
+
+def _bundled(file: LoRAFile) -> dict[str, Tensor]:
+    return {
+        bundled_key(name, part): _stored(rows, torch.float32)
+        for name, vectors in file.tokens.items()
+        for part, rows in vectors.items()
+    }
 
 
 def write_lora(path: Path, file: LoRAFile, dtype: torch.dtype, format: LoRAFormat = "kohya") -> None:
@@ -143,6 +153,8 @@ def describe_lora(path: Path) -> str:
             alphas = sorted({module.alpha for module in modules.values()})
             kinds = "/".join(sorted({_kind(module) for module in modules.values()}))
             lines.append(f"{part}: {kinds} of {len(modules)} modules, rank {_span(ranks)}, alpha {_span(alphas)}")
+    for token, vectors in file.tokens.items():
+        lines.append(f"new token {token}: {len(vectors['text_encoder'])} vectors")
     if words := trigger_words(file.metadata):
         lines.append(f"trigger words: {', '.join(words)}")
     if base := file.metadata.get("ss_sd_model_name"):
@@ -152,18 +164,29 @@ def describe_lora(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _group(path: Path) -> tuple[dict[Place, dict[Role, Tensor]], list[str]]:
+def _group(path: Path) -> tuple[dict[Place, dict[Role, Tensor]], dict[str, dict[Part, Tensor]], list[str]]:
+    """The tensors by module and role, those of new tokens by token and encoder, and the names of all others."""
     groups: dict[Place, dict[Role, Tensor]] = {}
+    tokens: dict[str, dict[Part, Tensor]] = {}
     unknown: list[str] = []
     with safe_open(path, framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118
             stem, role = role_of(key) or ("", None)
             place = place_of(stem)
-            if role is None or place is None:
+            if token := bundled_token(key):
+                tokens.setdefault(token.name, {})[token.part] = weights.get_tensor(key)
+            elif role is None or place is None:
                 unknown.append(key)
             else:
                 groups.setdefault(place, {})[role] = weights.get_tensor(key)
-    return groups, unknown
+    return groups, tokens, unknown
+
+
+def _tokens(file: str, tokens: Mapping[str, dict[Part, Tensor]]) -> dict[str, Vectors]:
+    for name, vectors in tokens.items():
+        if set(vectors) != set(ENCODERS) or len({len(rows) for rows in vectors.values()}) > 1:
+            raise ValueError(f"{file}: the new token {name} has no vectors for one of the text encoders: damaged file")
+    return dict(tokens)
 
 
 def _is_whole(roles: Mapping[Role, Tensor]) -> bool:

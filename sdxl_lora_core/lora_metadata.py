@@ -76,7 +76,8 @@ def _training_values(config: TrainConfig) -> dict[str, object]:
         "ss_caption_dropout_rate": config.caption_dropout,
         "ss_max_train_steps": config.steps,
         "ss_learning_rate": config.learning_rate,
-        "ss_unet_lr": config.learning_rate,
+        "ss_unet_lr": config.learning_rate if config.train_unet else None,
+        **_text_encoder_values(config),
         "ss_lr_scheduler": config.lr_schedule,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
         "ss_optimizer": f"{CLASSES[config.optimizer]}({arguments})",
@@ -85,6 +86,11 @@ def _training_values(config: TrainConfig) -> dict[str, object]:
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation,
         "ss_seed": config.seed,
     }
+
+
+def _text_encoder_values(config: TrainConfig) -> dict[str, object]:
+    rates = [config.text_encoder_learning_rate, config.text_encoder_2_learning_rate]
+    return {"ss_text_encoder_lr": rates} if any(rates) else {}
 
 
 def _loss_values(config: TrainConfig) -> dict[str, object]:

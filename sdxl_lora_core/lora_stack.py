@@ -16,6 +16,7 @@ from .base_model import SDXLBase
 from .base_parts import Part
 from .files import file_sha256, json_sha256
 from .lora_files import AdapterModule, LoRAFile, merge_stack, read_lora
+from .new_tokens import Vectors
 
 log = logging.getLogger("sdxl_lora")
 
@@ -47,6 +48,11 @@ class StackEntry:
     def modules(self, part: Part) -> Mapping[str, AdapterModule]:
         """What acts on `part`: nothing at strength 0, and nothing for the VAE, which LoRAs leave alone."""
         return getattr(self.file, part) if part != "vae" and self.strength(part) else {}
+
+    @property
+    def tokens(self) -> Mapping[str, Vectors]:
+        """The new tokens that it brings into prompts, whole or, at text strength 0, not at all."""
+        return self.file.tokens if self.ref.strength_clip else {}
 
 
 def open_stack(loras: Sequence[LoRARef], hash_memo: Path | None) -> tuple[StackEntry, ...]:

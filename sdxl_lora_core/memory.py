@@ -7,7 +7,7 @@ for this UNet, this adapter and this size of images, whatever they are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,19 +77,23 @@ def free_memory(device: torch.device) -> int:
 _known: dict[tuple[object, ...], int] = {}  # counts by what they depend on
 
 
-def kept_bytes(forward: Callable[[], object], unet: Any, *shapes: torch.Size) -> int:
-    """Bytes that `forward` keeps for its backward pass, the UNet's own weights left out. Nothing is computed.
+def kept_bytes(forward: Callable[[], object], model: nn.Module, *inputs: Hashable) -> int:
+    """Bytes that `forward` keeps for its backward pass, the model's own weights left out. Nothing is computed.
 
-    `shapes` are those of its inputs: the same UNet in the same mode keeps the same for the same shapes.
+    `inputs` say what decides the shapes: the same model in the same mode keeps the same for the same shapes.
     """
-    layers = tuple((name, module.extra_repr(), "forward" in vars(module)) for name, module in unet.named_modules())
-    key = (layers, next(unet.parameters()).dtype, unet.is_gradient_checkpointing, shapes)
+    key = (tuple(map(_mode, model.named_modules())), next(model.parameters()).dtype, inputs)
     if key not in _known:
-        _known[key] = _count(forward, unet)
+        _known[key] = _count(forward, model)
     return _known[key]
 
 
-def _count(forward: Callable[[], object], unet: nn.Module) -> int:
+def _mode(named: tuple[str, nn.Module]) -> Hashable:
+    name, module = named
+    return name, module.extra_repr(), "forward" in vars(module), getattr(module, "gradient_checkpointing", False)
+
+
+def _count(forward: Callable[[], object], model: nn.Module) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     sizes: dict[int, int] = {}
@@ -103,7 +107,7 @@ def _count(forward: Callable[[], object], unet: nn.Module) -> int:
         return tensor
 
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        without_contents = [mode.from_tensor(weight) for weight in unet.parameters()]
+        without_contents = [mode.from_tensor(weight) for weight in model.parameters()]
         weights = {weight.untyped_storage()._cdata for weight in without_contents}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             forward()

@@ -11,7 +11,7 @@ TEXT = "conditioner.embedders.0.transformer."
 TEXT_2 = "conditioner.embedders.1.model."
 VAE = "first_stage_model."
 
-_ADAPTER = re.compile(r"[._](lora_|lora\.|hada_|lokr_|oft_)|\.(alpha|dora_scale|diff|diff_b)$")
+_ADAPTER = re.compile(r"[._](lora_|lora\.|hada_|lokr_|oft_)|\.(alpha|dora_scale|diff|diff_b)$|^bundle_emb\.")
 
 # The first rule whose prefixes all occur names the file.
 _CHECKPOINTS: tuple[tuple[tuple[str, ...], str], ...] = (

@@ -6,37 +6,51 @@ Source: Podell et al., SDXL (arXiv 2307.01952), section 2.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 75  # what CLIP's 77 leave between the start and the end token
+TokenIds = Mapping[str, Sequence[int]]  # words that the tokenizer does not know, and what stands for each
 
 
 def encode_prompt_sdxl(
-    prompts: Sequence[str], tokenizers: Sequence[Any], text_encoders: Sequence[Any], chunks: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Returns prompt embeddings [B, 77, 768 + 1280] and pooled embeddings [B, 1280] in the encoders' dtype.
+    prompts: Sequence[str], tokenizers: Sequence[Any], text_encoders: Sequence[Any], chunks: int = 1,
+    new_tokens: TokenIds | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns prompt embeddings [B, 77 n, 768 + 1280] and pooled embeddings [B, 1280] in the encoders' dtype.
 
-    The first encoder's pooled output is not used. A prompt over 77 tokens is cut, its end token kept. The empty prompt
-    is encoded like any other, never replaced by zeros.
-
-    With `chunks` over 1 a longer prompt goes on in further chunks of 75 tokens, each encoded between its own start and
-    end token; their embeddings follow one another, [B, 77 n, ...], and the pooled ones are the first chunk's. That is
-    how ComfyUI and A1111 read a long prompt. n is what the longest of `prompts` needs, at most `chunks`.
+    The first encoder's pooled output is not used. n is 1; with `chunks` over 1 it is what a prompt needs, see
+    encode_text, and shorter prompts are stacked with longer ones as stack_embeds does.
     """
     hidden, pooled = [], torch.empty(0)
     for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
-        parts = []
-        for number, ids in enumerate(_chunks(prompts, tokenizer, chunks)):
-            output = encoder(ids.to(encoder.device), output_hidden_states=True)
-            parts.append(output.hidden_states[-2])
-            if number == 0:
-                pooled = getattr(output, "text_embeds", pooled)
-        hidden.append(torch.cat(parts, dim=1))
+        rows, vectors = encode_text(prompts, tokenizer, encoder, chunks, new_tokens)
+        hidden.append(stack_embeds(rows))
+        pooled = pooled if vectors is None else vectors
     return torch.cat(hidden, dim=-1), pooled
+
+
+def encode_text(
+    prompts: Sequence[str], tokenizer: Any, encoder: Any, chunks: int = 1, new_tokens: TokenIds | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """One encoder's embeddings [77 n, C] of each prompt, and pooled ones [B, P] if it has the projection for them.
+
+    A prompt over 77 tokens is cut, its end token kept. The empty prompt is encoded like any other, never replaced by
+    zeros. With `chunks` over 1 a longer prompt goes on in further chunks of 75 tokens, each encoded between its own
+    start and end token; their embeddings follow one another, and the pooled ones are the first chunk's. That is how
+    ComfyUI and A1111 read a long prompt.
+    """
+    chunked = [_chunks(token_ids(prompt, tokenizer, new_tokens or {}), tokenizer, chunks) for prompt in prompts]
+    counts = [len(rows) for rows in chunked]
+    ids = torch.tensor([row for rows in chunked for row in rows], device=encoder.device)
+    output = encoder(ids, output_hidden_states=True)
+    rows = [part.flatten(0, 1) for part in output.hidden_states[-2].split(counts)]
+    pooled = getattr(output, "text_embeds", None)
+    return rows, None if pooled is None else torch.stack([part[0] for part in pooled.split(counts)])
 
 
 def stack_embeds(rows: Sequence[Tensor]) -> Tensor:
@@ -49,30 +63,33 @@ def stack_embeds(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([row.repeat(length // len(row), 1) for row in rows])
 
 
-def truncated_words(prompt: str, tokenizer: Any, chunks: int = 1) -> str:
+def truncated_words(prompt: str, tokenizer: Any, chunks: int = 1, new_tokens: TokenIds | None = None) -> str:
     """What of `prompt` lies beyond `chunks` times 75 tokens (77 with start and end) and is not seen; empty if none."""
-    tokens = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    return tokenizer.decode(tokens[chunks * CHUNK_TOKENS :]).strip()
+    unseen = token_ids(prompt, tokenizer, new_tokens or {})[chunks * CHUNK_TOKENS :]
+    return tokenizer.decode([number for number in unseen if number < len(tokenizer)]).strip()
 
 
-def _chunks(prompts: Sequence[str], tokenizer: Any, limit: int) -> list[Tensor]:
-    """Token ids [B, 77] of each chunk."""
-    size = CHUNK_TOKENS
-    if limit == 1:
-        return [
-            tokenizer(
-                list(prompts), padding="max_length", max_length=size + 2, truncation=True, return_tensors="pt"
-            ).input_ids
-        ]
-    tokens = [
-        tokenizer(prompt, add_special_tokens=False, truncation=True, max_length=limit * size).input_ids
-        for prompt in prompts
-    ]
-    count = max(1, math.ceil(max(map(len, tokens)) / size))
-    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+def token_ids(prompt: str, tokenizer: Any, new_tokens: TokenIds) -> list[int]:
+    """Without start and end. A new token is found as a whole word, in any case."""
+    names = {name.lower(): ids for name, ids in new_tokens.items()}
     return [
-        torch.tensor(
-            [[start, *part, end, *[pad] * (size - len(part))] for part in (row[first : first + size] for row in tokens)]
-        )
-        for first in range(0, count * size, size)
+        number
+        for text in _split(prompt, names)
+        for number in names.get(text.lower()) or tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     ]
+
+
+def _split(prompt: str, words: Mapping[str, object]) -> Iterator[str]:
+    """`prompt` cut before and after each of `words`, the longest first where one holds another."""
+    if not words:
+        return iter([prompt])
+    either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return (text for text in re.split(rf"(?<!\w)({either})(?!\w)", prompt, flags=re.IGNORECASE) if text)
+
+
+def _chunks(tokens: Sequence[int], tokenizer: Any, limit: int) -> list[list[int]]:
+    """Rows of 77 ids each, at most `limit`: start, up to 75 of the tokens, end, padding."""
+    size = CHUNK_TOKENS
+    parts = [list(tokens[first : first + size]) for first in range(0, max(1, len(tokens)), size)][:limit]
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return [[start, *part, end, *[pad] * (size - len(part))] for part in parts]

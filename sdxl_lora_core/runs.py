@@ -52,6 +52,10 @@ class Run:
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.folder / "checkpoints", self.identity["fingerprint"])
 
+    def embedding(self, token: str) -> Path:
+        """The file of a new token alone, in the folder `embeddings` beside that of the LoRAs."""
+        return self.lora_path.parent.with_name("embeddings") / f"{self.name}-{token}.safetensors"
+
     def sweep(self) -> None:
         """Removes what a process that was killed while it wrote has left. Nobody else writes under this name."""
         self.checkpoints.sweep()

@@ -21,6 +21,16 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class _Something:
+    """Holds every value that is not empty, 0 or off."""
+
+    def __contains__(self, value: object) -> bool:
+        return bool(value)
+
+
+SOMETHING: Container[Any] = _Something()
+
+
 def fields_of(config: type | object) -> Mapping[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
 

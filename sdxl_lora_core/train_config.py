@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .adapter_checks import MAX_RANK, check_adapter
-from .settings import check_settings, setting
+from .adapter_checks import MAX_RANK, check_adapter, check_what_learns
+from .settings import SOMETHING, check_settings, setting
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 TargetModules = Literal["attention", "attention+ff", "all-linear", "all-linear+conv"]
@@ -125,15 +125,15 @@ class TrainConfig:
     )
     blocks: str = setting(
         "", 'The UNet blocks that learn, such as "up_blocks.0.attentions.1" for style alone. Empty: all.',
-        group="adapter",
+        group="adapter", only_with=("train_unet", (True,)),
     )  # fmt: skip
     block_ranks: str = setting(
         "", 'Other ranks for some blocks, such as "up_blocks.0=16, mid_block=4"; alpha / rank stays as it is.',
-        group="adapter",
+        group="adapter", only_with=("train_unet", (True,)),
     )  # fmt: skip
     block_learning_rates: str = setting(
         "", 'Factors on the learning rate of some blocks, such as "down_blocks.1=0.5", where a block learns too much.',
-        group="adapter",
+        group="adapter", only_with=("train_unet", (True,)),
     )  # fmt: skip
     lora_plus_ratio: float = setting(
         1.0, "LoRA+: the up matrices learn this many times faster. Try 4 to 16 with half the learning rate, to get "
@@ -344,6 +344,36 @@ class TrainConfig:
     )  # fmt: skip
     save_dtype: WeightType = setting("fp16", "Number format of the saved LoRA.", group="adapter")
 
+    # Text encoders and new tokens
+    train_unet: bool = setting(
+        True, "Off: the UNet stays as it is, and only text encoders or new tokens learn.", group="adapter"
+    )
+    text_encoder_learning_rate: float = setting(
+        0.0,
+        "Learning rate of a LoRA on the first text encoder (CLIP-L), for words that it misreads; half of learning_rate "
+        "is usual. It then reads the captions in every step instead of once. 0: it stays as it is.",
+        low=0, high=1, step=1e-5, group="adapter",
+    )  # fmt: skip
+    text_encoder_2_learning_rate: float = setting(
+        0.0,
+        "The same for the second, larger text encoder (OpenCLIP-G), which needs 1.4 GB more. 0: it stays as it is.",
+        low=0, high=1, step=1e-5, group="adapter",
+    )  # fmt: skip
+    new_tokens: str = setting(
+        "",
+        "Words that both text encoders learn (textual inversion), such as 'ohwx=cat', which starts as cat, or 'ohwx', "
+        "which starts at random. For what no word describes; the captions have to hold them.",
+        group="captions",
+    )
+    vectors_per_token: int = setting(
+        1, "How many vectors each new token has. 2 to 8 hold more detail, and take as many tokens of a prompt.",
+        low=1, high=75, group="captions", only_with=("new_tokens", SOMETHING),
+    )  # fmt: skip
+    token_learning_rate: float = setting(
+        1e-3, "Learning rate of the new tokens. Lower it if images with them turn strange.",
+        low=1e-8, high=1, step=1e-4, group="captions", only_with=("new_tokens", SOMETHING),
+    )  # fmt: skip
+
     # What a run is called, how long it lasts and what is shown of it does not change a single step.
     OUTSIDE_FINGERPRINT = (
         "lora_name", "steps", "epochs", "sample_prompts", "sample_steps", "sample_guidance",
@@ -354,6 +384,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         check_adapter(self)
+        check_what_learns(self)
         _check_loss(self)
         _check_optimizer(self)
         _check_captions(self)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from .dataset import CaptionDataset, with_validation
 from .files import write_text_atomic
 from .journal import Journal
 from .loaded_parts import LoadedParts
-from .lora_files import AdapterModule, LoRAFile, kohya_state_dict, read_lora, write_lora
+from .learning_encoders import learning_encoders
+from .lora_files import LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
 from .lora_modules import LoRAModule, with_dora_scale
 from .losses import as_trained
+from .new_tokens import read_new_tokens, require_shown, write_embedding
 from .optimizers import require_library
 from .precompute import cut_captions
 from .processes import Processes, require_work_for_all
@@ -75,6 +77,7 @@ def train(
     if validation:
         dataset = with_validation(dataset, validation)
     require_lookable(config, dataset)
+    require_shown(config, [caption for entry in dataset.entries for caption in entry.captions])
     parts = parts or LoadedParts(device, offload=True)
     base = as_trained(base, config)
     require_library(config)
@@ -126,25 +129,27 @@ def _train_and_save(
     computed, dtype = resolve_dtype(config.precision, device), _DTYPES[config.save_dtype]
     sampler = _sampler(run, base, dataset, config, folders)
 
-    def lora(modules: dict[str, AdapterModule], steps: int) -> LoRAFile:
-        return LoRAFile(unet=modules, metadata=_metadata(run.name, base, dataset, config, steps, computed))
+    def lora(learned: LoRAFile, steps: int) -> LoRAFile:
+        return replace(learned, metadata=_metadata(run.name, base, dataset, config, steps, computed))
 
     with closing(Journal(run.folder if processes.is_first else None, run.name, config.tensorboard)) as journal:
         trained = train_adapter(
             base, dataset, config,
             cache=folders.cache, checkpoints=run.checkpoints,
             start=starting_point(related_runs(folders, run, config.lora_name), config),
-            write_adapter=lambda path, modules, steps: write_lora(
-                path, lora(modules, steps), torch.float32, config.save_format
+            write_adapter=lambda path, learned, steps: write_lora(
+                path, lora(learned, steps), torch.float32, config.save_format
             ),
-            sample=lambda modules, step, on_step: sampler.of_step(
-                step, lambda path: write_lora(path, lora(modules, step), dtype, config.save_format), device, on_step
+            sample=lambda learned, step, on_step: sampler.of_step(
+                step, lambda path: write_lora(path, lora(learned, step), dtype, config.save_format), device, on_step
             ),
             journal=journal, device=device, on_step=on_step, should_stop=should_stop, processes=processes,
         )  # fmt: skip
     if not processes.is_first:
         return
-    finished = lora(trained.modules, trained.step)
+    finished = lora(trained.learned, trained.step)
+    for token, vectors in finished.tokens.items():
+        write_embedding(run.embedding(token), vectors)
     write_lora(run.lora_path, finished, dtype, config.save_format)
     report = _report(run, base, dataset, config, trained)
     facts = {
@@ -173,7 +178,7 @@ def _metadata(
         dataset_name=dataset.name,
         images=len(dataset.entries),
         repeats=max(entry.repeats for entry in dataset.entries),
-        trigger_words=dataset.trigger_words,
+        trigger_words=_trigger_words(dataset, config),
         tag_counts=tag_counts(entry.caption for entry in dataset.entries),
         steps=steps,
         regularisation_images=len(dataset.regularisation),
@@ -189,10 +194,10 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
         "steps": state.step,
         "epochs": _epochs(dataset, config, state.step),
         "loss": _finite(smoothed(state.losses)[-1]),
-        "modules": len(trained.modules),
+        "modules": sum(map(len, trained.learned.parts().values())),
         "adapter": config.adapter,
         "rank": _ranks(trained),
-        "trigger_words": list(dataset.trigger_words),
+        "trigger_words": _trigger_words(dataset, config),
         "memory": state.memory,
         "skipped_steps": state.skipped,
         "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped],
@@ -201,8 +206,15 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
         report["regularisation_images"] = len(dataset.regularisation)
     if cut := cut_captions(base, dataset.entries, config.caption_chunks):
         report["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut]
+    if encoders := learning_encoders(config):
+        report["text_encoders"] = f"{' and '.join(encoders)} read the captions in every step, without the cache"
     if run.name != config.lora_name:
         report["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"
+    if trained.learned.tokens:
+        names = {token: run.embedding(token).stem for token in trained.learned.tokens}
+        report["new_tokens"] = {
+            token: f"embedding:{name} in prompts of ComfyUI's own nodes" for token, name in names.items()
+        }
     if trained.stopped_early:
         report["stopped"] = (
             f"stopped on request after {state.step} of {config.steps} steps: the same settings again train the rest, "
@@ -223,6 +235,11 @@ def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConf
     return report
 
 
+def _trigger_words(dataset: CaptionDataset, config: TrainConfig) -> list[str]:
+    """What calls for the LoRA in a prompt."""
+    return list(dict.fromkeys([*dataset.trigger_words, *read_new_tokens(config.new_tokens, config.vectors_per_token)]))
+
+
 def _epochs(dataset: CaptionDataset, config: TrainConfig, steps: int) -> float:
     return round(steps * config.gradient_accumulation / passes_per_epoch(dataset, config), 2)
 
@@ -238,13 +255,13 @@ def _continued(state: LoopState, config: TrainConfig) -> str:
 
 def _ranks(trained: Trained) -> int | list[int]:
     """Of the saved file: PiSSA's is twice the setting, and blocks may have their own."""
-    ranks = sorted({module.rank for module in trained.modules.values()})
+    ranks = sorted({module.rank for part in trained.learned.parts().values() for module in part.values()})
     return ranks[0] if len(ranks) == 1 else ranks
 
 
 def _comfyui_weights(path: Path, base: SDXLBase) -> dict[str, Tensor]:
-    """The file in kohya's keys. A DoRA in peft's form has to be measured against the base for that."""
-    file = read_lora(path)
+    """The file's UNet in kohya's keys. A DoRA in peft's form has to be measured against the base for that."""
+    file = LoRAFile(unet=read_lora(path).unet)
     if any(isinstance(module, LoRAModule) and module.magnitude is not None for module in file.unet.values()):
         unet: Any = load_part(base, "unet", torch.float32)
         file.unet = {

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from . import precompute
 from .base_model import SDXLBase
+from .base_parts import ENCODERS
 from .buckets import Crop, epoch_batches
 from .caption_variants import caption_variants
 from .dataset import CaptionDataset, CaptionEntry
+from .learning_encoders import learning_encoders
 from .losses import Objective
 from .lots import digest, pick
 from .precompute import OnItem, Sample
@@ -34,7 +36,8 @@ VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
 class Batch:
     """Tensors of one forward pass on the device. latents, noise and input_noise are float32 [B, 4, H/8, W/8].
 
-    The UNet is asked for noise, and sees latents with input_noise. weights [B] are those of the loss; masks are float32
+    The UNet is asked for noise, and sees latents with input_noise. embeds [B, T, C] and pooled [B, P] are those of the
+    captions, None where both text encoders learn. weights [B] are those of the loss; masks are float32
     [B, 1, H/8, W/8], 1 where the image is learned, or None.
     """
 
@@ -42,8 +45,9 @@ class Batch:
     noise: Tensor
     input_noise: Tensor
     timesteps: Tensor
-    embeds: Tensor
-    pooled: Tensor
+    captions: tuple[str, ...]
+    embeds: Tensor | None
+    pooled: Tensor | None
     time_ids: Tensor
     weights: Tensor
     masks: Tensor | None
@@ -65,7 +69,8 @@ class Row:
 class TrainingData:
     """The samples and what they are conditioned on, drawn by step and position only.
 
-    `captions` are the texts that each image may be shown with; `prompt_files` hold the embeddings of all of them.
+    `captions` are the texts that each image may be shown with; `prompt_files` hold the embeddings of all of them. There
+    are none where both text encoders learn.
     """
 
     def __init__(
@@ -84,7 +89,9 @@ class TrainingData:
         self.captions += [entry.captions for entry in dataset.regularisation]
         self.first_regularisation = len(dataset.entries)
         self.validation = [self._sample(entry, entry.center, mirrored=False) for entry in dataset.validation]
-        self.prompt_files = {caption: self._prompt_file(caption) for caption in self._all_captions()}
+        self.reads_prompts = len(learning_encoders(config)) < len(ENCODERS)
+        captions = self._all_captions() if self.reads_prompts else ()
+        self.prompt_files = {caption: self._prompt_file(caption) for caption in captions}
         self.buckets = [entry.bucket for entry in self.entries]
         self._epochs: dict[int, list[list[int]]] = {}
         self._per_epoch = len(self._epoch(0))
@@ -109,7 +116,9 @@ class TrainingData:
         return precompute.prompt_file(self.base, caption, self.cache_folder, self.dtype, self.device, chunks)
 
     def cache(self, on_item: OnItem) -> None:
-        """Makes every tensor that is not on disk yet, and says in the log which captions are cut."""
+        """Makes every tensor that is not on disk yet. Says in the log which captions are cut, or read in every step."""
+        for part in learning_encoders(self.config):
+            log.info("%s learns: it reads the captions in every step, their embeddings are not cached", part)
         for name, words in precompute.cut_captions(self.base, self.entries, self.config.caption_chunks):
             log.warning("the caption of %s is too long for caption_chunks, not seen: %s", name, words)
         samples = [sample for variants in self.variants for sample in variants] + self.validation
@@ -166,15 +175,16 @@ class TrainingData:
                 yield self._stack([Row(sample, sample.entry.caption, latents, noise, noise, timestep)])
 
     def _stack(self, rows: Sequence[Row]) -> Batch:
-        prompts = [precompute.load_prompt(self.prompt_files[row.caption]) for row in rows]
+        prompts = [precompute.load_prompt(self.prompt_files[row.caption]) for row in rows if self.reads_prompts]
         masks = torch.stack([row.sample.mask() for row in rows]) if self.config.masked_loss else None
         return Batch(
             latents=torch.stack([row.latents for row in rows]).to(self.device),
             noise=torch.stack([row.noise for row in rows]).to(self.device),
             input_noise=torch.stack([row.input_noise for row in rows]).to(self.device),
             timesteps=torch.tensor([row.timestep for row in rows], device=self.device),
-            embeds=stack_embeds([embeds for embeds, _ in prompts]).to(self.device, self.dtype),
-            pooled=torch.stack([pooled for _, pooled in prompts]).to(self.device, self.dtype),
+            captions=tuple(row.caption for row in rows),
+            embeds=stack_embeds([row for row, _ in prompts]).to(self.device, self.dtype) if prompts else None,
+            pooled=torch.stack([row for _, row in prompts]).to(self.device, self.dtype) if prompts else None,
             time_ids=torch.stack([row.sample.time_ids() for row in rows]).to(self.device),
             weights=torch.tensor([row.weight for row in rows], device=self.device),
             masks=None if masks is None else masks.to(self.device),

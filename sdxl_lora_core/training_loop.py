@@ -1,4 +1,4 @@
-"""The training loop: one adapter on one SDXL UNet, from the cached data to its matrices."""
+"""The training loop: steps, looks, checkpoints, from the cached data to what was learned."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import base_model, precompute
-from .adapters import Adapter
 from .averaging import Averaging
 from .base_model import SDXLBase
 from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset import CaptionDataset
+from .gradients import Gradients, size_of
 from .journal import Journal
-from .lora_files import AdapterModule
-from .losses import Objective
-from .memory import free_memory, kept_bytes, plan_memory, set_checkpointing
+from .learner import Learner
+from .lora_files import LoRAFile
+from .memory import set_checkpointing
 from .optimizers import make_optimizer, set_learning_rates, state_copies
 from .processes import Processes
 from .progress import Meter, OnStep, StepReport
 from .run_length import learning_rate
 from .sampling import Samples
 from .train_config import TrainConfig
-from .training_data import VALIDATION_TIMESTEPS, Batch, TrainingData, generator
+from .training_data import VALIDATION_TIMESTEPS, TrainingData
 from .watching import Look, best_look, converged, samples_due, validation_due
 
 log = logging.getLogger("sdxl_lora")
@@ -42,19 +41,19 @@ class Diverged(RuntimeError):
     """Training went where there are no numbers."""
 
 
-WriteAdapter = Callable[[Path, dict[str, AdapterModule], int], None]
-Sample = Callable[[dict[str, AdapterModule], int, OnStep], Samples]
+WriteAdapter = Callable[[Path, LoRAFile, int], None]
+Sample = Callable[[LoRAFile, int, OnStep], Samples]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished loop: the adapter's matrices by diffusers module name, and how it went.
+    """A finished loop: what was learned, as a file without metadata, and how it went.
 
     `kept` is the look that `keep_best` chose the adapter for; None: it is that of the last step. `stopped_early` says
     that `should_stop` ended the run.
     """
 
-    modules: dict[str, AdapterModule]
+    learned: LoRAFile
     state: LoopState
     kept: Look | None
     stopped_early: bool
@@ -72,8 +71,8 @@ def train_adapter(
 ) -> Trained:  # fmt: skip
     """Caches, then trains until `config.steps` or `should_stop`, from the newest of `checkpoints`, else from `start`.
 
-    `write_adapter` writes a LoRA file of the adapter's matrices after a number of steps, `sample` draws with them while
-    the device is free. `on_step` may raise to cancel:
+    `write_adapter` writes a LoRA file of what was learned after a number of steps, `sample` draws with it while the
+    device is free. `on_step` may raise to cancel:
     a checkpoint is written first and the exception passes through. Raises ValueError for an image that changed,
     Diverged when losses are not finite, torch.OutOfMemoryError when nothing more can be saved, OSError when a cache
     or checkpoint cannot be written.
@@ -87,36 +86,31 @@ def train_adapter(
 
 
 class Loop:
-    """The UNet with its adapter, the optimizer and where they stand. Closing it frees their memory."""
+    """What learns, the optimizer and where they stand. Closing it frees their memory."""
 
     def __init__(
         self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype,
         checkpoints: Checkpoints, write_adapter: WriteAdapter, sample: Sample, journal: Journal, processes: Processes,
     ) -> None:  # fmt: skip
-        from diffusers import DDPMScheduler
-
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
         self.checkpoints, self.write_adapter, self.sample, self.journal = checkpoints, write_adapter, sample, journal
         self.processes = processes
-        self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
-        self.unet: Any = base_model.load_part(base, "unet", dtype, device)
-        self.adapter = Adapter(self.unet, config)
-        self.groups = self.adapter.groups
-        self.parameters = [parameter for group in self.groups for parameter in group.parameters]
-        self.optimizer = make_optimizer(self.groups, config)
+        self.learner = Learner(base, config, device, dtype)
+        self.parameters = self.learner.learning
+        self.optimizer = make_optimizer(self.learner.groups, config)
         self.averaging = Averaging(self.parameters, self.optimizer, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.gradients = Gradients(self.learner, data, config, self.scaler, processes)
         self.state = LoopState()
         self.saved_step = 0
         keeps_best = config.keep_best != "off"
         self.best = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters] if keeps_best else []
-        self.unet.train()
 
     def __enter__(self) -> Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.unet, self.adapter, self.optimizer, self.averaging, self.parameters, self.groups
+        del self.learner, self.gradients, self.optimizer, self.averaging, self.parameters
         precompute.release_memory(self.device)
 
     @property
@@ -130,8 +124,8 @@ class Loop:
         if checkpoint := self.checkpoints.newest() or start:
             self.restore(checkpoint)
         else:
-            self.plan_memory()
-        set_checkpointing(self.unet, self.state.gradient_checkpointing)
+            self.gradients.plan(self.state)
+        set_checkpointing(self.learner.unet, self.state.gradient_checkpointing)
         self.look(on_step)  # at the base, or what a cancel left undone
         self.journal.open(self.state)
         meter, stopped = Meter(self.state.losses, self.device), False
@@ -156,27 +150,6 @@ class Loop:
         self.scaler.load_state_dict(checkpoint.scaler)
         if checkpoint.path.parent == self.checkpoints.folder:
             self.saved_step = self.state.step
-
-    def plan_memory(self) -> None:
-        """Chooses how the run fits, before its first step. One that goes on keeps the choice."""
-        config, free = self.config, free_memory(self.device)
-        if config.memory_limit_gb:
-            free = min(free, config.memory_limit_gb * 1e9)
-        areas = [width * height for width, height in self.data.buckets]
-        images = config.images_per_pass or config.batch_size
-        batch = self.data.batch([areas.index(max(areas))], 0, 0, self.objective)
-        copies = 1 + state_copies(config) + bool(self.averaging.ema)
-        self.unet.train()
-        for layer in self.adapter.layers.values():  # LoHa and LoKr draw whether they act, which no count can follow
-            layer.train(config.adapter in ("lora", "dora"))
-        plan = plan_memory(
-            lambda: kept_bytes(lambda: self.predict(batch), self.unet, batch.latents.shape, batch.embeds.shape),
-            self.unet, config.gradient_checkpointing, images, copies * size_of(self.parameters), free,
-        )  # fmt: skip
-        self.state.gradient_checkpointing, self.state.images_per_pass = plan.checkpointing, plan.images_per_pass
-        self.state.memory = f"{str(self.dtype).removeprefix('torch.')}, {plan.reason}"
-        if plan.tight:
-            log.warning("this run may not fit, or spill into memory that is many times slower: %s", plan.reason)
 
     def follow(self, meter: Meter, on_step: OnStep) -> None:
         """Looks at the update just taken, writes it down, saves and reports it."""
@@ -210,16 +183,16 @@ class Loop:
         return look
 
     def draw_samples(self, on_step: OnStep) -> tuple[float | None, ...]:
-        """Meanwhile the UNet waits in main memory, so that the device is free; it comes back to the bit."""
+        """Meanwhile the model waits in main memory, so that the device is free; it comes back to the bit."""
         if not self.processes.is_first:
             return self.processes.share(())
-        modules = self.modules()
-        self.unet.to("cpu")
+        learned = self.learned()
+        self.learner.to("cpu")
         precompute.release_memory(self.device)
         try:
-            samples = self.sample(modules, self.state.step, on_step)
+            samples = self.sample(learned, self.state.step, on_step)
         finally:
-            self.unet.to(self.device)
+            self.learner.to(self.device)
         self.journal.show(samples.pixels, self.state.step)
         return self.processes.share(samples.clip_scores)
 
@@ -235,10 +208,10 @@ class Loop:
         self.journal.draw(self.state, now=True)
         kept = best_look(self.config, self.state.looks)
         if kept is None:
-            return Trained(self.modules(), self.state, None, stopped and not self.is_over)
+            return Trained(self.learned(), self.state, None, stopped and not self.is_over)
         for parameter, best in zip(self.parameters, self.best, strict=True):
             parameter.data.copy_(best)
-        return Trained(self.adapter.modules(), self.state, kept, stopped and not self.is_over)
+        return Trained(self.learner.learned(), self.state, kept, stopped and not self.is_over)
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
@@ -260,25 +233,25 @@ class Loop:
         try:
             self.checkpoints.save(
                 self.state, self.weights, self.optimizer, self.scaler.state_dict(),
-                lambda path: self.write_adapter(path, self.modules(), self.state.step),
+                lambda path: self.write_adapter(path, self.learned(), self.state.step),
             )  # fmt: skip
             self.saved_step = self.state.step
         except OSError as error:
             self.state.checkpoints.pop()
             log.warning("no checkpoint at step %d: %s", self.state.step, error)
 
-    def modules(self) -> dict[str, AdapterModule]:
-        """The adapter's matrices as they would be saved now."""
+    def learned(self) -> LoRAFile:
+        """What was learned, as it would be saved now."""
         with self.averaging.in_place():
-            return self.adapter.modules()
+            return self.learner.learned()
 
     def update(self) -> None:
         """One optimizer update; not taken where the loss or the gradient is not finite."""
         step = self.state.step
         rate = learning_rate(self.config, step, self.state.schedule_start)
-        set_learning_rates(self.optimizer, self.groups, rate)
+        set_learning_rates(self.optimizer, self.learner.groups, rate)
         with self.saved_on_failure():
-            loss = self.accumulate_within_memory(step)
+            loss = self.gradients.of_update(self.state)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
@@ -289,99 +262,21 @@ class Loop:
             self.state.skipped.append(step + 1)
             log.warning("step %d is not taken: loss %s, gradient norm %s", step + 1, loss, norm.item())
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.clear()
         self.state.step = step + 1
         self.state.losses.append(loss)
         self.state.learning_rates.append(rate)
 
-    def accumulate_within_memory(self, step: int) -> float:
-        while True:
-            try:
-                return self.accumulate(step)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                cause = str(error)
-            self.need_less_memory(cause)  # out of the except block, whose traceback keeps the failed graph alive
-
-    def need_less_memory(self, cause: str) -> None:
-        """Halves the pass, then turns gradient checkpointing on; raises torch.OutOfMemoryError if nothing is left.
-
-        The batch and its random numbers stay as they are; sums are rounded in another order, and layer dropout draws
-        its masks anew for each pass.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        precompute.release_memory(self.device)
-        state, step = self.state, self.state.step + 1
-        images = state.images_per_pass
-        if images > 1:
-            state.images_per_pass = (images + 1) // 2
-            log.warning(
-                "out of memory at step %d: from here %d images a pass, not %d", step, state.images_per_pass, images
-            )
-        elif self.config.gradient_checkpointing == "auto" and state.gradient_checkpointing != "on":
-            state.gradient_checkpointing = "on"
-            set_checkpointing(self.unet, "on")
-            log.warning("out of memory at step %d: gradient checkpointing is on from here, steps take longer", step)
-        else:
-            remedy = "" if state.gradient_checkpointing == "on" else "set gradient_checkpointing to auto, or "
-            raise torch.OutOfMemoryError(
-                f"out of memory at step {step} with a single image a pass: {remedy}lower the dataset's resolution "
-                f"or the rank (now {self.config.rank}), or close what else uses the memory ({cause})"
-            )
-
-    def accumulate(self, step: int) -> float:
-        """Adds up the gradient of the mean loss over the effective batch and returns that loss."""
-        batches = self.data.micro_batches(step)
-        total = sum(len(indices) for indices in batches)
-        self.unet.train()
-        loss = 0.0
-        for position, indices in passes(batches, self.state.images_per_pass, self.processes):
-            batch = self.data.batch(indices, step, position, self.objective, apart=self.processes.count)
-            with layer_dropout(self.config, step, position, self.device):
-                part = self.losses(batch).sum() / total
-                self.scaler.scale(part).backward()
-            loss += part.item()
-        return self.sum_over_processes(loss)
-
-    def sum_over_processes(self, loss: float) -> float:
-        """Adds the other processes' gradients to this one's, and their losses to `loss`."""
-        if self.processes.count == 1:
-            return loss
-        for parameter in self.parameters:
-            if parameter.grad is None:  # this process had no image of the update
-                parameter.grad = torch.zeros_like(parameter)
-        total = torch.tensor([loss], device=self.device)
-        self.processes.add_up([total, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)])
-        return total.item()
-
-    def losses(self, batch: Batch) -> Tensor:
-        """The loss of each sample, times its weight, float32 [B]."""
-        prediction = self.predict(batch)
-        losses = self.objective.losses(prediction, batch.latents, batch.noise, batch.timesteps, batch.masks)
-        return losses * batch.weights
-
-    def predict(self, batch: Batch) -> Tensor:
-        """What the UNet says of the noisy samples, [B, 4, H/8, W/8]."""
-        noisy = self.objective.noisy(batch.latents, batch.input_noise, batch.timesteps)
-        return self.unet(
-            noisy.to(self.dtype),
-            batch.timesteps,
-            encoder_hidden_states=batch.embeds,
-            added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
-        ).sample
-
     @torch.no_grad()
     def validation_loss(self, on_step: OnStep) -> float:
-        self.unet.eval()
+        self.learner.eval()
         total = len(self.data.validation) * len(VALIDATION_TIMESTEPS)
         losses = torch.zeros(total, dtype=torch.float64)
         with self.averaging.in_place():
             for done, batch in enumerate(self.data.validation_batches()):
                 on_step(StepReport("validating", done, total))
                 if done % self.processes.count == self.processes.rank:
-                    sample = batch.latents, batch.noise, batch.timesteps, batch.masks
-                    losses[done] = self.objective.squared_errors(self.predict(batch), *sample).item()
+                    losses[done] = self.learner.squared_errors(batch).item()
         self.processes.add_up([losses])
         return losses.mean().item()
 
@@ -413,49 +308,12 @@ class Loop:
             )
 
 
-def passes(batches: Sequence[Sequence[int]], size: int, processes: Processes) -> Iterator[tuple[int, Sequence[int]]]:
-    """This process's share of the batches, cut into forward passes of at most `size` images.
-
-    An image's position in the whole update says whose it is. Each pass comes with the position of its first image; the
-    next ones are `processes.count` apart.
-    """
-    before = 0
-    for batch in batches:
-        first = (processes.rank - before) % processes.count
-        mine = batch[first :: processes.count]
-        for start in range(0, len(mine), size):
-            yield before + first + start * processes.count, mine[start : start + size]
-        before += len(batch)
-
-
 def trailing_steps(steps: Sequence[int], last: int) -> int:
     """How many of the ascending `steps` are the run ... last-2, last-1, last."""
     count = 0
     while count < len(steps) and steps[-1 - count] == last - count:
         count += 1
     return count
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it, Apple's MPS only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
-@contextmanager
-def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.device) -> Iterator[None]:
-    """Seeds the dropout layers by step and position and puts the global random state back afterwards."""
-    if not (config.dropout or config.rank_dropout or config.module_dropout):
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(generator(config.seed, step, position).initial_seed())
-        yield
-
-
-def size_of(tensors: Sequence[Tensor]) -> int:
-    """In bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def require_space(folder: Path, parameters: Sequence[Tensor], copies: int) -> None:

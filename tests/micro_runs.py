@@ -7,16 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from sdxl_lora_core import base_model
 from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.checkpoints import LoopState
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.gradients import Gradients
+from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.training import TrainResult
-from sdxl_lora_core.training_data import TrainingData
+from sdxl_lora_core.training_data import Batch, TrainingData
 from sdxl_lora_core.training_loop import StepReport
 
 CPU = torch.device("cpu")
@@ -40,6 +44,21 @@ def cancel_at(step: int) -> Callable[[StepReport], None]:
             raise Cancelled
 
     return on_step
+
+
+Losses = Callable[[Learner, Batch], torch.Tensor]
+
+
+def change_losses(patch: pytest.MonkeyPatch, change: Callable[[Losses, Learner, Batch, int], torch.Tensor]) -> None:
+    """The loss of a batch in 0-based `step` becomes change(losses, learner, batch, step)."""
+    of_update, losses, steps = Gradients.of_update, Learner.losses, [0]
+
+    def noting(self: Gradients, state: LoopState) -> float:
+        steps[0] = state.step
+        return of_update(self, state)
+
+    patch.setattr(Gradients, "of_update", noting)
+    patch.setattr(Learner, "losses", lambda self, batch: change(losses, self, batch, steps[0]))
 
 
 def weights(result: TrainResult) -> bytes:

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, read_lora, write_lora
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.training import train
-from sdxl_lora_core.training_loop import Diverged, Loop
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from sdxl_lora_core.training_data import Batch
+from sdxl_lora_core.training_loop import Diverged
+from tests.micro_runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes
 
 
 def close_to(first: Path, second: Path) -> None:
@@ -38,17 +40,17 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A device on which no more than `images` go through the UNet at once from `step` on; fewer with checkpointing."""
 
     def limit(images: int, step: int = 0, checkpointed: int | None = None) -> list[int]:
-        original, passes = Loop.losses, []
+        passes = []
 
-        def losses(self: Loop, batch: Any) -> torch.Tensor:
+        def limited(losses: Losses, learner: Learner, batch: Batch, now: int) -> torch.Tensor:
             count = len(batch.latents)
-            allowed = images if checkpointed is None or not self.unet.is_gradient_checkpointing else checkpointed
-            if self.state.step >= step and count > allowed:
+            allowed = images if checkpointed is None or not learner.unet.is_gradient_checkpointing else checkpointed
+            if now >= step and count > allowed:
                 raise torch.OutOfMemoryError("injected")
             passes.append(count)
-            return original(self, batch)
+            return losses(learner, batch)
 
-        monkeypatch.setattr(Loop, "losses", losses)
+        change_losses(monkeypatch, limited)
         return passes
 
     return limit
@@ -100,10 +102,10 @@ def test_out_of_memory_for_good_says_what_to_change_and_keeps_what_was_trained(
 
 
 def test_any_other_error_is_not_taken_for_a_lack_of_memory(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    def losses(*_: Any) -> torch.Tensor:
+    def failing(*_: Any) -> torch.Tensor:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(Loop, "losses", losses)
+    change_losses(monkeypatch, failing)
     with pytest.raises(RuntimeError, match="something else"):
         run()
 
@@ -116,13 +118,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes the loss of some 0-based steps NaN."""
 
     def poison(steps: range) -> None:
-        original = Loop.losses
+        def poisoning(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
+            return losses(learner, batch) * (math.nan if step in steps else 1)
 
-        def losses(self: Loop, batch: Any) -> torch.Tensor:
-            value = original(self, batch)
-            return value * math.nan if self.state.step in steps else value
-
-        monkeypatch.setattr(Loop, "losses", losses)
+        change_losses(monkeypatch, poisoning)
 
     return poison
 
@@ -146,12 +145,11 @@ def test_four_bad_steps_in_a_row_do_not(run: Train, poisoned: Any) -> None:
     assert run(replace(SMALL, steps=6)).report["skipped_steps"] == [2, 3, 4, 5]
 
 
-def test_a_loss_scale_that_is_still_falling_is_waited_for(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_scale_that_is_still_falling_is_waited_for(
+    run: Train, poisoned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 2.0)
-    original = Loop.losses
-    monkeypatch.setattr(
-        Loop, "losses", lambda self, batch: original(self, batch) * (math.nan if 1 <= self.state.step < 8 else 1)
-    )
+    poisoned(range(1, 8))
     assert len(run(replace(SMALL, steps=9)).report["skipped_steps"]) == 7
 
 
@@ -214,15 +212,14 @@ def test_an_error_inside_a_step_loses_no_step_before_it(
     run: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = run()
-    original = Loop.losses
 
-    def losses(self: Loop, batch: Any) -> torch.Tensor:
-        if self.state.step == 2:
+    def failing(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
+        if step == 2:
             raise FileNotFoundError("a cached file was deleted")
-        return original(self, batch)
+        return losses(learner, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "losses", losses)
+        change_losses(patch, failing)
         with pytest.raises(FileNotFoundError):
             run(where="b")
     assert (tmp_path / "b/runs/small/checkpoints/step-000002").exists()

@@ -13,7 +13,7 @@ import pytest
 from sdxl_lora_core import cli
 from sdxl_lora_core.interruption import Interruption, Left
 from sdxl_lora_core.training_loop import Loop
-from tests.micro_runs import Train
+from tests.micro_runs import Train, change_losses
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a Windows process cannot send itself these signals")
 
@@ -90,7 +90,6 @@ def test_a_third_ctrl_c_does_not_wait() -> None:
 
 
 def test_a_run_that_diverges_ends_the_command_with_a_word(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Loop.losses
-    monkeypatch.setattr(Loop, "losses", lambda self, batch: original(self, batch) * float("nan"))
+    change_losses(monkeypatch, lambda losses, learner, batch, step: losses(learner, batch) * float("nan"))
     with pytest.raises(SystemExit, match="sdxl-lora: the loss was not finite"):
         cli.main(command)

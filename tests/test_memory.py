@@ -12,7 +12,7 @@ from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.base_model import SDXLBase, load_part
 from sdxl_lora_core.memory import kept_bytes, plan_memory, set_checkpointing
 from sdxl_lora_core.train_config import Checkpointing, TrainConfig
-from tests.micro_runs import SMALL, Train
+from tests.micro_runs import SMALL, Train, change_losses
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")
 GB = 10**9
@@ -98,10 +98,9 @@ def test_a_low_limit_is_planned_for_and_changes_nothing_else(run: Train, caplog:
 
 
 def test_images_per_pass_cuts_the_batch(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdxl_lora_core.training_loop import Loop
-
     sizes: list[int] = []
-    losses = Loop.losses
-    monkeypatch.setattr(Loop, "losses", lambda self, batch: sizes.append(len(batch.latents)) or losses(self, batch))
+    change_losses(
+        monkeypatch, lambda losses, learner, batch, step: sizes.append(len(batch.latents)) or losses(learner, batch)
+    )
     run(replace(SMALL, batch_size=2, images_per_pass=1, steps=2))
     assert set(sizes) == {1}

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdxl_lora_core import training_loop
+from sdxl_lora_core import gradients
 from sdxl_lora_core.averaging import Averaging
 from sdxl_lora_core.checkpoints import Checkpoints, LoopState
 from sdxl_lora_core.memory import plan_memory
@@ -186,7 +186,7 @@ def test_a_cancelled_run_continues_to_the_same_bytes(run: Train, name: Any) -> N
 
 def test_the_memory_plan_counts_the_state(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(training_loop, "plan_memory", lambda *args: asked.append(args[4]) or plan_memory(*args))
+    monkeypatch.setattr(gradients, "plan_memory", lambda *args: asked.append(args[4]) or plan_memory(*args))
     run(replace(SMALL, steps=1))
     run(with_optimizer("prodigy", steps=1, ema_decay=0.9), where="b")
     assert asked[1] / asked[0] == (1 + 4 + 1) / (1 + 2)

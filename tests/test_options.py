@@ -17,7 +17,8 @@ FIELDS = fields_of(TrainConfig)
 INPUTS = {  # frozen: saved graphs hold the values by position, so new settings go last
     "AdapterOptions": (
         "adapter use_rslora rank_dropout module_dropout init blocks block_ranks block_learning_rates "
-        "lora_plus_ratio continue_from save_format save_dtype"
+        "lora_plus_ratio continue_from save_format save_dtype train_unet text_encoder_learning_rate "
+        "text_encoder_2_learning_rate"
     ),
     "LossOptions": (
         "prediction zero_terminal_snr loss huber_delta snr_gamma debiased noise_offset "
@@ -27,7 +28,7 @@ INPUTS = {  # frozen: saved graphs hold the values by position, so new settings 
     "OptimizerOptions": ("optimizer adam_beta1 adam_beta2 weight_decay max_grad_norm lr_cycles lr_power ema_decay"),
     "CaptionOptions": (
         "shuffle_tags keep_tags tag_dropout tag_separator caption_variants caption_chunks masked_loss "
-        "prior_weight class_prompt class_images"
+        "prior_weight class_prompt class_images new_tokens vectors_per_token token_learning_rate"
     ),
     "WatchOptions": (
         "epochs checkpoint_every validate_every early_stopping keep_best sample_every clip_model tensorboard "

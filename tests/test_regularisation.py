@@ -18,11 +18,26 @@ from safetensors import safe_open
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import DatasetConfig
 from sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load_caption_dataset
+from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.run_length import passes_per_epoch
 from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training_data import Batch
 from sdxl_lora_core.training_loop import Loop, StepReport
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
+from tests.micro_runs import (
+    CPU,
+    SMALL,
+    Cancelled,
+    Losses,
+    Train,
+    cancel_at,
+    change_losses,
+    data_of,
+    load,
+    lora_bytes,
+    objective,
+    weights,
+)
 
 SHORT = replace(SMALL, steps=2)
 
@@ -97,16 +112,16 @@ def test_the_prior_weight_scales_the_loss_of_these_samples_only(
     run: Train, both: CaptionDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[float, list[tuple[list[float], list[float]]]] = {1.0: [], 0.5: []}
-    original = Loop.losses
     for weight, found in seen.items():
 
-        def losses(self: Loop, batch: Any, found: Any = found) -> torch.Tensor:
-            value = original(self, batch)
+        def noted(losses: Losses, learner: Learner, batch: Batch, step: int, found: Any = found) -> torch.Tensor:
+            value = losses(learner, batch)
             found.append((value.tolist(), batch.weights.tolist()))
             return value
 
-        monkeypatch.setattr(Loop, "losses", losses)
-        run(replace(SHORT, prior_weight=weight, steps=1, batch_size=3), where=str(weight), dataset=both)
+        with monkeypatch.context() as patch:
+            change_losses(patch, noted)
+            run(replace(SHORT, prior_weight=weight, steps=1, batch_size=3), where=str(weight), dataset=both)
     ((full, _),), ((half, weights),) = seen[1.0], seen[0.5]
     assert half == pytest.approx([value * weight for value, weight in zip(full, weights, strict=True)])
 

@@ -155,9 +155,9 @@ def test_the_unet_leaves_the_device_while_samples_are_drawn(run: Train, monkeypa
 
     def watched(self: training_loop.Loop, *arguments: Any) -> None:
         original(self, *arguments)
-        move = self.unet.to
+        move = self.learner.to
         monkeypatch.setattr(
-            self.unet, "to", lambda device: events.append(f"to {device}") or move(device), raising=False
+            self.learner, "to", lambda device: events.append(f"to {device}") or move(device), raising=False
         )
 
     monkeypatch.setattr(training_loop.Loop, "__init__", watched)

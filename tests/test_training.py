@@ -25,12 +25,13 @@ from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.optimizers import lr_factor
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.training import train
-from sdxl_lora_core.training_data import TrainingData, generator
+from sdxl_lora_core.training_data import Batch, TrainingData, generator
 from sdxl_lora_core.training_loop import Loop, StepReport
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes, objective
+from tests.micro_runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes, objective
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state(run: Train) -> None:
@@ -103,7 +104,7 @@ def test_gradient_checkpointing_is_used_and_changes_nothing(run: Train, monkeypa
     original = training_loop.Loop.update
 
     def spy(self: Loop) -> None:
-        used.append(self.unet.is_gradient_checkpointing)
+        used.append(self.learner.unet.is_gradient_checkpointing)
         original(self)
 
     monkeypatch.setattr(training_loop.Loop, "update", spy)
@@ -188,14 +189,10 @@ def test_a_name_taken_in_another_folder_is_not_used(
 
 
 def test_a_loss_that_is_not_finite_is_not_learned_from(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Loop.losses
-    poisoned_step = 1
+    def poisoned(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
+        return losses(learner, batch) * (math.nan if step == 1 else 1)
 
-    def losses(self: Loop, batch: Any) -> torch.Tensor:
-        value = original(self, batch)
-        return value * math.nan if self.state.step == poisoned_step else value
-
-    monkeypatch.setattr(Loop, "losses", losses)
+    change_losses(monkeypatch, poisoned)
     result = run()
     assert result.report["skipped_steps"] == [2]
     assert all(tensor.isfinite().all() for tensor in load_file(result.lora_path).values())
@@ -204,8 +201,7 @@ def test_a_loss_that_is_not_finite_is_not_learned_from(run: Train, monkeypatch: 
 def test_a_run_that_never_had_a_finite_loss_saves_nothing(
     run: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    original = Loop.losses
-    monkeypatch.setattr(Loop, "losses", lambda self, batch: original(self, batch) * math.nan)
+    change_losses(monkeypatch, lambda losses, learner, batch, step: losses(learner, batch) * math.nan)
     with pytest.raises(RuntimeError, match="not finite in any of 4 steps.*precision bf16 or fp32"):
         run()
     assert not list((tmp_path / "a" / "loras").iterdir())
@@ -213,14 +209,14 @@ def test_a_run_that_never_had_a_finite_loss_saves_nothing(
 
 def test_out_of_memory_turns_on_checkpointing_and_repeats_the_step(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_file(run().lora_path)
-    original, failures = Loop.losses, iter([True])
+    failures = iter([True])
 
-    def losses(self: Loop, batch: Any) -> torch.Tensor:
+    def failing(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
         if next(failures, False):
             raise torch.OutOfMemoryError("injected")
-        return original(self, batch)
+        return losses(learner, batch)
 
-    monkeypatch.setattr(Loop, "losses", losses)
+    change_losses(monkeypatch, failing)
     survived = load_file(run(where="b").lora_path)
     for name, tensor in plain.items():
         torch.testing.assert_close(survived[name], tensor, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,209 @@
+"""Textual inversion: words that both text encoders learn, alone or with a LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdxl_lora_core.base_model import SDXLBase, load_part, load_tokenizers
+from sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig
+from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.generation import generate
+from sdxl_lora_core.learner import Learner
+from sdxl_lora_core.loaded_parts import LoadedParts
+from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, describe_lora, read_lora, write_lora
+from sdxl_lora_core.lora_metadata import trigger_words
+from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.new_tokens import add_tokens, read_new_tokens
+from sdxl_lora_core.prompts import encode_prompt_sdxl, token_ids, truncated_words
+from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, lora_bytes
+
+ALONE = replace(SMALL, train_unet=False, new_tokens="zwx=red", token_learning_rate=0.1)
+PIVOTAL = replace(SMALL, new_tokens="zwx=red, qq-2", vectors_per_token=2)
+
+
+@pytest.fixture
+def named(pictures: Path) -> CaptionDataset:
+    """The pictures with both words in their captions."""
+    return load_caption_dataset(pictures, DatasetConfig(resolution=64, trigger_word="zwx qq-2"))
+
+
+def encoders_of(base: SDXLBase) -> list[Any]:
+    return [load_part(base, "text_encoder", torch.float32), load_part(base, "text_encoder_2", torch.float32)]
+
+
+@torch.no_grad()
+def encode(base: SDXLBase, prompt: str, vectors: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    tokenizers, encoders, ids = load_tokenizers(base), encoders_of(base), {}
+    for number, (tokenizer, encoder) in enumerate(zip(tokenizers, encoders, strict=True)):
+        if vectors:
+            _, ids = add_tokens(encoder, tokenizer, {name: both[number] for name, both in vectors.items()})
+    return encode_prompt_sdxl([prompt], tokenizers, encoders, 1, ids)
+
+
+def known(base: SDXLBase, word: str) -> tuple[Tensor, Tensor]:
+    (number,) = load_tokenizers(base)[0](word, add_special_tokens=False).input_ids
+    first, second = (encoder.get_input_embeddings().weight[[number]].clone() for encoder in encoders_of(base))
+    return first, second
+
+
+def test_names_starts_and_mistakes() -> None:
+    assert read_new_tokens("zwx = orange cat, qq-2", 2) == {"zwx": "orange cat", "qq-2": ""}
+    assert read_new_tokens("", 1) == {}
+    for text, message in (
+        ("a b", "names 'a b'"),
+        ("<cat>", "names '<cat>'"),
+        ("=cat", "names ''"),
+        ("zwx, ZWX=cat", "names ZWX twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(new_tokens=text)
+    with pytest.raises(ValueError, match="2 words and vectors_per_token is 40"):
+        TrainConfig(new_tokens="a, b", vectors_per_token=40)
+    with pytest.raises(ValueError, match="vectors_per_token is 3 and does nothing while new_tokens is ''"):
+        TrainConfig(vectors_per_token=3)
+    with pytest.raises(ValueError, match="token_learning_rate is 0.1 and does nothing"):
+        TrainConfig(token_learning_rate=0.1)
+
+
+def test_a_new_token_is_found_as_a_whole_word(micro_base: SDXLBase) -> None:
+    tokenizer, _ = load_tokenizers(micro_base)
+    new = {"zwx": range(49408, 49410), "zwx-cat": range(49410, 49411)}
+
+    def plain(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    assert token_ids("a ZWX, zwx-cat.", tokenizer, new) == [
+        *plain("a"), 49408, 49409, *plain(","), 49410, *plain("."),
+    ]  # fmt: skip
+    for other in ("a zwxy", "azwx", "zwx_1", ""):
+        assert token_ids(other, tokenizer, new) == plain(other)
+    assert truncated_words("zwx " * 38 + "heart", tokenizer, 1, new) == "heart"
+    assert truncated_words("zwx " * 37 + "heart", tokenizer, 1, new) == ""
+
+
+def test_a_token_with_a_words_vector_reads_as_the_word(micro_base: SDXLBase) -> None:
+    """Pooled too: transformers would pool at the highest id, which is the new token's."""
+    embeds, pooled = encode(micro_base, "a zwx heart", {"zwx": known(micro_base, "red")})
+    wanted, wanted_pooled = encode(micro_base, "a red heart", {})
+    assert torch.equal(embeds, wanted) and torch.equal(pooled, wanted_pooled)
+
+
+def test_other_words_stay_as_they_are(micro_base: SDXLBase) -> None:
+    vectors = (torch.randn(2, 8), torch.randn(2, 12))
+    for prompt in ("a red heart", ""):
+        for ours, plain in zip(
+            encode(micro_base, prompt, {"zwx": vectors}), encode(micro_base, prompt, {}), strict=True
+        ):
+            assert torch.equal(ours, plain)
+
+
+def test_several_vectors_follow_one_another(micro_base: SDXLBase) -> None:
+    both = tuple(torch.cat(pair) for pair in zip(known(micro_base, "red"), known(micro_base, "heart"), strict=True))
+    embeds, pooled = encode(micro_base, "a zwx!", {"zwx": both})  # type: ignore[dict-item]
+    wanted, wanted_pooled = encode(micro_base, "a red heart!", {})
+    assert torch.equal(embeds, wanted) and torch.equal(pooled, wanted_pooled)
+
+
+def test_start_words_and_random_starts(micro_base: SDXLBase) -> None:
+    tokens = Learner(micro_base, PIVOTAL, CPU, torch.float32).learned().tokens
+    for part, row in zip(("text_encoder", "text_encoder_2"), known(micro_base, "red"), strict=True):
+        assert torch.equal(tokens["zwx"][part], row.repeat(2, 1))
+        vocabulary = load_part(micro_base, part, torch.float32).get_input_embeddings().weight  # type: ignore[operator]
+        assert 0.3 < tokens["qq-2"][part].std() / vocabulary.std() < 3
+    other = Learner(micro_base, replace(PIVOTAL, seed=1), CPU, torch.float32).learned().tokens
+    assert not torch.equal(other["qq-2"]["text_encoder"], tokens["qq-2"]["text_encoder"])
+    assert torch.equal(other["zwx"]["text_encoder"], tokens["zwx"]["text_encoder"])
+
+
+def test_tokens_learn_alone(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
+    result = run(ALONE, dataset=named)
+    assert set(load_file(result.lora_path)) == {"bundle_emb.zwx.clip_l", "bundle_emb.zwx.clip_g"}
+    assert result.state_dict == {} and result.report["modules"] == 0 and result.report["rank"] == []
+    file = read_lora(result.lora_path)
+    for part, start in zip(("text_encoder", "text_encoder_2"), known(micro_base, "red"), strict=True):
+        assert 0.05 < (file.tokens["zwx"][part] - start).abs().max() < 1  # type: ignore[index]
+    assert "zwx" in trigger_words(file.metadata)
+    assert "new token zwx: 1 vectors" in describe_lora(result.lora_path)
+    slower = run(replace(ALONE, token_learning_rate=0.01), where="b", dataset=named)
+    assert lora_bytes(slower) != lora_bytes(result)
+
+
+def test_tokens_learn_with_a_lora(run: Train, named: CaptionDataset) -> None:
+    file = read_lora(run(PIVOTAL, dataset=named).lora_path)
+    assert set(file.tokens) == {"zwx", "qq-2"} and len(file.tokens["zwx"]["text_encoder_2"]) == 2
+    assert file.unet and not file.text_encoder and not file.unknown
+    assert any(module.up.abs().max() > 0 for module in file.unet.values() if isinstance(module, LoRAModule))
+
+
+def test_a_run_with_tokens_resumes_exactly(run: Train, named: CaptionDataset) -> None:
+    config = replace(PIVOTAL, text_encoder_2_learning_rate=1e-3, ema_decay=0.9, keep_best="off", steps=5)
+    whole = run(config, dataset=named)
+    with pytest.raises(Cancelled):
+        run(config, where="b", dataset=named, on_step=cancel_at(3))
+    assert lora_bytes(run(config, where="b", dataset=named)) == lora_bytes(whole)
+
+
+def test_a_token_can_be_trained_further(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
+    first = run(ALONE, dataset=named)
+    start = replace(ALONE, continue_from=str(first.lora_path))
+    tokens = read_lora(first.lora_path).tokens["zwx"]
+    begun = Learner(micro_base, start, CPU, torch.float32).learned().tokens["zwx"]
+    assert all(torch.equal(begun[part], rows) for part, rows in tokens.items())
+    with pytest.raises(ValueError, match="with the new tokens zwx of 1 vectors, and here they are zwx of 2 vectors"):
+        run(replace(start, vectors_per_token=2), where="b", dataset=named)
+
+
+def test_a_token_that_no_caption_holds_is_refused(run: Train) -> None:
+    with pytest.raises(ValueError, match="new_tokens names zwx and no caption holds it: give zwx as the dataset's"):
+        run(ALONE)
+
+
+def test_the_embedding_file_loads_in_diffusers(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
+    result = run(PIVOTAL, dataset=named)
+    path = result.lora_path.parent.parent / "embeddings" / "small-zwx.safetensors"
+    assert "embedding:small-zwx " in result.report["new_tokens"]["zwx"]
+    vectors = load_file(path)
+    assert vectors["clip_l"].shape == (2, 8) and vectors["clip_g"].shape == (2, 12)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(micro_base.path, local_files_only=True)
+    pipeline.load_textual_inversion(vectors["clip_l"], "zwx", pipeline.tokenizer, pipeline.text_encoder)
+    pipeline.load_textual_inversion(vectors["clip_g"], "zwx", pipeline.tokenizer_2, pipeline.text_encoder_2)
+    for module in pipeline.text_encoder_2.modules():  # as README says
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = 49407
+    with torch.no_grad():
+        wanted, _, wanted_pooled, _ = pipeline.encode_prompt("a zwx heart", do_classifier_free_guidance=False)
+    ours, pooled = encode(micro_base, "a zwx heart", {"zwx": (vectors["clip_l"], vectors["clip_g"])})
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled, wanted_pooled, atol=1e-5, rtol=0)
+
+
+def test_a_stack_brings_its_tokens_into_prompts(
+    run: Train, micro_base: SDXLBase, named: CaptionDataset, tmp_path: Path
+) -> None:
+    lora = run(ALONE, dataset=named).lora_path
+    parts = LoadedParts(CPU)
+
+    def draw(prompt: str, strength_clip: float | None, prompts: Path | None = None) -> bytes:
+        request = GenerateConfig(prompt=prompt, width=64, height=64, steps=2, cache="off")
+        stack = [] if strength_clip is None else [LoRARef(lora, "x", 1.0, strength_clip)]
+        images = generate(micro_base, request, stack, parts=parts, cache_folder=None, prompt_cache=prompts)
+        return images[0].pixels.tobytes()
+
+    without = draw("a zwx", None, tmp_path)
+    assert draw("a zwx", 1.0, tmp_path) != without == draw("a zwx", 0.0, tmp_path)
+    assert draw("a zwx", 0.5) == draw("a zwx", 1.0) and draw("a heart", 1.0) == draw("a heart", None)
+
+
+def test_a_token_without_vectors_for_one_encoder_is_damage(tmp_path: Path) -> None:
+    file = LoRAFile(tokens={"zwx": {"text_encoder": torch.zeros(1, 8)}})
+    write_lora(tmp_path / "x.safetensors", file, torch.float32)
+    with pytest.raises(ValueError, match="new token zwx has no vectors for one of the text encoders"):
+        read_lora(tmp_path / "x.safetensors")
