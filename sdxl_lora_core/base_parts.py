@@ -22,6 +22,7 @@ _PREFIXES: dict[Part, str] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "t
 # What published files hold besides weights: a buffer older transformers saved, and CLIP's unused temperature.
 _HARMLESS = ("position_ids", "logit_scale")
 _ALIGNMENT = 64  # bytes; torch's own allocations start on multiples of it
+_TENSORS_AT_ONCE = 64
 
 
 def find_weights(folder: Path) -> tuple[str | None, list[Path]]:
@@ -45,26 +46,51 @@ def find_weights(folder: Path) -> tuple[str | None, list[Path]]:
 
 def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     """Raises ValueError if the files do not hold exactly the part's tensors."""
-    variant, _ = find_weights(folder / part)
-    dtype_option = "torch_dtype" if part in ("unet", "vae") else "dtype"
     with quiet_libraries():
-        module, info = _part_class(part).from_pretrained(
-            str(folder),
-            subfolder=part,
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **{dtype_option: dtype},
-        )
-    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
-    _require_complete([str(name) for name in wrong if not str(name).endswith(_HARMLESS)], part, folder)
+        module, wrong = (_unet if part == "unet" else _small_part)(folder, part, dtype)
+    _require_complete(wrong, part, folder)
     return _align(module)
+
+
+def _unet(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    """The UNet, and the names of tensors that do not fit.
+
+    diffusers' own way keeps the whole file in memory beside the weights, which is the peak of a training run.
+    """
+    from accelerate import init_empty_weights
+
+    tensors: dict[str, Tensor] = {}
+    for file in find_weights(folder / part)[1]:
+        tensors |= _read_tensors(file, "", dtype)
+    with init_empty_weights():
+        module: nn.Module = _part_class(part).from_config(read_json(folder / part / "config.json"))
+    wanted = {name: weight.shape for name, weight in module.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
+    if not wrong:
+        module.load_state_dict(tensors, assign=True)
+    return module, wrong
+
+
+def _small_part(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    """The VAE or a text encoder, by the library, which knows the names that its older versions gave."""
+    variant, _ = find_weights(folder / part)
+    module, info = _part_class(part).from_pretrained(
+        str(folder),
+        subfolder=part,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **{"torch_dtype" if part == "vae" else "dtype": dtype},
+    )
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    return module, [str(name) for name in wrong if not str(name).endswith(_HARMLESS)]
 
 
 def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     """Reads the part's tensors only and renames them as diffusers does. Raises ValueError if any is missing."""
-    tensors = _read_tensors(file, _PREFIXES[part])
+    tensors = _read_tensors(file, _PREFIXES[part], dtype)
     _require_complete([] if tensors else [_PREFIXES[part]], part, file)
     try:
         with quiet_libraries():
@@ -88,13 +114,24 @@ def _convert(tensors: Mapping[str, Tensor], configs: Path, part: Part, dtype: to
     )
 
 
-def _read_tensors(file: Path, prefix: str) -> dict[str, Tensor]:
+def _read_tensors(file: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, copied out of the file; numbers that are not whole become `dtype`.
+
+    What was read of an open file counts as memory until it is closed, so it is opened anew every few tensors.
+    """
     with safe_open(file, framework="pt") as weights:
-        return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(prefix)}  # noqa: SIM118
+        names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118
+    tensors: dict[str, Tensor] = {}
+    for start in range(0, len(names), _TENSORS_AT_ONCE):
+        with safe_open(file, framework="pt") as weights:
+            for name in names[start : start + _TENSORS_AT_ONCE]:
+                mapped = weights.get_tensor(name)
+                tensors[name] = mapped.to(dtype if mapped.is_floating_point() else mapped.dtype, copy=True)
+    return tensors
 
 
 def _align(module: nn.Module) -> nn.Module:
-    """Copies weights that still lie in the mapped file, at odd addresses.
+    """Copies weights that lie at odd addresses, in a mapped file or within another tensor.
 
     On the CPU the last bit of a result depends on alignment; equal weights must give equal results from any file.
     """

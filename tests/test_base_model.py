@@ -172,6 +172,40 @@ def test_a_part_that_lacks_tensors_is_refused_not_made_up(micro_copy: Callable[[
             load_part(open_base(folder), part, torch.float32)  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory as Linux counts it")
+def test_reading_holds_no_file_beside_the_weights(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    save_file({f"unet.{number}": torch.zeros(2**18) for number in range(256)}, path)
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from sdxl_lora_core.base_parts import _read_tensors\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "tensors = _read_tensors(Path(sys.argv[1]), 'unet.', torch.float32)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    root = Path(base_model.__file__).parents[1]
+    command = [sys.executable, "-c", code, str(path)]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert int(run.stdout) * 1024 < 1.4 * path.stat().st_size
+
+
+def test_loading_a_part_draws_no_random_numbers(micro_base: SDXLBase) -> None:
+    before = torch.get_rng_state()
+    for part in PARTS:
+        load_part(micro_base, part, torch.float32)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_unet_of_another_shape_is_refused(micro_copy: Callable[[], Path]) -> None:
+    folder = micro_copy()
+    (file,) = (folder / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({**tensors, "conv_in.bias": torch.zeros(3)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"the unet in .* does not fit: 1 tensors .*conv_in.bias"):
+        load_part(open_base(folder), "unet", torch.float32)
+
+
 # ------------------------------------------------------------------ single files
 
 
@@ -317,6 +351,20 @@ def test_a_header_length_that_looks_like_another_format_is_none(first_byte: int,
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     assert path.read_bytes()[0] == first_byte
     assert read_header(path).shapes == {"a": (1,)}
+
+
+@pytest.mark.parametrize("shift", ["", "x" * 3, "x" * 6])
+def test_weights_lie_at_even_addresses_wherever_they_lie_in_the_file(
+    micro_copy: Callable[[], Path], micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path, shift: str
+) -> None:
+    folder, path = micro_copy(), tmp_path / "model.safetensors"
+    for part in PARTS:
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file(load_file(file), file, {"format": "pt", "shift": shift})
+    save_file(micro_tensors, path, {"shift": shift})
+    for base in (open_base(folder), open_base(path, configs=micro_sdxl)):
+        for part in PARTS:
+            assert not any(weight.data_ptr() % 64 for weight in load_part(base, part, torch.float32).parameters())
 
 
 # ------------------------------------------------------------------ identity, dtype, words
