@@ -7,13 +7,20 @@ from typing import Any, ClassVar
 
 from ..sdxl_lora_core.settings import fields_of
 from ..sdxl_lora_core.train_config import TrainConfig
-from .wires import CATEGORY, lines, train_widget
+from . import folders
+from .wires import CATEGORY, Widget, lines, train_widget
+
+NO_FILE = "(none)"
 
 
 class TrainOptions:
-    """The settings of one group. Only those that were changed travel on, so that a preset can fill the others."""
+    """The settings of one group. Only those that were changed travel on, so that a preset can fill the others.
+
+    FILES are the settings that name a file, with its kind.
+    """
 
     GROUP: ClassVar[str]
+    FILES: ClassVar[Mapping[str, folders.Kind]] = {}
     CATEGORY = f"{CATEGORY}/options"
     RETURN_TYPES = ("TRAIN_OPTIONS",)
     RETURN_NAMES = ("options",)
@@ -30,21 +37,43 @@ class TrainOptions:
             "TRAIN_OPTIONS",
             {"tooltip": "Settings from another options node. Where both set one, this one wins."},
         )
-        return {"required": {}, "optional": {"options": chain, **{name: train_widget(name) for name in cls.settings()}}}
+        return {"required": {}, "optional": {"options": chain, **{name: cls.widget(name) for name in cls.settings()}}}
+
+    @classmethod
+    def widget(cls, name: str) -> Widget:
+        kind, shown = train_widget(name)
+        if name not in cls.FILES:
+            return kind, shown
+        return [NO_FILE, *folders.names(cls.FILES[name])], {**shown, "default": NO_FILE}
+
+    @classmethod
+    def check_file(cls, name: str, value: str | None) -> bool | str:
+        return value in ("", NO_FILE) or folders.check(cls.FILES[name], value)
+
+    @classmethod
+    def IS_CHANGED(cls, **settings: Any) -> str:
+        """Another file under the same name is another setting."""
+        return " ".join(folders.content(kind, settings.get(name), folders.stamp) for name, kind in cls.FILES.items())
 
     def collect(self, options: Mapping[str, Any] | None = None, **settings: Any) -> tuple[dict[str, Any]]:
         fields = fields_of(TrainConfig)
         values = {
             name: lines(value) if isinstance(fields[name].default, tuple) else value for name, value in settings.items()
         }
+        values |= {name: "" for name in self.FILES if values.get(name) == NO_FILE}
         changed = {name: value for name, value in values.items() if value != fields[name].default}
         return ({**(options or {}), **changed},)
 
 
 class AdapterOptions(TrainOptions):
     GROUP = "adapter"
+    FILES = {"continue_from": "lora"}
     DESCRIPTION = "What is trained: the kind of adapter, where it sits, how it starts, and how its file is written."
     SEARCH_ALIASES = ["dora", "loha", "lokr", "lora+", "rslora", "pissa", "text encoder training", "lycoris"]
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, continue_from: str | None = None) -> bool | str:
+        return cls.check_file("continue_from", continue_from)
 
 
 class LossOptions(TrainOptions):
@@ -69,8 +98,13 @@ class CaptionOptions(TrainOptions):
 
 class WatchOptions(TrainOptions):
     GROUP = "watch"
+    FILES = {"clip_model": "clip"}
     DESCRIPTION = "What is measured and shown while it trains, what is kept, and when it stops by itself."
     SEARCH_ALIASES = ["validation loss", "early stopping", "sample images", "keep best", "epochs", "checkpoints"]
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, clip_model: str | None = None) -> bool | str:
+        return cls.check_file("clip_model", clip_model)
 
 
 class MemoryOptions(TrainOptions):

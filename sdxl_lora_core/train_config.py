@@ -314,7 +314,7 @@ class TrainConfig:
         low=0, high=MANY, group="watch",
     )  # fmt: skip
     clip_model: str = setting(
-        "", "CLIP model that scores the samples, by its name on the CLIP Score node. Empty: they get no score.",
+        "", "CLIP model that scores the samples, by its name on the CLIP Score node. Without one they get no score.",
         group="watch",
     )  # fmt: skip
     tensorboard: TensorBoard = setting(

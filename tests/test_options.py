@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +80,31 @@ def test_what_was_changed_wins_over_the_preset() -> None:
     assert PACK.nodes.wires.train_config({"noise_offset": 0.1}, {"rank": 4}, "style").noise_offset == 0.1
     assert "snr_gamma" not in with_preset({"debiased": True}, "style"), "the two contradict each other"
     assert "lr_warmup_steps" not in with_preset({"steps": 20}, "style")
+
+
+@pytest.mark.parametrize(
+    ("node_id", "setting", "bundled", "folder"),
+    [
+        ("AdapterOptions", "continue_from", "8bit_style (bundled)", "models/loras"),
+        ("WatchOptions", "clip_model", "tiny-clip (bundled)", "models/clip_score"),
+    ],
+)
+def test_files_are_chosen_from_a_list_that_may_be_older_than_they_are(
+    node_id: str, setting: str, bundled: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
+    node: Any = NODES[node_id]
+    choices, shown = node.INPUT_TYPES()["optional"][setting]
+    assert (choices[0], shown["default"]) == ("(none)", "(none)") and bundled in choices
+    for value in ("(none)", ""):  # "" is what graphs hold that were saved when it was a text
+        assert node.VALIDATE_INPUTS(**{setting: value}) is True
+        assert node().collect(**{setting: value}) == ({},)
+    assert node.VALIDATE_INPUTS(**{setting: bundled}) is True
+    assert node().collect(**{setting: bundled}) == ({setting: bundled},)
+
+    assert "'later' was not found" in node.VALIDATE_INPUTS(**{setting: "later"})
+    before = node.IS_CHANGED(**{setting: "later"})
+    (tmp_path / folder / "later").mkdir(parents=True)
+    assert node.VALIDATE_INPUTS(**{setting: "later"}) is True
+    assert node.IS_CHANGED(**{setting: "later"}) != before
+    assert node.VALIDATE_INPUTS() is True and node.IS_CHANGED() == ""

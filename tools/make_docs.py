@@ -25,7 +25,7 @@ def pages() -> dict[str, str]:
 
 def page(title: str, node: Any) -> str:
     rows = [
-        f"| `{name}` | {_values(kind, shown)} | {shown['tooltip']} |"
+        f"| `{name}` | {'a file by its name' if name in node.FILES else _values(kind, shown)} | {shown['tooltip']} |"
         for name, (kind, shown) in node.INPUT_TYPES()["optional"].items()
     ]
     return "\n".join(

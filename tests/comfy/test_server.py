@@ -178,6 +178,18 @@ def test_a_lora_trained_in_the_graph_is_weighted(server: Any) -> None:
     assert "is off" not in outputs["weigh"]["text"][0]
 
 
+def test_a_lora_made_since_the_page_was_loaded_is_trained_further(server: Any) -> None:
+    def further(file: str) -> Workflow:
+        workflow = job(train={"lora_name": "further", "options": ["options", 0]})
+        return {**workflow, "options": {"class_type": "AdapterOptions", "inputs": {"continue_from": file}}}
+
+    assert "'made_now.safetensors' was not found" in server.refused(further("made_now.safetensors"))
+    alone = json.loads(server.run(further(""))["train"]["text"][0])  # as graphs have it that are older than the list
+    server.run(job(train={"lora_name": "made_now"}))
+    continued = json.loads(server.run(further("made_now.safetensors"))["train"]["text"][0])
+    assert (alone["lora"], continued["lora"]) == ("further.safetensors", "further_00002.safetensors")
+
+
 def folder_with(server: Any, name: str, files: dict[str, bytes]) -> str:
     folder: Path = server.base / "input" / name
     folder.mkdir(parents=True)
