@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -17,28 +16,25 @@ import torch
 from torch import Tensor
 
 from .base_model import SDXLBase, load_part, resolve_dtype
-from .charts import smoothed
-from .checkpoints import LoopState
 from .class_images import with_class_images
 from .dataset import CaptionDataset, with_validation
 from .files import write_text_atomic
 from .journal import Journal
 from .loaded_parts import LoadedParts
-from .learning_encoders import learning_encoders
 from .lora_files import LoRAFile, kohya_state_dict, read_lora, write_lora
 from .lora_metadata import lora_metadata, tag_counts
 from .lora_modules import LoRAModule, with_dora_scale
 from .losses import as_trained
-from .new_tokens import read_new_tokens, require_shown, write_embedding
+from .new_tokens import require_shown, write_embedding
 from .optimizers import require_library
-from .precompute import cut_captions
 from .processes import Processes, require_work_for_all
 from .progress import OnStep, StepReport
-from .run_length import passes_per_epoch, starting_point, with_steps
+from .report import all_trigger_words, make_report
+from .run_length import starting_point, with_steps
 from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
 from .sampling import Sampler, Samples
 from .train_config import TrainConfig, WeightType
-from .training_loop import Trained, train_adapter
+from .training_loop import train_adapter
 from .watching import require_lookable
 
 log = logging.getLogger("sdxl_lora")
@@ -151,7 +147,7 @@ def _train_and_save(
     for token, vectors in finished.tokens.items():
         write_embedding(run.embedding(token), vectors)
     write_lora(run.lora_path, finished, dtype, config.save_format)
-    report = _report(run, base, dataset, config, trained)
+    report = make_report(run, base, dataset, config, trained)
     facts = {
         "fingerprint": fingerprint, "base": base.fingerprint, "dataset": dataset.fingerprint,
         "epochs": report["epochs"], "seconds": round(time.monotonic() - started, 1), "device": str(device),
@@ -178,85 +174,11 @@ def _metadata(
         dataset_name=dataset.name,
         images=len(dataset.entries),
         repeats=max(entry.repeats for entry in dataset.entries),
-        trigger_words=_trigger_words(dataset, config),
+        trigger_words=all_trigger_words(dataset, config),
         tag_counts=tag_counts(entry.caption for entry in dataset.entries),
         steps=steps,
         regularisation_images=len(dataset.regularisation),
     )
-
-
-def _report(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, trained: Trained) -> dict[str, Any]:
-    state = trained.state
-    report: dict[str, Any] = {
-        "lora": run.lora_path.name,
-        "base": base.name,
-        "images": len(dataset.entries),
-        "steps": state.step,
-        "epochs": _epochs(dataset, config, state.step),
-        "loss": _finite(smoothed(state.losses)[-1]),
-        "modules": sum(map(len, trained.learned.parts().values())),
-        "adapter": config.adapter,
-        "rank": _ranks(trained),
-        "trigger_words": _trigger_words(dataset, config),
-        "memory": state.memory,
-        "skipped_steps": state.skipped,
-        "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped],
-    }
-    if dataset.regularisation:
-        report["regularisation_images"] = len(dataset.regularisation)
-    if cut := cut_captions(base, dataset.entries, config.caption_chunks):
-        report["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut]
-    if encoders := learning_encoders(config):
-        report["text_encoders"] = f"{' and '.join(encoders)} read the captions in every step, without the cache"
-    if run.name != config.lora_name:
-        report["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"
-    if trained.learned.tokens:
-        names = {token: run.embedding(token).stem for token in trained.learned.tokens}
-        report["new_tokens"] = {
-            token: f"embedding:{name} in prompts of ComfyUI's own nodes" for token, name in names.items()
-        }
-    if trained.stopped_early:
-        report["stopped"] = (
-            f"stopped on request after {state.step} of {config.steps} steps: the same settings again train the rest, "
-            f"steps {state.step} keeps what there is"
-        )
-    elif state.step < config.steps:
-        report["early_stopping"] = (
-            f"stopped early after {state.step} of {config.steps} steps: {config.early_stopping} validations in a row "
-            "brought no lower loss"
-        )
-    if state.continued_from:
-        report["continued"] = _continued(state, config)
-    if validated := [look for look in state.looks if look.validation_loss is not None]:
-        report["validation_loss"] = (trained.kept or validated[-1]).validation_loss
-        report["validation_loss_before"] = validated[0].validation_loss
-    if trained.kept:
-        report["kept"] = f"the file holds step {trained.kept.step}, the best by {config.keep_best}"
-    return report
-
-
-def _trigger_words(dataset: CaptionDataset, config: TrainConfig) -> list[str]:
-    """What calls for the LoRA in a prompt."""
-    return list(dict.fromkeys([*dataset.trigger_words, *read_new_tokens(config.new_tokens, config.vectors_per_token)]))
-
-
-def _epochs(dataset: CaptionDataset, config: TrainConfig, steps: int) -> float:
-    return round(steps * config.gradient_accumulation / passes_per_epoch(dataset, config), 2)
-
-
-def _continued(state: LoopState, config: TrainConfig) -> str:
-    if not state.schedule_start:
-        return f"the first steps are those of {state.continued_from}, as in one run of {config.steps} steps"
-    return (
-        f"the first {state.schedule_start} steps are those of {state.continued_from}; after them the schedule "
-        f"{config.lr_schedule} began anew, warm-up included"
-    )
-
-
-def _ranks(trained: Trained) -> int | list[int]:
-    """Of the saved file: PiSSA's is twice the setting, and blocks may have their own."""
-    ranks = sorted({module.rank for part in trained.learned.parts().values() for module in part.values()})
-    return ranks[0] if len(ranks) == 1 else ranks
 
 
 def _comfyui_weights(path: Path, base: SDXLBase) -> dict[str, Tensor]:
@@ -270,10 +192,6 @@ def _comfyui_weights(path: Path, base: SDXLBase) -> dict[str, Tensor]:
             if isinstance(module, LoRAModule)
         }
     return kohya_state_dict(file, torch.float32)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _sampler(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, folders: RunFolders) -> Sampler:

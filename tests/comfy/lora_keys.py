@@ -1,6 +1,7 @@
 """Run by test_lora_keys.py on ComfyUI's Python, in its folder: which keys of LoRAs does ComfyUI apply to SDXL?
 
-Arguments: LoRA files, or `--weights IN OUT` and one LoRA file: the weights in IN as that file changes them, to OUT.
+Arguments: LoRA files, or `--weights IN OUT` and one LoRA file: the weights in IN as that file changes them, to OUT, or
+`--prompt FOLDER TEXT`: what each text encoder gets for TEXT with the embeddings in FOLDER.
 """
 
 import json
@@ -17,6 +18,7 @@ comfy.options.enable_args_parsing()
 import comfy.lora  # noqa: E402
 import comfy.model_detection  # noqa: E402
 import comfy.model_patcher  # noqa: E402
+import comfy.sdxl_clip  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 import safetensors.torch  # noqa: E402
@@ -37,7 +39,8 @@ handler.emit = lambda record: complaints.append(record.getMessage())
 logging.getLogger().addHandler(handler)
 
 model = comfy.supported_models.SDXL(SDXL).get_model({}, "", device="meta")
-keys = comfy.lora.model_lora_keys_unet(model, {})
+clip = comfy.sdxl_clip.SDXLClipModel(device="meta", dtype=torch.float16)
+keys = comfy.lora.model_lora_keys_clip(clip, comfy.lora.model_lora_keys_unet(model, {}))
 
 
 def patches_of(path: str) -> dict:
@@ -48,7 +51,8 @@ def applied_keys(path: str) -> dict:
     complaints.clear()
     patches = patches_of(path)
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-    applied = patcher.add_patches(patches)
+    text_patcher = comfy.model_patcher.ModelPatcher(clip, torch.device("cpu"), torch.device("cpu"))
+    applied = [*patcher.add_patches(patches), *text_patcher.add_patches(patches)]
     with safetensors.safe_open(path, framework="pt") as file:
         tensors = len(file.keys())
     return {"tensors": tensors, "patches": len(patches), "applied": len(applied), "complaints": list(complaints)}
@@ -65,6 +69,16 @@ def write_changed(weights_path: str, out: str, lora_path: str) -> dict:
     return {"patches": len(patches), "complaints": list(complaints)}
 
 
-changing = arguments[0] == "--weights"
-result = write_changed(*arguments[1:]) if changing else [applied_keys(path) for path in arguments]
+def tokens_of(folder: str, text: str) -> dict:
+    """Ids, and the values of vectors in their place."""
+    tokenizer = comfy.sdxl_clip.SDXLTokenizer(embedding_directory=folder)
+    return {
+        encoder: [token.tolist() if torch.is_tensor(token) else token for token, _ in rows[0]]
+        for encoder, rows in tokenizer.tokenize_with_weights(text).items()
+    }
+
+
+modes = {"--weights": write_changed, "--prompt": tokens_of}
+mode = modes.get(arguments[0])
+result = mode(*arguments[1:]) if mode else [applied_keys(path) for path in arguments]
 sys.stdout.write(json.dumps(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.lora_files import LoRAFile, merge_into, write_lora
 from sdxl_lora_core.lora_names import sai_block_name
+from sdxl_lora_core.new_tokens import write_embedding
 
 DATA = Path(sdxl_lora_core.__file__).parent / "data"
 EVERY_LAYER = 788  # 722 of the transformers, 66 of the resnets and their samplers
+EVERY_TEXT_LAYER = 6 * (12 + 32)
 TENSORS = {"lora": 3, "dora": 4, "loha": 5}
 
 
@@ -37,17 +40,15 @@ def ask_comfyui(comfyui: Path, comfyui_python: str) -> Callable[..., Any]:
     return ask
 
 
-def full_size(kind: str) -> LoRAFile:
-    """An adapter of zeros on every layer of SDXL."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(DATA / "unet", local_files_only=True)
-        )
+def full_size(kind: str, empty_sdxl: dict[str, Any]) -> LoRAFile:
+    """An adapter of zeros on every layer of SDXL and of its text encoders."""
     form: Any = "peft" if kind == "dora" else "kohya"  # kohya's would measure the base, which is not there
     config = TrainConfig(adapter=kind, rank=1, target_modules="all-linear+conv", save_format=form)  # type: ignore[arg-type]
-    adapter = Adapter(unet, config)
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    return LoRAFile(**{part: zeros(Adapter(copy.deepcopy(empty_sdxl[part]), config, part), kind) for part in parts})
+
+
+def zeros(adapter: Adapter, kind: str) -> dict[str, Any]:
     for layer in adapter.layers.values():
         for name, child in layer.named_children():
             if name != "base_layer":
@@ -59,17 +60,18 @@ def full_size(kind: str) -> LoRAFile:
         modules = {
             name: replace(module, dora_scale=module.magnitude, magnitude=None) for name, module in modules.items()
         }
-    return LoRAFile(unet=modules)
+    return modules
 
 
-def test_comfyui_applies_every_key(ask_comfyui: Callable[..., Any], tmp_path: Path) -> None:
+def test_comfyui_applies_every_key(ask_comfyui: Callable[..., Any], empty_sdxl: dict[str, Any], tmp_path: Path) -> None:
+    every = EVERY_LAYER + EVERY_TEXT_LAYER
     kinds = ("lora", "dora", "loha", "lokr")
     paths = [tmp_path / f"{kind}.safetensors" for kind in kinds]
     for kind, path in zip(kinds, paths, strict=True):
-        write_lora(path, full_size(kind), torch.float16)
+        write_lora(path, full_size(kind, empty_sdxl), torch.float16)
     for kind, result in zip(kinds, ask_comfyui(*paths), strict=True):
-        assert (result["patches"], result["applied"]) == (EVERY_LAYER, EVERY_LAYER), kind
-        assert kind not in TENSORS or result["tensors"] == TENSORS[kind] * EVERY_LAYER
+        assert (result["patches"], result["applied"]) == (every, every), kind
+        assert kind not in TENSORS or result["tensors"] == TENSORS[kind] * every
         assert not [line for line in result["complaints"] if "lora" in line.lower()]
 
 
@@ -104,3 +106,14 @@ def test_comfyui_changes_the_weights_as_we_do(
     for key, changed in load_file(after).items():
         wanted = ours.get_submodule(names[key]).weight
         assert (changed - wanted).norm() <= 1e-6 * wanted.norm(), key
+
+
+def test_comfyui_puts_a_new_token_into_prompts(ask_comfyui: Callable[..., Any], tmp_path: Path) -> None:
+    vectors: dict[Any, torch.Tensor] = {"text_encoder": torch.randn(2, 768), "text_encoder_2": torch.randn(2, 1280)}
+    write_embedding(tmp_path / "my_lora-zwx.safetensors", vectors)
+    prompt = ask_comfyui("--prompt", tmp_path, "a embedding:my_lora-zwx heart")
+    plain = ask_comfyui("--prompt", tmp_path, "a heart")
+    for encoder, rows in zip("lg", vectors.values(), strict=True):
+        start, article, first, second, *rest = prompt[encoder]
+        torch.testing.assert_close(torch.tensor([first, second]), rows)
+        assert [start, article, *rest[:2]] == plain[encoder][:4]
