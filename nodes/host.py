@@ -234,26 +234,26 @@ class Progress:
     ) -> None:
         """`detail` is a line of numbers, `preview` a picture to show on the node, uint8 [H, W, 3]."""
         if self._phase != (phase, total):
-            self._begin(phase, total)
+            self._begin(done, total, phase)
         self._terminal.set_postfix_str(detail, refresh=False)
         self._terminal.update(done - self._terminal.n)
         if self._node:
             picture = None if preview is None else ("JPEG", Image.fromarray(preview), PREVIEW_SIDE)
             self._node.update_absolute(done, total, picture)
-            if detail:
-                _show_text(detail)
+            if phase:
+                _show_text("\n".join([f"{phase}: {done} of {total}", *detail.split(", ")]).rstrip())
             _comfy("comfy.model_management").throw_exception_if_processing_interrupted()
 
     def close(self) -> None:
         if self._terminal:
             self._terminal.close()
 
-    def _begin(self, phase: str, total: int) -> None:
+    def _begin(self, done: int, total: int, phase: str) -> None:
         from tqdm import tqdm
 
         self.close()
         self._phase = (phase, total)
-        self._terminal = tqdm(total=total, desc=phase or None, leave=False)
+        self._terminal = tqdm(initial=done, total=total, desc=phase or None, leave=False)
         comfy = _comfy("comfy.utils")
         self._node = comfy.ProgressBar(total) if comfy else None
 

@@ -11,12 +11,15 @@ from .checkpoints import LoopState
 from .files import write_atomic
 from .progress import Smoothing
 
-RAW, LOSS, VALIDATION, RATE, SAMPLES, CHECKPOINTS = "#b9c9e0", "#1f4e8c", "#b3261e", "#8a8a8a", "#2e7d32", "#6a4c93"
-TICK_UP, CARET_UP = 2, 6  # matplotlib's numbers of these markers
+RAW, LOSS, VALIDATION, RATE = "#b9c9e0", "#1f4e8c", "#b3261e", "#8a8a8a"
+SAMPLES, CHECKPOINTS, KEPT = "#2e7d32", "#6a4c93", "#333333"
 
 
-def draw_loss_chart(path: Path, title: str, state: LoopState) -> None:
-    """Writes a PNG of 960 x 540: losses with marks of what fell where, mean CLIP scores if any, learning rate."""
+def draw_loss_chart(path: Path, title: str, state: LoopState, kept: int | None = None) -> None:
+    """Writes a PNG of 960 x 540: losses with marks of what fell where, mean CLIP scores if any, learning rate.
+
+    `kept` is the step that the file holds where that need not be the last one: a line through all of it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -33,6 +36,11 @@ def draw_loss_chart(path: Path, title: str, state: LoopState) -> None:
         axes.plot(*zip(*scores, strict=True), color=SAMPLES, linewidth=1.5, marker="^", markersize=4)
         _label(axes, "CLIP\nscore")
     _draw_rates(rates, state)
+    if kept is not None:
+        _draw_kept((losses, *others, rates), kept)
+    losses.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, frameon=False, fontsize=9,
+                  columnspacing=1.4, handlelength=1.6)  # fmt: skip
+    figure.align_ylabels()
     rates.set_xlabel("step")
     rates.xaxis.set_major_locator(MaxNLocator(integer=True))
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
@@ -58,18 +66,23 @@ def _draw_losses(axes: Any, state: LoopState) -> None:
 
 
 def _draw_marks(axes: Any, state: LoopState) -> None:
-    """On the lower edge, checkpoints above and samples below it, so that they hide no curve and not each other."""
+    """Along the lower edge, checkpoints above and samples below it, so that they hide no curve and not each other."""
     marks = [
-        ("checkpoint", state.checkpoints, TICK_UP, 7, CHECKPOINTS),
-        ("samples", [look.step for look in state.looks if look.clip_scores], CARET_UP, 6, SAMPLES),
+        ("checkpoint", state.checkpoints, "|", 0.025, CHECKPOINTS),
+        ("samples", [look.step for look in state.looks if look.clip_scores], "^", -0.025, SAMPLES),
     ]
-    for name, steps, marker, size, color in marks:
+    for name, steps, marker, height, color in marks:
         if steps:
             axes.plot(
-                steps, [0] * len(steps), label=name, marker=marker, markersize=size, markeredgewidth=1.5, color=color,
+                steps, [height] * len(steps), label=name, marker=marker, markersize=5, markeredgewidth=1.5, color=color,
                 linestyle="none", transform=axes.get_xaxis_transform(), clip_on=False, zorder=3,
             )  # fmt: skip
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=9)
+    axes.tick_params(axis="x", bottom=False)
+
+
+def _draw_kept(rows: Sequence[Any], step: int) -> None:
+    for axes in rows:
+        axes.axvline(step, color=KEPT, linewidth=1, linestyle="--", zorder=1, label=f"kept: step {step}")
 
 
 def _draw_rates(axes: Any, state: LoopState) -> None:
@@ -87,11 +100,11 @@ def _label(axes: Any, name: str) -> None:
 
 
 def _range(raw: Sequence[float], courses: Sequence[float]) -> tuple[float, float]:
-    """Shows 98 of 100 raw values and all of the courses: a single wild step must not flatten the rest."""
+    """Shows 90 of 100 raw values and all of the courses: a few wild steps must not flatten the rest."""
     known = sorted(loss for loss in raw if math.isfinite(loss))
     if not known:
         return 0.0, 1.0
-    low, high = known[len(known) // 100], known[len(known) - 1 - len(known) // 100]
+    low, high = known[len(known) // 20], known[len(known) - 1 - len(known) // 20]
     shown = [low, high, *(value for value in courses if math.isfinite(value))]
     margin = 0.06 * (max(shown) - min(shown)) or 0.1
     return min(shown) - margin, max(shown) + margin

@@ -58,12 +58,14 @@ class Journal:
             if self._metrics:
                 self._metrics.add_picture(f"sample/{number:02d}", pixels, step)
 
-    def draw(self, state: LoopState, now: bool = False) -> None:
-        """loss.png as the run stands. Not more often than every CHART_SECONDS unless it has to be `now`."""
+    def draw(self, state: LoopState, kept: Look | None, now: bool = False) -> None:
+        """loss.png as the run stands, with the look that would be kept. Not more often than every CHART_SECONDS
+        unless it has to be `now`.
+        """
         if self._folder is None or (not now and time.monotonic() - self._drawn < CHART_SECONDS):
             return
         try:
-            draw_loss_chart(self._folder / "loss.png", self._title, state)
+            draw_loss_chart(self._folder / "loss.png", self._title, state, kept.step if kept else None)
         except OSError as error:
             log.warning("the chart could not be drawn: %s", error)
         self._drawn = time.monotonic()

@@ -161,7 +161,7 @@ class Loop:
         if saves:
             self.save()
         if look or saves:
-            self.journal.draw(state)
+            self.journal.draw(state, best_look(self.config, state.looks))
         on_step(report)
 
     def look(self, on_step: OnStep, last: bool = False) -> Look | None:
@@ -205,8 +205,8 @@ class Loop:
         """The last look comes after the last checkpoint: a run that goes on from there has not seen it."""
         if self.look(on_step, last=True):
             self.journal.open(self.state)
-        self.journal.draw(self.state, now=True)
         kept = best_look(self.config, self.state.looks)
+        self.journal.draw(self.state, kept, now=True)
         if kept is None:
             return Trained(self.learned(), self.state, None, stopped and not self.is_over)
         for parameter, best in zip(self.parameters, self.best, strict=True):

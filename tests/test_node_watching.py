@@ -40,11 +40,21 @@ def test_the_bar_the_numbers_and_the_picture(monkeypatch: pytest.MonkeyPatch) ->
     pixels = np.zeros((4, 8, 3), np.uint8)
     with host.progress() as progress:
         progress(1, 5, "training", "loss 0.1")
-        progress(2, 5, "training", "loss 0.2", pixels)
+        progress(2, 5, "training", "loss 0.2, lr 1e-4", pixels)
     assert [bar[:2] for bar in shown.bars] == [(1, 5), (2, 5)]
     kind, picture, side = shown.bars[1][2]
     assert (kind, picture.size, side, shown.bars[0][2]) == ("JPEG", (8, 4), 512, None)
-    assert shown.texts == [("loss 0.1", "7"), ("loss 0.2", "7")]
+    assert shown.texts == [("training: 1 of 5\nloss 0.1", "7"), ("training: 2 of 5\nloss 0.2\nlr 1e-4", "7")]
+
+
+def test_the_terminal_counts_on_after_another_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Shown(monkeypatch)
+    with host.progress() as progress:
+        progress(40, 100, "training")
+        progress(1, 25, "validating")
+        progress(41, 100, "training")
+        assert progress._terminal.format_dict["initial"] == 41, "the speed would be that of 41 steps at once"
+    assert shown.texts[1] == ("validating: 1 of 25", "7")
 
 
 def test_no_text_where_no_node_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,8 +231,10 @@ def test_a_chart_of_everything_is_drawn(tmp_path: Path) -> None:
     )  # fmt: skip
     draw_loss_chart(tmp_path / "with.png", "a run", state)
     draw_loss_chart(tmp_path / "without.png", "a run", replace_looks(state))
-    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("with", "without")]
-    assert pictures[0].shape == pictures[1].shape and not np.array_equal(*pictures)
+    draw_loss_chart(tmp_path / "kept.png", "a run", state, kept=2)
+    drawn, without, kept = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("with", "without", "kept"))
+    assert drawn.shape == without.shape == kept.shape
+    assert not np.array_equal(drawn, without) and not np.array_equal(drawn, kept)
 
 
 def replace_looks(state: LoopState) -> LoopState:

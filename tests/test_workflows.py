@@ -16,6 +16,7 @@ FILES = sorted((ROOT / "workflows/api").glob("*.json"))
 SAVED = sorted((ROOT / "tests/saved").glob("*.json"))
 NODES: dict[str, Any] = {**CORE_NODES, **load_pack().NODE_CLASS_MAPPINGS}
 SMALL = {
+    "WatchOptions": {"validate_every": 1, "sample_every": 1, "sample_steps": 2},
     "TrainSDXLLoRA": {"steps": 2, "rank": 2, "batch_size": 1},
     "SDXLGenerateCached": {"steps": 2, "count": 1, "width": 64, "height": 64},
     "LoadCaptionDataset": {"resolution": 64},

@@ -27,6 +27,16 @@ NOTES = {
         "Dataset*, set its resolution and the images' width and height to 1024, and start with 1000 steps at a "
         "learning rate of 0.0001. The bundled CLIP knows only the bundled shapes: choose a real one in *CLIP Score*."
     ),
+    "train_and_watch": (
+        "## Watch a training and keep its best step\n\n"
+        "Five of the 24 images are held out. Every 20 steps *Train SDXL LoRA* measures the loss on them and draws the "
+        "sample prompts, each with a CLIP score; the node shows the samples while it trains. When three measurements "
+        "in a row are no better it stops, long before 400 steps, and the file holds the best step and not the last. "
+        "The learning rate is high on purpose: the last samples show what that saves you from.\n\n"
+        "**Cancel** it and press *Run* again: it goes on where it stopped.\n\n"
+        "**For your own images**: set `validate_every` and `sample_every` to 100 or so, and `clip_model` to one that "
+        "knows more than the bundled shapes, or to nothing."
+    ),
     "generate_with_lora_stack": (
         "## Two LoRAs in a row\n\n"
         "Each *Load LoRA (SDXL)* adds one LoRA to the stack. Switch one off with *enabled*, or change a strength, and "
@@ -55,7 +65,10 @@ def main() -> None:
 
 
 def thumbnail(workflow: Workflow, outputs: Outputs) -> Image.Image:
-    """Rows of four: the first image of each prompt, by generator; a single generator's best first if it is scored."""
+    """Rows of four: the first image of each prompt, by generator; a single generator's best first if it is scored.
+
+    A loss chart that the workflow shows stands above them.
+    """
     generators = [key for key, node in workflow.items() if node["class_type"] == "SDXLGenerateCached"]
     batches = [outputs[key][0][0] for key in generators]
     if len(generators) == 1:
@@ -63,8 +76,24 @@ def thumbnail(workflow: Workflow, outputs: Outputs) -> Image.Image:
     per_prompt = [workflow[key]["inputs"]["count"] if len(generators) > 1 else 1 for key in generators]
     chosen = [batch[::step][:8] for batch, step in zip(batches, per_prompt, strict=True)]
     rows = [torch.cat(list(images), dim=1) for batch in chosen for images in batch.split(4)]
-    sheet = (torch.cat(rows) * 255).round().to(torch.uint8).numpy()
-    return Image.fromarray(sheet)
+    sheet = _picture(torch.cat(rows))
+    for node in workflow.values():
+        key, output = node["inputs"]["images"] if node["class_type"] == "PreviewImage" else ("", 0)
+        if key and workflow[key]["class_type"] == "TrainSDXLLoRA":
+            sheet = _above(_picture(outputs[key][output][0][0]), sheet)
+    return sheet
+
+
+def _picture(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().to(torch.uint8).numpy())
+
+
+def _above(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    upper = upper.resize((lower.width, round(upper.height * lower.width / upper.width)), Image.Resampling.LANCZOS)
+    both = Image.new("RGB", (lower.width, upper.height + lower.height))
+    both.paste(upper, (0, 0))
+    both.paste(lower, (0, upper.height))
+    return both
 
 
 def write(path: Path, graph: dict[str, Any]) -> None:
@@ -148,7 +177,7 @@ def _height(widgets: dict[str, Any], sockets: list[str], node_class: Any) -> int
     rows = max(len(sockets), len(node_class.RETURN_TYPES)) + len(shown)
     rows += sum(bool(options.get("control_after_generate")) for options in shown)
     shows_images = node_class.__name__ in PICTURES or "IMAGE" in node_class.RETURN_TYPES
-    shows_text = node_class.__name__ not in CORE_NODES
+    shows_text = node_class.__name__ not in CORE_NODES and "TRAIN_OPTIONS" not in node_class.RETURN_TYPES
     height = 60 + rows * LINE + TEXT * sum(bool(options.get("multiline")) for options in shown)
     return height + PICTURE * shows_images + TEXT * shows_text
 

@@ -35,6 +35,16 @@ function showText(node, lines) {
   widget.element.value = lines.join("\n");
 }
 
+// Of a node that is done the results are shown. ComfyUI would go on showing the last picture and the last numbers of
+// while it ran.
+function dropProgress(node) {
+  for (const id of [node.id, `${node.graph?.id}:${node.id}`]) delete app.nodePreviewImages?.[id];
+  const text = node.widgets?.find((widget) => widget.name === "$$node-text-preview");
+  if (!text) return;
+  text.onRemove?.();
+  node.widgets.splice(node.widgets.indexOf(text), 1);
+}
+
 // ComfyUI shows a running node's text in a widget that it also saves; a saved graph holds the inputs' values alone.
 function saveInputsOnly(node) {
   const own = node.widgets?.length ?? 0;
@@ -54,6 +64,7 @@ app.registerExtension({
     const before = node.onExecuted;
     node.onExecuted = function (output) {
       before?.apply(this, arguments);
+      dropProgress(this);
       if (output?.text) showText(this, output.text);
     };
   },

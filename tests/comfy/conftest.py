@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("__init__.py", "pyproject.toml", "nodes", "sdxl_lora_core", "web", "workflows", "assets")
 SMALL = {
+    "WatchOptions": {"validate_every": 2, "sample_every": 2, "sample_steps": 2},
     "TrainSDXLLoRA": {"steps": 3, "rank": 2, "batch_size": 1},
     "SDXLGenerateCached": {"steps": 2, "count": 1},
 }

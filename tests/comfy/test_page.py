@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare"]
+WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare", "train_and_watch"]
 VISIBLE = {  # widgets on the face of each node: what is not advanced, and the second widget of a seed that moves
     "LoadCaptionDataset": 4,
     "LoadSDXLBase": 2,
+    "WatchOptions": 10,
     "TrainSDXLLoRA": 8,
     "LoadLoRA": 4,
     "SDXLGenerateCached": 12,
@@ -95,8 +96,13 @@ def test_workflow_runs_from_the_page(
     page.evaluate("async () => { await window.app.queuePrompt(0, 1); }")
     server.wait(lambda: set(server.get("/history")) - before, 300)
     (prompt,) = set(server.get("/history")) - before
-    status = server.get(f"/history/{prompt}")[prompt]["status"]
-    assert status["status_str"] == "success", status
+    entry = server.get(f"/history/{prompt}")[prompt]
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    page.evaluate("""() => { const view = window.app.canvas.ds; view.scale = 0.25; view.offset = [0, 100];
+      window.app.canvas.setDirty(true, true); }""")  # pictures are loaded for nodes in sight
+    for node_id, output in entry["outputs"].items():
+        shown = "([id, count]) => (window.app.graph.getNodeById(id).imgs?.length ?? 0) === count"
+        page.wait_for_function(shown, arg=[int(node_id), len(output.get("images", []))], timeout=30_000)
     texts = """() => window.app.graph._nodes
       .flatMap((node) => node.widgets ?? []).filter((widget) => widget.name === "sdxl_lora_text")
       .map((widget) => widget.element.value)"""

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 IDS = ["LoadCaptionDataset", "LoadSDXLBase", "TrainSDXLLoRA", "LoadLoRA", "SDXLGenerateCached", "CLIPScore"]
-WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare"]
+WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare", "train_and_watch"]
 
 Workflow = dict[str, dict[str, Any]]
 Shrink = Callable[..., Workflow]
