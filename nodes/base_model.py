@@ -6,7 +6,7 @@ from ..sdxl_lora_core.base_model import describe_base, open_base, quick_fingerpr
 from ..sdxl_lora_core.config import PRECISIONS, TrainConfig
 from . import folders, host
 from .previews import show
-from .wires import CATEGORY, widget
+from .wires import CATEGORY, train_widget, widget
 
 
 class LoadSDXLBase:
@@ -38,7 +38,11 @@ class LoadSDXLBase:
                     TrainConfig, "precision", PRECISIONS,
                     "Number format of the weights in memory. auto: bf16 or fp16 on a GPU, fp32 on the CPU.",
                 ),
-            }
+            },
+            "optional": {
+                "prediction": train_widget("prediction", advanced=True),
+                "zero_terminal_snr": train_widget("zero_terminal_snr", advanced=True),
+            },
         }  # fmt: skip
 
     @classmethod
@@ -49,7 +53,17 @@ class LoadSDXLBase:
     def IS_CHANGED(cls, base: str | None = None, **settings: Any) -> str:
         return folders.content("base", base, quick_fingerprint)
 
-    def load(self, base: str, precision: Any) -> dict[str, Any]:
-        opened = open_base(folders.find("base", base), precision, hash_memo=host.cache_folder() / "hashes")
+    def load(
+        self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto"
+    ) -> dict[str, Any]:
+        opened = open_base(
+            folders.find("base", base), precision, host.cache_folder() / "hashes",
+            prediction=prediction, zero_terminal_snr=zero_terminal_snr,
+        )  # fmt: skip
+        if zero_terminal_snr == "on" and opened.prediction_type == "epsilon":
+            raise ValueError(
+                f"zero_terminal_snr is 'on' and prediction is {prediction!r}, so {opened.name} would predict epsilon "
+                "where there is only noise: set prediction to v_prediction, or zero_terminal_snr to auto"
+            )
         info = describe_base(opened)
         return show((opened, info), info)

@@ -5,9 +5,9 @@ Opening reads headers, settings and hashes, never weights. Everything that is no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from .base_checks import WANTED, Prediction, PredictionType, read_json, require_
 from .base_parts import PARTS, Part
 from .config import PRECISIONS, Precision
 from .files import file_sha256, json_sha256
+from .train_config import Override, PredictionOverride
 from .weights_file import read_header
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_con
 class SDXLBase:
     """A handle without weights. `part_hashes` are (part, SHA-256) for the four parts and the two tokenizers.
 
-    `fingerprint` is content only: the same files elsewhere, or at another precision, have the same one. `configs` is
-    the folder with each part's settings: the model's own, or the pack's `data` for a single file.
+    `fingerprint` is content only: the same files elsewhere, at another precision, or said to predict something else,
+    have the same one. `configs` is the folder with each part's settings: the model's own, or the pack's `data` for a
+    single file.
     """
 
     path: Path
@@ -47,23 +49,42 @@ class SDXLBase:
 
 
 def open_base(
-    path: Path, precision: Precision = "auto", hash_memo: Path | None = None, *, configs: Path = DATA
-) -> SDXLBase:
+    path: Path, precision: Precision = "auto", hash_memo: Path | None = None, *,
+    prediction: PredictionOverride = "auto", zero_terminal_snr: Override = "auto", configs: Path = DATA,
+) -> SDXLBase:  # fmt: skip
     """Checks and hashes a base. `hash_memo` is a folder that remembers hashes of large files (see file_sha256).
 
+    `prediction` and `zero_terminal_snr` are for files that do not say so themselves, as `predicting` takes them.
     `configs` describes single files; a folder describes itself.
     Raises FileNotFoundError if nothing is there, ValueError for anything but SDXL, saying what it is instead.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
     if path.is_dir():
-        prediction = require_folder(path)
+        found = require_folder(path)
         hashes = {part: _folder_part_hash(path / part, part, hash_memo) for part in PARTS}
-        return _handle(path, path, precision, prediction, hashes)
+        return predicting(_handle(path, path, precision, found, hashes), prediction, zero_terminal_snr)
     if not path.exists():
         raise FileNotFoundError(f"base model {path.name} does not exist: {WANTED}")
-    prediction = require_checkpoint(read_header(path), configs)
-    return _handle(path, configs, precision, prediction, dict.fromkeys(PARTS, file_sha256(path, hash_memo)))
+    found = require_checkpoint(read_header(path), configs)
+    hashes = dict.fromkeys(PARTS, file_sha256(path, hash_memo))
+    return predicting(_handle(path, configs, precision, found, hashes), prediction, zero_terminal_snr)
+
+
+def predicting(base: SDXLBase, prediction: PredictionOverride, zero_terminal_snr: Override) -> SDXLBase:
+    """The base said to predict so, on such a noise schedule, whatever its file says; auto leaves it as it is.
+
+    Raises ValueError for another value.
+    """
+    if prediction not in get_args(PredictionOverride):
+        raise ValueError(f"prediction is {prediction!r}: choose one of {', '.join(get_args(PredictionOverride))}")
+    if zero_terminal_snr not in get_args(Override):
+        raise ValueError(f"zero_terminal_snr is {zero_terminal_snr!r}: choose one of {', '.join(get_args(Override))}")
+    return replace(
+        base,
+        prediction_type=base.prediction_type if prediction == "auto" else prediction,
+        zero_terminal_snr=base.zero_terminal_snr if zero_terminal_snr == "auto" else zero_terminal_snr == "on",
+    )
 
 
 def load_tokenizers(base: SDXLBase) -> tuple[CLIPTokenizer, CLIPTokenizer]:

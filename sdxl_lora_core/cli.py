@@ -91,7 +91,9 @@ def read_run(path: Path, hash_memo: Path | None) -> tuple[SDXLBase, CaptionDatas
     sources, held_out = (
         [_source(path.name, section) for section in document.get(part, [])] for part in ("datasets", "validation")
     )
-    base = open_base(Path(document["base"]["path"]), document["base"].get("precision", "auto"), hash_memo)
+    section = document["base"]
+    said = {name: section[name] for name in ("precision", "prediction", "zero_terminal_snr") if name in section}
+    base = open_base(Path(section["path"]), hash_memo=hash_memo, **said)
     dataset = _load(sources, hash_memo)
     if dataset is None:
         raise ValueError(f"{path.name}: datasets is empty: name at least one folder")

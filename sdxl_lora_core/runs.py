@@ -67,8 +67,9 @@ class Run:
 def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> str:
     """What decides every step of the run: base, dataset contents and settings, but not its name or its length.
 
-    What is looked at belongs to it where it decides which step ends the run or is kept. Raises FileNotFoundError if the
-    LoRA to continue from is gone; its content counts, not its path.
+    `base` is said to predict what it is trained to (losses.as_trained). What is looked at belongs to it where it
+    decides which step ends the run or is kept. Raises FileNotFoundError if the LoRA to continue from is gone; its
+    content counts, not its path.
     """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in TrainConfig.OUTSIDE_FINGERPRINT}
     if config.continue_from:
@@ -76,6 +77,7 @@ def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig
         if not start.is_file():
             raise FileNotFoundError(f"continue_from is {start}, which is no file: give the path of a LoRA")
         settings["continue_from"] = file_sha256(start)
+    settings |= _predicted(base)  # what is trained, whether the file, the base's own setting or the run's says so
     content = {
         "base": base.fingerprint, "dataset": dataset.fingerprint, "settings": settings, "version": RANDOMNESS_VERSION
     }  # fmt: skip
@@ -149,13 +151,18 @@ def save_settings(
     to_yaml(
         run.folder / "run.yaml",
         {
-            "base": {"path": str(base.path), "precision": base.precision},
+            "base": {"path": str(base.path), "precision": base.precision, **_predicted(base)},
             "datasets": _sections(dataset.sources),
             "validation": _sections(dataset.validation_sources),
             "train": config,
             "run": facts,
         },
     )
+
+
+def _predicted(base: SDXLBase) -> dict[str, Any]:
+    """As the settings of those names write it."""
+    return {"prediction": base.prediction_type, "zero_terminal_snr": "on" if base.zero_terminal_snr else "off"}
 
 
 def _sections(sources: Sequence[tuple[Path, DatasetConfig]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,18 @@ def test_a_folders_scheduler_says_the_prediction_type(micro_copy: Callable[[], P
     base = open_base(folder)
     assert (base.prediction_type, base.zero_terminal_snr) == ("v_prediction", True)
     assert base.fingerprint != micro_base.fingerprint
+
+
+def test_what_the_file_does_not_say_can_be_said(micro_sdxl: Path, micro_base: SDXLBase) -> None:
+    said = open_base(micro_sdxl, "fp32", prediction="v_prediction", zero_terminal_snr="on")
+    assert said == replace(micro_base, prediction_type="v_prediction", zero_terminal_snr=True)
+    settings = scheduler_config(said)
+    assert (settings["prediction_type"], settings["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    assert "v_prediction prediction, zero terminal SNR" in describe_base(said)
+    assert open_base(micro_sdxl, "fp32", prediction="epsilon", zero_terminal_snr="off") == micro_base
+    for name, wrong in (("prediction", "v"), ("zero_terminal_snr", True)):
+        with pytest.raises(ValueError, match=f"{name} is {wrong!r}: choose one of auto, "):
+            open_base(micro_sdxl, **{name: wrong})  # type: ignore[arg-type]
 
 
 SDXL = (f"{UNET}input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x")

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sdxl_lora_core import base_model
-from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.base_model import SDXLBase, open_base
+from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.losses import Objective, as_trained
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import TrainingData, generator
@@ -180,6 +181,19 @@ def test_an_override_trains_as_the_marked_base_and_the_file_says_so(run: Train, 
     header = metadata(overridden.lora_path)
     assert header["modelspec.prediction_type"] == "v" and header["ss_v_parameterization"] == "True"
     assert header["ss_zero_terminal_snr"] == "True"
+
+
+def test_said_of_the_base_or_of_the_run_it_is_the_same_run(run: Train, micro_base: SDXLBase, tmp_path: Path) -> None:
+    said = open_base(micro_base.path, "fp32", prediction="v_prediction", zero_terminal_snr="on")
+    by_base = run(base=said)
+    config = replace(SMALL, prediction="v_prediction", zero_terminal_snr="on")
+    again = run(config)
+    assert not by_base.reused and again.reused and again.lora_path == by_base.lora_path
+    assert not run().reused, "without it, it is another run"
+    base, dataset, config = read_run(tmp_path / "a/runs/small/run.yaml", None)
+    assert base == said
+    assert run(config, base=base, dataset=dataset).lora_path == by_base.lora_path
+    assert as_trained(said, TrainConfig(prediction="epsilon", zero_terminal_snr="off")) == micro_base, "the run's win"
 
 
 EVERYTHING = {

@@ -30,7 +30,7 @@ CONTRACT = {
         "dataset repeats flip random_crops caption_per_line is_regularisation",
         "dataset:CAPTION_DATASET preview:IMAGE report:STRING count:INT",
     ),
-    "LoadSDXLBase": ("base precision", "", "base:SDXL_BASE info:STRING"),
+    "LoadSDXLBase": ("base precision", "prediction zero_terminal_snr", "base:SDXL_BASE info:STRING"),
     "TrainSDXLLoRA": (
         "base dataset lora_name steps learning_rate rank alpha batch_size seed sample_prompts",
         "options gradient_accumulation lr_schedule lr_warmup_steps target_modules dropout caption_dropout precision "
@@ -325,3 +325,14 @@ def test_leaving_the_device_is_not_being_evicted(comfy: FakeComfy) -> None:
     owner.borrow("unet", "a", lambda: layer)
     owner.rest("unet", offload=True)
     assert owner.borrow("unet", "a", lambda: torch.nn.Linear(2, 2)) is layer
+
+
+def test_a_base_is_told_what_it_predicts(home: Path) -> None:
+    load = NODES["LoadSDXLBase"]().load
+    plain, info = load("tiny-sdxl (bundled)", "fp32")["result"]
+    assert (plain.prediction_type, plain.zero_terminal_snr) == ("epsilon", False) and "epsilon prediction" in info
+    told, info = load("tiny-sdxl (bundled)", "fp32", "v_prediction", "on")["result"]
+    assert (told.prediction_type, told.zero_terminal_snr) == ("v_prediction", True)
+    assert "v_prediction prediction, zero terminal SNR" in info
+    with pytest.raises(ValueError, match="zero_terminal_snr is 'on' and prediction is 'auto'.*set prediction"):
+        load("tiny-sdxl (bundled)", "fp32", zero_terminal_snr="on")
