@@ -16,6 +16,7 @@ from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.blocks import BLOCKS, read_block_values, value_for
 from sdxl_lora_core.config import TrainConfig
+from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora_files import LoRAFile, read_lora, write_lora
 from sdxl_lora_core.runs import run_fingerprint
 from tests.micro_loras import TEXT, load_parts, random_lora
@@ -28,7 +29,9 @@ STYLE = "up_blocks.0.attentions.1"
 @pytest.fixture
 def adapter(micro_base: SDXLBase) -> Any:
     def make(**settings: Any) -> Adapter:
-        return Adapter(base_model.load_part(micro_base, "unet", torch.float32), TrainConfig(**settings))
+        config = TrainConfig(**settings)
+        start = read_lora(Path(config.continue_from)) if config.continue_from else None
+        return Adapter(base_model.load_part(micro_base, "unet", torch.float32), config, "unet", start)
 
     return make
 
@@ -225,8 +228,9 @@ def test_a_file_with_text_encoders_is_refused(adapter: Any, micro_base: SDXLBase
     path = tmp_path / "x.safetensors"
     text = random_lora(load_parts(micro_base)["text_encoder"], (TEXT,))
     write_lora(path, LoRAFile(unet=adapter(rank=3).modules(), text_encoder=text), torch.float16)
-    with pytest.raises(ValueError, match="changes the text encoders, too"):
-        adapter(rank=3, continue_from=str(path))
+    config = TrainConfig(rank=3, continue_from=str(path))
+    with pytest.raises(ValueError, match="changes the text_encoder, and here it does not learn: set text_encoder_lear"):
+        Learner(micro_base, config, torch.device("cpu"), torch.float32)
 
 
 # ------------------------------------------------------------------ refusals

@@ -61,17 +61,15 @@ def first_failure(field: str) -> str | None:
     word = re.compile(rf"\b{field}\b")
     files = [path for path in ROOT.glob("tests/test_*.py") if word.search(path.read_text(encoding="utf-8"))]
     files.sort(key=lambda path: len(path.read_text(encoding="utf-8")))
-    for file in files:
-        plugins = ["-p", "forced_plugin", "-p", "no:cacheprovider"]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", *plugins, str(file)]
-        environment = {
-            **os.environ, "FORCED_FIELD": field, "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "out")]),
-        }  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if failed := re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE):
-            return failed[1]
-    return None
+    plugins = ["-p", "forced_plugin", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *plugins, *map(str, files)]
+    environment = {
+        **os.environ, "FORCED_FIELD": field, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "out")]),
+    }  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else None
 
 
 if __name__ == "__main__":
