@@ -63,12 +63,13 @@ def open_base(
     if path.is_dir():
         found = require_folder(path)
         hashes = {part: _folder_part_hash(path / part, part, hash_memo) for part in PARTS}
-        return predicting(_handle(path, path, precision, found, hashes), prediction, zero_terminal_snr)
-    if not path.exists():
+        base = _handle(path, path, precision, found, hashes)
+    elif path.exists():
+        found = require_checkpoint(read_header(path), configs)
+        base = _handle(path, configs, precision, found, dict.fromkeys(PARTS, file_sha256(path, hash_memo)))
+    else:
         raise FileNotFoundError(f"base model {path.name} does not exist: {WANTED}")
-    found = require_checkpoint(read_header(path), configs)
-    hashes = dict.fromkeys(PARTS, file_sha256(path, hash_memo))
-    return predicting(_handle(path, configs, precision, found, hashes), prediction, zero_terminal_snr)
+    return predicting(base, prediction, zero_terminal_snr)
 
 
 def predicting(base: SDXLBase, prediction: PredictionOverride, zero_terminal_snr: Override) -> SDXLBase:
