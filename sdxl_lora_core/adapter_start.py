@@ -51,9 +51,7 @@ def require_same_parts(file: LoRAFile, config: TrainConfig, encoders: Sequence[P
     for part, modules in file.parts().items():
         if modules and not learns[part]:
             remedy = "turn train_unet on" if part == "unet" else f"set {part}_learning_rate"
-            raise ValueError(
-                f"continue_from is {name}, which changes the {part}, and here that does not learn: {remedy}"
-            )
+            raise ValueError(f"continue_from is {name}, which changes the {part}, and here it does not learn: {remedy}")
     wanted = dict.fromkeys(read_new_tokens(config.new_tokens, config.vectors_per_token), config.vectors_per_token)
     found = {token: len(next(iter(vectors.values()))) for token, vectors in file.tokens.items()}
     if found != wanted:

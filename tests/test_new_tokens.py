@@ -25,7 +25,7 @@ from sdxl_lora_core.new_tokens import add_tokens, read_new_tokens
 from sdxl_lora_core.prompts import encode_prompt_sdxl, token_ids, truncated_words
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, lora_bytes
 
-ALONE = replace(SMALL, train_unet=False, new_tokens="zwx=red", token_learning_rate=0.1)
+ALONE: dict[str, Any] = {"train_unet": False, "new_tokens": "zwx=red", "token_learning_rate": 0.1}
 PIVOTAL = replace(SMALL, new_tokens="zwx=red, qq-2", vectors_per_token=2)
 
 
@@ -54,7 +54,7 @@ def known(base: SDXLBase, word: str) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def test_names_starts_and_mistakes() -> None:
+def test_names_and_starts_are_read_and_mistakes_refused() -> None:
     assert read_new_tokens("zwx = orange cat, qq-2", 2) == {"zwx": "orange cat", "qq-2": ""}
     assert read_new_tokens("", 1) == {}
     for text, message in (
@@ -124,7 +124,7 @@ def test_start_words_and_random_starts(micro_base: SDXLBase) -> None:
 
 
 def test_tokens_learn_alone(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
-    result = run(ALONE, dataset=named)
+    result = run(replace(SMALL, **ALONE), dataset=named)
     assert set(load_file(result.lora_path)) == {"bundle_emb.zwx.clip_l", "bundle_emb.zwx.clip_g"}
     assert result.state_dict == {} and result.report["modules"] == 0 and result.report["rank"] == []
     file = read_lora(result.lora_path)
@@ -132,7 +132,7 @@ def test_tokens_learn_alone(run: Train, micro_base: SDXLBase, named: CaptionData
         assert 0.05 < (file.tokens["zwx"][part] - start).abs().max() < 1  # type: ignore[index]
     assert "zwx" in trigger_words(file.metadata)
     assert "new token zwx: 1 vectors" in describe_lora(result.lora_path)
-    slower = run(replace(ALONE, token_learning_rate=0.01), where="b", dataset=named)
+    slower = run(replace(SMALL, **{**ALONE, "token_learning_rate": 0.01}), where="b", dataset=named)
     assert lora_bytes(slower) != lora_bytes(result)
 
 
@@ -152,8 +152,8 @@ def test_a_run_with_tokens_resumes_exactly(run: Train, named: CaptionDataset) ->
 
 
 def test_a_token_can_be_trained_further(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
-    first = run(ALONE, dataset=named)
-    start = replace(ALONE, continue_from=str(first.lora_path))
+    first = run(replace(SMALL, **ALONE), dataset=named)
+    start = replace(SMALL, **ALONE, continue_from=str(first.lora_path))
     tokens = read_lora(first.lora_path).tokens["zwx"]
     begun = Learner(micro_base, start, CPU, torch.float32).learned().tokens["zwx"]
     assert all(torch.equal(begun[part], rows) for part, rows in tokens.items())
@@ -163,7 +163,7 @@ def test_a_token_can_be_trained_further(run: Train, micro_base: SDXLBase, named:
 
 def test_a_token_that_no_caption_holds_is_refused(run: Train) -> None:
     with pytest.raises(ValueError, match="new_tokens names zwx and no caption holds it: give zwx as the dataset's"):
-        run(ALONE)
+        run(replace(SMALL, **ALONE))
 
 
 def test_the_embedding_file_loads_in_diffusers(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
@@ -188,7 +188,7 @@ def test_the_embedding_file_loads_in_diffusers(run: Train, micro_base: SDXLBase,
 def test_a_stack_brings_its_tokens_into_prompts(
     run: Train, micro_base: SDXLBase, named: CaptionDataset, tmp_path: Path
 ) -> None:
-    lora = run(ALONE, dataset=named).lora_path
+    lora = run(replace(SMALL, **ALONE), dataset=named).lora_path
     parts = LoadedParts(CPU)
 
     def draw(prompt: str, strength_clip: float | None, prompts: Path | None = None) -> bytes:
