@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -236,3 +237,22 @@ def test_nothing_that_learns_is_refused() -> None:
         replace(FIRST, train_unet=False, block_ranks="mid_block=4")
     with pytest.raises(ValueError, match="'prodigy', which finds one rate for all, and there are several"):
         replace(FIRST, optimizer="prodigy", learning_rate=1.0)
+
+
+@pytest.mark.parametrize(("kind", "format"), [("lora", "kohya"), ("lora", "peft"), ("dora", "peft")])
+@torch.no_grad()
+def test_diffusers_loads_what_the_encoders_learned(
+    micro_base: SDXLBase, tmp_path: Path, kind: Any, format: Any
+) -> None:
+    """diffusers refuses a file with new tokens beside them, so they are left out, as README says."""
+    learner = learner_of(micro_base, replace(BOTH, adapter=kind, save_format=format, new_tokens="zwx")).eval()
+    shake(learner)
+    write_lora(tmp_path / "x.safetensors", learner.learned(), torch.float32, format)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(micro_base.path, local_files_only=True)
+    tensors = load_file(tmp_path / "x.safetensors")
+    pipeline.load_lora_weights({key: t for key, t in tensors.items() if not key.startswith("bundle_emb.")})
+    wanted, _, wanted_pooled, _ = pipeline.encode_prompt("picture number 1", do_classifier_free_guidance=False)
+    assert learner.encoders
+    embeds, pooled = learner.encoders(("picture number 1",), None, None)
+    torch.testing.assert_close(embeds, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pooled, wanted_pooled, atol=1e-4, rtol=1e-4)
