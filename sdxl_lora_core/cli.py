@@ -22,6 +22,7 @@ from .config import DatasetConfig, TrainConfig, from_mapping
 from .dataset import CaptionDataset, describe, load_caption_dataset, with_validation
 from .interruption import Interruption, Left
 from .lora_files import describe_lora
+from .processes import FirstFailed
 from .progress import StepReport
 from .runs import RunFolders
 from .training import train
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, Diverged, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, Diverged, FirstFailed, torch.OutOfMemoryError) as error:
         sys.exit(f"sdxl-lora: {error}")
     except Left as error:
         _tell(f"sdxl-lora: {error}")

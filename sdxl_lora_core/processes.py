@@ -19,6 +19,10 @@ from .train_config import TrainConfig
 Value = TypeVar("Value")
 
 
+class FirstFailed(RuntimeError):
+    """Raised in the other processes; the first one has the cause."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process, `rank` of `count`. Rank 0 is the first: it alone writes."""
@@ -72,12 +76,21 @@ class Processes:
 
     @contextmanager
     def one_after_the_other(self) -> Iterator[None]:
-        """The first process goes through the block alone, then the others do, and find what it has made."""
-        if not self.is_first:
-            self.wait()
-        yield
+        """The first process goes through the block alone, then the others do, and find what it has made.
+
+        If it fails there the others raise FirstFailed instead, so that nobody waits for what never comes.
+        """
         if self.is_first:
-            self.wait()
+            try:
+                yield
+            except BaseException:
+                self.share(False)
+                raise
+            self.share(True)
+        elif self.share(True):
+            yield
+        else:
+            raise FirstFailed("the first process of this run failed or was stopped: it says why")
 
     def wait(self) -> None:
         """Until all processes are here."""

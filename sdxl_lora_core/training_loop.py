@@ -119,7 +119,8 @@ class Loop:
         return [*self.parameters, *self.averaging.ema, *self.best]
 
     def run(self, start: Checkpoint | None, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
-        weights, adapter = len(self.weights) // len(self.parameters), 1
+        weights = len(self.weights) // len(self.parameters)
+        adapter = 2 if self.config.init == "pissa" else 1  # its file holds the start beside what was learned
         require_space(self.checkpoints.folder, self.parameters, weights + state_copies(self.config) + adapter)
         if checkpoint := self.checkpoints.newest() or start:
             self.restore(checkpoint)
@@ -183,9 +184,15 @@ class Loop:
         return look
 
     def draw_samples(self, on_step: OnStep) -> tuple[float | None, ...]:
+        """The first process draws, the others wait for the scores, which decide what is kept."""
+        scores: tuple[float | None, ...] = ()
+        with self.processes.one_after_the_other():
+            if self.processes.is_first:
+                scores = self.draw_samples_here(on_step)
+        return self.processes.share(scores)
+
+    def draw_samples_here(self, on_step: OnStep) -> tuple[float | None, ...]:
         """Meanwhile the model waits in main memory, so that the device is free; it comes back to the bit."""
-        if not self.processes.is_first:
-            return self.processes.share(())
         learned = self.learned()
         self.learner.to("cpu")
         precompute.release_memory(self.device)
@@ -194,7 +201,7 @@ class Loop:
         finally:
             self.learner.to(self.device)
         self.journal.show(samples.pixels, self.state.step)
-        return self.processes.share(samples.clip_scores)
+        return samples.clip_scores
 
     def keep_best(self) -> None:
         with self.averaging.in_place():

@@ -94,6 +94,25 @@ def test_two_processes_train_as_one_and_resume_when_one_is_killed(
     assert (killed / "loras/small.safetensors").read_bytes() == (two / "loras/small.safetensors").read_bytes()
 
 
+def test_all_processes_leave_when_the_first_is_stopped_while_it_draws(
+    micro_base: SDXLBase, pictures: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, validate_every=0, sample_prompts=("one", "two"), sample_every=2, sample_steps=200)
+    write_run(tmp_path, micro_base, pictures, config)
+    process = launch(tmp_path)
+    drawing = tmp_path / "lora_runs/small/samples/.step-000002.safetensors"
+    deadline = time.monotonic() + 120
+    while not drawing.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    first, _ = sorted(psutil.Process(process.pid).children(), key=lambda child: child.environ()["RANK"])
+    first.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert "stopped before the end, at a checkpoint" in output
+    assert "the first process of this run failed or was stopped" in output
+    assert (tmp_path / "lora_runs/small/checkpoints/step-000002").exists()
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_image_goes_to_one_process_with_its_position(count: int) -> None:
     batches = [[10, 11, 12], [13], [14, 15, 16, 17]]

@@ -25,6 +25,7 @@ from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.gradients import size_of
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.optimizers import lr_factor
 from sdxl_lora_core.runs import RunFolders
@@ -271,6 +272,22 @@ def test_a_disk_without_room_for_checkpoints_is_found_before_the_first_step(
     with pytest.raises(OSError, match="MB are free: make room or lower the rank"):
         run(on_step=steps.append)
     assert not [report for report in steps if report.phase == "training"]
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_the_room_asked_for_is_what_checkpoints_take(
+    init: Any, run: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[int] = []
+
+    def require_space(folder: Path, parameters: list[torch.Tensor], copies: int) -> None:
+        asked.append(copies * size_of(parameters))
+
+    monkeypatch.setattr(training_loop, "require_space", require_space)
+    run(replace(SMALL, init=init, steps=1))
+    (checkpoint,) = (tmp_path / "a/runs/small/checkpoints").iterdir()
+    files = [load_file(file) for file in checkpoint.glob("*.safetensors")]
+    assert asked == [pytest.approx(sum(size_of(list(tensors.values())) for tensors in files), rel=0.02)]
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded(
