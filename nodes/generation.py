@@ -8,6 +8,7 @@ from ..sdxl_lora_core.base_model import SDXLBase
 from ..sdxl_lora_core.config import (
     ATTENTIONS,
     CACHE_MODES,
+    LARGEST_SIDE,
     OFFLOADS,
     PROMPT_SYNTAXES,
     SAMPLERS,
@@ -67,10 +68,12 @@ class SDXLGenerateCached:
                     min=0.0, max=100.0, step=0.1,
                 ),
                 "width": widget(
-                    GenerateConfig, "width", "INT", "Width in pixels, a multiple of 8.", min=64, max=8192, step=8
+                    GenerateConfig, "width", "INT", "Width in pixels, a multiple of 8.",
+                    min=64, max=LARGEST_SIDE, step=8,
                 ),
                 "height": widget(
-                    GenerateConfig, "height", "INT", "Height in pixels, a multiple of 8.", min=64, max=8192, step=8
+                    GenerateConfig, "height", "INT", "Height in pixels, a multiple of 8.",
+                    min=64, max=LARGEST_SIDE, step=8,
                 ),
                 "count": widget(
                     GenerateConfig, "count", "INT", "Images for each prompt, with seeds that follow.", min=1, max=1024
@@ -159,4 +162,21 @@ def _advanced() -> dict[str, Widget]:
             "auto: ComfyUI decides.",
             advanced=True,
         ),
+        **{name: _micro_conditioning(name, tooltip) for name, tooltip in _MICRO_CONDITIONING.items()},
     }  # fmt: skip
+
+
+_MICRO_CONDITIONING = {
+    "original_width": "Pixels. SDXL is told that the picture was once this wide: a small number gives a soft or coarse "
+    "picture, a large one detail. 0: the image's own width.",
+    "original_height": "The same for the height.",
+    "crop_left": "Pixels. SDXL is told that so much was cut from the left: the subject moves out of the picture there. "
+    "0, its default, is a subject in the middle.",
+    "crop_top": "The same for the top.",
+    "target_width": "Pixels. SDXL is told that the picture was cut to this width. 0: the image's own.",
+    "target_height": "The same for the height.",
+}
+
+
+def _micro_conditioning(option: str, tooltip: str) -> Widget:
+    return widget(GenerateConfig, option, "INT", tooltip, min=0, max=LARGEST_SIDE, advanced=True)

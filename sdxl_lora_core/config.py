@@ -27,6 +27,10 @@ CACHE_MODES = get_args(CacheMode)
 PROMPT_SYNTAXES = get_args(PromptSyntax)
 ATTENTIONS = get_args(Attention)
 OFFLOADS = get_args(Offload)
+MICRO_CONDITIONING = (
+    "original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height",
+)  # fmt: skip
+LARGEST_SIDE = 8192  # pixels
 
 Config = TypeVar("Config", bound="DatasetConfig | TrainConfig | GenerateConfig")
 
@@ -87,7 +91,10 @@ class DatasetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """One request for images. width and height are pixels; guidance 1 turns classifier-free guidance off."""
+    """One request for images. width and height are pixels; guidance 1 turns classifier-free guidance off.
+
+    original_*, crop_* and target_* are SDXL's micro-conditioning in pixels; a size of 0 is the image's own.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -109,6 +116,12 @@ class GenerateConfig:
     vae_slicing: bool = False
     vae_tiling: bool = False
     offload: Offload = "auto"
+    original_width: int = 0
+    original_height: int = 0
+    crop_left: int = 0
+    crop_top: int = 0
+    target_width: int = 0
+    target_height: int = 0
 
     def __post_init__(self) -> None:
         _check_range(self, "seed", 0, 2**64 - 1)
@@ -117,11 +130,13 @@ class GenerateConfig:
         _check_range(self, "count", 1, 1024)
         _check_range(self, "batch_size", 1, 64)
         for side in ("width", "height"):
-            _check_range(self, side, 64, 8192)
+            _check_range(self, side, 64, LARGEST_SIDE)
             if getattr(self, side) % 8:
                 value = getattr(self, side)
                 near = round(value / 8) * 8
                 raise ValueError(f"{side} is {value}: give a multiple of 8, {near} for example")
+        for option in MICRO_CONDITIONING:
+            _check_range(self, option, 0, LARGEST_SIDE)
         _check_choice(self, "sampler", SAMPLERS)
         _check_choice(self, "scheduler", SCHEDULES)
         _check_choice(self, "cache", CACHE_MODES)

@@ -12,6 +12,7 @@ from . import base_model
 from .base_model import SDXLBase
 from .config import GenerateConfig
 from .image_cache import key_of
+from .micro_conditioning import is_own_size, micro_conditioning
 
 # Raised when a prompt syntax is read in another way, so that images made the old way are not found.
 PARSER_VERSIONS = {"plain": 1}
@@ -48,6 +49,7 @@ def image_settings(
         "vae_slicing": config.vae_slicing and config.batch_size > 1,
         "batch_size": config.batch_size,
         "libraries": {name: ".".join(version(name).split(".")[:2]) for name in KEYED_LIBRARIES},
+        **({} if is_own_size(config) else {"micro_conditioning": [list(pair) for pair in micro_conditioning(config)]}),
     }
 
 

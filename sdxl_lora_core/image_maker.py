@@ -18,6 +18,7 @@ from .config import GenerateConfig
 from .image_keys import attention_backend, scheduler_settings
 from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key
+from .micro_conditioning import micro_conditioning
 from .text_embeds import TextEmbeds
 
 VAE_SCALE = 8  # pixels to a latent cell
@@ -57,6 +58,7 @@ class ImageMaker:
             _slice_attention(unet, self.config.attention_slicing)
             return _pipeline(self.base, self.config, unet)(
                 **conditioning,
+                **micro_conditioning(self.config)._asdict(),
                 guidance_scale=self.config.guidance,
                 num_inference_steps=self.config.steps,
                 width=self.config.width,

@@ -53,6 +53,12 @@ MOVES_PIXELS: dict[str, dict[str, Any]] = {
     "attention": {"attention": "math"},
     "attention_slicing": {"attention_slicing": True},
     "vae_tiling": {"vae_tiling": True},
+    "original_width": {"original_width": 512},
+    "original_height": {"original_height": 512},
+    "crop_left": {"crop_left": 512},
+    "crop_top": {"crop_top": 512},
+    "target_width": {"target_width": 512},
+    "target_height": {"target_height": 512},
 }
 # prompt and seed enter by image; sampler and prompt_syntax have one value so far; vae_slicing counts in batches only
 KEYED_OTHERWISE = {"prompt", "seed", "sampler", "prompt_syntax", "vae_slicing"}
@@ -81,6 +87,22 @@ def test_option_that_moves_nothing_leaves_the_key(micro_base: SDXLBase, option: 
 
 def test_width_and_height_are_told_apart(micro_base: SDXLBase) -> None:
     assert key(micro_base, config(width=512)) != key(micro_base, config(height=512))
+
+
+def test_micro_conditioning_counts_by_what_the_model_is_told(micro_base: SDXLBase) -> None:
+    said = config(original_width=1024, original_height=1024, target_width=1024, target_height=1024)
+    assert key(micro_base, said) == key(micro_base)
+    options = ("original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height")
+    assert len({key(micro_base, config(**{option: 512})) for option in options}) == len(options)
+
+
+def test_keys_of_images_made_before_stay(micro_base: SDXLBase) -> None:
+    """An option that came later is not in the settings while it stands at its default."""
+    settings = image_settings(micro_base, config(), LORAS, torch.bfloat16, torch.device("cuda"))
+    assert set(settings) == {
+        "base", "loras", "negative_prompt", "guidance", "steps", "size", "sampler", "schedule", "prompt_syntax",
+        "dtype", "device", "attention", "attention_slicing", "vae_tiling", "vae_slicing", "batch_size", "libraries",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])

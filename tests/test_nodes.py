@@ -45,7 +45,7 @@ CONTRACT = {
     "SDXLGenerateCached": (
         "base prompt negative_prompt seed steps guidance width height count sampler scheduler cache",
         "lora_stack prompt_per_line prompt_syntax batch_size attention attention_slicing vae_slicing vae_tiling "
-        "offload",
+        "offload original_width original_height crop_left crop_top target_width target_height",
         "images:IMAGE info:STRING prompts:STRING",
     ),
     "CLIPScore": (
