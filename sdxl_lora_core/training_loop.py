@@ -149,6 +149,7 @@ class Loop:
         checkpoint.restore(self.weights, self.optimizer)
         self.state = checkpoint.state
         self.scaler.load_state_dict(checkpoint.scaler)
+        log.info("the training goes on from step %d", self.state.step)
         if checkpoint.path.parent == self.checkpoints.folder:
             self.saved_step = self.state.step
 

@@ -45,6 +45,12 @@ function dropProgress(node) {
   node.widgets.splice(node.widgets.indexOf(text), 1);
 }
 
+// Pictures take the room down to the node's lower edge, so widgets that come later would cover them.
+function putPicturesLast(node) {
+  const at = node.widgets?.findIndex((widget) => widget.name === "$$canvas-image-preview") ?? -1;
+  if (at >= 0 && at < node.widgets.length - 1) node.widgets.push(...node.widgets.splice(at, 1));
+}
+
 // ComfyUI shows a running node's text in a widget that it also saves; a saved graph holds the inputs' values alone.
 function saveInputsOnly(node) {
   const own = node.widgets?.length ?? 0;
@@ -61,9 +67,13 @@ app.registerExtension({
     if (!OURS.has(node.comfyClass)) return;
     hideAdvanced(node);
     saveInputsOnly(node);
-    const before = node.onExecuted;
+    const { onDrawBackground, onExecuted } = node;
+    node.onDrawBackground = function () {
+      onDrawBackground?.apply(this, arguments);
+      putPicturesLast(this);
+    };
     node.onExecuted = function (output) {
-      before?.apply(this, arguments);
+      onExecuted?.apply(this, arguments);
       dropProgress(this);
       if (output?.text) showText(this, output.text);
     };

@@ -101,7 +101,11 @@ def test_workflow_runs_from_the_page(
     page.evaluate("""() => { const view = window.app.canvas.ds; view.scale = 0.25; view.offset = [0, 100];
       window.app.canvas.setDirty(true, true); }""")  # pictures are loaded for nodes in sight
     for node_id, output in entry["outputs"].items():
-        shown = "([id, count]) => (window.app.graph.getNodeById(id).imgs?.length ?? 0) === count"
+        shown = """([id, count]) => {
+          const node = window.app.graph.getNodeById(id);
+          const covered = node.widgets?.slice(0, -1).some((widget) => widget.name === "$$canvas-image-preview");
+          return (node.imgs?.length ?? 0) === count && !covered;
+        }"""
         page.wait_for_function(shown, arg=[int(node_id), len(output.get("images", []))], timeout=30_000)
     texts = """() => window.app.graph._nodes
       .flatMap((node) => node.widgets ?? []).filter((widget) => widget.name === "sdxl_lora_text")
