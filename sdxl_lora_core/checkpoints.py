@@ -50,6 +50,8 @@ class LoopState:
     memory: str = ""  # why these two
     schedule_start: int = 0  # the step from which the learning rate's schedule counts
     continued_from: str | None = None  # the run that took the first steps
+    seconds: float = 0.0  # of training, samples and validation included, over all sessions
+    resumed: int = 0  # how often the run went on from a checkpoint
 
     def rewind(self, steps: int) -> None:
         """Forgets the last `steps`, none of which was taken."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -121,7 +120,6 @@ def _train_and_save(
     run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, fingerprint: str, folders: RunFolders,
     device: torch.device, on_step: OnStep, should_stop: Callable[[], bool], processes: Processes,
 ) -> None:  # fmt: skip
-    started = time.monotonic()
     computed, dtype = resolve_dtype(config.precision, device), _DTYPES[config.save_dtype]
     sampler = _sampler(run, base, dataset, config, folders)
 
@@ -150,7 +148,8 @@ def _train_and_save(
     report = make_report(run, base, dataset, config, trained)
     facts = {
         "fingerprint": fingerprint, "base": base.fingerprint, "dataset": dataset.fingerprint,
-        "epochs": report["epochs"], "seconds": round(time.monotonic() - started, 1), "device": str(device),
+        "epochs": report["epochs"], "seconds": round(trained.state.seconds, 1), "resumed": trained.state.resumed,
+        "device": str(device),
     }  # fmt: skip
     save_settings(run, base, dataset, config, facts)
     write_text_atomic(run.folder / "report.json", json.dumps(report, indent=2))

@@ -6,6 +6,7 @@ import errno
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -103,6 +104,7 @@ class Loop:
         self.gradients = Gradients(self.learner, data, config, self.scaler, processes)
         self.state = LoopState()
         self.saved_step = 0
+        self.counted = time.monotonic()  # until when state.seconds has been counted
         keeps_best = config.keep_best != "off"
         self.best = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters] if keeps_best else []
 
@@ -148,6 +150,7 @@ class Loop:
     def restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.restore(self.weights, self.optimizer)
         self.state = checkpoint.state
+        self.state.resumed += 1
         self.scaler.load_state_dict(checkpoint.scaler)
         log.info("the training goes on from step %d", self.state.step)
         if checkpoint.path.parent == self.checkpoints.folder:
@@ -215,6 +218,7 @@ class Loop:
             self.journal.open(self.state)
         kept = best_look(self.config, self.state.looks)
         self.journal.draw(self.state, kept, now=True)
+        self.count_seconds()
         if kept is None:
             return Trained(self.learned(), self.state, None, stopped and not self.is_over)
         for parameter, best in zip(self.parameters, self.best, strict=True):
@@ -237,6 +241,7 @@ class Loop:
         if not all(parameter.isfinite().all() for parameter in self.parameters):
             log.warning("no checkpoint at step %d: the LoRA holds values that are not finite", self.state.step)
             return
+        self.count_seconds()
         self.state.checkpoints.append(self.state.step)
         try:
             self.checkpoints.save(
@@ -247,6 +252,11 @@ class Loop:
         except OSError as error:
             self.state.checkpoints.pop()
             log.warning("no checkpoint at step %d: %s", self.state.step, error)
+
+    def count_seconds(self) -> None:
+        now = time.monotonic()
+        self.state.seconds += now - self.counted
+        self.counted = now
 
     def learned(self) -> LoRAFile:
         """What was learned, as it would be saved now."""

@@ -55,6 +55,22 @@ def test_a_run_cancelled_three_times_ends_with_the_same_bytes(run: Train, change
     assert told == {key: value for key, value in whole.report.items() if key != "memory"}
 
 
+def test_run_yaml_counts_all_sessions(run: Train, tmp_path: Path) -> None:
+    def facts(where: str) -> dict[str, Any]:
+        return yaml.safe_load((folder_of(tmp_path, where) / "run.yaml").read_text(encoding="utf-8"))["run"]
+
+    run()
+    assert facts("a")["resumed"] == 0 and facts("a")["seconds"] > 0
+    for step in (1, 3):
+        with pytest.raises(Cancelled):
+            run(where="b", on_step=cancel_at(step))
+    checkpoint = folder_of(tmp_path, "b") / "checkpoints/step-000003/state.json"
+    before = json.loads(checkpoint.read_text(encoding="utf-8"))["loop"]
+    assert before["resumed"] == 1 and before["seconds"] > 0
+    run(where="b")
+    assert facts("b")["resumed"] == 2 and facts("b")["seconds"] > before["seconds"] - 0.1
+
+
 def test_the_loss_scale_is_kept(run: Train, tmp_path: Path) -> None:
     config = replace(SMALL, precision="fp16", steps=2)
     run(config)
