@@ -82,20 +82,24 @@ class SDXLGenerateCached:
                 "scheduler": widget(GenerateConfig, "scheduler", SCHEDULES, "The noise levels, named as in KSampler."),
                 "cache": widget(
                     GenerateConfig, "cache", CACHE_MODES,
-                    "use: take images made before from disk. refresh: make and store them anew. off: neither.",
+                    "use: take images made before from disk. refresh: make and store them anew. off: neither. "
+                    "only: take them from disk, and fail where one is missing.",
                 ),
             },
             "optional": {
                 "lora_stack": ("LORA_STACK", {"tooltip": "LoRAs to apply, from Load LoRA or Train SDXL LoRA."}),
                 **_advanced(),
             },
+            "hidden": {"graph": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }  # fmt: skip
 
     @classmethod
     def IS_CHANGED(cls, cache: str | None = None, **settings: Any) -> str | float:
         return float("nan") if cache == "refresh" else ""
 
-    def generate(self, base: SDXLBase, lora_stack: Any = None, **settings: Any) -> dict[str, Any]:
+    def generate(
+        self, base: SDXLBase, lora_stack: Any = None, graph: Any = None, extra_pnginfo: Any = None, **settings: Any
+    ) -> dict[str, Any]:
         config = GenerateConfig(**settings)
         loras = [LoRARef(folders.find("lora", name), name, unet, text) for name, unet, text in read_stack(lora_stack)]
         cache = host.cache_folder()
@@ -103,12 +107,14 @@ class SDXLGenerateCached:
             images = generate(
                 base, config, loras,
                 parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
+                graph=host.metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
                 on_step=functools.partial(progress, phase="generating"),
             )  # fmt: skip
         pixels = [image.pixels for image in images]
         info = json.dumps([_facts(image) for image in images], indent=2)
         prompts = "\n".join(" ".join(image.prompt.split()) for image in images)
-        return show((to_image(pixels), info, prompts), _summary(images), pixels)
+        texts = [image.texts for image in images]
+        return show((to_image(pixels), info, prompts), _summary(images), pixels, texts)
 
 
 def _facts(image: GeneratedImage) -> dict[str, Any]:

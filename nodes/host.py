@@ -98,6 +98,12 @@ def add_embeddings_folder() -> None:
         comfy.add_model_folder_path("embeddings", str(output_folder() / "embeddings"))
 
 
+def metadata(graph: dict[str, Any]) -> dict[str, Any] | None:
+    """The graph, for files that say how they were made; None where the user started ComfyUI with --disable-metadata."""
+    options = getattr(_comfy("comfy.cli_args"), "args", None)
+    return None if getattr(options, "disable_metadata", False) else graph
+
+
 # Devices and memory
 
 

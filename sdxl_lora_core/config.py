@@ -15,7 +15,7 @@ from .train_config import Precision, TrainConfig
 
 Sampler = Literal["dpmpp_2m"]
 Schedule = Literal["karras", "normal"]
-CacheMode = Literal["use", "refresh", "off"]
+CacheMode = Literal["use", "refresh", "off", "only"]
 PromptSyntax = Literal["plain"]
 Attention = Literal["auto", "sdpa", "math"]
 Offload = Literal["auto", "none", "phase"]
@@ -27,6 +27,7 @@ CACHE_MODES = get_args(CacheMode)
 PROMPT_SYNTAXES = get_args(PromptSyntax)
 ATTENTIONS = get_args(Attention)
 OFFLOADS = get_args(Offload)
+CACHE_LIMIT_GB = 10.0  # of the image cache, where its own folder says nothing else
 MICRO_CONDITIONING = (
     "original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height",
 )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,16 +20,21 @@ from .config import GenerateConfig
 from .image_cache import ImageCache
 from .image_keys import KEYED_LIBRARIES, image_key, image_settings, is_guided
 from .image_maker import ImageMaker, offload_choice
+from .image_metadata import graph_texts, image_texts
 from .loaded_parts import LoadedParts
 from .lora_stack import LoRARef, open_stack
 from .text_embeds import TextEmbeds, TextPhase
 
 OnStep = Callable[[int, int], None]
+READERS = 4  # images read from the cache at a time; most of a reading is unpacking, which leaves Python to others
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """`pixels` are uint8 [H, W, 3]; `hit`: they were in the cache; `seconds` is what making or reading took."""
+    """`pixels` are uint8 [H, W, 3]; `hit`: they were in the cache; `seconds` is what making or reading took.
+
+    `texts` are the text chunks for a PNG of it, by keyword.
+    """
 
     pixels: np.ndarray
     prompt: str
@@ -36,6 +42,7 @@ class GeneratedImage:
     key: str
     hit: bool
     seconds: float
+    texts: Mapping[str, str]
 
 
 def generate(
@@ -47,6 +54,7 @@ def generate(
     cache_folder: Path | None,
     hash_memo: Path | None = None,
     prompt_cache: Path | None = None,
+    graph: Mapping[str, Any] | None = None,
     on_step: OnStep = lambda done, total: None,
 ) -> list[GeneratedImage]:
     """All images of the request: prompts outer, count inner, seeds seed ... seed + count - 1.
@@ -56,8 +64,11 @@ def generate(
     diffusers is not imported. Otherwise `on_step(done, total)` counts the denoising steps of the missing images. It
     may raise to cancel: the exception passes through, and every image finished before is in the cache.
 
+    `graph` is ComfyUI's `prompt` and `workflow`: PNGs then say how they were made (see image_metadata). A cached PNG
+    goes on saying how it was made first; `texts` of an image is always about this request.
+
     Raises FileNotFoundError or ValueError for a LoRA that is missing or does not fit, ValueError for an image that is
-    not finite.
+    not finite, or not in the cache where `config.cache` is "only".
     """
     stack = open_stack(loras, hash_memo)
     dtype = resolve_dtype(base.precision, parts.device)
@@ -69,11 +80,14 @@ def generate(
         cache=ImageCache(cache_folder) if cache_folder and config.cache != "off" else None,
         text_phase=TextPhase(base, stack, parts, dtype, offload_choice(config), prompt_cache),
         maker=ImageMaker(base, config, stack, parts, dtype),
+        texts=functools.partial(image_texts, base, config, stack, None if graph is None else graph_texts(graph)),
         on_step=on_step,
     )
     requests = _requests(config, settings)
     images = session.find(requests)
     missing = [request for request in dict.fromkeys(requests) if request.key not in images]
+    if missing and config.cache == "only":
+        raise ValueError(_not_cached(missing, len(images)))
     images |= session.make(missing)
     return [images[request.key] for request in requests]
 
@@ -99,18 +113,21 @@ class _Session:
     cache: ImageCache | None
     text_phase: TextPhase
     maker: ImageMaker
+    texts: Callable[[str, int], dict[str, str]]
     on_step: OnStep
 
     def find(self, requests: Sequence[_Request]) -> dict[str, GeneratedImage]:
         if self.cache is None or self.config.cache == "refresh":
             return {}
-        found = {}
-        for request in dict.fromkeys(requests):
-            start = time.perf_counter()
-            pixels = self.cache.load(request.key)
-            if pixels is not None:
-                found[request.key] = _image(request, pixels, True, time.perf_counter() - start)
-        return found
+        once = list(dict.fromkeys(requests))
+        with ThreadPoolExecutor(READERS) as readers:
+            found = readers.map(functools.partial(self._read, self.cache), once)
+            return {image.key: image for image in found if image}
+
+    def _read(self, cache: ImageCache, request: _Request) -> GeneratedImage | None:
+        start = time.perf_counter()
+        pixels = cache.load(request.key)
+        return None if pixels is None else self._image(request, pixels, True, time.perf_counter() - start)
 
     def make(self, missing: Sequence[_Request]) -> dict[str, GeneratedImage]:
         if not missing:
@@ -146,12 +163,11 @@ class _Session:
             lambda steps: report(steps * len(batch)),
         )
         seconds = (time.perf_counter() - start) / len(batch)
+        images = [self._image(*pair, False, seconds) for pair in zip(batch, made, strict=True)]
         if self.cache:
-            for request, pixels in zip(batch, made, strict=True):
-                self.cache.store(request.key, pixels, self._manifest(request))
-        return {
-            request.key: _image(request, pixels, False, seconds) for request, pixels in zip(batch, made, strict=True)
-        }
+            for image in images:
+                self.cache.store(image.key, image.pixels, self._manifest(image), image.texts)
+        return {image.key: image for image in images}
 
     def _texts(self, requests: Sequence[_Request]) -> list[str]:
         texts = [request.prompt for request in requests]
@@ -160,12 +176,21 @@ class _Session:
     def _report(self, before: int, total: int, steps: int) -> None:
         self.on_step(before + steps, total)
 
-    def _manifest(self, request: _Request) -> dict[str, Any]:
+    def _image(self, request: _Request, pixels: np.ndarray, hit: bool, seconds: float) -> GeneratedImage:
+        texts = self.texts(request.prompt, request.seed)
+        return GeneratedImage(pixels, request.prompt, request.seed, request.key, hit, seconds, texts)
+
+    def _manifest(self, image: GeneratedImage) -> dict[str, Any]:
         return {
-            "settings": {**self.settings, "prompt": request.prompt, "seed": request.seed},
+            "settings": {**self.settings, "prompt": image.prompt, "seed": image.seed},
             "versions": {name: version(name) for name in KEYED_LIBRARIES},
         }
 
 
-def _image(request: _Request, pixels: np.ndarray, hit: bool, seconds: float) -> GeneratedImage:
-    return GeneratedImage(pixels, request.prompt, request.seed, request.key, hit, seconds)
+def _not_cached(missing: Sequence[_Request], found: int) -> str:
+    names = "; ".join(f"{request.prompt!r} with seed {request.seed}" for request in missing[:3])
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return (
+        f"cache is 'only' and {len(missing)} of {len(missing) + found} images are not in the cache: {names}{more}; "
+        "set cache to 'use' to make them"
+    )

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from .files import canonical_json, json_sha256, write_atomic, write_text_atomic
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
+from . import cache_upkeep
+from .files import json_sha256
+from .image_entries import DAMAGE, SCHEMA, entry_folder, lock_of, mark_used, read_entry, release, write_entry
 
 log = logging.getLogger("sdxl_lora")
 
-SCHEMA = 1
-IMAGE, MANIFEST = "image.png", "manifest.json"
-COMPRESS_LEVEL = 1
 LOCK_SECONDS = 600.0
 POLL_SECONDS = 0.2
 CANNOT_WRITE = "the image cache cannot be written, so images are not kept: %s"
+CANNOT_COUNT = "the image cache cannot be counted, so it may outgrow its limit: %s"
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
@@ -36,7 +29,7 @@ def key_of(settings: Mapping[str, Any]) -> str:
 
 
 class ImageCache:
-    """A folder with one 8-bit PNG and one manifest for each key, `v1/<ab>/<key>/`. The manifest is the commit mark.
+    """A folder with an entry for each key, see image_entries. What was not used for longest goes at the size limit.
 
     A damaged entry counts as missing and is replaced by the next `store`. A disk that is full or read-only costs the
     cache, not the image. Either is said once for each ImageCache.
@@ -48,22 +41,31 @@ class ImageCache:
 
     def load(self, key: str) -> np.ndarray | None:
         """The pixels stored under `key` (uint8 [H, W, 3]), or None."""
+        folder = entry_folder(self.root, key)
         try:
-            return _read_entry(self._folder(key))
+            pixels = read_entry(folder)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             self._warn_once("read", "a cached image is damaged and will be made again (%s): %s", key[:12], error)
             return None
+        mark_used(folder)
+        return pixels
 
-    def store(self, key: str, pixels: np.ndarray, manifest: Mapping[str, Any]) -> np.ndarray:
-        """Keeps `pixels` (uint8 [H, W, 3]) under `key` and returns what a later `load` will return."""
-        png = _encode_png(pixels)
-        record = {**manifest, "schema": SCHEMA, "key": key, **_checksum(png)}
+    def store(
+        self, key: str, pixels: np.ndarray, manifest: Mapping[str, Any], texts: Mapping[str, str] | None = None
+    ) -> np.ndarray:
+        """Keeps `pixels` (uint8 [H, W, 3]) under `key`, `texts` as text chunks of the PNG beside them, and returns what
+        a later `load` will return."""
         try:
-            self._write(self._folder(key), png, canonical_json(record))
+            written = write_entry(entry_folder(self.root, key), pixels, manifest, texts or {})
         except OSError as error:
             self._warn_once("write", CANNOT_WRITE, error)
+            return pixels
+        try:
+            cache_upkeep.count_in(self.root, written)
+        except (OSError, NotImplementedError) as error:
+            self._warn_once("count", CANNOT_COUNT, error)
         return pixels
 
     @contextmanager
@@ -78,19 +80,10 @@ class ImageCache:
                 self._lock(held, key, waiting)
             yield
 
-    def _folder(self, key: str) -> Path:
-        return self.root / f"v{SCHEMA}" / key[:2] / key
-
-    def _write(self, folder: Path, png: bytes, manifest: str) -> None:
-        for left_by_a_kill in folder.glob(".*.tmp"):
-            left_by_a_kill.unlink(missing_ok=True)
-        write_atomic(folder / IMAGE, lambda temporary: temporary.write_bytes(png))
-        write_text_atomic(folder / MANIFEST, manifest)
-
     def _lock(self, held: ExitStack, key: str, waiting: Callable[[], object]) -> None:
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
-        lock = FileLock(self._folder(key).with_suffix(".lock"))
+        lock = lock_of(entry_folder(self.root, key))
         deadline = time.monotonic() + LOCK_SECONDS
         while time.monotonic() < deadline:
             try:
@@ -101,7 +94,7 @@ class ImageCache:
             except (OSError, NotImplementedError) as error:
                 return self._warn_once("write", CANNOT_WRITE, error)
             else:
-                held.callback(_release, lock)
+                held.callback(release, lock)
                 return None
         return self._warn_once("lock", "waited %.0f s for another process and go on without it", LOCK_SECONDS)
 
@@ -109,30 +102,3 @@ class ImageCache:
         if kind not in self._warned:
             self._warned.add(kind)
             log.warning(message, *details)
-
-
-def _release(lock: BaseFileLock) -> None:
-    # Removed while still held: who waits opens the name anew at each try. Windows refuses, and removes it on release.
-    with suppress(OSError):
-        Path(lock.lock_file).unlink()
-    lock.release()
-
-
-def _encode_png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=COMPRESS_LEVEL)
-    return buffer.getvalue()
-
-
-def _checksum(png: bytes) -> dict[str, Any]:
-    return {"size": len(png), "sha256": hashlib.sha256(png).hexdigest()}
-
-
-def _read_entry(folder: Path) -> np.ndarray:
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    png = (folder / IMAGE).read_bytes()
-    found = _checksum(png)
-    wanted = {name: manifest[name] for name in found}
-    if found != wanted or manifest["key"] != folder.name:
-        raise ValueError("the image is not the one in its manifest")
-    return np.array(Image.open(io.BytesIO(png)))

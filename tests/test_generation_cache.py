@@ -80,6 +80,19 @@ def test_off_neither_reads_nor_writes(micro_base: SDXLBase, images_folder: Path)
     assert not images_folder.exists()
 
 
+def test_only_takes_what_is_there_and_names_what_is_not(micro_base: SDXLBase, images_folder: Path) -> None:
+    made = draw(micro_base, settings(seed=6), cache_folder=images_folder)
+    parts = WatchedParts()
+    found = draw(micro_base, settings(seed=6, cache="only"), parts=parts, cache_folder=images_folder)
+    assert hits(found) == [True] and np.array_equal(found[0].pixels, made[0].pixels)
+    message = "3 of 4 images are not in the cache: 'a red circle' with seed 5; .*seed 7; .*seed 8; set cache to 'use'"
+    with pytest.raises(ValueError, match=message):
+        draw(micro_base, settings(count=4, cache="only"), parts=parts, cache_folder=images_folder)
+    with pytest.raises(ValueError, match="'only' and 5 of 5 .*seed 7 and 2 more;"):
+        draw(micro_base, settings(count=5, cache="only"), parts=parts, cache_folder=None)
+    assert parts.taken_events() == []
+
+
 def test_damaged_entry_heals(micro_base: SDXLBase, images_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = draw(micro_base, settings(), cache_folder=images_folder)
     png = next(images_folder.rglob("image.png"))
@@ -140,7 +153,7 @@ def test_cache_holds_no_path(micro_base: SDXLBase, images_folder: Path, lora: Lo
     draw(micro_base, settings(), [lora], cache_folder=images_folder)
     files = [file for file in images_folder.rglob("*") if file.is_file()]
     stored = b"".join(file.read_bytes() for file in files)
-    assert len(files) == 2
+    assert {file.name for file in files} == {"image.png", "manifest.json", "size.txt"}
     for secret in (micro_base.path, lora.path, images_folder, Path.home()):
         assert str(secret).encode() not in stored
     manifest = json.loads(next(images_folder.rglob("manifest.json")).read_text())

@@ -286,4 +286,4 @@ def test_threads_that_want_the_same_images_in_another_order_do_not_block(cache: 
 def test_locks_leave_no_files(cache: ImageCache, pixels: np.ndarray) -> None:
     with cache.locked([KEY, OTHER]):
         cache.store(KEY, pixels, {})
-    assert {file.name for file in cache.root.rglob("*") if file.is_file()} == {"image.png", "manifest.json"}
+    assert {file.name for file in cache.root.rglob("*") if file.is_file()} == {"image.png", "manifest.json", "size.txt"}

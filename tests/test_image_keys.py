@@ -64,7 +64,7 @@ MOVES_PIXELS: dict[str, dict[str, Any]] = {
 KEYED_OTHERWISE = {"prompt", "seed", "sampler", "prompt_syntax", "vae_slicing"}
 MOVES_NOTHING: dict[str, dict[str, Any]] = {
     "count": {"count": 4},
-    "cache": {"cache": "refresh"},
+    "cache": {"cache": "only"},
     "prompt_per_line": {"prompt_per_line": True},
     "offload": {"offload": "phase"},
 }

@@ -271,6 +271,28 @@ def test_previews_are_written_once_by_content(home: Path) -> None:
     assert np.array_equal(np.asarray(written), pixels)
 
 
+def test_a_preview_carries_the_graph_that_shows_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (base, _) = NODES["LoadSDXLBase"]().load("tiny-sdxl (bundled)", "fp32")["result"]
+    node = NODES["SDXLGenerateCached"]
+    assert node.INPUT_TYPES()["hidden"] == {"graph": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
+    widgets = list(node.INPUT_TYPES()["required"].items())[1:]
+    request = {name: options["default"] for name, (_, options) in widgets}
+    request |= {"prompt": "small", "width": 64, "height": 64, "steps": 1}
+
+    def shown(**hidden: Any) -> dict[str, Any]:
+        preview = node().generate(base=base, **request, **hidden)["ui"]["images"][0]
+        with Image.open(home / "temp" / preview["subfolder"] / preview["filename"]) as image:
+            return dict(image.info)
+
+    first = shown(graph={"1": {}}, extra_pnginfo={"workflow": {"nodes": [1]}})
+    second = shown(graph={"1": {}}, extra_pnginfo={"workflow": {"nodes": [2]}})  # the same image, from the cache
+    assert [json.loads(info["workflow"])["nodes"] for info in (first, second)] == [[1], [2]]
+    assert first["parameters"].startswith("small\nSteps: 1, ") and json.loads(first["prompt"]) == {"1": {}}
+    options = SimpleNamespace(args=SimpleNamespace(disable_metadata=True))
+    monkeypatch.setattr(host, "_comfy", {"comfy.cli_args": options}.get)
+    assert host.metadata({"prompt": {"1": {}}}) is None
+
+
 class FakeComfy:
     """The parts of ComfyUI's memory management that ComfyParts talks to."""
 

@@ -1,0 +1,140 @@
+"""One generated image on disk: a folder with an 8-bit PNG and a manifest, which is written last: the commit mark."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from .files import canonical_json, write_atomic, write_text_atomic
+from .image_metadata import png_info
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+SCHEMA = 1
+IMAGE, MANIFEST = "image.png", "manifest.json"
+COMPRESS_LEVEL = 1
+DAMAGE = (OSError, ValueError, KeyError, TypeError)
+_SHELF, _KEY = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry's folder, the bytes of its files, and when it was last used (seconds since 1970; 0: no manifest)."""
+
+    folder: Path
+    size: int
+    used: float
+
+
+def entry_folder(root: Path, key: str) -> Path:
+    return root / f"v{SCHEMA}" / key[:2] / key
+
+
+def write_entry(folder: Path, pixels: np.ndarray, manifest: Mapping[str, Any], texts: Mapping[str, str]) -> int:
+    """Keeps uint8 [H, W, 3], with `texts` in the PNG. Returns the bytes written. Raises OSError."""
+    for left_by_a_kill in folder.glob(".*.tmp"):
+        left_by_a_kill.unlink(missing_ok=True)
+    png = _encode_png(pixels, texts)
+    record = canonical_json({**manifest, "schema": SCHEMA, "key": folder.name, **_checksum(png)})
+    write_atomic(folder / IMAGE, lambda temporary: temporary.write_bytes(png))
+    write_text_atomic(folder / MANIFEST, record)
+    return len(png) + len(record)
+
+
+def read_entry(folder: Path) -> np.ndarray:
+    """The pixels, uint8 [H, W, 3]. Raises FileNotFoundError where nothing is, and one of DAMAGE for a damaged entry."""
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    png = (folder / IMAGE).read_bytes()
+    found = _checksum(png)
+    wanted = {name: manifest[name] for name in found}
+    if found != wanted or manifest["key"] != folder.name:
+        raise ValueError("the image is not the one in its manifest")
+    return np.array(Image.open(io.BytesIO(png)))
+
+
+def mark_used(folder: Path) -> None:
+    with suppress(OSError):  # on a disk that takes no writes it keeps the older time
+        os.utime(folder / MANIFEST)
+
+
+def entries(root: Path) -> Iterator[Entry]:
+    """Whatever lies under a key, in no order. Links and other names are passed over."""
+    for folder in (folder for shelf in shelves(root) for folder in _subfolders(shelf, _KEY)):
+        with suppress(FileNotFoundError):  # another process removed it meanwhile
+            files = {file.name: file.stat(follow_symlinks=False) for file in os.scandir(folder)}
+            used = files[MANIFEST].st_mtime if MANIFEST in files else 0.0
+            yield Entry(folder, sum(file.st_size for file in files.values()), used)
+
+
+def remove_entry(folder: Path) -> None:
+    """The manifest goes first: what an interruption leaves is no entry."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for file in folder.iterdir():
+        file.unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def lock_of(folder: Path) -> BaseFileLock:
+    """Held by whoever makes or removes the entry."""
+    from filelock import FileLock
+
+    return FileLock(folder.with_suffix(".lock"))
+
+
+def release(lock: BaseFileLock) -> None:
+    # Removed while still held: who waits opens the name anew at each try. Windows refuses, and removes it on release.
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
+
+
+@contextmanager
+def held(folder: Path, seconds: float = 0.0) -> Iterator[bool]:
+    """Whether nobody else holds the entry, or lets go of it in time; then it is held within the block."""
+    from filelock import Timeout
+
+    lock = lock_of(folder)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        release(lock)
+
+
+def shelves(root: Path) -> list[Path]:
+    """The folders that hold entries, by the first two digits of the key."""
+    return _subfolders(root / f"v{SCHEMA}", _SHELF)
+
+
+def _subfolders(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    try:
+        found = list(os.scandir(folder))
+    except FileNotFoundError:
+        return []
+    return [Path(item.path) for item in found if name.fullmatch(item.name) and item.is_dir(follow_symlinks=False)]
+
+
+def _encode_png(pixels: np.ndarray, texts: Mapping[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=COMPRESS_LEVEL, pnginfo=png_info(texts))
+    return buffer.getvalue()
+
+
+def _checksum(png: bytes) -> dict[str, Any]:
+    return {"size": len(png), "sha256": hashlib.sha256(png).hexdigest()}

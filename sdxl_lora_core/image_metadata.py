@@ -1,0 +1,127 @@
+"""What a generated PNG says of itself: how it was made, for people and for sites, and that a model made it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL.PngImagePlugin import PngInfo
+
+if TYPE_CHECKING:
+    from .base_model import SDXLBase
+    from .config import GenerateConfig
+    from .lora_stack import StackEntry
+
+XMP = "XML:com.adobe.xmp"  # the keyword under which readers of PNG look for it
+# IPTC's mark: https://cv.iptc.org/newscodes/digitalsourcetype/
+AI_GENERATED = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+    'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"><Iptc4xmpExt:DigitalSourceType>'
+    "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    '</Iptc4xmpExt:DigitalSourceType></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+)
+LONGEST_TEXT = 1 << 20  # characters; longer texts are left out, so that every reader opens the image
+_SHORT_HASH = 10  # what Civitai and A1111 call AutoV2: the first digits of the file's SHA-256
+_SAMPLERS = {
+    "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m_sde": "DPM++ 3M SDE", "dpmpp_sde": "DPM++ SDE",
+    "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "unipc": "UniPC", "ddim": "DDIM", "ddpm": "DDPM",
+    "pndm": "PLMS", "lcm": "LCM", "tcd": "TCD",
+}  # fmt: skip
+_SCHEDULES = {"sgm_uniform": "SGM Uniform"}
+
+
+def png_info(texts: Mapping[str, str]) -> PngInfo:
+    """The texts as chunks of a PNG."""
+    info = PngInfo()
+    for keyword, text in texts.items():
+        info.add_itxt(keyword, text) if keyword == XMP else info.add_text(keyword, text)
+    return info
+
+
+def graph_texts(graph: Mapping[str, Any]) -> dict[str, str]:
+    """ComfyUI's `prompt` and `workflow` as it writes them itself, but without local paths."""
+    texts = {name: json.dumps(without_paths(value)) for name, value in graph.items() if value}
+    return {name: text for name, text in texts.items() if len(text) <= LONGEST_TEXT}
+
+
+def image_texts(
+    base: SDXLBase,
+    config: GenerateConfig,
+    stack: Sequence[StackEntry],
+    graph: Mapping[str, str] | None,
+    prompt: str,
+    seed: int,
+) -> dict[str, str]:
+    """The texts of one image by keyword: the mark and, with a `graph` (see graph_texts), how it was made."""
+    if graph is None:
+        return {XMP: AI_GENERATED}
+    return {"parameters": parameters(base, config, stack, prompt, seed), **graph, XMP: AI_GENERATED}
+
+
+def parameters(base: SDXLBase, config: GenerateConfig, stack: Sequence[StackEntry], prompt: str, seed: int) -> str:
+    """The form that A1111 writes and Civitai reads, with the hashes by which they find the model and the LoRAs."""
+    loras = {_plain_name(entry.ref.name): entry for entry in stack}
+    tags = [f"<lora:{name}:{_strengths(entry)}>" for name, entry in loras.items()]
+    lines = [" ".join([prompt, *tags])]
+    if config.negative_prompt:
+        lines.append(f"Negative prompt: {config.negative_prompt}")
+    hashes = {f"lora:{name}": entry.sha256[:_SHORT_HASH] for name, entry in loras.items()}
+    if base.layout == "single_file":  # a folder has no hash that others would know
+        hashes = {"model": dict(base.part_hashes)["unet"][:_SHORT_HASH], **hashes}
+    facts = {
+        "Steps": config.steps,
+        "Sampler": _SAMPLERS.get(config.sampler, config.sampler),
+        "Schedule type": _SCHEDULES.get(config.scheduler, config.scheduler.title()),
+        "CFG scale": f"{config.guidance:g}",
+        "Seed": seed,
+        "Size": f"{config.width}x{config.height}",
+        **({"Model hash": hashes["model"]} if "model" in hashes else {}),
+        "Model": _quoted(_plain_name(base.name)),
+        **({"Hashes": json.dumps(hashes)} if hashes else {}),
+    }
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
+
+
+def without_paths(value: Any) -> Any:
+    """The value with only the last name of each path that says where something lies on this machine.
+
+    Relative paths stay: they name a model or an image within ComfyUI's folders.
+    """
+    if isinstance(value, str):
+        return "\n".join(map(_without_paths, value.split("\n")))
+    if isinstance(value, Mapping):
+        return {name: without_paths(inner) for name, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [without_paths(inner) for inner in value]
+    return value
+
+
+_ROOT = r"(?:file://|~[\\/]|[A-Za-z]:[\\/]|\\\\|/(?=[^\s/\\]))"
+_WHOLE = re.compile(rf'\s*["\']?{_ROOT}.*')
+_WITHIN = re.compile(rf"(?<![\w.:/\\~-]){_ROOT}(?:[^\s\\/\"'<>|]+[\\/])+")
+_LONGEST_PATH = 4096  # longer lines are data, an image in base64 for one
+
+
+def _without_paths(line: str) -> str:
+    if len(line) > _LONGEST_PATH:
+        return line
+    if _WHOLE.fullmatch(line):
+        return re.split(r"[\\/]", line.rstrip("\\/\"' "))[-1]
+    return _WITHIN.sub("", line)
+
+
+def _plain_name(name: str) -> str:
+    return re.split(r"[\\/]", name)[-1].removesuffix(".safetensors").removesuffix(".sft")
+
+
+def _strengths(entry: StackEntry) -> str:
+    """One number for both, or the text encoders' and the UNet's."""
+    model, clip = entry.ref.strength_model, entry.ref.strength_clip
+    return f"{model:g}" if model == clip else f"{clip:g}:{model:g}"
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
