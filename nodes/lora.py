@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.lora_files import describe_lora
+from ..sdxl_lora_core.lora_info import describe_lora
 from . import folders
 from .previews import show
 from .wires import CATEGORY, StackEntry, read_stack

@@ -21,7 +21,7 @@ from .base_model import SDXLBase, describe_base, open_base
 from .config import DatasetConfig, TrainConfig, from_mapping
 from .dataset import CaptionDataset, describe, load_caption_dataset, with_validation
 from .interruption import Interruption, Left
-from .lora_files import describe_lora
+from .lora_info import describe_lora
 from .processes import FirstFailed
 from .progress import StepReport
 from .runs import RunFolders

@@ -9,6 +9,8 @@
 | diffusers of 2023            | unet.down_blocks...attn1.processor.to_q_lora.down.weight, .lora.down.weight |
 | ComfyUI                      | diffusion_model.input_blocks.4.1...attn1.to_q.lora_down.weight             |
 | LyCORIS                      | lora_unet_input_blocks_4_1_..._attn1_to_q.hada_w1_a, .lokr_w1, .alpha      |
+| whole changes, norms, biases | lora_unet_..._norm1.diff and .diff_b, or LyCORIS' .w_norm and .b_norm      |
+| peft with lora_bias          | unet....to_out.0.lora_B.bias                                               |
 | OneTrainer, of new tokens    | bundle_emb.NAME.clip_l, bundle_emb.NAME.clip_g                             |
 
 The text encoders are lora_te1_/lora_te2_, text_encoder./text_encoder_2. or text_encoders.clip_l./clip_g.transformer.
@@ -25,15 +27,20 @@ from typing import Any, NamedTuple
 from .base_parts import Part
 from .lora_names import diffusers_block_name, dotted
 
-Role = str  # down, mid, up, alpha, dora_scale, magnitude, or LyCORIS' own name of a factor: hada_w1_a, lokr_w2, ...
+# down, mid, up, up_bias, alpha, dora_scale, magnitude, diff (of the weight), diff_b (of the bias), or LyCORIS' own name
+# of a factor: hada_w1_a, lokr_w2, ...
+Role = str
 SETTINGS_KEY = "lora_adapter_metadata"  # diffusers keeps peft's settings under it, as JSON
 
 _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?[._]down(?:\.weight)?$"), "down"),
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?[._]up(?:\.weight)?$"), "up"),
     (re.compile(r"\.lora_mid\.weight$"), "mid"),
+    (re.compile(r"\.lora_(?:B|up)(?:\.\w+)?\.bias$"), "up_bias"),
     (re.compile(r"\.lora_A(?:\.(?!weight$)\w+)?(?:\.weight)?$"), "down"),
     (re.compile(r"\.lora_B(?:\.(?!weight$)\w+)?(?:\.weight)?$"), "up"),
+    (re.compile(r"\.(?:diff|w_norm)$"), "diff"),
+    (re.compile(r"\.(?:diff_b|b_norm)$"), "diff_b"),
     (re.compile(r"\.alpha$"), "alpha"),
     (re.compile(r"\.dora_scale$"), "dora_scale"),
     (re.compile(r"\.lora_magnitude_vector(?:\.\w+)*$"), "magnitude"),
@@ -56,8 +63,11 @@ ENCODER_KEYS: Mapping[Part, str] = {"text_encoder": "clip_l", "text_encoder_2": 
 _ENCODERS: Mapping[str, Part] = {key: part for part, key in ENCODER_KEYS.items()}
 _BUNDLED = re.compile(rf"bundle_emb\.(.+)\.({'|'.join(_ENCODERS)})")
 _PEFT_WRAPPER = "base_model.model."
-_DIFFUSERS_UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)(\.|$)")
+_DIFFUSERS_UNET = re.compile(
+    r"(down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)(\.|$)"
+)
 _TEXT_MODULE = re.compile(r"text_model\.|text_projection$")
+_BARE_TEXT_MODULE = re.compile(r"(encoder|embeddings|final_layer_norm)(\.|$)")
 
 
 class Place(NamedTuple):
@@ -113,13 +123,26 @@ def peft_alpha(settings: Mapping[str, Any], place: Place, rank: int) -> float:
 
     `settings` are those of one adapter, or of several with the part's name before each key, as diffusers writes them.
     """
-    part = f"{place.part}."
-    own = {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)} or settings
-    alpha = own.get("lora_alpha") or rank
-    for pattern, value in (own.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", place.module):
-            alpha = value
+    own = _of_part(settings, place)
+    alpha = own.get("lora_alpha") or own.get("alpha") or rank  # the second is what peft's LoHa and LoKr call it
+    alpha = _by_pattern(own.get("alpha_pattern"), place, alpha)
     return float(alpha) * (math.sqrt(rank) if own.get("use_rslora") else 1.0)
+
+
+def peft_rank(settings: Mapping[str, Any], place: Place) -> int | None:
+    """The rank that peft's settings give a module, for the one kind whose tensors may not show it: LoKr."""
+    own = _of_part(settings, place)
+    return _by_pattern(own.get("rank_pattern"), place, own.get("r"))
+
+
+def _of_part(settings: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
+    part = f"{place.part}."
+    return {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)} or settings
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, place: Place, otherwise: Any) -> Any:
+    fitting = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", place.module))
+    return next(fitting, otherwise)
 
 
 def peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -139,6 +162,6 @@ def _unet_module(path: str) -> str | None:
 
 
 def _text_module(path: str) -> str | None:
-    if path.startswith("encoder."):  # transformers from 5.6 on has no text_model around it
+    if _BARE_TEXT_MODULE.match(path):  # transformers from 5.6 on has no text_model around it
         path = f"text_model.{path}"
     return path if _TEXT_MODULE.match(path) else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .lora_modules import AdapterModule, LoRAModule, row_lengths
 
 Modules = Mapping[str, AdapterModule]
+_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def merge_into(module: nn.Module, modules: Modules, strength: float) -> MergeRep
 def merge_stack(module: nn.Module, stack: Sequence[tuple[Modules, float]]) -> MergeReport:
     """W + strength * scale * change for each LoRA in turn, in fp32, in place, each weight rounded once.
 
-    `module` is the part whose paths name the LoRA's modules. Linear and Conv2d can be changed.
+    `module` is the part whose paths name the LoRA's modules; a path that ends in `.bias` is a bias.
     Raises ValueError naming the module whose shape does not fit; then nothing was changed.
     """
     names = list(dict.fromkeys(name for modules, _ in stack for name in modules))
@@ -51,13 +52,14 @@ def merge_stack(module: nn.Module, stack: Sequence[tuple[Modules, float]]) -> Me
 
 def _weight_of(module: nn.Module, name: str) -> Tensor | None:
     """CLIP's text model lies within `text_model` or, from transformers 5.6 on, is the part itself."""
-    for path in (name, name.removeprefix("text_model.")):
+    path, leaf = (name.removesuffix(".bias"), "bias") if name.endswith(".bias") else (name, "weight")
+    for own in (path, path.removeprefix("text_model.")):
         try:
-            found = module.get_submodule(path)
+            found = module.get_submodule(own)
         except AttributeError:
             continue
-        if isinstance(found, (nn.Linear, nn.Conv2d)):
-            return found.weight
+        if isinstance(found, _LAYERS):
+            return getattr(found, leaf, None)
     return None
 
 

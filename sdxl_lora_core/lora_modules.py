@@ -1,4 +1,4 @@
-"""What an adapter is in memory: the factors of one weight's change, in the three forms that files hold.
+"""What an adapter is in memory: the factors of one weight's change, in the four forms that files hold.
 
 All change a weight W [out, in, ...] to V = W + scale * change(). A DoRA, Liu et al., arXiv 2402.09353, then brings V
 to other lengths, and files tell them in two ways:
@@ -11,11 +11,14 @@ to other lengths, and files tell them in two ways:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from .base_parts import Part
+from .new_tokens import Vectors
 
 LOHA_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -127,7 +130,54 @@ class LoKrModule:
         return torch.kron(*(_product(self.factors, "lokr", number, device) for number in "12"))
 
 
-AdapterModule = LoRAModule | LoHaModule | LoKrModule
+@dataclass(frozen=True, eq=False)
+class DiffModule:
+    """The change itself: of a norm, a bias, or a weight that was trained whole."""
+
+    kind: ClassVar[str] = "whole change"
+    diff: Tensor
+    alpha: float = 1.0
+
+    rank: ClassVar[int] = 0
+    dora_scale: ClassVar[None] = None
+
+    @property
+    def scale(self) -> float:
+        return self.alpha
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.diff.shape)
+
+    @property
+    def factors(self) -> Mapping[str, Tensor]:
+        return {"diff": self.diff}
+
+    def change(self, device: torch.device) -> Tensor:
+        """float32, without the scale."""
+        return _moved(self.diff, device)
+
+
+AdapterModule = LoRAModule | LoHaModule | LoKrModule | DiffModule
+
+
+@dataclass
+class LoRAFile:
+    """What a file holds: changes by the path of the weight's module, or of the bias (`....bias`).
+
+    `tokens` are new words with their vectors. Of `found` tensors those in `unknown` are nothing of SDXL's.
+    """
+
+    unet: dict[str, AdapterModule] = field(default_factory=dict)
+    text_encoder: dict[str, AdapterModule] = field(default_factory=dict)
+    text_encoder_2: dict[str, AdapterModule] = field(default_factory=dict)
+    tokens: dict[str, Vectors] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    found: int = 0
+
+    def parts(self) -> dict[Part, dict[str, AdapterModule]]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
 
 
 def with_dora_scale(module: LoRAModule, weight: Tensor) -> LoRAModule:

@@ -46,7 +46,8 @@ _COMPOUNDS = (
     "skip_connection", "down_blocks", "mid_block", "up_blocks", "time_embedding", "add_embedding", "linear_1",
     "linear_2", "conv_in", "conv_out", "conv_norm_out", "conv_shortcut", "time_emb_proj", "transformer_blocks",
     "proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out", "text_model", "self_attn", "q_proj", "k_proj", "v_proj",
-    "out_proj", "text_projection", "token_embedding", "position_embedding",
+    "out_proj", "text_projection", "token_embedding", "position_embedding", "layer_norm1", "layer_norm2",
+    "final_layer_norm",
 )  # fmt: skip
 _SPLIT_COMPOUND = re.compile(
     r"(?:^|(?<=\.))(" + "|".join(re.escape(word.replace("_", ".")) for word in _COMPOUNDS) + r")(?=\.|$)"

@@ -11,7 +11,9 @@ TEXT = "conditioner.embedders.0.transformer."
 TEXT_2 = "conditioner.embedders.1.model."
 VAE = "first_stage_model."
 
-_ADAPTER = re.compile(r"[._](lora_|lora\.|hada_|lokr_|oft_)|\.(alpha|dora_scale|diff|diff_b)$|^bundle_emb\.")
+_ADAPTER = re.compile(
+    r"[._](lora_|lora\.|hada_|lokr_|oft_)|\.(alpha|dora_scale|diff|diff_b|w_norm|b_norm)$|^bundle_emb\."
+)
 
 # The first rule whose prefixes all occur names the file.
 _CHECKPOINTS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -72,6 +74,8 @@ def foreign_adapter(header: WeightsHeader) -> str | None:
     widths = {shape[1] for shape in inputs if len(shape) > 1}
     if 1024 in widths:
         return "a Stable Diffusion 2.x LoRA"
+    if 1280 in widths:
+        return "an SDXL refiner LoRA"
     old_text_encoder = any(name.startswith("lora_te_") for name in header.shapes)
     if 768 in widths or old_text_encoder or any(_OUTER_ATTENTION.search(name) for name in header.shapes):
         return "a Stable Diffusion 1.x LoRA"

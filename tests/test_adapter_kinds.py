@@ -14,7 +14,8 @@ from sdxl_lora_core import base_model
 from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import TrainConfig
-from sdxl_lora_core.lora_files import LoRAFile, describe_lora, merge_into, peft_state_dict, read_lora, write_lora
+from sdxl_lora_core.lora_files import LoRAFile, merge_into, peft_state_dict, read_lora, write_lora
+from sdxl_lora_core.lora_info import describe_lora
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, lora_bytes
 
 KERNELS = {"target_modules": "all-linear+conv"}

@@ -24,7 +24,6 @@ from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.lora_files import (
     LoRAFile,
     LoRAModule,
-    describe_lora,
     kohya_state_dict,
     lora_metadata,
     merge_into,
@@ -34,6 +33,7 @@ from sdxl_lora_core.lora_files import (
     trigger_words,
     write_lora,
 )
+from sdxl_lora_core.lora_info import describe_lora
 from sdxl_lora_core.lora_names import sai_block_name
 from tests.micro_loras import (
     ATTENTION,
@@ -180,7 +180,7 @@ def test_shapes_are_brought_to_the_modules_own(tmp_path: Path) -> None:
 def test_what_is_not_low_rank_is_named(lora: LoRAFile, tmp_path: Path) -> None:
     extra = {
         "lora_unet_input_blocks_4_1_proj_in.hada_w1_a": torch.ones(2, 2),
-        "lora_unet_out_2.diff": torch.ones(2, 2),
+        "lora_unet_out_2.set_weight": torch.ones(2, 2),
         "lora_unet_nowhere.lora_down.weight": torch.ones(2, 2),
         "lora_unet_input_blocks_5_1_proj_in.lora_down.weight": torch.ones(2, 2),
     }
@@ -188,12 +188,15 @@ def test_what_is_not_low_rank_is_named(lora: LoRAFile, tmp_path: Path) -> None:
     read = read_lora(tmp_path / "x.safetensors")
     assert read.unknown == (
         "lora_unet_nowhere.lora_down.weight",
-        "lora_unet_out_2.diff",
+        "lora_unet_out_2.set_weight",
         "unet.down_blocks.1.attentions.0.proj_in (hada_w1_a alone)",
         "unet.down_blocks.1.attentions.1.proj_in (down alone)",
     )
     assert same_effect(read.unet, lora.unet)
-    assert "4 keys are not understood" in describe_lora(tmp_path / "x.safetensors")
+    told = describe_lora(tmp_path / "x.safetensors")
+    found = 3 * (len(lora.unet) + len(lora.text_encoder) + len(lora.text_encoder_2)) + 4
+    assert f"{found - 4} of {found} keys are applied" in told
+    assert "4 keys are not understood: lora_unet_nowhere.lora_down.weight" in told
 
 
 # ------------------------------------------------------------------ refusals
@@ -215,6 +218,7 @@ ATTN2 = "transformer_blocks_0_attn2_to_k"
         (low_rank("lora_te_text_model_encoder_layers_0_mlp_fc1"), "a Stable Diffusion 1.x LoRA"),
         (low_rank("unet.up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q"), "a Stable Diffusion 1.x LoRA"),
         (low_rank("lora_unet_mid_block_attentions_0_" + ATTN2, 1024), "a Stable Diffusion 2.x LoRA"),
+        (low_rank("lora_unet_middle_block_1_" + ATTN2, 1280), "an SDXL refiner LoRA"),
         (low_rank("lora_unet_double_blocks_0_img_attn_qkv"), "a Flux or HunyuanVideo LoRA"),
         (low_rank("transformer.single_transformer_blocks.0.attn.to_q"), "a Flux or HunyuanVideo LoRA"),
         (low_rank("lora_unet_joint_blocks_0_x_block_attn_qkv"), "a Stable Diffusion 3 LoRA"),

@@ -13,7 +13,6 @@ from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.lora_files import (
     LoRAFile,
     LoRAModule,
-    describe_lora,
     kohya_state_dict,
     merge_into,
     merge_stack,
@@ -21,6 +20,7 @@ from sdxl_lora_core.lora_files import (
     read_lora,
     write_lora,
 )
+from sdxl_lora_core.lora_info import describe_lora
 from sdxl_lora_core.lora_modules import with_dora_scale, with_magnitude
 from tests.micro_loras import CONV, OUT, SHORTCUT, UNET_MODULES, Q, change, load_parts, same_effect, some_modules
 

@@ -18,7 +18,8 @@ from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.loaded_parts import LoadedParts
-from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, describe_lora, read_lora, write_lora
+from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, read_lora, write_lora
+from sdxl_lora_core.lora_info import describe_lora
 from sdxl_lora_core.lora_metadata import trigger_words
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.new_tokens import add_tokens, read_new_tokens

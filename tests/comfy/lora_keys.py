@@ -1,7 +1,8 @@
 """Run by test_lora_keys.py on ComfyUI's Python, in its folder: which keys of LoRAs does ComfyUI apply to SDXL?
 
 Arguments: LoRA files, or `--weights IN OUT` and one LoRA file: the weights in IN as that file changes them, to OUT, or
-`--prompt FOLDER TEXT`: what each text encoder gets for TEXT with the embeddings in FOLDER.
+`--prompt FOLDER TEXT`: what each text encoder gets for TEXT with the embeddings in FOLDER, or `--save IN OUT KIND`:
+ComfyUI's own LoRA of the differences in IN, to OUT. Those of the UNet are named as kohya does, by `_` for `.`.
 """
 
 import json
@@ -17,6 +18,7 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 import comfy.lora  # noqa: E402
 import comfy.model_detection  # noqa: E402
+import comfy.model_management  # noqa: E402  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sdxl_clip  # noqa: E402
 import comfy.supported_models  # noqa: E402
@@ -78,7 +80,36 @@ def tokens_of(folder: str, text: str) -> dict:
     }
 
 
-modes = {"--weights": write_changed, "--prompt": tokens_of}
+class Difference:
+    """What ModelSubtract and CLIPSubtract give, as far as saving needs it."""
+
+    def __init__(self, tensors: dict) -> None:
+        self.tensors = tensors
+
+    def model_state_dict(self, filter_prefix: str) -> dict:
+        return self.tensors
+
+
+def save_difference(differences_path: str, out: str, kind: str) -> dict:
+    import comfy_extras.nodes_lora_extract as extract
+
+    comfy.model_management.load_models_gpu = lambda *_, **__: None
+    given = comfy.utils.load_torch_file(differences_path, safe_load=True)
+    own = [key.removeprefix("diffusion_model.") for key in model.state_dict() if key.startswith("diffusion_model.")]
+    flat = {".".join([path.replace(".", "_"), leaf]): f"diffusion_model.{path}.{leaf}"
+            for path, _, leaf in (key.rpartition(".") for key in own)}  # fmt: skip
+    unet = {flat[key]: tensor for key, tensor in given.items() if key in flat}
+    text = {key: given[key] for key in clip.state_dict() if key in given}
+    saved = {}
+    for tensors, inside, prefix in ((unet, "diffusion_model.", "diffusion_model."), (text, "", "text_encoders.")):
+        extract.calc_lora_model(
+            Difference(tensors), 2, inside, prefix, saved, extract.LORA_TYPES[kind], bias_diff=True
+        )  # fmt: skip
+    comfy.utils.save_torch_file(saved, out)
+    return {"given": len(given), "taken": len(unet) + len(text)}
+
+
+modes = {"--save": save_difference, "--weights": write_changed, "--prompt": tokens_of}
 mode = modes.get(arguments[0])
 result = mode(*arguments[1:]) if mode else [applied_keys(path) for path in arguments]
 sys.stdout.write(json.dumps(result))

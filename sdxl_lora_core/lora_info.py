@@ -1,0 +1,72 @@
+"""What a LoRA file is, in some lines for a person."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .lora_files import AdapterModule, LoRAFile, LoRAModule, read_lora, trigger_words
+from .weights_file import first_names
+
+_SHOWN_TAGS = 5
+
+
+def describe_lora(path: Path) -> str:
+    """Keys applied of keys found, modules, rank, alpha, trigger words, what it was trained on."""
+    return "\n".join(_lines(path.name, read_lora(path)))
+
+
+def _lines(name: str, file: LoRAFile) -> list[str]:
+    lines = [name]
+    for part, modules in file.parts().items():
+        if modules:
+            ranks = sorted({module.rank for module in modules.values() if module.rank})
+            alphas = sorted({module.alpha for module in modules.values()})
+            kinds = "/".join(sorted({_kind(module) for module in modules.values()}))
+            lines.append(f"{part}: {kinds} of {len(modules)} modules, rank {_span(ranks)}, alpha {_span(alphas)}")
+    for token, vectors in file.tokens.items():
+        lines.append(f"new token {token}: {len(vectors['text_encoder'])} vectors")
+    lines.append(f"{file.found - len(file.unknown)} of {file.found} keys are applied")
+    if file.unknown:
+        lines.append(f"{len(file.unknown)} keys are not understood: {first_names(file.unknown)}")
+    return [*lines, *_words(file.metadata), *_training(file.metadata)]
+
+
+def _kind(module: AdapterModule) -> str:
+    return "DoRA" if isinstance(module, LoRAModule) and module.is_dora else module.kind
+
+
+def _span(values: Sequence[float]) -> str:
+    if not values:
+        return "full"
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _words(metadata: Mapping[str, str]) -> list[str]:
+    """The trigger words where the file names them, else the tags that it saw most often."""
+    if words := trigger_words(metadata):
+        return [f"trigger words: {', '.join(words)}"]
+    folders = _json(metadata, "ss_tag_frequency")
+    tags = Counter[str]()
+    for counts in folders.values():
+        tags.update({str(tag).strip(): int(count) for tag, count in counts.items()} if isinstance(counts, dict) else {})
+    return [f"most frequent tags: {', '.join(tag for tag, _ in tags.most_common(_SHOWN_TAGS))}"] if tags else []
+
+
+def _training(metadata: Mapping[str, str]) -> list[str]:
+    if base := metadata.get("ss_sd_model_name"):
+        return [f"trained on {base} for {metadata.get('ss_steps', 'unknown')} steps"]
+    base = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture")
+    return [f"trained on {base}"] if base else []
+
+
+def _json(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Other people's metadata: what is no JSON object says nothing."""
+    try:
+        values = json.loads(metadata.get(key, "{}"))
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
