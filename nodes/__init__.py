@@ -4,6 +4,7 @@ from . import host
 from .base_model import LoadSDXLBase
 from .dataset import LoadCaptionDataset
 from .generation import SDXLGenerateCached
+from .image_cache import SDXLImageCache
 from .lora import LoadLoRA
 from .options import (
     AdapterOptions,
@@ -29,6 +30,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "CaptionOptions": CaptionOptions,
     "WatchOptions": WatchOptions,
     "MemoryOptions": MemoryOptions,
+    "SDXLImageCache": SDXLImageCache,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -44,6 +46,7 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CaptionOptions": "Train Options: Captions",
     "WatchOptions": "Train Options: Watching",
     "MemoryOptions": "Train Options: Memory",
+    "SDXLImageCache": "SDXL Image Cache",
 }
 
 host.add_embeddings_folder()

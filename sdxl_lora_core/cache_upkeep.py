@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,14 @@ class Stats:
     oldest: float | None
     newest: float | None
 
+    def __str__(self) -> str:
+        """For a person."""
+        room = f"{count(self.images)}, {self.size / GB:.2f} GB of {self.limit / GB:g} GB"
+        if self.oldest is None or self.newest is None:
+            return room
+        days = [time.strftime("%Y-%m-%d %H:%M", time.localtime(used)) for used in (self.oldest, self.newest)]
+        return f"{room}\nlast used between {days[0]} and {days[1]}"
+
 
 @dataclass(frozen=True)
 class Freed:
@@ -36,6 +45,13 @@ class Freed:
     images: int
     size: int
     left: int
+
+    def __str__(self) -> str:
+        return f"{count(self.images)} removed, {self.size / GB:.2f} GB"
+
+
+def count(images: int, kind: str = "image") -> str:
+    return f"{images:,} {kind}{'s' * (images != 1)}"
 
 
 def stats(root: Path) -> Stats:

@@ -3,6 +3,7 @@
 sdxl-lora train run.yaml               repeats the run that a node or an earlier call wrote down, or continues it;
                                        Ctrl-C finishes it early and keeps the LoRA
 sdxl-lora inspect FILE_OR_FOLDER       says what a base, a LoRA or a dataset is
+sdxl-lora cache stats|verify|prune|clear      looks at the cache of generated images, and makes it smaller
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from . import cli_cache
 from .base_model import SDXLBase, describe_base, open_base
 from .config import DatasetConfig, TrainConfig, from_mapping
 from .dataset import CaptionDataset, describe, load_caption_dataset, with_validation
@@ -28,6 +30,8 @@ from .runs import RunFolders
 from .training import train
 from .training_loop import Diverged
 
+HOME = Path("output/sdxl_lora")
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -37,12 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("train", help="train from a run.yaml")
     command.add_argument("settings", type=Path)
     command.add_argument("--output", type=Path, default=Path("output"), help="gets loras/ and lora_runs/")
-    command.add_argument("--home", type=Path, default=Path("output/sdxl_lora"), help="where the caches lie")
+    command.add_argument("--home", type=Path, default=HOME, help="where the caches lie")
     command.add_argument("--device", type=torch.device, default=_default_device())
     command.set_defaults(run=_train)
     command = commands.add_parser("inspect", help="describe a base, a LoRA or a dataset")
     command.add_argument("path", type=Path)
     command.set_defaults(run=_inspect)
+    cli_cache.add_commands(commands, HOME)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

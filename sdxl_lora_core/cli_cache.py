@@ -1,0 +1,65 @@
+"""The commands of `sdxl-lora cache`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from . import cache_upkeep
+
+
+def add_commands(commands: Any, home: Path) -> None:
+    """`home` is where the caches lie unless --home says otherwise."""
+    parser = commands.add_parser("cache", help="look at the cache of generated images, and make it smaller")
+    under = parser.add_subparsers(required=True)
+    for name, help, run in (
+        ("stats", "how many images it holds, and how much of its limit", _stats),
+        ("verify", "read every image and name the damaged ones, which would be made anew", _verify),
+        ("prune", "remove what was not used for longest until the rest fits the limit", _prune),
+        ("clear", "remove all images", _clear),
+    ):
+        command = under.add_parser(name, help=help, description=help)
+        command.add_argument(
+            "--home", type=Path, default=home, help="where the caches lie, in ComfyUI user/sdxl_lora (%(default)s)"
+        )
+        command.set_defaults(run=run)
+        if name == "verify":
+            command.add_argument("--remove", action="store_true", help="remove the damaged ones")
+        if name == "prune":
+            command.add_argument("--limit-gb", type=float, help="the limit from now on, for all who use this cache")
+
+
+def _stats(options: argparse.Namespace) -> None:
+    print(cache_upkeep.stats(_images(options)))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    images = _images(options)
+    damaged = cache_upkeep.verify(images, options.remove)
+    if damaged and not options.remove:
+        raise ValueError(
+            "\n".join([f"{cache_upkeep.count(len(damaged), 'damaged image')}; --remove removes them:", *damaged])
+        )
+    print(f"{cache_upkeep.count(len(damaged), 'damaged image')} removed" if damaged else "every image is whole")
+    print(cache_upkeep.stats(images))
+
+
+def _prune(options: argparse.Namespace) -> None:
+    images = _images(options)
+    if options.limit_gb is not None:
+        cache_upkeep.set_limit(images, options.limit_gb)
+    print(cache_upkeep.prune(images))
+    print(cache_upkeep.stats(images))
+
+
+def _clear(options: argparse.Namespace) -> None:
+    print(cache_upkeep.clear(_images(options)))
+
+
+def _images(options: argparse.Namespace) -> Path:
+    """Raises FileNotFoundError where there is no cache: a mistyped folder is not an empty cache."""
+    folder = options.home / "images"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no image cache in {options.home}: name the folder with --home")
+    return folder
