@@ -3,9 +3,9 @@
     python -m benchmarks.generate --work DIR      (random weights in bf16, 7 GB in DIR, written by benchmarks.full_size)
 
 Without LoRAs, and with two of rank 8 on attention: diffusers carries them as adapters, we merge them. 512 x 512 and 8
-steps, on CUDA 1024 x 1024 and 25 steps, with guidance, the same noise for both. Both draw at once and take turns step by
-step, so that a busy machine slows both; loading and merging are not counted. Peak memory is of each alone, in a process
-of its own: the process's, on CUDA the GPU's.
+steps, on CUDA 1024 x 1024 and 25 steps, with guidance, the same noise for both. Both draw at once and take turns step
+by step, so that a busy machine slows both; loading and merging are not counted. Peak memory is of each alone, in a
+process of its own: the process's, on CUDA the GPU's.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ class Stats:
 
     def __str__(self) -> str:
         """For a person."""
-        room = f"{count(self.images)}, {self.size / GB:.2f} GB of {self.limit / GB:g} GB"
+        room = f"{_count(self.images)}, {self.size / GB:.2f} GB of {self.limit / GB:g} GB"
         if self.oldest is None or self.newest is None:
             return room
         days = [time.strftime("%Y-%m-%d %H:%M", time.localtime(used)) for used in (self.oldest, self.newest)]
@@ -47,11 +47,16 @@ class Freed:
     left: int
 
     def __str__(self) -> str:
-        return f"{count(self.images)} removed, {self.size / GB:.2f} GB"
+        return f"{_count(self.images)} removed, {self.size / GB:.2f} GB"
 
 
-def count(images: int, kind: str = "image") -> str:
-    return f"{images:,} {kind}{'s' * (images != 1)}"
+def damage(keys: Sequence[str]) -> str:
+    """For a person."""
+    return _count(len(keys), "damaged image")
+
+
+def _count(number: int, kind: str = "image") -> str:
+    return f"{number:,} {kind}{'s' * (number != 1)}"
 
 
 def stats(root: Path) -> Stats:

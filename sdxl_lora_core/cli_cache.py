@@ -38,10 +38,8 @@ def _verify(options: argparse.Namespace) -> None:
     images = _images(options)
     damaged = cache_upkeep.verify(images, options.remove)
     if damaged and not options.remove:
-        raise ValueError(
-            "\n".join([f"{cache_upkeep.count(len(damaged), 'damaged image')}; --remove removes them:", *damaged])
-        )
-    print(f"{cache_upkeep.count(len(damaged), 'damaged image')} removed" if damaged else "every image is whole")
+        raise ValueError("\n".join([f"{cache_upkeep.damage(damaged)}; --remove removes them:", *damaged]))
+    print(f"{cache_upkeep.damage(damaged)} removed")
     print(cache_upkeep.stats(images))
 
 

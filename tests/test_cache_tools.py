@@ -51,7 +51,7 @@ def test_stats(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_verify_fails_while_an_image_is_damaged(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache(home, "verify")
-    assert capsys.readouterr().out.startswith("every image is whole\n3 images, ")
+    assert capsys.readouterr().out.startswith("0 damaged images removed\n3 images, ")
     key = damage(home)
     with pytest.raises(SystemExit, match=f"1 damaged image; --remove removes them:\n{key}"):
         cache(home, "verify")
@@ -121,7 +121,7 @@ def test_the_node_prunes(home: Path) -> None:
 
 
 def test_the_node_verifies_and_removes_what_is_damaged(home: Path) -> None:
-    assert run("verify")[0].startswith("every image is whole\n3 images")
+    assert run("verify")[0].startswith("0 damaged images removed\n3 images")
     damage(home)
     assert run("verify")[0].startswith("1 damaged image removed\n2 images")
 
