@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from ..sdxl_lora_core import cache_upkeep
@@ -56,6 +57,10 @@ class SDXLImageCache:
             cache_upkeep.set_limit(images, limit_gb)
         done = []
         if action == "prune":
+            done.append(str(cache_upkeep.prune(images)))
+        if action == "verify":
+            with host.progress() as progress:
+                damaged = cache_upkeep.verify(images, True, functools.partial(progress, phase="reading"))
             done.append(f"{cache_upkeep.damage(damaged)} removed")
         stats = cache_upkeep.stats(images)
         report = "\n".join([*done, str(stats)])
