@@ -70,6 +70,16 @@ def stamp(path: Path) -> str:
     return " ".join(f"{file.name}-{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
 
 
+def find_embedding(name: str) -> Path | None:
+    """The file that `embedding:name` means: in any subfolder, with its ending or without. The uppermost one wins."""
+    files = sorted(host.file_names("embeddings"), key=lambda file: (len(Path(file).parts), file))
+    for ending in ("", ".safetensors", ".sft", ".pt", ".bin"):
+        for file in files:
+            if f"/{Path(file).as_posix()}".endswith(f"/{name}{ending}"):
+                return next(path for root in host.roots("embeddings") if (path := root / file).exists())
+    return None
+
+
 def lora_name_taken(file_name: str) -> bool:
     return any((root / file_name).exists() for root in host.roots("loras"))
 
