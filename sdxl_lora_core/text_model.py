@@ -84,6 +84,7 @@ def _warn_of(unseen: Sequence[Sequence[Token]], tokenizer: Any) -> None:
     numbers = [number for chunk in unseen for number, _ in chunk if number < len(tokenizer)]
     if words := tokenizer.decode(numbers).strip():
         log.warning(
-            "the prompt is longer than CLIP's 77 tokens and its end is not seen (long_prompts: chunks reads on): %s",
+            "the prompt is longer than CLIP's 77 tokens and its end is not seen "
+            "(set long_prompts to chunks to read on): %s",
             words,
         )

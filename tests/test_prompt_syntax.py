@@ -254,7 +254,7 @@ def test_a_long_prompt_goes_with_a_short_negative_one(
     micro_base: SDXLBase, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
     cut = pixels(micro_base, settings(prompt=LONG, negative_prompt="blue", steps=2))
-    assert re.search(r"its end is not seen \(long_prompts: chunks reads on\): .*3 9$", caplog.text.strip())
+    assert re.search(r"its end is not seen \(set long_prompts to chunks to read on\): .*3 9$", caplog.text.strip())
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         whole = pixels(micro_base, settings(prompt=LONG, negative_prompt="blue", steps=2, long_prompts="chunks"))
