@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from typing import Any
 
 from ..sdxl_lora_core.base_model import SDXLBase
@@ -10,14 +9,14 @@ from ..sdxl_lora_core.config import (
     ATTENTIONS,
     CACHE_MODES,
     LARGEST_SIDE,
-    LONG_PROMPTS,
     OFFLOADS,
     PROMPT_SYNTAXES,
     SAMPLERS,
     SCHEDULES,
     GenerateConfig,
 )
-from ..sdxl_lora_core.generation import GeneratedImage, LoRARef, generate
+from ..sdxl_lora_core.generation import GeneratedImage, generate
+from ..sdxl_lora_core.lora_stack import fit_of
 from . import folders, host
 from .previews import show
 from .wires import CATEGORY, Widget, read_stack, to_image, widget
@@ -96,38 +95,29 @@ class SDXLGenerateCached:
         }  # fmt: skip
 
     @classmethod
-    def IS_CHANGED(
-        cls, cache: str | None = None, prompt: str | None = None, negative_prompt: str | None = None,
-        prompt_syntax: str | None = None, **settings: Any,
-    ) -> str | float:  # fmt: skip
-        if cache == "refresh":
-            return float("nan")
-        return _embeddings(f"{prompt} {negative_prompt}") if prompt_syntax == "comfy" else ""
+    def IS_CHANGED(cls, cache: str | None = None, **settings: Any) -> str | float:
+        return float("nan") if cache == "refresh" else ""
 
     def generate(
         self, base: SDXLBase, lora_stack: Any = None, graph: Any = None, extra_pnginfo: Any = None, **settings: Any
     ) -> dict[str, Any]:
         config = GenerateConfig(**settings)
-        loras = [LoRARef(folders.find("lora", name), name, unet, text) for name, unet, text in read_stack(lora_stack)]
+        loras = folders.lora_refs(read_stack(lora_stack))
         cache = host.cache_folder()
         with host.parts() as parts, host.progress() as progress:
             images = generate(
                 base, config, loras,
                 parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
                 graph=host.metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
-                find_embedding=folders.find_embedding, on_step=functools.partial(progress, phase="generating"),
+                on_step=functools.partial(progress, phase="generating"),
             )  # fmt: skip
+            made = not all(image.hit for image in images)
+            fit = [line for part in ("text_encoders", "unet") for line in fit_of(parts.held(part))] if made else []
         pixels = [image.pixels for image in images]
         info = json.dumps([_facts(image) for image in images], indent=2)
         prompts = "\n".join(" ".join(image.prompt.split()) for image in images)
         texts = [image.texts for image in images]
-        return show((to_image(pixels), info, prompts), _summary(images), pixels, texts)
-
-
-def _embeddings(prompts: str) -> str:
-    """Changes when an embedding file does that the prompts may name."""
-    found = (folders.find_embedding(name.rstrip(",)")) for name in re.findall(r"embedding:([^\s:]+)", prompts))
-    return " ".join(folders.stamp(path) for path in found if path)
+        return show((to_image(pixels), info, prompts), "\n".join([_summary(images), *fit]), pixels, texts)
 
 
 def _facts(image: GeneratedImage) -> dict[str, Any]:
@@ -152,10 +142,7 @@ def _advanced() -> dict[str, Widget]:
             GenerateConfig, "prompt_per_line", "BOOLEAN", "Each line of prompt is a prompt of its own.", advanced=True
         ),
         "prompt_syntax": widget(
-            GenerateConfig, "prompt_syntax", PROMPT_SYNTAXES,
-            "plain: the prompt is read as it stands. comfy: as ComfyUI's own nodes read it, with (word:1.2), \\( and "
-            "embedding:name; a long prompt is read to its end.",
-            advanced=True,
+            GenerateConfig, "prompt_syntax", PROMPT_SYNTAXES, "plain: the prompt is read as it stands.", advanced=True
         ),
         "batch_size": widget(
             GenerateConfig, "batch_size", "INT",
@@ -185,12 +172,6 @@ def _advanced() -> dict[str, Widget]:
             advanced=True,
         ),
         **{name: _micro_conditioning(name, tooltip) for name, tooltip in _MICRO_CONDITIONING.items()},
-        "long_prompts": widget(
-            GenerateConfig, "long_prompts", LONG_PROMPTS,
-            "What becomes of a plain prompt over 77 tokens. cut: its end is not seen, which the log says. "
-            "chunks: it is read on, 75 tokens at a time.",
-            advanced=True,
-        ),
     }  # fmt: skip
 
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..sdxl_lora_core.lora_info import describe_lora
+from ..sdxl_lora_core.lora_stack import read_blocks_of
 from . import folders
 from .previews import show
-from .wires import CATEGORY, StackEntry, read_stack
+from .wires import CATEGORY, BlockStackEntry, read_stack, strengths_by_block
 
 INCOMING = "(incoming)"
 
@@ -45,6 +46,15 @@ class LoadLoRA:
             },
             "optional": {
                 "lora_stack": ("LORA_STACK", {"tooltip": "LoRAs to apply before this one."}),
+                "blocks": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "advanced": True,
+                        "tooltip": "Factors on strength_model by block of the UNet: mid_block=0, up_blocks.0=0.5. "
+                        "Blocks that are not named keep the strength.",
+                    },
+                ),
             },
         }
 
@@ -57,13 +67,18 @@ class LoadLoRA:
         return "" if lora_name == INCOMING else folders.content("lora", lora_name, folders.stamp)
 
     def load(
-        self, lora_name: str, strength_model: float, strength_clip: float, enabled: bool, lora_stack: Any = None
-    ) -> dict[str, Any]:
+        self, lora_name: str, strength_model: float, strength_clip: float, enabled: bool, lora_stack: Any = None,
+        blocks: str = "",
+    ) -> dict[str, Any]:  # fmt: skip
         stack = read_stack(lora_stack)
         if lora_name == INCOMING:
             if not stack:
                 raise ValueError(f"lora_name is {INCOMING} but lora_stack brings no LoRA: connect one or choose a file")
-            lora_name = stack.pop()[0]
-        entry: StackEntry = (lora_name, strength_model, strength_clip)
+            incoming = stack.pop()
+            lora_name, blocks = incoming[0], blocks or strengths_by_block(incoming)
+        read_blocks_of(lora_name, blocks)
+        entry: Any = (lora_name, strength_model, strength_clip)
+        if blocks.strip():
+            entry = BlockStackEntry(entry, blocks)
         info = describe_lora(folders.find("lora", lora_name)) if enabled else f"{lora_name} is off"
         return show(([*stack, entry] if enabled else stack, info), info)

@@ -14,7 +14,7 @@ from ..sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig, 
 from ..sdxl_lora_core.presets import Preset, with_preset
 from ..sdxl_lora_core.settings import choices_of, fields_of, types_of
 
-StackEntry = tuple[str, float, float]
+StackEntry = tuple[str, float, float]  # .blocks of a subclass: strengths by block, see strengths_by_block
 Widget = tuple[str | list[str], dict[str, Any]]
 CATEGORY = "SDXL LoRA"
 
@@ -46,6 +46,25 @@ def train_widget(option: str, **more: Any) -> Widget:
     if isinstance(field.default, tuple):  # a line each
         shown |= {"default": "\n".join(field.default), "multiline": True}
     return {int: "INT", float: "FLOAT", bool: "BOOLEAN"}.get(kind, "STRING"), {**shown, **more}
+
+
+class BlockStackEntry(tuple):
+    """A LORA_STACK's entry with factors on its strength by block of the UNet: `mid_block=0, up_blocks.0=0.5`."""
+
+    blocks: str
+
+    def __new__(cls, entry: StackEntry, blocks: str) -> BlockStackEntry:
+        made = super().__new__(cls, entry)
+        made.blocks = blocks
+        return made
+
+
+def strengths_by_block(entry: Any) -> str:
+    """The `.blocks` of an entry. Raises ValueError for what other packs may keep there."""
+    blocks = getattr(entry, "blocks", "") or ""
+    if not isinstance(blocks, str):
+        raise ValueError(f"lora_stack has blocks {blocks!r} for {entry[0]}: expected a text such as mid_block=0")
+    return blocks
 
 
 def to_image(pixels: Sequence[np.ndarray]) -> Tensor:

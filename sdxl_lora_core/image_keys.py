@@ -13,26 +13,27 @@ from .base_model import SDXLBase
 from .config import GenerateConfig
 from .image_cache import key_of
 from .micro_conditioning import is_own_size, micro_conditioning
-from .prompt_reading import PARSER_VERSIONS, reading_facts
 
+# Raised when a prompt syntax is read in another way, so that images made the old way are not found.
+PARSER_VERSIONS = {"plain": 1}
 KEYED_LIBRARIES = ("torch", "diffusers")
 
 
 def image_settings(
     base: SDXLBase,
     config: GenerateConfig,
-    loras: Sequence[tuple[str, float, float]],
+    loras: Sequence[Sequence[Any]],
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that the images of one request share, as JSON values. `loras` are (SHA-256, UNet, text strength).
+    """Everything that the images of one request share, as JSON values. `loras` are StackEntry's identities.
 
     Left out because no pixel depends on it: names, paths, the host, other images of the request, offload.
     """
     guided = is_guided(config)
     return {
         "base": [list(pair) for pair in base.part_hashes],
-        "loras": [[digest, float(unet), float(text)] for digest, unet, text in loras],
+        "loras": [[digest, float(unet), float(text), *blocks] for digest, unet, text, *blocks in loras],
         "negative_prompt": config.negative_prompt if guided else "",
         "guidance": float(config.guidance) if guided else 1.0,
         "steps": config.steps,
@@ -48,21 +49,12 @@ def image_settings(
         "vae_slicing": config.vae_slicing and config.batch_size > 1,
         "batch_size": config.batch_size,
         "libraries": {name: ".".join(version(name).split(".")[:2]) for name in KEYED_LIBRARIES},
-        **reading_facts(config),
         **({} if is_own_size(config) else {"micro_conditioning": [list(pair) for pair in micro_conditioning(config)]}),
     }
 
 
-def image_facts(
-    settings: dict[str, Any], prompt: str, seed: int, embeddings: Sequence[str] = ()
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that one image depends on. `embeddings` are the hashes of the files that its two prompts name."""
-    used = {"embeddings": list(embeddings)} if embeddings else {}
-    return {**settings, "prompt": prompt, "seed": seed, **used}
-
-
-def image_key(settings: dict[str, Any], prompt: str, seed: int, embeddings: Sequence[str] = ()) -> str:
-    return key_of(image_facts(settings, prompt, seed, embeddings))
+def image_key(settings: dict[str, Any], prompt: str, seed: int) -> str:
+    return key_of({**settings, "prompt": prompt, "seed": seed})
 
 
 def is_guided(config: GenerateConfig) -> bool:

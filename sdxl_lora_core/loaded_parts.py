@@ -8,6 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+Change = Callable[[nn.Module], bool]
+
+
+def _never(_: nn.Module) -> bool:
+    return False
+
 
 class LoadedParts:
     """Holds at most one module for each part of a model and moves whole parts to and from the device.
@@ -23,24 +29,46 @@ class LoadedParts:
 
     @contextmanager
     def phase(
-        self, part: str, key: str, load: Callable[[], nn.Module], offload: bool | None = None
+        self, part: str, key: str, load: Callable[[], nn.Module], offload: bool | None = None, change: Change = _never
     ) -> Iterator[nn.Module]:
         """borrow, and rest afterwards, whatever happens in between."""
         try:
-            yield self.borrow(part, key, load)
+            yield self.borrow(part, key, load, change)
         finally:
             self.rest(part, offload)
 
-    def borrow(self, part: str, key: str, load: Callable[[], nn.Module]) -> nn.Module:
-        """The module of `part` on the device. `load` is called when what is held has another key than `key`."""
+    def borrow(
+        self, part: str, key: str, load: Callable[[], nn.Module], change: Change = _never
+    ) -> nn.Module:  # fmt: skip
+        """The module of `part` on the device.
+
+        When what is held has another key than `key`, `change` may turn it into what is wanted where it lies; where it
+        says that it cannot, `load` is called.
+        """
         # ComfyUI calls from inside inference mode; weights loaded or moved in there could never be trained on.
         with torch.inference_mode(False), torch.no_grad():
-            if part not in self._held or self._held[part][0] != key:
-                self.drop(part)
+            if part in self._held and self._held[part][0] != key:
+                self._change(part, key, change)
+            if part not in self._held:
                 self._held[part] = key, load()
             module = self._held[part][1]
             self.arrive(part, module)
             return module
+
+    def _change(self, part: str, key: str, change: Change) -> None:
+        module = self._held[part][1]
+        changed = False
+        try:
+            changed = change(module)
+        finally:
+            if changed:
+                self._held[part] = key, module
+            else:
+                self.drop(part)
+
+    def held(self, part: str) -> nn.Module | None:
+        """The module of `part` if it is loaded, wherever it lies."""
+        return self._held[part][1] if part in self._held else None
 
     def rest(self, part: str, offload: bool | None = None) -> None:
         """The phase that needed `part` is over. `offload` decides for this call in place of the owner's own setting."""

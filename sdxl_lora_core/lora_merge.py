@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from .lora_modules import AdapterModule, LoRAModule, row_lengths
 
 Modules = Mapping[str, AdapterModule]
+Strength = Callable[[str], float]  # by the path of the changed weight
+Stack = Sequence[tuple[Modules, Strength]]
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
+_NUMBERS_AT_ONCE = 2**19  # of a weight: as many as stay in a CPU's cache between reading and rounding
 
 
 @dataclass(frozen=True)
@@ -24,30 +27,69 @@ class MergeReport:
 
 
 def merge_into(module: nn.Module, modules: Modules, strength: float) -> MergeReport:
-    """merge_stack of one LoRA."""
-    return merge_stack(module, [(modules, strength)])
+    """merge_stack of one LoRA with the same strength everywhere."""
+    return merge_stack(module, [(modules, lambda _: strength)])
 
 
 @torch.no_grad()
-def merge_stack(module: nn.Module, stack: Sequence[tuple[Modules, float]]) -> MergeReport:
+def merge_stack(module: nn.Module, stack: Stack) -> MergeReport:
     """W + strength * scale * change for each LoRA in turn, in fp32, in place, each weight rounded once.
 
     `module` is the part whose paths name the LoRA's modules; a path that ends in `.bias` is a bias.
     Raises ValueError naming the module whose shape does not fit; then nothing was changed.
     """
     names = list(dict.fromkeys(name for modules, _ in stack for name in modules))
+    weights = fitting_weights(module, names, stack)
+    for name, weight in weights.items():
+        merge_weight(weight, weight, changes_of(name, stack))
+    return MergeReport(tuple(weights), tuple(name for name in names if name not in weights))
+
+
+def fitting_weights(module: nn.Module, names: Sequence[str], stack: Stack) -> dict[str, Tensor]:
+    """The weights that `names` mean, without those the module lacks. Raises ValueError as merge_stack does."""
     weights = {name: weight for name in names if (weight := _weight_of(module, name)) is not None}
     for name, weight in weights.items():
         for modules, _ in stack:
             if name in modules:
                 _require_shape(name, modules[name], weight)
-    for name, weight in weights.items():
-        merged = weight.float()
-        for modules, strength in stack:
-            if name in modules:
-                merged = _changed(merged, modules[name], strength)
+    return weights
+
+
+def changes_of(name: str, stack: Stack) -> list[tuple[AdapterModule, float]]:
+    """What changes the weight of this name, in the stack's order, without changes of strength 0."""
+    found = [(modules[name], strength(name)) for modules, strength in stack if name in modules]
+    return [(change, strength) for change, strength in found if strength]
+
+
+def merge_weight(weight: Tensor, original: Tensor, changes: Sequence[tuple[AdapterModule, float]]) -> None:
+    """Writes `original` with the changes into `weight`, computed where `original` lies. Both may be one tensor."""
+    if not changes:
+        weight.copy_(original)
+    elif all(isinstance(change, LoRAModule) and not change.is_dora for change, _ in changes):
+        _add_products(weight, original, changes)
+    else:
+        merged = original.float()
+        for change, strength in changes:
+            merged = _changed(merged, change, strength)
         weight.copy_(merged)
-    return MergeReport(tuple(weights), tuple(name for name in names if name not in weights))
+
+
+def _add_products(weight: Tensor, original: Tensor, changes: Sequence[tuple[AdapterModule, float]]) -> None:
+    """W + [s1 B1, s2 B2, ...] [A1; A2; ...], which reads and writes W once however many LoRAs there are."""
+    loras = [(change, strength) for change, strength in changes if isinstance(change, LoRAModule)]
+
+    def moved(factor: Tensor) -> Tensor:
+        return factor.detach().to(original.device, torch.float32).flatten(1)
+
+    up = torch.cat([moved(lora.up) * (strength * lora.scale) for lora, strength in loras], dim=1)
+    down = torch.cat([moved(lora.down) for lora, _ in loras])
+    if original.dim() > 2:
+        weight.copy_(torch.addmm(original.float().flatten(1), up, down).reshape(original.shape))
+        return
+    rows = max(1, _NUMBERS_AT_ONCE // original.shape[1])
+    for first in range(0, len(original), rows):
+        some = slice(first, first + rows)
+        weight[some].copy_(original[some].float().addmm_(up[some], down))
 
 
 def _weight_of(module: nn.Module, name: str) -> Tensor | None:

@@ -1,12 +1,16 @@
-"""A stack of LoRA files and the parts of a base with the stack merged into their weights."""
+"""A stack of LoRA files, and the parts of a base with the stack merged into their weights."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -14,21 +18,31 @@ from torch import nn
 from . import base_model
 from .base_model import SDXLBase
 from .base_parts import Part
+from .base_weights import BaseWeights
+from .blocks import read_block_values, value_for
 from .files import file_sha256, json_sha256
 from .lora_files import AdapterModule, LoRAFile, merge_stack, read_lora
+from .lora_merge import Stack, Strength, changes_of, fitting_weights, merge_weight
 from .new_tokens import Vectors
 
 log = logging.getLogger("sdxl_lora")
 
+_FILES_KEPT = 16  # of LoRAs that were read; their tensors are mapped, not copied
+_WEIGHTS_AT_ONCE = 64  # read before the base's file is opened anew
+
 
 @dataclass(frozen=True)
 class LoRARef:
-    """A LoRA file and how strongly it acts on the UNet and on the text encoders. `name` is for messages."""
+    """A LoRA file and how strongly it acts on the UNet and on the text encoders. `name` is for messages.
+
+    `blocks` multiplies the strength in some blocks of the UNet: `mid_block=0, up_blocks.0=0.5`.
+    """
 
     path: Path
     name: str
     strength_model: float
     strength_clip: float
+    blocks: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,10 +54,27 @@ class StackEntry:
 
     @cached_property
     def file(self) -> LoRAFile:
-        return read_lora(self.ref.path)
+        return _read_once(self.ref.path, self.sha256)
+
+    @cached_property
+    def blocks(self) -> dict[str, float]:
+        """Inner blocks first. Raises ValueError for what names no block of SDXL's UNet."""
+        return read_blocks_of(self.ref.name, self.ref.blocks)
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that the LoRA does to an image, as JSON values: strengths by block only where there are any."""
+        strengths = [self.sha256, float(self.ref.strength_model), float(self.ref.strength_clip)]
+        return [*strengths, self.blocks] if self.blocks else strengths
 
     def strength(self, part: Part) -> float:
         return self.ref.strength_model if part == "unet" else self.ref.strength_clip
+
+    def strength_by_module(self, part: Part) -> Strength:
+        strength = self.strength(part)
+        if part != "unet" or not self.blocks:
+            return lambda _: strength
+        return lambda module: strength * value_for(module, self.blocks, 1.0)
 
     def modules(self, part: Part) -> Mapping[str, AdapterModule]:
         """What acts on `part`: nothing at strength 0, and nothing for the VAE, which LoRAs leave alone."""
@@ -55,19 +86,50 @@ class StackEntry:
         return self.file.tokens if self.ref.strength_clip else {}
 
 
+def read_blocks_of(name: str, text: str) -> dict[str, float]:
+    """`mid_block=0, up_blocks.0=0.5` as factors of a LoRA's strength. Raises ValueError naming the LoRA."""
+    return read_block_values(f"LoRA {name}: blocks", text, -10, 10)
+
+
+@functools.lru_cache(maxsize=_FILES_KEPT)
+def _read_once(path: Path, sha256: str) -> LoRAFile:
+    return read_lora(path)
+
+
 def open_stack(loras: Sequence[LoRARef], hash_memo: Path | None) -> tuple[StackEntry, ...]:
-    """The stack in its order, without entries of strength 0. Raises FileNotFoundError naming a LoRA that is missing."""
+    """The stack in its order, without entries of strength 0.
+
+    Raises FileNotFoundError naming a LoRA that is missing, ValueError for one whose blocks are none.
+    """
     acting = [lora for lora in loras if lora.strength_model or lora.strength_clip]
     for lora in acting:
         if not lora.path.is_file():
             raise FileNotFoundError(f"LoRA {lora.name} does not exist: choose another or take it out of the stack")
+        read_blocks_of(lora.name, lora.blocks)
     return tuple(StackEntry(lora, file_sha256(lora.path, hash_memo)) for lora in acting)
 
 
 def part_key(base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[StackEntry]) -> str:
     """Changes exactly when the part's weights do: a text strength matters only to files with text modules."""
-    merged = [[entry.sha256, float(entry.strength(part))] for entry in stack if entry.modules(part)]
+    merged = [_mark(entry, part) for entry in stack if entry.modules(part)]
     return json_sha256([dict(base.part_hashes)[part], str(dtype), merged])
+
+
+def _mark(entry: StackEntry, part: Part) -> list[Any]:
+    mark = [entry.sha256, float(entry.strength(part))]
+    return [*mark, entry.blocks] if part == "unet" and entry.blocks else mark
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What a loaded part holds: of which weights, and by name what was merged into each (file and strength)."""
+
+    source: tuple[str, torch.dtype]
+    changes: Mapping[str, Sequence[tuple[str, float]]]
+    fit: tuple[str, ...]
+
+
+_MERGED: WeakKeyDictionary[nn.Module, _Merged] = WeakKeyDictionary()
 
 
 def load_merged(base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[StackEntry]) -> nn.Module:
@@ -77,19 +139,83 @@ def load_merged(base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[
     """
     module = base_model.load_part(base, part, dtype)
     acting = [entry for entry in stack if entry.modules(part)]
-    report = merge_stack(module, [(entry.modules(part), entry.strength(part)) for entry in acting])
-    for entry in acting:
-        _check_fit(entry, part, [name for name in entry.modules(part) if name in report.missing])
+    report = merge_stack(module, _layers(acting, part))
+    fit = _fit(acting, part, set(report.applied))
+    _MERGED[module] = _Merged(_source(base, part, dtype), _changes(acting, part, report.applied), fit)
     return module
 
 
-def _check_fit(entry: StackEntry, part: Part, missing: Sequence[str]) -> None:
-    name, found = entry.ref.name, len(entry.modules(part))
-    if len(missing) == found:
-        raise ValueError(
-            f"LoRA {name}: none of its {found} {part} modules is in this base (first: {missing[0]}): "
-            "take it out of the stack, or take the base it was made for"
-        )
-    if missing:
-        fitting = f"{found - len(missing)} of {found}"
-        log.warning("LoRA %s: %s %s modules are in this base (first missing: %s)", name, fitting, part, missing[0])
+@torch.no_grad()
+def restack(
+    module: nn.Module, base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[StackEntry]
+) -> bool:  # fmt: skip
+    """Gives a part from load_merged another stack, wherever it lies, with the same bits as loading it anew.
+
+    Only weights whose changes differ are read again, from the base's file, and merged. False, and nothing is done,
+    where that is not possible: the part is another base's, or its file has other matrices.
+    """
+    held = _MERGED.get(module)
+    if held is None or held.source != _source(base, part, dtype):
+        return False
+    acting = [entry for entry in stack if entry.modules(part)]
+    layers = _layers(acting, part)
+    names = dict.fromkeys([*(name for modules, _ in layers for name in modules), *held.changes])
+    weights = fitting_weights(module, [*names], layers)
+    fit = _fit(acting, part, set(weights))
+    wanted = _changes(acting, part, weights)
+    stale = [name for name in weights if held.changes.get(name, []) != wanted.get(name, [])]
+    originals = BaseWeights(base, part, dtype)
+    if not originals.has(stale):
+        return False
+    rest = iter(stale)
+    while lot := list(islice(rest, _WEIGHTS_AT_ONCE)):
+        with originals.opened():
+            for name in lot:
+                merge_weight(weights[name], originals.read(name), changes_of(name, layers))
+    _MERGED[module] = _Merged(held.source, wanted, fit)
+    return True
+
+
+def fit_of(module: nn.Module | None) -> tuple[str, ...]:
+    """For each LoRA in what is loaded how many of its modules the part has, in a line for a person."""
+    if module is None:
+        return ()
+    return tuple(line for part in module.modules() if part in _MERGED for line in _MERGED[part].fit)
+
+
+def _source(base: SDXLBase, part: Part, dtype: torch.dtype) -> tuple[str, torch.dtype]:
+    return dict(base.part_hashes)[part], dtype
+
+
+def _layers(acting: Sequence[StackEntry], part: Part) -> Stack:
+    return [(entry.modules(part), entry.strength_by_module(part)) for entry in acting]
+
+
+def _changes(
+    acting: Sequence[StackEntry], part: Part, names: Iterable[str]
+) -> dict[str, Sequence[tuple[str, float]]]:  # fmt: skip
+    changes: dict[str, list[tuple[str, float]]] = {name: [] for name in names}
+    for entry in acting:
+        strength = entry.strength_by_module(part)
+        for name in entry.modules(part):
+            if name in changes and strength(name):
+                changes[name].append((entry.sha256, strength(name)))
+    return {name: change for name, change in changes.items() if change}
+
+
+def _fit(acting: Sequence[StackEntry], part: Part, present: set[str]) -> tuple[str, ...]:
+    """Raises ValueError for a LoRA of which nothing is present, warns of one of which something is not."""
+    lines = []
+    for entry in acting:
+        name, modules = entry.ref.name, entry.modules(part)
+        missing = [module for module in modules if module not in present]
+        if len(missing) == len(modules):
+            raise ValueError(
+                f"LoRA {name}: none of its {len(modules)} {part} modules is in this base (first: {missing[0]}): "
+                "take it out of the stack, or take the base it was made for"
+            )
+        lines.append(f"LoRA {name}: {len(modules) - len(missing)} of {len(modules)} {part} modules are in this base")
+        if missing:
+            lines[-1] += f" (first missing: {missing[0]})"
+            log.warning(lines[-1])
+    return tuple(lines)

@@ -15,6 +15,7 @@ from torch import nn
 from sdxl_lora_core.base_model import SDXLBase, load_part
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.generation import GeneratedImage, LoadedParts, LoRARef, generate
+from sdxl_lora_core.loaded_parts import Change
 
 CPU = torch.device("cpu")
 TRAINED = {"unet": ("to_q", "to_v"), "text_encoder": ("q_proj", "fc1"), "text_encoder_2": ("q_proj", "fc1")}
@@ -29,12 +30,19 @@ class WatchedParts(LoadedParts):
         self.events: list[str] = []
         self.broken = broken
 
-    def borrow(self, part: str, key: str, load: Callable[[], nn.Module]) -> nn.Module:
+    def borrow(
+        self, part: str, key: str, load: Callable[[], nn.Module], change: Change = lambda _: False
+    ) -> nn.Module:  # fmt: skip
         def loading() -> nn.Module:
             self.events.append(f"load {part}")
             return load()
 
-        return super().borrow(part, key, loading)
+        def changing(module: nn.Module) -> bool:
+            changed = change(module)
+            self.events.append(f"{'change' if changed else 'replace'} {part}")
+            return changed
+
+        return super().borrow(part, key, loading, changing)
 
     def arrive(self, part: str, module: nn.Module) -> None:
         self.events.append(f"arrive {part}")

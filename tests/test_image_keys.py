@@ -14,6 +14,7 @@ from sdxl_lora_core import image_keys
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.image_keys import image_key, image_settings
+from sdxl_lora_core.lora_stack import LoRARef, open_stack
 
 REPOSITORY = Path(__file__).parent.parent
 LORAS = (("a" * 64, 1.0, 0.5), ("b" * 64, 0.8, 0.8))
@@ -26,7 +27,7 @@ def config(**changes: Any) -> GenerateConfig:
 def key(
     base: SDXLBase,
     settings: GenerateConfig | None = None,
-    loras: tuple[tuple[str, float, float], ...] = LORAS,
+    loras: tuple[tuple[Any, ...], ...] = LORAS,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda:0",
     prompt: str = "a red circle",
@@ -59,11 +60,9 @@ MOVES_PIXELS: dict[str, dict[str, Any]] = {
     "crop_top": {"crop_top": 512},
     "target_width": {"target_width": 512},
     "target_height": {"target_height": 512},
-    "long_prompts": {"long_prompts": "chunks"},
-    "prompt_syntax": {"prompt_syntax": "comfy"},
 }
-# prompt and seed enter by image; sampler has one value so far; vae_slicing counts in batches only
-KEYED_OTHERWISE = {"prompt", "seed", "sampler", "vae_slicing"}
+# prompt and seed enter by image; sampler and prompt_syntax have one value so far; vae_slicing counts in batches only
+KEYED_OTHERWISE = {"prompt", "seed", "sampler", "prompt_syntax", "vae_slicing"}
 MOVES_NOTHING: dict[str, dict[str, Any]] = {
     "count": {"count": 4},
     "cache": {"cache": "only"},
@@ -75,6 +74,19 @@ MOVES_NOTHING: dict[str, dict[str, Any]] = {
 def test_every_option_of_a_request_is_accounted_for() -> None:
     options = {field.name for field in dataclasses.fields(GenerateConfig)}
     assert options == {*MOVES_PIXELS, *KEYED_OTHERWISE, *MOVES_NOTHING}
+
+
+def test_strengths_by_block_enter_the_key_only_where_there_are_some(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"x")
+
+    def identity(blocks: str) -> list[Any]:
+        (entry,) = open_stack([LoRARef(path, "x", 1.0, 0.5, blocks)], None)
+        return entry.identity[1:]
+
+    assert identity("") == [1.0, 0.5]
+    assert identity("mid_block=0, up_blocks.0=0.5") == [1.0, 0.5, {"mid_block": 0.0, "up_blocks.0": 0.5}]
+    assert identity("up_blocks.0=.5,mid_block=0") == identity("mid_block=0, up_blocks.0=0.5")
 
 
 @pytest.mark.parametrize("option", MOVES_PIXELS)
@@ -128,10 +140,11 @@ def test_kind_of_base_changes_the_key(micro_base: SDXLBase, changes: dict[str, A
         (("a" * 64, 1.01, 0.5), LORAS[1]),
         (("a" * 64, 1.0, 0.51), LORAS[1]),
         (("a" * 64, 0.5, 1.0), LORAS[1]),
+        ((*LORAS[0], {"mid_block": 0.5}), LORAS[1]),
     ],
-    ids=["none", "one less", "order", "twice", "content", "UNet strength", "text strength", "strengths swapped"],
+    ids=["none", "one less", "order", "twice", "content", "UNet strength", "text strength", "swapped", "blocks"],
 )
-def test_lora_stack_changes_the_key(micro_base: SDXLBase, loras: tuple[tuple[str, float, float], ...]) -> None:
+def test_lora_stack_changes_the_key(micro_base: SDXLBase, loras: tuple[tuple[Any, ...], ...]) -> None:
     assert key(micro_base, loras=loras) != key(micro_base)
 
 
@@ -159,17 +172,6 @@ def test_parser_version_changes_the_key(micro_base: SDXLBase, monkeypatch: pytes
     before = key(micro_base)
     monkeypatch.setitem(image_keys.PARSER_VERSIONS, "plain", 2)
     assert key(micro_base) != before
-
-
-def test_what_the_syntax_does_anyway_is_not_in_the_key(micro_base: SDXLBase) -> None:
-    comfy = config(prompt_syntax="comfy")
-    assert key(micro_base, dataclasses.replace(comfy, long_prompts="chunks")) == key(micro_base, comfy)
-
-
-def test_embeddings_change_the_key(micro_base: SDXLBase) -> None:
-    settings = image_settings(micro_base, config(prompt_syntax="comfy"), LORAS, torch.bfloat16, torch.device("cuda"))
-    keys = {image_key(settings, "a", 0, used) for used in ((), ("1" * 64,), ("2" * 64,), ("1" * 64, "2" * 64))}
-    assert len(keys) == 4
 
 
 def test_vae_slicing_counts_in_batches_only(micro_base: SDXLBase) -> None:

@@ -75,7 +75,7 @@ def test_a_stack_is_rounded_once() -> None:
     layer = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
     layer[0].weight.data.fill_(1.0)
     tiny = {"0": LoRAModule(torch.full((1, 1), 2.0**-8), torch.ones(1, 1), 1.0)}  # half of what bf16 can add to 1
-    merge_stack(layer, [(tiny, 1.0), (tiny, 1.0)])
+    merge_stack(layer, [(tiny, lambda _: 1.0), (tiny, lambda _: 1.0)])
     assert layer[0].weight.item() == 1 + 2.0**-7
     one_by_one = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
     one_by_one[0].weight.data.fill_(1.0)

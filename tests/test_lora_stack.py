@@ -57,17 +57,17 @@ def test_strength_zero_costs_nothing(micro_base: SDXLBase, tmp_path: Path) -> No
 def test_only_what_changed_is_loaded_again(
     micro_base: SDXLBase, parts: WatchedParts, lora: LoRARef, unet_lora: LoRARef
 ) -> None:
-    def loads(*stack: LoRARef, **changes: Any) -> list[str]:
+    def done(*stack: LoRARef, **changes: Any) -> list[str]:
         draw(micro_base, settings(**{"steps": 1, **changes}), stack, parts=parts)
-        return [event.removeprefix("load ") for event in parts.taken_events("load")]
+        return [event for event in parts.taken_events() if event.startswith(("load", "change"))]
 
-    assert loads() == ["text_encoders", "unet", "vae"]
-    assert loads(prompt="other", seed=1, steps=2, width=72, guidance=2) == []
-    assert loads(unet_lora) == ["unet"]
-    assert loads(weighted(unet_lora, 1.0, 0.3)) == []  # the file has no text modules
-    assert loads(weighted(unet_lora, 0.5, 0.3)) == ["unet"]
-    assert loads(lora) == ["text_encoders", "unet"]
-    assert loads(weighted(lora, 1.0, 0.5)) == ["text_encoders"]
+    assert done() == ["load text_encoders", "load unet", "load vae"]
+    assert done(prompt="other", seed=1, steps=2, width=72, guidance=2) == []
+    assert done(unet_lora) == ["change unet"]
+    assert done(weighted(unet_lora, 1.0, 0.3)) == []  # the file has no text modules
+    assert done(weighted(unet_lora, 0.5, 0.3)) == ["change unet"]
+    assert done(lora) == ["load text_encoders", "change unet"]
+    assert done(weighted(lora, 1.0, 0.5)) == ["load text_encoders"]
 
 
 def test_taking_the_stack_off_restores_the_base(micro_base: SDXLBase, lora: LoRARef) -> None:

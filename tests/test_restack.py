@@ -1,0 +1,135 @@
+"""A loaded part is given other stacks: same bits as loading it anew, and the base comes back bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdxl_lora_core import lora_stack
+from sdxl_lora_core.base_model import SDXLBase, load_part, open_base
+from sdxl_lora_core.lora_files import DiffModule, LoRAFile, LoRAModule, write_lora
+from sdxl_lora_core.lora_stack import LoRARef, StackEntry, fit_of, load_merged, open_stack, restack
+from tests.micro_loras import CONV, OUT, UNET_MODULES, Q, find, load_parts, random_lora
+
+BF16 = torch.bfloat16
+NORM = "down_blocks.1.attentions.0.norm"
+
+
+@pytest.fixture(scope="module", params=["folder", "single file"])
+def base(request: pytest.FixtureRequest, micro_base: SDXLBase, micro_checkpoint: Path, micro_sdxl: Path) -> SDXLBase:
+    return micro_base if request.param == "folder" else open_base(micro_checkpoint, "fp32", configs=micro_sdxl)
+
+
+@pytest.fixture(scope="module")
+def files(micro_base: SDXLBase, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Plain LoRAs that share weights and one that is a DoRA on one of them and changes a norm and a bias."""
+    folder = tmp_path_factory.mktemp("loras")
+    parts = load_parts(micro_base)
+    text = ("text_model.encoder.layers.1.self_attn.q_proj",)
+    first = LoRAFile(
+        unet=random_lora(parts["unet"], UNET_MODULES), text_encoder=random_lora(parts["text_encoder"], text)
+    )
+    second = LoRAFile(unet=random_lora(parts["unet"], (Q, CONV), rank=2))
+    plain = random_lora(parts["unet"], (Q, OUT), rank=4)
+    lengths = torch.rand(len(find(parts["unet"], Q).weight), 1) + 0.5
+    norm = find(parts["unet"], NORM)
+    third = LoRAFile(unet={**plain, Q: LoRAModule(plain[Q].down, plain[Q].up, 2.0, lengths),
+                           NORM: DiffModule(torch.randn(norm.weight.shape)),
+                           f"{NORM}.bias": DiffModule(torch.randn(norm.bias.shape))})  # fmt: skip
+    paths = [folder / f"{number}.safetensors" for number in range(3)]
+    for path, file in zip(paths, (first, second, third), strict=True):
+        write_lora(path, file, torch.float16)
+    return paths
+
+
+def stack(files: list[Path], *strengths: float, blocks: str = "") -> tuple[StackEntry, ...]:
+    pairs = zip(files, strengths, strict=False)
+    return open_stack([LoRARef(path, path.stem, strength, strength, blocks) for path, strength in pairs], None)
+
+
+def bits(module: nn.Module) -> Mapping[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+STACKS: list[dict[str, Any]] = [
+    {"strengths": (1.0,)},
+    {"strengths": (1.0, 0.5)},
+    {"strengths": (1.0, 0.7)},
+    {"strengths": (0.0, 0.7, 1.0)},
+    {"strengths": (0.3, 0.7, 1.0)},
+    {"strengths": (0.3, 0.7, 1.0), "blocks": "mid_block=0, up_blocks.0=0.5"},
+    {"strengths": ()},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_restacked_part_is_the_part_loaded_anew(base: SDXLBase, files: list[Path], dtype: torch.dtype) -> None:
+    bare = bits(load_part(base, "unet", dtype))
+    unet = load_merged(base, "unet", dtype, stack(files, 0.9, 0.0, 0.4))
+    for wanted in STACKS:
+        entries = stack(files, *wanted["strengths"], blocks=wanted.get("blocks", ""))
+        assert restack(unet, base, "unet", dtype, entries)
+        assert same(bits(unet), bits(load_merged(base, "unet", dtype, entries)))
+        assert same(bits(unet), bare) == (not wanted["strengths"])
+
+
+def test_only_weights_that_change_are_read_again(
+    base: SDXLBase, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    reader = lora_stack.BaseWeights.read  # type: ignore[attr-defined]
+    monkeypatch.setattr(lora_stack.BaseWeights, "read", lambda own, name: read.append(name) or reader(own, name))
+    unet = load_merged(base, "unet", BF16, stack(files, 1.0, 1.0))
+    restack(unet, base, "unet", BF16, stack(files, 1.0, 1.0))
+    assert read == []
+    restack(unet, base, "unet", BF16, stack(files, 1.0, 0.5))
+    assert sorted(read) == sorted([Q, CONV])
+    read.clear()
+    restack(unet, base, "unet", BF16, stack(files, 1.0, 0.5, blocks="mid_block=0.5"))
+    assert read == [name for name in UNET_MODULES if name.startswith("mid_block")]
+
+
+def test_encoders_are_restacked_where_the_file_has_their_matrices(base: SDXLBase, files: list[Path]) -> None:
+    encoder = load_merged(base, "text_encoder", BF16, stack(files, 1.0))
+    assert restack(encoder, base, "text_encoder", BF16, stack(files, 0.5))
+    assert same(bits(encoder), bits(load_merged(base, "text_encoder", BF16, stack(files, 0.5))))
+
+
+def test_another_base_or_precision_is_loaded_anew(base: SDXLBase, files: list[Path]) -> None:
+    entries = stack(files, 1.0)
+    unet = load_merged(base, "unet", BF16, entries)
+    assert not restack(unet, base, "unet", torch.float32, entries)
+    assert not restack(load_part(base, "unet", BF16), base, "unet", BF16, entries)
+
+
+def test_strengths_by_block_multiply_the_strength_there(micro_base: SDXLBase, files: list[Path]) -> None:
+    def unet(*strengths: float, blocks: str = "") -> Mapping[str, Tensor]:
+        return bits(load_merged(micro_base, "unet", torch.float32, stack(files, *strengths, blocks=blocks)))
+
+    bare, whole, half = unet(), unet(1.0), unet(0.5)
+    mixed = unet(1.0, blocks="up_blocks.0=0.5, mid_block=0")
+    for name in whole:
+        wanted = bare if name.startswith("mid_block") else half if name.startswith("up_blocks.0") else whole
+        assert torch.equal(mixed[name], wanted[name]), name
+
+
+def test_an_unknown_block_is_named_before_anything_is_read(files: list[Path]) -> None:
+    with pytest.raises(ValueError, match="LoRA 0: blocks names 'middle', which is no block"):
+        stack(files, 1.0, blocks="middle=0")
+
+
+def test_what_fits_is_told(micro_base: SDXLBase, files: list[Path]) -> None:
+    unet = load_merged(micro_base, "unet", BF16, stack(files, 1.0, 0.5))
+    assert fit_of(nn.ModuleList([unet])) == (
+        "LoRA 0: 5 of 5 unet modules are in this base",
+        "LoRA 1: 2 of 2 unet modules are in this base",
+    )
