@@ -286,11 +286,10 @@ def progress() -> Iterator[Progress]:
 
 
 class StopButton:
-    """Finishes a training early and keeps its LoRA. `stops` counts the runs that it has ended."""
+    """Finishes a training early and keeps its LoRA."""
 
     def __init__(self) -> None:
         self._wanted: threading.Event | None = None
-        self.stops = 0
 
     @contextmanager
     def offered(self) -> Iterator[Callable[[], bool]]:

@@ -43,7 +43,8 @@ class TrainSDXLLoRA:
     OUTPUT_TOOLTIPS = (
         "The trained LoRA at strength 1, for SDXL Generate (cached) or Load LoRA (SDXL).",
         "The file's name inside the loras folder.",
-        "The weights, for ComfyUI's own Load LoRA Model and Save LoRA nodes.",
+        "What the UNet learned, for ComfyUI's own Load LoRA Model and Save LoRA nodes; what text encoders learned is "
+        "in the file only.",
         "The loss over the steps.",
         "An image for each sample prompt. Without sample prompts nothing connected here runs.",
         "What was trained and how it went, as JSON.",
@@ -70,11 +71,6 @@ class TrainSDXLLoRA:
             },
         }
 
-    @classmethod
-    def IS_CHANGED(cls, **_: Any) -> int:
-        """A run that was stopped and kept goes on when the same graph is queued again."""
-        return host.stop_button.stops
-
     def train(
         self, base: SDXLBase, dataset: CaptionDataset, options: Mapping[str, Any] | None = None,
         preset: Preset = "none", validation: CaptionDataset | None = None, **settings: Any,
@@ -95,7 +91,6 @@ class TrainSDXLLoRA:
                 folders=_run_folders(), device=host.device(), on_step=on_step, should_stop=should_stop, parts=parts,
                 validation=validation,
             )  # fmt: skip
-        host.stop_button.stops += "stopped" in result.report
         chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
         samples = to_image(result.samples) if result.samples else host.nothing()
         report = json.dumps(result.report, indent=2)

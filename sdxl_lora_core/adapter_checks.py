@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING
 
 from .blocks import WITH_ATTENTION, lies_in, read_block_values, read_blocks
 from .new_tokens import read_new_tokens
+from .settings import fields_of
 
 if TYPE_CHECKING:
     from .train_config import TrainConfig
 
 MAX_RANK = 1024
 _LOHA_LOKR = ("loha", "lokr")
+_OF_LORAS = (
+    "rank", "alpha", "target_modules", "dropout", "adapter", "use_rslora", "rank_dropout", "module_dropout", "init",
+    "lora_plus_ratio", "save_dtype",
+)  # fmt: skip
 
 
 def check_adapter(config: TrainConfig) -> None:
@@ -23,27 +28,31 @@ def check_adapter(config: TrainConfig) -> None:
 
 def check_what_learns(config: TrainConfig) -> None:
     """Raises ValueError if nothing learns, if new tokens cannot be read, or if Prodigy is to find several rates."""
-    tokens = read_new_tokens(config.new_tokens, config.vectors_per_token)
-    rates = {
-        "learning_rate": config.learning_rate if config.train_unet else 0,
-        "text_encoder_learning_rate": config.text_encoder_learning_rate,
-        "text_encoder_2_learning_rate": config.text_encoder_2_learning_rate,
-        "token_learning_rate": config.token_learning_rate if tokens else 0,
-    }
-    in_use = {option: rate for option, rate in rates.items() if rate}
-    if not in_use:
+    read_new_tokens(config.new_tokens, config.vectors_per_token)
+    if not config.rates:
         raise ValueError(
             "train_unet is off and nothing else learns: turn it on, give a text encoder a learning rate, or name "
             "new_tokens"
         )
+    if list(config.rates) == ["token_learning_rate"]:
+        _refuse_settings_of_loras(config)
     own_rates = config.block_learning_rates or config.lora_plus_ratio != 1
-    if config.optimizer == "prodigy" and (own_rates or len(set(in_use.values())) > 1):
-        shown = ", ".join(f"{option} {rate:g}" for option, rate in in_use.items())
+    if config.optimizer == "prodigy" and (own_rates or len(set(config.rates.values())) > 1):
+        shown = ", ".join(f"{option} {rate:g}" for option, rate in config.rates.items())
         raise ValueError(
             f"optimizer is 'prodigy', which finds one rate for all, and there are several ({shown}, "
             f"block_learning_rates {config.block_learning_rates!r}, lora_plus_ratio {config.lora_plus_ratio:g}): "
             "make them equal, or choose another optimizer"
         )
+
+
+def _refuse_settings_of_loras(config: TrainConfig) -> None:
+    for name, field in fields_of(config).items():
+        if name in _OF_LORAS and getattr(config, name) != field.default:
+            raise ValueError(
+                f"{name} is {getattr(config, name)} and only new_tokens learn, without a LoRA: set it back to "
+                f"{field.default}, or let the UNet or a text encoder learn"
+            )
 
 
 def _check_kind(config: TrainConfig) -> None:

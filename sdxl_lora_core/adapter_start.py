@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -16,6 +17,7 @@ from .lora_modules import AdapterModule, LoRAModule, with_magnitude
 from .new_tokens import read_new_tokens
 from .train_config import TrainConfig
 
+log = logging.getLogger("sdxl_lora")
 PISSA = "pissa_niter_16"  # peft's name of the fast decomposition; a full one of every layer takes hours
 
 
@@ -72,6 +74,9 @@ def continue_from(file: LoRAFile, config: TrainConfig, part: Part, layers: Mappi
     Raises ValueError for a file of another kind, of other layers or of another rank, naming what differs.
     """
     name, modules = Path(config.continue_from).name, file.parts()[part]
+    if not modules:
+        log.info("%s leaves the %s as it is, so that starts anew", name, part)
+        return
     _require_same_layers(name, config, modules, layers)
     for path, layer in layers.items():
         module = modules[path]

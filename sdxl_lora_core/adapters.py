@@ -165,13 +165,13 @@ def _groups(layers: dict[str, Any], config: TrainConfig, part: Part) -> list[Par
     """A group for each learning rate; without settings of their own all parameters are one."""
     blocks = config.block_learning_rates if part == "unet" else ""
     rates = read_block_values("block_learning_rates", blocks, 0, math.inf)
-    of_part = 1.0 if part == "unet" else encoder_rate(config, part) / config.learning_rate
+    of_part = (config.learning_rate if part == "unet" else encoder_rate(config, part)) / config.leading_rate
     groups: dict[float, list[nn.Parameter]] = {}
     for name, layer in layers.items():
         for key, parameter in layer.named_parameters():
             if parameter.requires_grad:
                 faster = config.lora_plus_ratio if key.startswith("lora_B") else 1.0
-                groups.setdefault(value_for(name, rates, of_part) * faster, []).append(parameter)
+                groups.setdefault(of_part * value_for(name, rates, 1.0) * faster, []).append(parameter)
     return [ParameterGroup(parameters, factor) for factor, parameters in groups.items()]
 
 

@@ -1,7 +1,7 @@
 """A run's state on disk: safetensors and JSON, whole or not there, two kept.
 
-A checkpoint is a folder `step-000500/` of three files: `adapter.safetensors` (a LoRA in kohya's form, which any loader
-reads), `state.safetensors` (what the run needs to go on) and `state.json`, written last, with the hashes of all of it.
+A checkpoint is a folder `step-000500/` of three files: `adapter.safetensors` (a LoRA in the run's format, which loaders
+read), `state.safetensors` (what the run needs to go on) and `state.json`, written last, with the hashes of all of it.
 The folder gets its name only after everything has reached the disk.
 """
 
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .files import file_sha256, flush_to_disk, write_text_atomic
 from .optimizer_state import put_together, take_apart
 from .train_config import Checkpointing
 from .watching import Look
+from .weights_file import save_tensors
 
 log = logging.getLogger("sdxl_lora")
 SCHEMA = 3
@@ -103,8 +104,8 @@ class Checkpoints:
         temporary.mkdir(parents=True)
         try:
             moments, plan = take_apart(optimizer)
-            tensors = {f"weight.{i}": weight.detach().cpu().contiguous() for i, weight in enumerate(weights)}
-            save_file(tensors | moments, temporary / STATE)
+            tensors = {f"weight.{i}": weight.detach().cpu() for i, weight in enumerate(weights)}
+            save_tensors(temporary / STATE, tensors | moments)
             flush_to_disk(temporary / STATE)
             write_adapter(temporary / ADAPTER)
             hashes = {name: file_sha256(temporary / name) for name in (ADAPTER, STATE)}
@@ -120,7 +121,12 @@ class Checkpoints:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for _, old in _numbered(self.folder)[KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != final:  # a run that went back to an earlier step needs that one most
+                shutil.rmtree(old, ignore_errors=True)
+
+    @property
+    def exist(self) -> bool:
+        return bool(_numbered(self.folder))
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there is none.

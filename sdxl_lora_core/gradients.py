@@ -12,7 +12,7 @@ from torch import Tensor
 from . import precompute
 from .checkpoints import LoopState
 from .learner import Learner
-from .memory import free_memory, kept_bytes, plan_memory, set_checkpointing
+from .memory import free_memory, is_out_of_memory, kept_bytes, plan_memory, set_checkpointing
 from .optimizers import state_copies
 from .processes import Processes
 from .train_config import TrainConfig
@@ -135,11 +135,6 @@ def passes(batches: Sequence[Sequence[int]], size: int, processes: Processes) ->
         for start in range(0, len(mine), size):
             yield before + first + start * processes.count, mine[start : start + size]
         before += len(batch)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it, Apple's MPS only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class Learner(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
+        self.objective.to(device)
         start = read_lora(Path(config.continue_from)) if config.continue_from else None
         if start:
             require_same_parts(start, config, [part for part in ENCODERS if encoder_rate(config, part)])

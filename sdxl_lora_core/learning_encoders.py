@@ -45,7 +45,7 @@ class LearningEncoders(nn.Module):
             if config.new_tokens:
                 self._add_tokens(part, config, start)
         rows = [embedding.rows for embedding in self.embeddings.values()]
-        rate = config.token_learning_rate / config.learning_rate
+        rate = config.token_learning_rate / config.leading_rate
         self.token_groups = [ParameterGroup(rows, rate)] if rows else []
 
     def _add_tokens(self, part: Part, config: TrainConfig, start: LoRAFile | None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .files import canonical_json
 from .optimizers import CLASSES, optimizer_settings
@@ -19,17 +20,25 @@ _IMPLEMENTATIONS: dict[LoRAFormat, str] = {
 }
 
 
+@dataclass(frozen=True)
+class FolderFacts:
+    """Training images that are shown equally often: their number, their repeats, and how often each tag occurs."""
+
+    images: int
+    repeats: int = 1
+    tags: Mapping[str, int] = field(default_factory=dict)
+
+
 def lora_metadata(
     config: TrainConfig, *, name: str, base_name: str, base_hash: str, prediction_type: str, zero_terminal_snr: bool,
-    precision: Precision, resolution: int, dataset_name: str, images: int, repeats: int = 1,
-    trigger_words: Sequence[str] = (), tag_counts: Mapping[str, int] | None = None, steps: int | None = None,
+    precision: Precision, resolution: int, folders: Mapping[str, FolderFacts],
+    trigger_words: Sequence[str] = (), steps: int | None = None,
     regularisation_images: int = 0,
 ) -> dict[str, str]:  # fmt: skip
     """Metadata for write_lora. `precision` is the one computed in, `steps` those taken (config.steps unless cut short).
 
-    `base_hash` is the base's fingerprint, `tag_counts` come from tag_counts(), `images` are distinct training images.
+    `base_hash` is the base's fingerprint, `folders` are those of the training images, by name.
     """
-    tags = {word: images for word in trigger_words} | dict(tag_counts or {})
     v_prediction = prediction_type == "v_prediction"
     values: dict[str, object] = {
         "ss_base_model_version": "sdxl_base_v1-0",
@@ -41,7 +50,7 @@ def lora_metadata(
         "ss_zero_terminal_snr": zero_terminal_snr,
         "ss_mixed_precision": "no" if precision == "fp32" else precision,
         "ss_steps": config.steps if steps is None else steps,
-        **_dataset_values(dataset_name, images, repeats, resolution, config.batch_size, tags, trigger_words),
+        **_dataset_values(folders, resolution, config.batch_size, trigger_words),
         "ss_num_reg_images": regularisation_images,
         **_caption_values(config),
         **_training_values(config),
@@ -75,7 +84,7 @@ def _training_values(config: TrainConfig) -> dict[str, object]:
         **_network_values(config),
         "ss_caption_dropout_rate": config.caption_dropout,
         "ss_max_train_steps": config.steps,
-        "ss_learning_rate": config.learning_rate,
+        "ss_learning_rate": config.leading_rate,
         "ss_unet_lr": config.learning_rate if config.train_unet else None,
         **_text_encoder_values(config),
         "ss_lr_scheduler": config.lr_schedule,
@@ -145,25 +154,29 @@ def _network_values(config: TrainConfig) -> dict[str, object]:
 
 
 def _dataset_values(
-    name: str, images: int, repeats: int, resolution: int, batch_size: int, tags: Mapping[str, int],
-    trigger_words: Sequence[str],
+    folders: Mapping[str, FolderFacts], resolution: int, batch_size: int, trigger_words: Sequence[str]
 ) -> dict[str, object]:  # fmt: skip
-    folder = {"n_repeats": repeats, "img_count": images}
-    subset = {"num_repeats": repeats, "img_count": images, "image_dir": name, "class_tokens": ", ".join(trigger_words)}
+    shown = sum(folder.images * folder.repeats for folder in folders.values())
+    tags = {name: dict.fromkeys(trigger_words, folder.images) | dict(folder.tags) for name, folder in folders.items()}
+    classes = ", ".join(trigger_words)
     dataset = {
         "is_dreambooth": True,
         "batch_size_per_device": batch_size,
-        "num_train_images": images * repeats,
+        "num_train_images": shown,
         "resolution": [resolution, resolution],
         "enable_bucket": True,
-        "tag_frequency": {name: tags},
-        "subsets": [subset],
+        "tag_frequency": tags,
+        "subsets": [
+            {"num_repeats": folder.repeats, "img_count": folder.images, "image_dir": name, "class_tokens": classes}
+            for name, folder in folders.items()
+        ],
     }
+    counts = {name: {"n_repeats": folder.repeats, "img_count": folder.images} for name, folder in folders.items()}
     return {
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_enable_bucket": True,
-        "ss_num_train_images": images * repeats,
-        "ss_dataset_dirs": canonical_json({name: folder}),
+        "ss_num_train_images": shown,
+        "ss_dataset_dirs": canonical_json(counts),
         "ss_datasets": canonical_json([dataset]),
-        "ss_tag_frequency": canonical_json({name: tags}),
+        "ss_tag_frequency": canonical_json(tags),
     }

@@ -44,6 +44,10 @@ class Objective:
             )
         self.weights = self._weights()
 
+    def to(self, device: torch.device) -> None:
+        """diffusers would do so in the first step, which may be the memory plan's, on tensors without contents."""
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+
     def timestep(self, draw: torch.Generator) -> int:
         """A timestep within the range of `config`, uniform or logit-normal (Esser et al., arXiv 2403.03206, eq. 19)."""
         low, high = self.config.timestep_min, self.config.timestep_max

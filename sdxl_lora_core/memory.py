@@ -74,6 +74,12 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it, its libraries and Apple's MPS only words."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 _known: dict[tuple[object, ...], int] = {}  # counts by what they depend on
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, cycle, islice, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .base_parts import Part
@@ -21,8 +20,10 @@ from .files import write_atomic
 from .lora_dialects import ENCODER_KEYS
 from .lots import digest
 from .prompts import CHUNK_TOKENS, TokenIds
+from .weights_file import save_tensors
 
 if TYPE_CHECKING:
+    from .dataset import CaptionDataset
     from .train_config import TrainConfig
 
 Vectors = Mapping[Part, Tensor]  # what a token stands for: [n, 768] for the first encoder, [n, 1280] for the second
@@ -50,6 +51,17 @@ def read_new_tokens(text: str, vectors_per_token: int) -> dict[str, str]:
     return tokens
 
 
+def placeholder_ids(config: TrainConfig) -> TokenIds:
+    """Ids beyond any vocabulary, to count with before the encoders are there."""
+    tokens = read_new_tokens(config.new_tokens, config.vectors_per_token)
+    return dict.fromkeys(tokens, [2**31 - 1] * config.vectors_per_token)
+
+
+def all_trigger_words(dataset: CaptionDataset, config: TrainConfig) -> list[str]:
+    """What calls for the LoRA in a prompt: the dataset's words and the new tokens."""
+    return list(dict.fromkeys([*dataset.trigger_words, *read_new_tokens(config.new_tokens, config.vectors_per_token)]))
+
+
 def require_shown(config: TrainConfig, captions: Sequence[str]) -> None:
     """Raises ValueError for a new token that none of the training captions holds."""
     for name in read_new_tokens(config.new_tokens, config.vectors_per_token):
@@ -71,7 +83,8 @@ class TokenEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         new = ids - self.known.num_embeddings
         known = self.known(ids.clamp_max(self.known.num_embeddings - 1))
-        return torch.where(new[..., None] >= 0, self.rows[new.clamp_min(0)].to(known.dtype), known)
+        rows = nn.functional.embedding(new.clamp_min(0), self.rows)  # indexing adds gradients up in changing order
+        return torch.where(new[..., None] >= 0, rows.to(known.dtype), known)
 
 
 def add_tokens(encoder: Any, tokenizer: Any, vectors: Mapping[str, Tensor]) -> tuple[TokenEmbedding, TokenIds]:
@@ -92,15 +105,15 @@ def start_vectors(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Where the `count` vectors of each token start, float32 [count, C].
 
-    That is at the tokens of its word, again and again if they are fewer; without a word it is at random, with the
-    spread of the vocabulary.
+    That is at the tokens of its word, again and again if they are fewer, at the means of some if they are more; without
+    a word it is at random, with the spread of the vocabulary.
     """
     known = encoder.get_input_embeddings().weight.detach().float().cpu()
     starts = {}
     for name, word in tokens.items():
         if word:
             ids = tokenizer(word, add_special_tokens=False).input_ids
-            starts[name] = known[list(islice(cycle(ids), count))]
+            starts[name] = torch.stack([known[ids[i % len(ids) :: count]].mean(dim=0) for i in range(count)])
         else:
             draw = torch.Generator().manual_seed(int.from_bytes(digest(seed, "token", name)[:7], "little"))
             starts[name] = known.std() * torch.randn(count, known.shape[1], generator=draw)
@@ -109,5 +122,5 @@ def start_vectors(
 
 def write_embedding(path: Path, vectors: Vectors) -> None:
     """One token alone, as ComfyUI and A1111 read it from their folder `embeddings`: float32 clip_l and clip_g."""
-    tensors = {ENCODER_KEYS[part]: tensor.float().contiguous() for part, tensor in vectors.items()}
-    write_atomic(path, lambda file: save_file(tensors, file))
+    tensors = {ENCODER_KEYS[part]: tensor.float() for part, tensor in vectors.items()}
+    write_atomic(path, lambda file: save_tensors(file, tensors))

@@ -85,7 +85,7 @@ def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> tor
     module, _, name = CLASSES[config.optimizer].rpartition(".")
     make = getattr(importlib.import_module(module), name)
     parameters = [{"params": group.parameters} for group in groups]
-    return make(parameters, lr=config.learning_rate, **optimizer_settings(config))
+    return make(parameters, lr=config.leading_rate, **optimizer_settings(config))
 
 
 def _require_fused(device: torch.device) -> None:

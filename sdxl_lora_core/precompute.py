@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import base_model
@@ -22,7 +22,8 @@ from .dataset import CaptionEntry
 from .files import file_sha256, json_sha256, write_atomic
 from .images import open_alpha, open_image
 from .latents import crop_mask, crop_pixels, encode_posterior, time_ids
-from .prompts import CHUNK_TOKENS, encode_prompt_sdxl, truncated_words
+from .prompts import CHUNK_TOKENS, TokenIds, encode_prompt_sdxl, truncated_words
+from .weights_file import save_tensors
 
 log = logging.getLogger("sdxl_lora")
 OnItem = Callable[[str, int, int], None]
@@ -123,14 +124,17 @@ def cache_prompts(
     release_memory(device)
 
 
-def cut_captions(base: SDXLBase, entries: Sequence[CaptionEntry], chunks: int) -> list[tuple[str, str]]:
+def cut_captions(
+    base: SDXLBase, entries: Sequence[CaptionEntry], chunks: int, new_tokens: TokenIds | None = None
+) -> list[tuple[str, str]]:
     """The images with a caption too long for `chunks`: file name, and the words that are not seen."""
-    # A token is at least a byte, so most captions need no tokenizer to be found short.
-    long = [(e, c) for e in entries for c in e.captions if len(c.encode()) > chunks * CHUNK_TOKENS]
+    # A known token is at least a byte, so most captions need no tokenizer to be found short.
+    captions = [(entry, caption) for entry in entries for caption in entry.captions]
+    long = [(e, c) for e, c in captions if new_tokens or len(c.encode()) > chunks * CHUNK_TOKENS]
     if not long:
         return []
     tokenizer = base_model.load_tokenizers(base)[0]
-    unseen = [(entry.image.name, truncated_words(caption, tokenizer, chunks)) for entry, caption in long]
+    unseen = [(entry.image.name, truncated_words(caption, tokenizer, chunks, new_tokens)) for entry, caption in long]
     return [(name, words) for name, words in unseen if words]
 
 
@@ -199,8 +203,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def _store(path: Path, tensors: dict[str, Tensor]) -> None:
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, lambda temporary: save_file(contiguous, temporary))
+    write_atomic(path, lambda temporary: save_tensors(temporary, tensors))
 
 
 def _readable(path: Path) -> bool:

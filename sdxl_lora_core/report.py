@@ -10,7 +10,7 @@ from .charts import smoothed
 from .checkpoints import LoopState
 from .dataset import CaptionDataset
 from .learning_encoders import learning_encoders
-from .new_tokens import read_new_tokens
+from .new_tokens import all_trigger_words, placeholder_ids, read_new_tokens
 from .precompute import cut_captions
 from .run_length import passes_per_epoch
 from .runs import Run
@@ -46,7 +46,7 @@ def _notes(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfi
     notes: dict[str, Any] = {}
     if dataset.regularisation:
         notes["regularisation_images"] = len(dataset.regularisation)
-    if cut := cut_captions(base, dataset.entries, config.caption_chunks):
+    if cut := cut_captions(base, dataset.entries, config.caption_chunks, placeholder_ids(config)):
         notes["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut]
     if encoders := learning_encoders(config):
         notes["text_encoders"] = f"{' and '.join(encoders)} read the captions in every step, without the cache"
@@ -65,8 +65,8 @@ def _course(config: TrainConfig, trained: Trained) -> dict[str, Any]:
     course: dict[str, Any] = {}
     if trained.stopped_early:
         course["stopped"] = (
-            f"stopped on request after {state.step} of {config.steps} steps: the same settings again train the rest, "
-            f"steps {state.step} keeps what there is"
+            f"stopped on request after {state.step} of {config.steps} steps, and kept: with another number of steps, "
+            f"{config.steps + 1} for example, the training goes on from here in a file of its own"
         )
     elif state.step < config.steps:
         course["early_stopping"] = (
@@ -81,11 +81,6 @@ def _course(config: TrainConfig, trained: Trained) -> dict[str, Any]:
     if trained.kept:
         course["kept"] = f"the file holds step {trained.kept.step}, the best by {config.keep_best}"
     return course
-
-
-def all_trigger_words(dataset: CaptionDataset, config: TrainConfig) -> list[str]:
-    """What calls for the LoRA in a prompt."""
-    return list(dict.fromkeys([*dataset.trigger_words, *read_new_tokens(config.new_tokens, config.vectors_per_token)]))
 
 
 def _epochs(dataset: CaptionDataset, config: TrainConfig, steps: int) -> float:

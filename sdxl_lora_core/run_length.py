@@ -22,8 +22,17 @@ def with_steps(config: TrainConfig, dataset: CaptionDataset) -> TrainConfig:
     """The settings with `steps` in place of `epochs`: enough updates to see every image that often, repeats counted."""
     if config.epochs == 0:
         return config
-    steps = config.epochs * passes_per_epoch(dataset, config) / config.gradient_accumulation
-    return replace(config, steps=math.ceil(steps), epochs=0)
+    steps = math.ceil(config.epochs * passes_per_epoch(dataset, config) / config.gradient_accumulation)
+    warmup = config.lr_warmup_steps
+    if warmup >= steps:
+        warmup = steps // 10
+        log.warning(
+            "lr_warmup_steps is %d and the epochs are %d steps: warming up over %d",
+            config.lr_warmup_steps,
+            steps,
+            warmup,
+        )
+    return replace(config, steps=steps, epochs=0, lr_warmup_steps=warmup)
 
 
 def passes_per_epoch(dataset: CaptionDataset, config: TrainConfig) -> int:
@@ -62,7 +71,7 @@ def starting_point(related: Sequence[Run], config: TrainConfig) -> Checkpoint | 
 def learning_rate(config: TrainConfig, step: int, schedule_start: int = 0) -> float:
     """The learning rate at 0-based `step`, when the schedule counts from `schedule_start` to the last step."""
     if schedule_start == 0:
-        return config.learning_rate * lr_factor(config, step)
+        return config.leading_rate * lr_factor(config, step)
     left = config.steps - schedule_start
     rest = replace(config, steps=left, lr_warmup_steps=min(config.lr_warmup_steps, left - 1))
-    return config.learning_rate * lr_factor(rest, step - schedule_start)
+    return config.leading_rate * lr_factor(rest, step - schedule_start)

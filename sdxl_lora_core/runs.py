@@ -18,6 +18,7 @@ from .checkpoints import Checkpoints
 from .config import DatasetConfig, to_yaml
 from .dataset import CaptionDataset
 from .files import file_sha256, json_sha256, write_text_atomic
+from .new_tokens import read_new_tokens
 from .train_config import TrainConfig
 from .watching import deciding_looks
 
@@ -47,6 +48,12 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.lora_path.exists() and (self.folder / "finished").exists()
+
+    @property
+    def known(self) -> dict[str, Any] | None:
+        """The identity that its folder belongs to; None for a folder in which no step was taken."""
+        begun = self.checkpoints.exist or self.finished or (self.folder / "report.json").exists()
+        return _identity(self.folder) if begun else None
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -98,11 +105,11 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
         "fingerprint": fingerprint, "steps": config.steps, "kept": _kept(config),
         "format": [config.save_format, config.save_dtype],
     }  # fmt: skip
-    _check_writable(folders)
+    _check_writable(folders, config)
     for name in _names(config.lora_name):
         run = Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
-        known = _identity(run.folder)
-        if known not in (None, identity) or (known is None and folders.taken(run.lora_path.name)):
+        known = run.known
+        if known not in (None, identity) or (known is None and _is_taken(run, folders, config)):
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run.folder / ".lock")
@@ -111,7 +118,7 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
         except Timeout:
             continue
         try:
-            if _identity(run.folder) in (None, identity):
+            if run.known in (None, identity):
                 write_text_atomic(run.folder / "identity", json.dumps(identity))
                 run.sweep()
                 yield run
@@ -187,8 +194,15 @@ def _identity(folder: Path) -> dict[str, Any] | None:
     return identity if isinstance(identity, dict) else {"fingerprint": "unreadable"}
 
 
-def _check_writable(folders: RunFolders) -> None:
-    for folder in (folders.loras, folders.runs, folders.cache):
+def _is_taken(run: Run, folders: RunFolders, config: TrainConfig) -> bool:
+    """Whether its LoRA, or one of its new tokens, would overwrite somebody's file."""
+    tokens = read_new_tokens(config.new_tokens, config.vectors_per_token)
+    return folders.taken(run.lora_path.name) or any(run.embedding(token).exists() for token in tokens)
+
+
+def _check_writable(folders: RunFolders, config: TrainConfig) -> None:
+    embeddings = [folders.loras.with_name("embeddings")] if config.new_tokens else []
+    for folder in (folders.loras, folders.runs, folders.cache, *embeddings):
         probe = folder / f".probe-{os.getpid()}"
         try:
             write_text_atomic(probe, "probe")

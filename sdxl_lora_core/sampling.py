@@ -20,6 +20,7 @@ from .config import GenerateConfig
 from .files import write_atomic, write_text_atomic
 from .loaded_parts import LoadedParts
 from .lora_stack import LoRARef
+from .memory import is_out_of_memory
 from .progress import OnStep, StepReport
 from .scoring import score_images
 from .train_config import TrainConfig
@@ -60,7 +61,9 @@ class Sampler:
             samples = Samples(pixels, self.scores(pixels, device))
             self._keep(f"step-{step:06d}-", pixels)
             self._keep_scores(step, samples)
-        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
             log.warning("no samples at step %d: %s", step, error)
             return Samples([], ())
         finally:

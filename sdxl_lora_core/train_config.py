@@ -48,7 +48,7 @@ class TrainConfig:
         1e-4,
         "Size of each update. Lower it if images turn noisy or burnt, raise it if little is learned. "
         "Lion wants a fifth of the usual, Prodigy wants 1.",
-        low=1e-8, high=1.0, step=1e-5,
+        low=1e-8, high=1.0, step=1e-5, only_with=("train_unet", (True,)),
     )  # fmt: skip
     rank: int = setting(
         8, "Capacity of the LoRA. 4 to 16 for a style, 16 to 64 for much detail; file size grows with it.",
@@ -77,7 +77,8 @@ class TrainConfig:
     lr_warmup_steps: int = setting(0, "The learning rate rises from 0 over this many steps.", low=0, high=MANY)
     target_modules: TargetModules = setting(
         "attention",
-        "The UNet layers that learn: attention is the usual choice, more layers learn more and make larger files.",
+        "The layers that learn, of the UNet and of text encoders with a learning rate: attention is the usual choice, "
+        "more layers learn more and make larger files.",
     )
     dropout: float = setting(
         0.0, "Share of the LoRA's inputs left out at random in training, against overfitting.",
@@ -315,16 +316,26 @@ class TrainConfig:
     )  # fmt: skip
     clip_model: str = setting(
         "", "CLIP model that scores the samples, by its name on the CLIP Score node. Without one they get no score.",
-        group="watch",
+        group="watch", only_with=("sample_prompts", SOMETHING),
     )  # fmt: skip
     tensorboard: TensorBoard = setting(
         "auto", "auto: event files in the run folder if tensorboard is installed. off: never.", group="watch"
     )
     sample_steps: int = setting(
-        25, "Denoising steps of a sample. Fewer are faster and rougher.", low=1, high=200, group="watch"
+        25,
+        "Denoising steps of a sample. Fewer are faster and rougher.",
+        low=1,
+        high=200,
+        group="watch",
+        only_with=("sample_prompts", SOMETHING),
     )
     sample_guidance: float = setting(
-        7.0, "Guidance scale of a sample. Take the one that you generate with.", low=0, high=50, group="watch"
+        7.0,
+        "Guidance scale of a sample. Take the one that you generate with.",
+        low=0,
+        high=50,
+        group="watch",
+        only_with=("sample_prompts", SOMETHING),
     )
 
     # Memory
@@ -381,6 +392,22 @@ class TrainConfig:
         "validate_every", "early_stopping", "keep_best", "sample_every", "clip_model", "tensorboard",
     )  # fmt: skip
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates that something learns at, by setting."""
+        rates = {
+            "learning_rate": self.learning_rate if self.train_unet else 0,
+            "text_encoder_learning_rate": self.text_encoder_learning_rate,
+            "text_encoder_2_learning_rate": self.text_encoder_2_learning_rate,
+            "token_learning_rate": self.token_learning_rate if self.new_tokens else 0,
+        }
+        return {option: rate for option, rate in rates.items() if rate}
+
+    @property
+    def leading_rate(self) -> float:
+        """The one that is shown and scheduled; all others are factors of it."""
+        return next(iter(self.rates.values()))
+
     def __post_init__(self) -> None:
         check_settings(self)
         check_adapter(self)
@@ -420,10 +447,10 @@ def _check_loss(config: TrainConfig) -> None:
 
 
 def _check_optimizer(config: TrainConfig) -> None:
-    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+    if config.optimizer == "prodigy" and config.leading_rate < 0.1:
         raise ValueError(
-            f"optimizer is 'prodigy' and learning_rate is {config.learning_rate}: it finds its own rate and "
-            "multiplies it with this one, so set learning_rate to 1"
+            f"optimizer is 'prodigy' and {next(iter(config.rates))} is {config.leading_rate}: it finds its own rate "
+            "and multiplies it with this one, so set it to 1"
         )
     if config.optimizer != "schedule_free":
         return
@@ -448,6 +475,18 @@ def _check_captions(config: TrainConfig) -> None:
         raise ValueError(
             f"keep_tags is {config.keep_tags} and shuffle_tags is off, tag_dropout 0: all tags stay as they are, so "
             "turn one of them on or set keep_tags to 0"
+        )
+    shown = {"caption_variants": config.caption_variants != 8, "tag_separator": config.tag_separator != ","}
+    for option, is_set in shown.items():
+        if is_set and not (config.shuffle_tags or config.tag_dropout):
+            raise ValueError(
+                f"{option} is {getattr(config, option)!r} and shuffle_tags is off, tag_dropout 0: captions stay whole, "
+                f"so turn one of them on, or set {option} back"
+            )
+    if config.images_per_pass > config.batch_size:
+        raise ValueError(
+            f"images_per_pass is {config.images_per_pass} and batch_size is {config.batch_size}: a pass holds a batch "
+            "at most, so lower it, or raise batch_size"
         )
     if config.class_images and not config.class_prompt:
         raise ValueError(

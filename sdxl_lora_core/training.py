@@ -16,19 +16,19 @@ from torch import Tensor
 
 from .base_model import SDXLBase, load_part, resolve_dtype
 from .class_images import with_class_images
-from .dataset import CaptionDataset, with_validation
+from .dataset import CaptionDataset, CaptionEntry, with_validation
 from .files import write_text_atomic
 from .journal import Journal
 from .loaded_parts import LoadedParts
 from .lora_files import LoRAFile, kohya_state_dict, read_lora, write_lora
-from .lora_metadata import lora_metadata, tag_counts
+from .lora_metadata import FolderFacts, lora_metadata, tag_counts
 from .lora_modules import LoRAModule, with_dora_scale
 from .losses import as_trained
-from .new_tokens import require_shown, write_embedding
+from .new_tokens import all_trigger_words, require_shown, write_embedding
 from .optimizers import require_library
 from .processes import Processes, require_work_for_all
 from .progress import OnStep, StepReport
-from .report import all_trigger_words, make_report
+from .report import make_report
 from .run_length import starting_point, with_steps
 from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
 from .sampling import Sampler, Samples
@@ -72,6 +72,11 @@ def train(
     if validation:
         dataset = with_validation(dataset, validation)
     require_lookable(config, dataset)
+    if config.prior_weight != 1 and not (dataset.regularisation or config.class_prompt):
+        raise ValueError(
+            f"prior_weight is {config.prior_weight} and there are no regularisation images: add some, give a "
+            "class_prompt, or set it back to 1"
+        )
     require_shown(config, [caption for entry in dataset.entries for caption in entry.captions])
     parts = parts or LoadedParts(device, offload=True)
     base = as_trained(base, config)
@@ -142,9 +147,9 @@ def _train_and_save(
     if not processes.is_first:
         return
     finished = lora(trained.learned, trained.step)
+    write_lora(run.lora_path, finished, dtype, config.save_format)
     for token, vectors in finished.tokens.items():
         write_embedding(run.embedding(token), vectors)
-    write_lora(run.lora_path, finished, dtype, config.save_format)
     report = make_report(run, base, dataset, config, trained)
     facts = {
         "fingerprint": fingerprint, "base": base.fingerprint, "dataset": dataset.fingerprint,
@@ -153,8 +158,21 @@ def _train_and_save(
     }  # fmt: skip
     save_settings(run, base, dataset, config, facts)
     write_text_atomic(run.folder / "report.json", json.dumps(report, indent=2))
-    if not trained.stopped_early:
-        write_text_atomic(run.folder / "finished", fingerprint)
+    write_text_atomic(run.folder / "finished", fingerprint)
+
+
+def _folders(dataset: CaptionDataset) -> dict[str, FolderFacts]:
+    """The training images by kohya's names of folders, `3_cat`; by the data set's where there is only one."""
+    groups: dict[tuple[int, str], list[CaptionEntry]] = {}
+    for entry in dataset.entries:
+        groups.setdefault((entry.repeats, entry.image.parent.name), []).append(entry)
+    facts = {
+        f"{repeats}_{name.removeprefix(f'{repeats}_')}": FolderFacts(
+            len(entries), repeats, tag_counts(entry.caption for entry in entries)
+        )
+        for (repeats, name), entries in groups.items()
+    }
+    return facts if len(facts) > 1 else {dataset.name: next(iter(facts.values()))}
 
 
 def _metadata(
@@ -170,11 +188,8 @@ def _metadata(
         zero_terminal_snr=base.zero_terminal_snr,
         precision=precision,
         resolution=max(entry.resolution for entry in dataset.entries),
-        dataset_name=dataset.name,
-        images=len(dataset.entries),
-        repeats=max(entry.repeats for entry in dataset.entries),
+        folders=_folders(dataset),
         trigger_words=all_trigger_words(dataset, config),
-        tag_counts=tag_counts(entry.caption for entry in dataset.entries),
         steps=steps,
         regularisation_images=len(dataset.regularisation),
     )

@@ -24,6 +24,7 @@ from .dataset import CaptionDataset, CaptionEntry
 from .learning_encoders import learning_encoders
 from .losses import Objective
 from .lots import digest, pick
+from .new_tokens import all_trigger_words, placeholder_ids
 from .precompute import OnItem, Sample
 from .prompts import stack_embeds
 from .train_config import TrainConfig
@@ -85,7 +86,8 @@ class TrainingData:
                 "put masks/<name>.png into the folder, or turn masked_loss off"
             )
         self.variants = [self._variants(entry) for entry in self.entries]
-        self.captions = [self._captions(entry, dataset.trigger_words) for entry in dataset.entries]
+        words = all_trigger_words(dataset, config)
+        self.captions = [self._captions(entry, words) for entry in dataset.entries]
         self.captions += [entry.captions for entry in dataset.regularisation]
         self.first_regularisation = len(dataset.entries)
         self.validation = [self._sample(entry, entry.center, mirrored=False) for entry in dataset.validation]
@@ -119,7 +121,9 @@ class TrainingData:
         """Makes every tensor that is not on disk yet. Says in the log which captions are cut, or read in every step."""
         for part in learning_encoders(self.config):
             log.info("%s learns: it reads the captions in every step, their embeddings are not cached", part)
-        for name, words in precompute.cut_captions(self.base, self.entries, self.config.caption_chunks):
+        for name, words in precompute.cut_captions(
+            self.base, self.entries, self.config.caption_chunks, placeholder_ids(self.config)
+        ):
             log.warning("the caption of %s is too long for caption_chunks, not seen: %s", name, words)
         samples = [sample for variants in self.variants for sample in variants] + self.validation
         chunks = self.config.caption_chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -64,6 +65,14 @@ def pack_weights(tensors: Mapping[str, Tensor]) -> PackedWeights:
     whole = safetensors.torch.save(dict(tensors))
     start = 8 + int.from_bytes(whole[:8], "little")
     return PackedWeights(json.loads(whole[8:start]), memoryview(whole)[start:])
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Not atomic by itself. Raises OSError where the disk is full; the library has an error of its own for that."""
+    try:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
 
 
 def write_weights(path: Path, packed: PackedWeights, metadata: Mapping[str, str]) -> None:

@@ -66,7 +66,7 @@ def test_out_of_memory_halves_the_pass_and_repeats_the_step(
     plain = run(CONFIG)
     passes = small_memory(2, step=1)
     survived = run(CONFIG, where="b")
-    assert max(passes) == 3 and sum(passes) >= sum(passes[:2]) and caplog.text.count("images a pass, not 3") == 1
+    assert max(passes) == 3 and max(passes[3:]) == 2 and caplog.text.count("images a pass, not 3") == 1
     assert survived.report["steps"] == 3
     close_to(survived.lora_path, plain.lora_path)
 
@@ -126,10 +126,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
     return poison
 
 
-def test_five_bad_steps_in_a_row_end_the_run_at_the_last_good_state(run: Train, poisoned: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint_every", [4, 1])
+def test_five_bad_steps_in_a_row_end_the_run_at_the_last_good_state(
+    run: Train, poisoned: Any, tmp_path: Path, checkpoint_every: int
+) -> None:
     good = load_file(run(replace(SMALL, steps=3)).lora_path)
     poisoned(range(3, 99))
-    config = replace(SMALL, steps=20, checkpoint_every=4)
+    config = replace(SMALL, steps=20, checkpoint_every=checkpoint_every)
     message = "not finite in 5 steps in a row, from step 4 on, and the LoRA of step-000003 is kept"
     for _ in range(2):  # the second try ends as the first one did
         with pytest.raises(Diverged, match=message):

@@ -34,6 +34,7 @@ from sdxl_lora_core.lora_files import (
     write_lora,
 )
 from sdxl_lora_core.lora_info import describe_lora
+from sdxl_lora_core.lora_metadata import FolderFacts
 from sdxl_lora_core.lora_names import sai_block_name
 from tests.micro_loras import (
     ATTENTION,
@@ -317,8 +318,8 @@ def test_equal_content_gives_equal_bytes_in_any_process(tmp_path: Path) -> None:
 def metadata_of(**changes: Any) -> dict[str, str]:
     facts: dict[str, Any] = {
         "name": "pixel", "base_name": "sd_xl_base_1.0", "base_hash": "ab" * 32, "prediction_type": "v_prediction",
-        "zero_terminal_snr": True, "precision": "bf16", "resolution": 1024, "dataset_name": "cats", "images": 24,
-        "repeats": 2, "trigger_words": ("8bit",), "tag_counts": tag_counts(["8bit, a cat", "8bit, a dog"]), "steps": 90,
+        "zero_terminal_snr": True, "precision": "bf16", "resolution": 1024, "steps": 90,
+        "trigger_words": ("8bit",), "folders": {"cats": FolderFacts(24, 2, tag_counts(["8bit, a cat", "8bit, a dog"]))},
     }  # fmt: skip
     return lora_metadata(TrainConfig(rank=4, alpha=8, seed=7, steps=100), **{**facts, **changes})
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.base_model import SDXLBase, load_part
+from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.memory import kept_bytes, plan_memory, set_checkpointing
 from sdxl_lora_core.train_config import Checkpointing, TrainConfig
 from tests.micro_runs import SMALL, Train, change_losses
@@ -104,3 +105,9 @@ def test_images_per_pass_cuts_the_batch(run: Train, monkeypatch: pytest.MonkeyPa
     )
     run(replace(SMALL, batch_size=2, images_per_pass=1, steps=2))
     assert set(sizes) == {1}
+
+
+def test_the_noise_schedule_is_on_the_device_before_the_plan_looks_for_it(micro_base: SDXLBase) -> None:
+    """Moved in the plan's pass, which has no contents, it would have none in the steps either."""
+    learner = Learner(micro_base, SMALL, torch.device("meta"), torch.float32)
+    assert learner.objective.scheduler.alphas_cumprod.device.type == "meta"

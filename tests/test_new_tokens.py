@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdxl_lora_core.base_model import SDXLBase, load_part, load_tokenizers
+from sdxl_lora_core.caption_variants import caption_variants
 from sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.generation import generate
@@ -22,11 +23,14 @@ from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, read_lora, write_lor
 from sdxl_lora_core.lora_info import describe_lora
 from sdxl_lora_core.lora_metadata import trigger_words
 from sdxl_lora_core.lora_stack import LoRARef
-from sdxl_lora_core.new_tokens import add_tokens, read_new_tokens
+from sdxl_lora_core.new_tokens import TokenEmbedding, add_tokens, all_trigger_words, read_new_tokens
 from sdxl_lora_core.prompts import encode_prompt_sdxl, token_ids, truncated_words
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, lora_bytes
+from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
-ALONE: dict[str, Any] = {"train_unet": False, "new_tokens": "zwx=red", "token_learning_rate": 0.1}
+ALONE: dict[str, Any] = {
+    "lora_name": "small", "steps": 4, "batch_size": 2,
+    "train_unet": False, "new_tokens": "zwx=red", "token_learning_rate": 0.1,
+}  # fmt: skip
 PIVOTAL = replace(SMALL, new_tokens="zwx=red, qq-2", vectors_per_token=2)
 
 
@@ -125,7 +129,7 @@ def test_start_words_and_random_starts(micro_base: SDXLBase) -> None:
 
 
 def test_tokens_learn_alone(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
-    result = run(replace(SMALL, **ALONE), dataset=named)
+    result = run(TrainConfig(**ALONE), dataset=named)
     assert set(load_file(result.lora_path)) == {"bundle_emb.zwx.clip_l", "bundle_emb.zwx.clip_g"}
     assert result.state_dict == {} and result.report["modules"] == 0 and result.report["rank"] == []
     file = read_lora(result.lora_path)
@@ -133,7 +137,7 @@ def test_tokens_learn_alone(run: Train, micro_base: SDXLBase, named: CaptionData
         assert 0.05 < (file.tokens["zwx"][part] - start).abs().max() < 1  # type: ignore[index]
     assert "zwx" in trigger_words(file.metadata)
     assert "new token zwx: 1 vectors" in describe_lora(result.lora_path)
-    slower = run(replace(SMALL, **{**ALONE, "token_learning_rate": 0.01}), where="b", dataset=named)
+    slower = run(TrainConfig(**{**ALONE, "token_learning_rate": 0.01}), where="b", dataset=named)
     assert lora_bytes(slower) != lora_bytes(result)
 
 
@@ -153,8 +157,8 @@ def test_a_run_with_tokens_resumes_exactly(run: Train, named: CaptionDataset) ->
 
 
 def test_a_token_can_be_trained_further(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
-    first = run(replace(SMALL, **ALONE), dataset=named)
-    start = replace(SMALL, **ALONE, continue_from=str(first.lora_path))
+    first = run(TrainConfig(**ALONE), dataset=named)
+    start = TrainConfig(**ALONE, continue_from=str(first.lora_path))
     tokens = read_lora(first.lora_path).tokens["zwx"]
     begun = Learner(micro_base, start, CPU, torch.float32).learned().tokens["zwx"]
     assert all(torch.equal(begun[part], rows) for part, rows in tokens.items())
@@ -164,7 +168,7 @@ def test_a_token_can_be_trained_further(run: Train, micro_base: SDXLBase, named:
 
 def test_a_token_that_no_caption_holds_is_refused(run: Train) -> None:
     with pytest.raises(ValueError, match="new_tokens names zwx and no caption holds it: give zwx as the dataset's"):
-        run(replace(SMALL, **ALONE))
+        run(TrainConfig(**ALONE))
 
 
 def test_the_embedding_file_loads_in_diffusers(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
@@ -189,7 +193,7 @@ def test_the_embedding_file_loads_in_diffusers(run: Train, micro_base: SDXLBase,
 def test_a_stack_brings_its_tokens_into_prompts(
     run: Train, micro_base: SDXLBase, named: CaptionDataset, tmp_path: Path
 ) -> None:
-    lora = run(replace(SMALL, **ALONE), dataset=named).lora_path
+    lora = run(TrainConfig(**ALONE), dataset=named).lora_path
     parts = LoadedParts(CPU)
 
     def draw(prompt: str, strength_clip: float | None, prompts: Path | None = None) -> bytes:
@@ -208,3 +212,70 @@ def test_a_token_without_vectors_for_one_encoder_is_damage(tmp_path: Path) -> No
     write_lora(tmp_path / "x.safetensors", file, torch.float32)
     with pytest.raises(ValueError, match="new token zwx has no vectors for one of the text encoders"):
         read_lora(tmp_path / "x.safetensors")
+
+
+def test_the_gradient_of_a_token_is_the_same_every_time() -> None:
+    """Where a token occurs again and again, threads must not add its gradients up in changing order."""
+    embedding = TokenEmbedding(torch.nn.Embedding(10, 768), torch.zeros(2, 768))
+    ids = torch.randint(12, (4, 77), generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(4, 77, 768, generator=torch.Generator().manual_seed(1))
+    gradients = set()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(100):
+            (gradient,) = torch.autograd.grad((embedding(ids) * weights).sum(), embedding.rows)
+            gradients.add(gradient.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(gradients) == 1
+    wanted = torch.stack([weights[ids == number].sum(dim=0) for number in (10, 11)])
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_settings_of_what_does_not_learn_are_refused() -> None:
+    for name, value in (("rank", 4), ("adapter", "dora"), ("use_rslora", True), ("target_modules", "all-linear")):
+        with pytest.raises(ValueError, match=f"{name} is {value} and only new_tokens learn, without a LoRA"):
+            TrainConfig(**{**ALONE, name: value})
+    with pytest.raises(ValueError, match="learning_rate is 0.5 and does nothing while train_unet is False"):
+        TrainConfig(**ALONE, learning_rate=0.5)
+    with pytest.raises(ValueError, match="'prodigy' and token_learning_rate is 0.01: .* so set it to 1"):
+        TrainConfig(**{**ALONE, "token_learning_rate": 0.01}, optimizer="prodigy")
+    assert TrainConfig(**{**ALONE, "token_learning_rate": 1.0}, optimizer="prodigy").leading_rate == 1
+
+
+def test_the_rate_that_is_shown_is_one_that_learns(run: Train, named: CaptionDataset) -> None:
+    result = run(TrainConfig(**ALONE), dataset=named)
+    rows = (result.loss_chart.parent / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("learning_rate")
+    assert {float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]} == {0.1}
+    assert read_lora(result.lora_path).metadata["ss_learning_rate"] == "0.1"
+
+
+def test_a_start_of_several_words_is_their_mean_where_there_are_fewer_vectors(micro_base: SDXLBase) -> None:
+    for vectors, wanted in ((1, [["red", "heart"]]), (3, [["red"], ["heart"], ["red"]])):
+        config = TrainConfig(new_tokens="zwx=red heart", vectors_per_token=vectors)
+        rows = Learner(micro_base, config, CPU, torch.float32).learned().tokens["zwx"]["text_encoder"]
+        means = [torch.cat([known(micro_base, word)[0] for word in words]).mean(dim=0) for words in wanted]
+        torch.testing.assert_close(rows, torch.stack(means))
+
+
+def test_nobodys_embedding_file_is_overwritten(run: Train, named: CaptionDataset, tmp_path: Path) -> None:
+    foreign = tmp_path / "a" / "embeddings" / "small-zwx.safetensors"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"somebody's")
+    result = run(TrainConfig(**ALONE), dataset=named)
+    assert result.lora_name == "small_00002.safetensors" and foreign.read_bytes() == b"somebody's"
+    assert foreign.with_name("small_00002-zwx.safetensors").exists()
+
+
+def test_captions_are_cut_with_their_new_tokens_counted(run: Train, named: CaptionDataset) -> None:
+    config = TrainConfig(**{**ALONE, "vectors_per_token": 75, "steps": 1})
+    cut = run(config, dataset=named).report["cut_captions"]
+    assert len(cut) == len(named.entries) and all("picture number" in line for line in cut)
+
+
+def test_tags_that_are_new_tokens_are_never_dropped(pictures: Path) -> None:
+    config = replace(SMALL, tag_dropout=1.0, new_tokens="zwx")
+    words = all_trigger_words(load(pictures), config)
+    assert caption_variants(("a, zwx, b",), "", words, config)[0] == "zwx"

@@ -70,7 +70,7 @@ def test_only_changed_settings_travel_and_the_later_node_wins() -> None:
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
 def test_a_preset_fills_what_stands_at_its_default(preset: Any) -> None:
-    config = PACK.nodes.wires.train_config(None, {}, preset)
+    config = PACK.nodes.wires.train_config(None, {"sample_prompts": "a picture"}, preset)
     assert {name: getattr(config, name) for name in PRESETS[preset]} == dict(PRESETS[preset])
     assert any(value != FIELDS[name].default for name, value in PRESETS[preset].items())
 

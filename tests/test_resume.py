@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.lora_files import read_lora
-from sdxl_lora_core.run_length import learning_rate, passes_per_epoch
+from sdxl_lora_core.run_length import learning_rate, passes_per_epoch, with_steps
 from sdxl_lora_core.training_data import TrainingData
 from sdxl_lora_core.training_loop import StepReport
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
@@ -235,17 +235,18 @@ def stop_at(step: int) -> dict[str, Any]:
     return {"on_step": seen.append, "should_stop": lambda: trained_steps(seen)[-1:] == [step]}
 
 
-def test_a_stopped_run_keeps_its_lora_and_the_same_settings_train_the_rest(run: Train) -> None:
-    whole = run(where="b")
+def test_a_stopped_run_is_kept_and_goes_on_with_another_number_of_steps(run: Train) -> None:
     stopped = run(**stop_at(2))
     assert stopped.report["steps"] == 2 and stopped.report["stopped"].startswith("stopped on request after 2 of 4")
     half = lora_bytes(stopped)
+    again = run(on_step=lambda report: pytest.fail("trained again"))
+    assert again.reused and lora_bytes(again) == half
     seen: list[StepReport] = []
-    rest = run(on_step=seen.append)
-    assert trained_steps(seen) == [3, 4] and not rest.reused and "stopped" not in rest.report
-    assert rest.lora_path == stopped.lora_path
-    assert lora_bytes(rest) == lora_bytes(whole) != half
-    assert run().reused
+    longer = replace(SMALL, steps=5)
+    rest = run(longer, on_step=seen.append)
+    assert trained_steps(seen) == [3, 4, 5] and "stopped" not in rest.report
+    assert rest.lora_name == "small_00002.safetensors" and lora_bytes(stopped) == half
+    assert same_tensors(rest.lora_path, run(longer, where="b").lora_path)
 
 
 def test_a_stopped_run_is_kept_by_asking_for_the_steps_it_had(run: Train) -> None:
@@ -289,6 +290,8 @@ def test_repeats_lengthen_an_epoch(pictures: Path) -> None:
     assert passes_per_epoch(load(pictures, repeats=3), config) == 3 * passes_per_epoch(load(pictures), config) == 15
 
 
-def test_a_warm_up_longer_than_the_epochs_is_refused(run: Train) -> None:
-    with pytest.raises(ValueError, match="lr_warmup_steps is 4 and steps is 4"):
-        run(replace(SMALL, epochs=1, lr_warmup_steps=4, steps=1))
+def test_a_warm_up_longer_than_the_epochs_is_shortened(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A preset brings one along, whoever chose the epochs."""
+    config = with_steps(replace(SMALL, epochs=3, lr_warmup_steps=50), load(pictures))
+    assert (config.steps, config.lr_warmup_steps) == (12, 1)
+    assert "lr_warmup_steps is 50 and the epochs are 12 steps: warming up over 1" in caplog.text

@@ -34,15 +34,6 @@ def test_a_training_that_fails_takes_its_button_along() -> None:
     assert not button.press()
 
 
-def test_only_a_stop_makes_comfyui_run_the_same_training_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    node = training.TrainSDXLLoRA
-    monkeypatch.setattr(host, "stop_button", host.StopButton())
-    before = node.IS_CHANGED(lora_name="a", seed=0)
-    assert node.IS_CHANGED(lora_name="b", seed=1) == before
-    host.stop_button.stops += 1
-    assert node.IS_CHANGED(lora_name="a", seed=0) != before
-
-
 def test_the_route_answers_whether_something_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     routes: dict[str, Any] = {}
 

@@ -8,6 +8,8 @@ import json
 import math
 import shutil
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import load_caption_dataset
 from sdxl_lora_core.gradients import size_of
 from sdxl_lora_core.learner import Learner
+from sdxl_lora_core.lora_files import read_lora
 from sdxl_lora_core.optimizers import lr_factor
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.training import train
@@ -181,6 +184,26 @@ def test_a_finished_run_is_reused_and_another_gets_its_own_name(run: Train) -> N
     assert longer.lora_name == "small_00003.safetensors"
 
 
+def test_a_start_that_failed_leaves_its_name_free(run: Train) -> None:
+    with pytest.raises(ValueError, match="no image of .* has a mask"):
+        run(replace(SMALL, masked_loss=True))
+    assert run().lora_name == "small.safetensors"
+
+
+def test_folders_of_unequal_repeats_are_told_apart(run: Train, pictures: Path, tmp_path: Path) -> None:
+    for name, numbers in (("3_cat", (0, 1, 2)), ("10_dog", (3,))):
+        (tmp_path / "many" / name).mkdir(parents=True)
+        for number in numbers:
+            for suffix in ("png", "txt"):
+                shutil.copy(pictures / f"{number}.{suffix}", tmp_path / "many" / name)
+    metadata = read_lora(run(replace(SMALL, steps=1), dataset=load(tmp_path / "many")).lora_path).metadata
+    assert metadata["ss_num_train_images"] == "19"
+    assert json.loads(metadata["ss_dataset_dirs"]) == {
+        "3_cat": {"n_repeats": 3, "img_count": 3}, "10_dog": {"n_repeats": 10, "img_count": 1},
+    }  # fmt: skip
+    assert json.loads(metadata["ss_tag_frequency"])["10_dog"] == {"picture number 3": 1}
+
+
 def test_a_name_taken_in_another_folder_is_not_used(
     tmp_path: Path, micro_base: SDXLBase, pictures: Path, cache: Path
 ) -> None:
@@ -223,20 +246,33 @@ def test_out_of_memory_turns_on_checkpointing_and_repeats_the_step(run: Train, m
         torch.testing.assert_close(survived[name], tensor, atol=1e-6, rtol=1e-5)
 
 
+@contextmanager
+def no_file_over(size: int) -> Iterator[None]:
+    """The library's own error for a disk that takes no more, not one that a test made up."""
+    resource = pytest.importorskip("resource", reason="needs a limit on file sizes, which Windows has not")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_disk_that_fills_up_costs_the_checkpoint_not_the_run(
     run: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = run()
-    original = checkpoints.save_file
+    original = checkpoints.save_tensors
 
-    def full(tensors: Any, path: Path) -> None:
-        if not failed:
+    def full(path: Path, tensors: Any) -> None:
+        if path.parent.name.startswith(".tmp") and not failed:
             failed.append(True)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, path)
+            with no_file_over(1000):
+                original(path, tensors)
+        original(path, tensors)
 
     failed: list[bool] = []
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_tensors", full)
     result = run(replace(SMALL, checkpoint_every=3), where="b")
     assert "no checkpoint at step 3" in caplog.text
     assert lora_bytes(result) == lora_bytes(whole)
