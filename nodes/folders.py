@@ -72,6 +72,16 @@ def stamp(path: Path) -> str:
     return " ".join(f"{file.name}-{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
 
 
+def find_embedding(name: str) -> Path | None:
+    """The file that `embedding:name` means: in any subfolder, with its ending or without. The uppermost one wins."""
+    files = sorted(host.file_names("embeddings"), key=lambda file: (len(Path(file).parts), file))
+    for ending in ("", ".safetensors", ".sft", ".pt", ".bin"):
+        for file in files:
+            if f"/{Path(file).as_posix()}".endswith(f"/{name}{ending}"):
+                return next(path for root in host.roots("embeddings") if (path := root / file).exists())
+    return None
+
+
 def lora_refs(stack: Iterable[Any]) -> list[LoRARef]:
     """The files of a LORA_STACK that read_stack has read. Raises FileNotFoundError naming one that is missing."""
     return [LoRARef(find("lora", entry[0]), entry[0], entry[1], entry[2], strengths_by_block(entry)) for entry in stack]

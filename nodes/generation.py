@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 from ..sdxl_lora_core.base_model import SDXLBase
@@ -9,6 +10,7 @@ from ..sdxl_lora_core.config import (
     ATTENTIONS,
     CACHE_MODES,
     LARGEST_SIDE,
+    LONG_PROMPTS,
     OFFLOADS,
     PROMPT_SYNTAXES,
     SAMPLERS,
@@ -95,8 +97,13 @@ class SDXLGenerateCached:
         }  # fmt: skip
 
     @classmethod
-    def IS_CHANGED(cls, cache: str | None = None, **settings: Any) -> str | float:
-        return float("nan") if cache == "refresh" else ""
+    def IS_CHANGED(
+        cls, cache: str | None = None, prompt: str | None = None, negative_prompt: str | None = None,
+        prompt_syntax: str | None = None, **settings: Any,
+    ) -> str | float:  # fmt: skip
+        if cache == "refresh":
+            return float("nan")
+        return _embeddings(f"{prompt} {negative_prompt}") if prompt_syntax == "comfy" else ""
 
     def generate(
         self, base: SDXLBase, lora_stack: Any = None, graph: Any = None, extra_pnginfo: Any = None, **settings: Any
@@ -109,7 +116,7 @@ class SDXLGenerateCached:
                 base, config, loras,
                 parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
                 graph=host.metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
-                on_step=functools.partial(progress, phase="generating"),
+                find_embedding=folders.find_embedding, on_step=functools.partial(progress, phase="generating"),
             )  # fmt: skip
             made = not all(image.hit for image in images)
             fit = [line for part in ("text_encoders", "unet") for line in fit_of(parts.held(part))] if made else []
@@ -118,6 +125,12 @@ class SDXLGenerateCached:
         prompts = "\n".join(" ".join(image.prompt.split()) for image in images)
         texts = [image.texts for image in images]
         return show((to_image(pixels), info, prompts), "\n".join([_summary(images), *fit]), pixels, texts)
+
+
+def _embeddings(prompts: str) -> str:
+    """Changes when an embedding file does that the prompts may name."""
+    found = (folders.find_embedding(name.rstrip(",)")) for name in re.findall(r"embedding:([^\s:]+)", prompts))
+    return " ".join(folders.stamp(path) for path in found if path)
 
 
 def _facts(image: GeneratedImage) -> dict[str, Any]:
@@ -142,7 +155,10 @@ def _advanced() -> dict[str, Widget]:
             GenerateConfig, "prompt_per_line", "BOOLEAN", "Each line of prompt is a prompt of its own.", advanced=True
         ),
         "prompt_syntax": widget(
-            GenerateConfig, "prompt_syntax", PROMPT_SYNTAXES, "plain: the prompt is read as it stands.", advanced=True
+            GenerateConfig, "prompt_syntax", PROMPT_SYNTAXES,
+            "plain: the prompt is read as it stands. comfy: as ComfyUI's own nodes read it, with (word:1.2), \\( and "
+            "embedding:name; a long prompt is read to its end.",
+            advanced=True,
         ),
         "batch_size": widget(
             GenerateConfig, "batch_size", "INT",
@@ -172,6 +188,12 @@ def _advanced() -> dict[str, Widget]:
             advanced=True,
         ),
         **{name: _micro_conditioning(name, tooltip) for name, tooltip in _MICRO_CONDITIONING.items()},
+        "long_prompts": widget(
+            GenerateConfig, "long_prompts", LONG_PROMPTS,
+            "What becomes of a plain prompt over 77 tokens. cut: its end is not seen, which the log says. "
+            "chunks: it is read on, 75 tokens at a time.",
+            advanced=True,
+        ),
     }  # fmt: skip
 
 

@@ -66,6 +66,7 @@ def roots(folder_type: str) -> list[Path]:
         at_home = {
             "datasets": [_home() / "datasets"],
             "loras": [_home() / "models/loras", _home() / "loras"],
+            "embeddings": [_home() / "models/embeddings", _home() / "embeddings"],
             "sdxl_lora_cache": [_home() / "user/sdxl_lora"],
         }
         return at_home.get(folder_type, [_home() / "models" / folder_type])

@@ -16,7 +16,8 @@ from .train_config import Precision, TrainConfig
 Sampler = Literal["dpmpp_2m"]
 Schedule = Literal["karras", "normal"]
 CacheMode = Literal["use", "refresh", "off", "only"]
-PromptSyntax = Literal["plain"]
+PromptSyntax = Literal["plain", "comfy"]
+LongPrompts = Literal["cut", "chunks"]
 Attention = Literal["auto", "sdpa", "math"]
 Offload = Literal["auto", "none", "phase"]
 
@@ -25,6 +26,7 @@ SAMPLERS = get_args(Sampler)
 SCHEDULES = get_args(Schedule)
 CACHE_MODES = get_args(CacheMode)
 PROMPT_SYNTAXES = get_args(PromptSyntax)
+LONG_PROMPTS = get_args(LongPrompts)
 ATTENTIONS = get_args(Attention)
 OFFLOADS = get_args(Offload)
 CACHE_LIMIT_GB = 10.0  # of the image cache, where its own folder says nothing else
@@ -123,6 +125,7 @@ class GenerateConfig:
     crop_top: int = 0
     target_width: int = 0
     target_height: int = 0
+    long_prompts: LongPrompts = "cut"
 
     def __post_init__(self) -> None:
         _check_range(self, "seed", 0, 2**64 - 1)
@@ -142,6 +145,7 @@ class GenerateConfig:
         _check_choice(self, "scheduler", SCHEDULES)
         _check_choice(self, "cache", CACHE_MODES)
         _check_choice(self, "prompt_syntax", PROMPT_SYNTAXES)
+        _check_choice(self, "long_prompts", LONG_PROMPTS)
         _check_choice(self, "attention", ATTENTIONS)
         _check_choice(self, "offload", OFFLOADS)
         if self.attention == "sdpa" and self.attention_slicing:

@@ -18,12 +18,14 @@ import torch
 from .base_model import SDXLBase, resolve_dtype
 from .config import GenerateConfig
 from .image_cache import ImageCache
-from .image_keys import KEYED_LIBRARIES, image_key, image_settings, is_guided
+from .image_keys import KEYED_LIBRARIES, image_facts, image_key, image_settings, is_guided
 from .image_maker import ImageMaker, offload_choice
 from .image_metadata import graph_texts, image_texts
 from .loaded_parts import LoadedParts
 from .lora_stack import LoRARef, open_stack
-from .text_embeds import TextEmbeds, TextPhase
+from .prompt_reading import PromptReader
+from .text_embeds import TextPhase
+from .text_model import TextEmbeds
 
 OnStep = Callable[[int, int], None]
 READERS = 4  # images read from the cache at a time; most of a reading is unpacking, which leaves Python to others
@@ -55,35 +57,38 @@ def generate(
     hash_memo: Path | None = None,
     prompt_cache: Path | None = None,
     graph: Mapping[str, Any] | None = None,
+    find_embedding: Callable[[str], Path | None] = lambda name: None,
     on_step: OnStep = lambda done, total: None,
 ) -> list[GeneratedImage]:
     """All images of the request: prompts outer, count inner, seeds seed ... seed + count - 1.
 
-    `cache_folder` is the images/ folder (None: no cache), `hash_memo` remembers the hashes of LoRA files, and
-    `prompt_cache` is the folder that holds prompts/. If every image is in the cache, no weights are loaded and
-    diffusers is not imported. Otherwise `on_step(done, total)` counts the denoising steps of the missing images. It
-    may raise to cancel: the exception passes through, and every image finished before is in the cache.
+    `cache_folder` is the images/ folder (None: no cache), `hash_memo` remembers the hashes of LoRA files,
+    `prompt_cache` is the folder that holds prompts/, and `find_embedding` gives the file behind `embedding:name`. If
+    every image is in the cache, no weights are loaded and diffusers is not imported. Otherwise `on_step(done, total)`
+    counts the denoising steps of the missing images. It may raise to cancel: the exception passes through, and every
+    image finished before is in the cache.
 
     `graph` is ComfyUI's `prompt` and `workflow`: PNGs then say how they were made (see image_metadata). A cached PNG
     goes on saying how it was made first; `texts` of an image is always about this request.
 
-    Raises FileNotFoundError or ValueError for a LoRA that is missing or does not fit, ValueError for an image that is
-    not finite, or not in the cache where `config.cache` is "only".
+    Raises FileNotFoundError or ValueError for a LoRA or an embedding that is missing or does not fit, ValueError for an
+    image that is not finite, or not in the cache where `config.cache` is "only".
     """
     stack = open_stack(loras, hash_memo)
     dtype = resolve_dtype(base.precision, parts.device)
     hashes = [entry.identity for entry in stack]
     settings = image_settings(base, config, hashes, dtype, parts.device)
+    reader = PromptReader(config, find_embedding, hash_memo)
     session = _Session(
         config=config,
         settings=settings,
         cache=ImageCache(cache_folder) if cache_folder and config.cache != "off" else None,
-        text_phase=TextPhase(base, stack, parts, dtype, offload_choice(config), prompt_cache),
+        text_phase=TextPhase(reader, base, stack, parts, dtype, offload_choice(config), prompt_cache),
         maker=ImageMaker(base, config, stack, parts, dtype),
         texts=functools.partial(image_texts, base, config, stack, None if graph is None else graph_texts(graph)),
         on_step=on_step,
     )
-    requests = _requests(config, settings)
+    requests = _requests(config, settings, reader)
     images = session.find(requests)
     missing = [request for request in dict.fromkeys(requests) if request.key not in images]
     if missing and config.cache == "only":
@@ -96,12 +101,18 @@ def generate(
 class _Request:
     prompt: str
     seed: int
+    embeddings: tuple[str, ...]
     key: str
 
 
-def _requests(config: GenerateConfig, settings: dict[str, Any]) -> list[_Request]:
-    seeds = [(config.seed + number) % 2**64 for number in range(config.count)]
-    return [_Request(prompt, seed, image_key(settings, prompt, seed)) for prompt in config.prompts for seed in seeds]
+def _requests(config: GenerateConfig, settings: dict[str, Any], reader: PromptReader) -> list[_Request]:
+    unwanted = reader.embeddings(config.negative_prompt) if is_guided(config) else ()
+    requests = []
+    for prompt in config.prompts:
+        embeddings = reader.embeddings(prompt) + unwanted
+        for seed in ((config.seed + number) % 2**64 for number in range(config.count)):
+            requests.append(_Request(prompt, seed, embeddings, image_key(settings, prompt, seed, embeddings)))
+    return requests
 
 
 @dataclass(frozen=True)
@@ -165,8 +176,8 @@ class _Session:
         seconds = (time.perf_counter() - start) / len(batch)
         images = [self._image(*pair, False, seconds) for pair in zip(batch, made, strict=True)]
         if self.cache:
-            for image in images:
-                self.cache.store(image.key, image.pixels, self._manifest(image), image.texts)
+            for request, image in zip(batch, images, strict=True):
+                self.cache.store(image.key, image.pixels, self._manifest(request), image.texts)
         return {image.key: image for image in images}
 
     def _texts(self, requests: Sequence[_Request]) -> list[str]:
@@ -180,9 +191,9 @@ class _Session:
         texts = self.texts(request.prompt, request.seed)
         return GeneratedImage(pixels, request.prompt, request.seed, request.key, hit, seconds, texts)
 
-    def _manifest(self, image: GeneratedImage) -> dict[str, Any]:
+    def _manifest(self, request: _Request) -> dict[str, Any]:
         return {
-            "settings": {**self.settings, "prompt": image.prompt, "seed": image.seed},
+            "settings": image_facts(self.settings, request.prompt, request.seed, request.embeddings),
             "versions": {name: version(name) for name in KEYED_LIBRARIES},
         }
 

@@ -13,9 +13,8 @@ from .base_model import SDXLBase
 from .config import GenerateConfig
 from .image_cache import key_of
 from .micro_conditioning import is_own_size, micro_conditioning
+from .prompt_reading import PARSER_VERSIONS, reading_facts
 
-# Raised when a prompt syntax is read in another way, so that images made the old way are not found.
-PARSER_VERSIONS = {"plain": 1}
 KEYED_LIBRARIES = ("torch", "diffusers")
 
 
@@ -49,12 +48,21 @@ def image_settings(
         "vae_slicing": config.vae_slicing and config.batch_size > 1,
         "batch_size": config.batch_size,
         "libraries": {name: ".".join(version(name).split(".")[:2]) for name in KEYED_LIBRARIES},
+        **reading_facts(config),
         **({} if is_own_size(config) else {"micro_conditioning": [list(pair) for pair in micro_conditioning(config)]}),
     }
 
 
-def image_key(settings: dict[str, Any], prompt: str, seed: int) -> str:
-    return key_of({**settings, "prompt": prompt, "seed": seed})
+def image_facts(
+    settings: dict[str, Any], prompt: str, seed: int, embeddings: Sequence[str] = ()
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that one image depends on. `embeddings` are the hashes of the files that its two prompts name."""
+    used = {"embeddings": list(embeddings)} if embeddings else {}
+    return {**settings, "prompt": prompt, "seed": seed, **used}
+
+
+def image_key(settings: dict[str, Any], prompt: str, seed: int, embeddings: Sequence[str] = ()) -> str:
+    return key_of(image_facts(settings, prompt, seed, embeddings))
 
 
 def is_guided(config: GenerateConfig) -> bool:

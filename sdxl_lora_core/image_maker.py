@@ -19,7 +19,8 @@ from .image_keys import attention_backend, scheduler_settings
 from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key, restack
 from .micro_conditioning import micro_conditioning
-from .text_embeds import TextEmbeds
+from .prompts import stack_embeds
+from .text_model import TextEmbeds
 
 VAE_SCALE = 8  # pixels to a latent cell
 LATENT_CHANNELS = 4
@@ -116,11 +117,13 @@ def _pipeline(base: SDXLBase, config: GenerateConfig, unet: nn.Module) -> Any:
 
 
 def _conditioning(wanted: Sequence[TextEmbeds], unwanted: TextEmbeds | None) -> dict[str, Tensor]:
-    named = {"prompt_embeds": [one.hidden for one in wanted], "pooled_prompt_embeds": [one.pooled for one in wanted]}
-    if unwanted:
-        named["negative_prompt_embeds"] = [unwanted.hidden] * len(wanted)
-        named["negative_pooled_prompt_embeds"] = [unwanted.pooled] * len(wanted)
-    return {name: torch.cat(tensors) for name, tensors in named.items()}
+    embeds = [*wanted, *[unwanted] * len(wanted)] if unwanted else [*wanted]
+    named = {"prompt_embeds": stack_embeds([one.hidden[0] for one in embeds])}  # all of one length
+    named["pooled_prompt_embeds"] = torch.cat([one.pooled for one in embeds])
+    if not unwanted:
+        return named
+    halves = {name: tensor.chunk(2) for name, tensor in named.items()}
+    return {prefix + name: half[side] for name, half in halves.items() for side, prefix in enumerate(("", "negative_"))}
 
 
 def _report(on_step: Callable[[int], object], step: int) -> dict[str, Tensor]:

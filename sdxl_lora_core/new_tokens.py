@@ -6,7 +6,8 @@ An encoder's vocabulary stays as it is; the vectors of new tokens follow its las
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,16 @@ def add_tokens(encoder: Any, tokenizer: Any, vectors: Mapping[str, Tensor]) -> t
             module.eos_token_id = tokenizer.eos_token_id
     ends = list(accumulate(map(len, vectors.values()), initial=known.num_embeddings))
     return embedding, {name: range(*ids) for name, ids in zip(vectors, pairwise(ends), strict=True)}
+
+
+@contextmanager
+def added_tokens(encoder: Any, tokenizer: Any, vectors: Mapping[str, Tensor]) -> Iterator[TokenIds]:
+    """add_tokens for the length of the block."""
+    known = encoder.get_input_embeddings()
+    try:
+        yield add_tokens(encoder, tokenizer, vectors)[1] if vectors else {}
+    finally:
+        encoder.set_input_embeddings(known)
 
 
 def start_vectors(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -89,9 +90,13 @@ def make_sample(base: SDXLBase, entry: CaptionEntry, crop: Crop, mirrored: bool,
 
 
 def prompt_file(
-    base: SDXLBase, prompt: str, cache: Path, dtype: torch.dtype, device: torch.device, chunks: int = 1
-) -> Path:
-    """Where a prompt's embeddings lie, or will lie. Kinds of device differ in the last bits, so each has its own."""
+    base: SDXLBase, prompt: str, cache: Path, dtype: torch.dtype, device: torch.device, chunks: int = 1,
+    reading: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """Where a prompt's embeddings lie, or will lie. Kinds of device differ in the last bits, so each has its own.
+
+    `reading` is what else they depend on, where a prompt is not read as captions are.
+    """
     hashes = dict(base.part_hashes)
     key = json_sha256(
         {
@@ -102,6 +107,7 @@ def prompt_file(
             "library": _minor_version("transformers"),
         }
         | ({"chunks": chunks} if chunks > 1 else {})
+        | dict(reading or {})
     )
     return cache / "prompts" / "v1" / key[:2] / f"{key}.safetensors"
 

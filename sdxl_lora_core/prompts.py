@@ -46,11 +46,30 @@ def encode_text(
     """
     chunked = [_chunks(token_ids(prompt, tokenizer, new_tokens or {}), tokenizer, chunks) for prompt in prompts]
     counts = [len(rows) for rows in chunked]
-    ids = torch.tensor([row for rows in chunked for row in rows], device=encoder.device)
-    output = encoder(ids, output_hidden_states=True)
-    rows = [part.flatten(0, 1) for part in output.hidden_states[-2].split(counts)]
-    pooled = getattr(output, "text_embeds", None)
+    hidden, pooled = _run([row for rows in chunked for row in rows], encoder)
+    rows = [part.flatten(0, 1) for part in hidden.split(counts)]
     return rows, None if pooled is None else torch.stack([part[0] for part in pooled.split(counts)])
+
+
+def encode_weighted(
+    chunks: Sequence[Sequence[tuple[int, float]]], tokenizer: Any, encoder: Any
+) -> tuple[Tensor, Tensor | None]:
+    """One encoder's embeddings [77 n, C] of one prompt, and the pooled one [P] if it has the projection for it.
+
+    `chunks` are n rows of at most 75 token ids with weights, which scale the distance to where the empty prompt has its
+    embedding at the same place: e + w (z - e). Pooled is the first chunk, without weights. So does ComfyUI.
+    """
+    rows = [_row([number for number, _ in chunk], tokenizer) for chunk in chunks]
+    weights = torch.ones(len(rows), CHUNK_TOKENS + 2, 1)
+    for row, chunk in zip(weights, chunks, strict=True):
+        row[1 : len(chunk) + 1, 0] = torch.tensor([weight for _, weight in chunk])
+    if bool((weights == 1).all()):
+        hidden, pooled = _run(rows, encoder)
+    else:
+        hidden, pooled = _run([*rows, _row([], tokenizer)], encoder)
+        exact, empty, weights = hidden[:-1].float(), hidden[-1].float(), weights.to(hidden.device)
+        hidden = torch.where(weights == 1, exact, (exact - empty) * weights + empty).to(hidden.dtype)
+    return hidden.flatten(0, 1), None if pooled is None else pooled[0]
 
 
 def stack_embeds(rows: Sequence[Tensor]) -> Tensor:
@@ -90,6 +109,16 @@ def _split(prompt: str, words: Mapping[str, object]) -> Iterator[str]:
 def _chunks(tokens: Sequence[int], tokenizer: Any, limit: int) -> list[list[int]]:
     """Rows of 77 ids each, at most `limit`: start, up to 75 of the tokens, end, padding."""
     size = CHUNK_TOKENS
-    parts = [list(tokens[first : first + size]) for first in range(0, max(1, len(tokens)), size)][:limit]
-    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    return [[start, *part, end, *[pad] * (size - len(part))] for part in parts]
+    parts = [tokens[first : first + size] for first in range(0, max(1, len(tokens)), size)][:limit]
+    return [_row(part, tokenizer) for part in parts]
+
+
+def _row(tokens: Sequence[int], tokenizer: Any) -> list[int]:
+    padding = [tokenizer.pad_token_id] * (CHUNK_TOKENS - len(tokens))
+    return [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *padding]
+
+
+def _run(rows: Sequence[Sequence[int]], encoder: Any) -> tuple[Tensor, Tensor | None]:
+    """The last layer but one [N, 77, C] of N rows of ids, and what the encoder pools of each [N, P]."""
+    output = encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=True)
+    return output.hidden_states[-2], getattr(output, "text_embeds", None)

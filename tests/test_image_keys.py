@@ -60,9 +60,11 @@ MOVES_PIXELS: dict[str, dict[str, Any]] = {
     "crop_top": {"crop_top": 512},
     "target_width": {"target_width": 512},
     "target_height": {"target_height": 512},
+    "long_prompts": {"long_prompts": "chunks"},
+    "prompt_syntax": {"prompt_syntax": "comfy"},
 }
-# prompt and seed enter by image; sampler and prompt_syntax have one value so far; vae_slicing counts in batches only
-KEYED_OTHERWISE = {"prompt", "seed", "sampler", "prompt_syntax", "vae_slicing"}
+# prompt and seed enter by image; sampler has one value so far; vae_slicing counts in batches only
+KEYED_OTHERWISE = {"prompt", "seed", "sampler", "vae_slicing"}
 MOVES_NOTHING: dict[str, dict[str, Any]] = {
     "count": {"count": 4},
     "cache": {"cache": "only"},
@@ -172,6 +174,17 @@ def test_parser_version_changes_the_key(micro_base: SDXLBase, monkeypatch: pytes
     before = key(micro_base)
     monkeypatch.setitem(image_keys.PARSER_VERSIONS, "plain", 2)
     assert key(micro_base) != before
+
+
+def test_what_the_syntax_does_anyway_is_not_in_the_key(micro_base: SDXLBase) -> None:
+    comfy = config(prompt_syntax="comfy")
+    assert key(micro_base, dataclasses.replace(comfy, long_prompts="chunks")) == key(micro_base, comfy)
+
+
+def test_embeddings_change_the_key(micro_base: SDXLBase) -> None:
+    settings = image_settings(micro_base, config(prompt_syntax="comfy"), LORAS, torch.bfloat16, torch.device("cuda"))
+    keys = {image_key(settings, "a", 0, used) for used in ((), ("1" * 64,), ("2" * 64,), ("1" * 64, "2" * 64))}
+    assert len(keys) == 4
 
 
 def test_vae_slicing_counts_in_batches_only(micro_base: SDXLBase) -> None:

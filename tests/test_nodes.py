@@ -45,7 +45,8 @@ CONTRACT = {
     "SDXLGenerateCached": (
         "base prompt negative_prompt seed steps guidance width height count sampler scheduler cache",
         "lora_stack prompt_per_line prompt_syntax batch_size attention attention_slicing vae_slicing vae_tiling "
-        "offload original_width original_height crop_left crop_top target_width target_height",
+        "offload original_width original_height crop_left crop_top target_width target_height "
+        "long_prompts",
         "images:IMAGE info:STRING prompts:STRING",
     ),
     "CLIPScore": (
@@ -227,6 +228,31 @@ def test_names_of_models(home: Path) -> None:
     assert folders.lora_name_taken("trained.safetensors") and not folders.lora_name_taken("other.safetensors")
     assert NODES["LoadLoRA"].VALIDATE_INPUTS(lora_name="(incoming)") is True
     assert "was not found" in NODES["LoadLoRA"].VALIDATE_INPUTS(lora_name="other.safetensors")
+
+
+def test_embeddings_are_found_by_name_in_any_subfolder(home: Path) -> None:
+    files = ("models/embeddings/deep/cat.safetensors", "embeddings/cat.safetensors", "embeddings/dog.pt",
+             "models/embeddings/deep/a, b.safetensors")  # fmt: skip
+    for file in files:
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).write_bytes(b"")
+    find = folders.find_embedding
+    assert find("cat") == find("cat.safetensors") == home / "embeddings/cat.safetensors"
+    assert find("deep/cat") == home / "models/embeddings/deep/cat.safetensors"
+    assert find("dog") == home / "embeddings/dog.pt", "so that it can be said why it is not read"
+    assert not any(find(name) for name in ("at", "deep", "../embeddings/cat", "", "CAT"))
+
+
+def test_a_changed_embedding_is_seen(home: Path) -> None:
+    (home / "embeddings").mkdir()
+    is_changed = NODES["SDXLGenerateCached"].IS_CHANGED
+    request = {"prompt": "a (embedding:cat:1.2), b", "negative_prompt": "", "prompt_syntax": "comfy", "cache": "use"}
+    stamps = [is_changed(**request)]
+    for content in (b"1", b"22"):
+        (home / "embeddings/cat.safetensors").write_bytes(content)
+        stamps.append(is_changed(**request))
+    assert len(set(stamps)) == 3
+    assert is_changed(**{**request, "prompt_syntax": "plain"}) == is_changed(prompt=None, prompt_syntax="comfy") == ""
 
 
 def test_changes_on_disk_are_seen_and_errors_are_not_raised(home: Path) -> None:

@@ -1,0 +1,90 @@
+"""Both text encoders, and what they make of a prompt that is taken apart."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .base_parts import ENCODERS, Part
+from .embedding_files import EmbeddingFile
+from .lora_dialects import ENCODER_KEYS
+from .new_tokens import Vectors, added_tokens
+from .prompt_syntax import Piece, Reading, Token, chunked
+from .prompts import TokenIds, encode_weighted, token_ids
+
+log = logging.getLogger("sdxl_lora")
+
+
+class TextEmbeds(NamedTuple):
+    """One prompt: `hidden` [1, 77 n, C] and `pooled` [1, P], on the CPU."""
+
+    hidden: Tensor
+    pooled: Tensor
+
+
+class TextModel(nn.Module):
+    """Both text encoders with their tokenizers, whose vocabulary takes as long to read as an encoder."""
+
+    def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.tokenizers = tokenizers
+        self.encoders = nn.ModuleList(encoders)
+
+    def forward(self, reading: Reading, words: Mapping[str, Vectors]) -> TextEmbeds:
+        """One prompt. `words` are new tokens that are found in its text."""
+        contents = [content for content, _ in reading.pieces]
+        files = {content: content.vectors() for content in contents if isinstance(content, EmbeddingFile)}
+        hidden, pooled = [], torch.empty(0)
+        for part, tokenizer, encoder in zip(ENCODERS, self.tokenizers, self.encoders, strict=True):
+            _require_width(part, encoder, files)
+            vectors = {name: rows[part] for name, rows in {**words, **_named(files)}.items()}
+            with added_tokens(encoder, tokenizer, vectors) as ids:
+                reader = self.tokenizers[0] if reading.one_tokenizer else tokenizer
+                chunks = chunked([_tokens(piece, reader, ids, words) for piece in reading.pieces])
+                if reading.chunks and part == ENCODERS[0]:
+                    _warn_of(chunks[reading.chunks :], tokenizer)
+                embeds, pooled_embeds = encode_weighted(chunks[: reading.chunks], tokenizer, encoder)
+            hidden.append(embeds.cpu())
+            pooled = pooled if pooled_embeds is None else pooled_embeds.cpu()
+        return TextEmbeds(torch.cat(hidden, dim=-1)[None], pooled[None])
+
+
+def _tokens(piece: Piece, tokenizer: Any, ids: TokenIds, words: Iterable[str]) -> list[Token]:
+    content = piece.content
+    if isinstance(content, EmbeddingFile):
+        numbers = ids[_name(content)]
+    else:
+        numbers = token_ids(content, tokenizer, {word: ids[word] for word in words})
+    return [(number, piece.weight) for number in numbers]
+
+
+def _name(file: EmbeddingFile) -> str:
+    return f"embedding:{file.name}"
+
+
+def _named(files: Mapping[EmbeddingFile, Vectors]) -> dict[str, Vectors]:
+    return {_name(file): vectors for file, vectors in files.items()}
+
+
+def _require_width(part: Part, encoder: Any, files: Mapping[EmbeddingFile, Vectors]) -> None:
+    width = encoder.get_input_embeddings().embedding_dim
+    for file, vectors in files.items():
+        if vectors[part].shape[1] != width:
+            raise ValueError(
+                f"{_name(file)} has vectors of {vectors[part].shape[1]} numbers for {ENCODER_KEYS[part]}, and this "
+                f"base's have {width}: take the version of the embedding that is made for this base"
+            )
+
+
+def _warn_of(unseen: Sequence[Sequence[Token]], tokenizer: Any) -> None:
+    numbers = [number for chunk in unseen for number, _ in chunk if number < len(tokenizer)]
+    if words := tokenizer.decode(numbers).strip():
+        log.warning(
+            "the prompt is longer than CLIP's 77 tokens and its end is not seen "
+            "(set long_prompts to chunks to read on): %s",
+            words,
+        )
