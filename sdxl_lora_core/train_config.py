@@ -348,6 +348,13 @@ class TrainConfig:
         low=0, high=4096, step=0.5, group="memory",
     )  # fmt: skip
 
+    deterministic: bool = setting(
+        False,
+        "The same bits on a GPU every time, at some cost in speed, to repeat or compare runs there. On the CPU they "
+        "always are.",
+        group="memory",
+    )
+
     # The file
     save_format: LoRAFormat = setting(
         "kohya", "Names in the file: kohya for ComfyUI, A1111 and most others; peft for diffusers and peft.",

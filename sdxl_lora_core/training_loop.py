@@ -20,6 +20,7 @@ from .averaging import Averaging
 from .base_model import SDXLBase
 from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset import CaptionDataset
+from .determinism import deterministic_steps
 from .gradients import Gradients, size_of
 from .journal import Journal
 from .learner import Learner
@@ -82,7 +83,8 @@ def train_adapter(
     data = TrainingData(base, dataset, config, cache, device, dtype)
     with processes.one_after_the_other():
         data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
-    with Loop(base, config, data, device, dtype, checkpoints, write_adapter, sample, journal, processes) as loop:
+    loop = Loop(base, config, data, device, dtype, checkpoints, write_adapter, sample, journal, processes)
+    with loop, deterministic_steps(config.deterministic):
         return loop.run(start, on_step, should_stop)
 
 

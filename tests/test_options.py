@@ -35,7 +35,7 @@ INPUTS = {  # frozen: saved graphs hold the values by position, so new settings 
         "epochs checkpoint_every validate_every early_stopping keep_best sample_every clip_model tensorboard "
         "sample_steps sample_guidance"
     ),
-    "MemoryOptions": ("images_per_pass memory_limit_gb"),
+    "MemoryOptions": ("images_per_pass memory_limit_gb deterministic"),
 }
 
 

@@ -24,7 +24,10 @@ from tests.micro_runs import SMALL, Train
 
 ROOT = Path(__file__).resolve().parents[1]
 # Validation, because its loss is shared out, too; three images an update, because two processes cannot halve them.
-CONFIG = replace(SMALL, steps=6, batch_size=1, gradient_accumulation=3, checkpoint_every=2, validate_every=3)
+CONFIG = replace(
+    SMALL, steps=6, batch_size=1, gradient_accumulation=3, checkpoint_every=2, validate_every=3,
+    text_encoder_learning_rate=1e-3, new_tokens="picture",
+)  # fmt: skip
 
 
 def write_run(folder: Path, base: SDXLBase, pictures: Path, config: TrainConfig) -> None:

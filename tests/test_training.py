@@ -184,6 +184,18 @@ def test_a_finished_run_is_reused_and_another_gets_its_own_name(run: Train) -> N
     assert longer.lora_name == "small_00003.safetensors"
 
 
+def test_deterministic_steps_and_nothing_else_are_deterministic(run: Train) -> None:
+    enabled = torch.are_deterministic_algorithms_enabled
+
+    def modes(config: TrainConfig, where: str) -> set[bool]:
+        seen: set[bool] = set()
+        run(config, where=where, on_step=lambda report: seen.add(enabled()) if report.phase == "training" else None)
+        return seen
+
+    assert modes(replace(SMALL, deterministic=True), "a") == {True} and not enabled()
+    assert modes(SMALL, "b") == {False}
+
+
 def test_a_start_that_failed_leaves_its_name_free(run: Train) -> None:
     with pytest.raises(ValueError, match="no image of .* has a mask"):
         run(replace(SMALL, masked_loss=True))
