@@ -69,7 +69,10 @@ def strengths_by_block(entry: Any) -> str:
 
 def to_image(pixels: Sequence[np.ndarray]) -> Tensor:
     """uint8 [H, W, 3] arrays of one size as ComfyUI's IMAGE: float32 [B, H, W, 3] in 0..1."""
-    return torch.from_numpy(np.stack(pixels)).float() / 255
+    images = torch.empty(len(pixels), *pixels[0].shape)  # filled in place: a batch may take a gigabyte
+    for image, values in zip(images, pixels, strict=True):
+        torch.div(torch.from_numpy(values), 255, out=image)
+    return images
 
 
 def from_image(image: Tensor) -> list[np.ndarray]:
