@@ -81,7 +81,10 @@ class SDXLGenerateCached:
                 "count": widget(
                     GenerateConfig, "count", "INT", "Images for each prompt, with seeds that follow.", min=1, max=1024
                 ),
-                "sampler": widget(GenerateConfig, "sampler", SAMPLERS, "The solver, named as in KSampler."),
+                "sampler": widget(
+                    GenerateConfig, "sampler", SAMPLERS,
+                    "The solver, named as in KSampler. Not every one goes with every scheduler.",
+                ),
                 "scheduler": widget(GenerateConfig, "scheduler", SCHEDULES, "The noise levels, named as in KSampler."),
                 "cache": widget(
                     GenerateConfig, "cache", CACHE_MODES,
@@ -193,6 +196,23 @@ def _advanced() -> dict[str, Widget]:
             "What becomes of a plain prompt over 77 tokens. cut: its end is not seen, which the log says. "
             "chunks: it is read on, 75 tokens at a time.",
             advanced=True,
+        ),
+        "guidance_rescale": widget(
+            GenerateConfig, "guidance_rescale", "FLOAT",
+            "Against the burnt look of strong guidance: 0 leaves it, 1 takes all of it back. -1: 0.7 for bases with "
+            "zero terminal SNR, 0 for all others.",
+            min=-1.0, max=1.0, step=0.05, advanced=True,
+        ),
+        "guidance_start": widget(
+            GenerateConfig, "guidance_start", "FLOAT",
+            "Guidance is off before this share of the way from noise to image, as start_percent in ComfyUI's nodes. "
+            "0.2 or so gives more variety. Steps without guidance take half the time.",
+            min=0.0, max=1.0, step=0.01, advanced=True,
+        ),
+        "guidance_end": widget(
+            GenerateConfig, "guidance_end", "FLOAT",
+            "Guidance is off after this share of the way. 0.8 or so saves time and changes little.",
+            min=0.0, max=1.0, step=0.01, advanced=True,
         ),
     }  # fmt: skip
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from .samplers import SAMPLERS, SCHEDULES, Sampler, Schedule, require_pair
 from .train_config import Precision, TrainConfig
 
-Sampler = Literal["dpmpp_2m"]
-Schedule = Literal["karras", "normal"]
 CacheMode = Literal["use", "refresh", "off", "only"]
 PromptSyntax = Literal["plain", "comfy"]
 LongPrompts = Literal["cut", "chunks"]
@@ -22,8 +21,6 @@ Attention = Literal["auto", "sdpa", "math"]
 Offload = Literal["auto", "none", "phase"]
 
 PRECISIONS = get_args(Precision)
-SAMPLERS = get_args(Sampler)
-SCHEDULES = get_args(Schedule)
 CACHE_MODES = get_args(CacheMode)
 PROMPT_SYNTAXES = get_args(PromptSyntax)
 LONG_PROMPTS = get_args(LongPrompts)
@@ -34,6 +31,7 @@ MICRO_CONDITIONING = (
     "original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height",
 )  # fmt: skip
 LARGEST_SIDE = 8192  # pixels
+BASES_RESCALE = -1.0  # guidance_rescale as the base needs it
 
 Config = TypeVar("Config", bound="DatasetConfig | TrainConfig | GenerateConfig")
 
@@ -97,6 +95,8 @@ class GenerateConfig:
     """One request for images. width and height are pixels; guidance 1 turns classifier-free guidance off.
 
     original_*, crop_* and target_* are SDXL's micro-conditioning in pixels; a size of 0 is the image's own.
+    guidance_rescale is from 0 to 1, or BASES_RESCALE. Guidance acts from guidance_start to guidance_end, shares of the
+    way from the noisiest of the base's noise levels to the cleanest.
     """
 
     prompt: str
@@ -126,6 +126,9 @@ class GenerateConfig:
     target_width: int = 0
     target_height: int = 0
     long_prompts: LongPrompts = "cut"
+    guidance_rescale: float = BASES_RESCALE
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
 
     def __post_init__(self) -> None:
         _check_range(self, "seed", 0, 2**64 - 1)
@@ -150,6 +153,22 @@ class GenerateConfig:
         _check_choice(self, "offload", OFFLOADS)
         if self.attention == "sdpa" and self.attention_slicing:
             raise ValueError("attention is 'sdpa' with attention_slicing on, which replaces it: turn one of them off")
+        require_pair(self.sampler, self.scheduler)
+        self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        if self.guidance_rescale != BASES_RESCALE and not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                f"guidance_rescale is {self.guidance_rescale:g}: give a value from 0 to 1, or {BASES_RESCALE:g} for "
+                "what the base needs"
+            )
+        _check_range(self, "guidance_start", 0, 1)
+        _check_range(self, "guidance_end", 0, 1)
+        if self.guidance_start >= self.guidance_end:
+            raise ValueError(
+                f"guidance_start is {self.guidance_start:g} and guidance_end {self.guidance_end:g}: the start comes "
+                "first; to turn guidance off, set guidance to 1"
+            )
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -17,13 +17,15 @@ import torch
 
 from .base_model import SDXLBase, resolve_dtype
 from .config import GenerateConfig
+from .guidance import is_guided
 from .image_cache import ImageCache
-from .image_keys import KEYED_LIBRARIES, image_facts, image_key, image_settings, is_guided
+from .image_keys import KEYED_LIBRARIES, image_facts, image_key, image_settings
 from .image_maker import ImageMaker, offload_choice
 from .image_metadata import graph_texts, image_texts
 from .loaded_parts import LoadedParts
 from .lora_stack import LoRARef, open_stack
 from .prompt_reading import PromptReader
+from .samplers import SOLVERS, require_libraries
 from .text_embeds import TextPhase
 from .text_model import TextEmbeds
 
@@ -65,14 +67,15 @@ def generate(
     `cache_folder` is the images/ folder (None: no cache), `hash_memo` remembers the hashes of LoRA files,
     `prompt_cache` is the folder that holds prompts/, and `find_embedding` gives the file behind `embedding:name`. If
     every image is in the cache, no weights are loaded and diffusers is not imported. Otherwise `on_step(done, total)`
-    counts the denoising steps of the missing images. It may raise to cancel: the exception passes through, and every
-    image finished before is in the cache.
+    counts the UNet's calls for the missing images, one or two for a denoising step. It may raise to cancel: the
+    exception passes through, and every image finished before is in the cache.
 
     `graph` is ComfyUI's `prompt` and `workflow`: PNGs then say how they were made (see image_metadata). A cached PNG
     goes on saying how it was made first; `texts` of an image is always about this request.
 
-    Raises FileNotFoundError or ValueError for a LoRA or an embedding that is missing or does not fit, ValueError for an
-    image that is not finite, or not in the cache where `config.cache` is "only".
+    Raises FileNotFoundError or ValueError for a LoRA or an embedding that is missing or does not fit, ValueError for a
+    sampler that does not fit the base or lacks its library, and for an image that is not finite, or not in the cache
+    where `config.cache` is "only".
     """
     stack = open_stack(loras, hash_memo)
     dtype = resolve_dtype(base.precision, parts.device)
@@ -143,8 +146,9 @@ class _Session:
     def make(self, missing: Sequence[_Request]) -> dict[str, GeneratedImage]:
         if not missing:
             return {}
+        require_libraries(self.config.sampler, self.config.scheduler)
         images: dict[str, GeneratedImage] = {}
-        steps, size = self.config.steps, self.config.batch_size
+        steps, size = SOLVERS[self.config.sampler].unet_calls(self.config.steps), self.config.batch_size
         embeds = functools.cache(lambda: self.text_phase.encode(self._texts(missing)))
         self.on_step(0, steps * len(missing))
         # In ComfyUI's inference mode every tensor made here, weights among them, would be unfit for training.

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from . import base_model
 from .base_model import SDXLBase
 from .config import GenerateConfig
+from .guidance import guidance_settings, is_guided
 from .image_cache import key_of
 from .micro_conditioning import is_own_size, micro_conditioning
 from .prompt_reading import PARSER_VERSIONS, reading_facts
+from .schedulers import scheduler_settings
 
 KEYED_LIBRARIES = ("torch", "diffusers")
 
@@ -49,6 +50,7 @@ def image_settings(
         "batch_size": config.batch_size,
         "libraries": {name: ".".join(version(name).split(".")[:2]) for name in KEYED_LIBRARIES},
         **reading_facts(config),
+        **guidance_settings(base, config),
         **({} if is_own_size(config) else {"micro_conditioning": [list(pair) for pair in micro_conditioning(config)]}),
     }
 
@@ -65,21 +67,6 @@ def image_key(settings: dict[str, Any], prompt: str, seed: int, embeddings: Sequ
     return key_of(image_facts(settings, prompt, seed, embeddings))
 
 
-def is_guided(config: GenerateConfig) -> bool:
-    """Whether classifier-free guidance runs. At 1 and below the negative prompt has no say (arXiv 2207.12598)."""
-    return config.guidance > 1
-
-
 def attention_backend(config: GenerateConfig) -> str:
     """ "sdpa": the fastest kernel that torch has here; "math": the plain formula."""
     return "math" if config.attention == "math" else "sdpa"
-
-
-def scheduler_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]:
-    """For diffusers' DPMSolverMultistepScheduler: DPM-Solver++(2M), arXiv 2211.01095, Karras' sigmas, 2206.00364."""
-    return {
-        **base_model.scheduler_config(base),
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 2,
-        "use_karras_sigmas": config.scheduler == "karras",
-    }

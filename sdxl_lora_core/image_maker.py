@@ -15,11 +15,14 @@ from . import base_model
 from .base_model import SDXLBase
 from .base_parts import Part
 from .config import GenerateConfig
-from .image_keys import attention_backend, scheduler_settings
+from .guidance import guidance_interval, guidance_rescale
+from .image_keys import attention_backend
 from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key, restack
 from .micro_conditioning import micro_conditioning
 from .prompts import stack_embeds
+from .samplers import SOLVERS
+from .schedulers import make_scheduler
 from .text_model import TextEmbeds
 
 VAE_SCALE = 8  # pixels to a latent cell
@@ -55,12 +58,16 @@ class ImageMaker:
         self, conditioning: dict[str, Tensor], seeds: Sequence[int], on_step: Callable[[int], object]
     ) -> Tensor:
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with self._phase("unet") as unet:
+        scheduler = make_scheduler(self.base, self.config, seeds)
+        levels = scheduler.config.num_train_timesteps
+        with self._phase("unet") as unet, guidance_interval(unet, self.config, levels):
             _slice_attention(unet, self.config.attention_slicing)
-            return _pipeline(self.base, self.config, unet)(
+            return _pipeline(unet, scheduler)(
                 **conditioning,
                 **micro_conditioning(self.config)._asdict(),
                 guidance_scale=self.config.guidance,
+                guidance_rescale=guidance_rescale(self.base, self.config),
+                eta=SOLVERS[self.config.sampler].eta,
                 num_inference_steps=self.config.steps,
                 width=self.config.width,
                 height=self.config.height,
@@ -102,15 +109,12 @@ def offload_choice(config: GenerateConfig) -> bool | None:
     return {"auto": None, "phase": True, "none": False}[config.offload]
 
 
-def _pipeline(base: SDXLBase, config: GenerateConfig, unet: nn.Module) -> Any:
+def _pipeline(unet: nn.Module, scheduler: Any) -> Any:
     """Diffusers' SDXL pipeline around the UNet alone: text and VAE have their own phases."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
 
     elsewhere = dict.fromkeys(["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
-    own: dict[str, Any] = {
-        "unet": unet,
-        "scheduler": DPMSolverMultistepScheduler.from_config(scheduler_settings(base, config)),
-    }
+    own: dict[str, Any] = {"unet": unet, "scheduler": scheduler}
     pipeline = StableDiffusionXLPipeline(**elsewhere, **own, force_zeros_for_empty_prompt=False, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -28,7 +28,18 @@ from sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig, de
             {"prompt": "x", "attention": "sdpa", "attention_slicing": True},
             "attention is 'sdpa' with attention_slicing on",
         ),
-        (GenerateConfig, {"prompt": "x", "sampler": "euler"}, "sampler is 'euler': choose one of dpmpp_2m"),
+        (GenerateConfig, {"prompt": "x", "sampler": "dpm_fast"}, "sampler is 'dpm_fast': choose one of dpmpp_2m, "),
+        (
+            GenerateConfig,
+            {"prompt": "x", "sampler": "ddim"},
+            "scheduler is 'karras', which sampler 'ddim' does not have: choose one of ddim_uniform, sgm_uniform",
+        ),
+        (GenerateConfig, {"prompt": "x", "guidance_rescale": -0.5}, "guidance_rescale is -0.5: give a value from 0"),
+        (
+            GenerateConfig,
+            {"prompt": "x", "guidance_start": 0.8, "guidance_end": 0.3},
+            "guidance_start is 0.8 and guidance_end 0.3",
+        ),
         (GenerateConfig, {"prompt": "x", "count": 0}, "count is 0"),
     ],
 )

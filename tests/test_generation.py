@@ -55,11 +55,10 @@ def plain_image(pipeline: Any, config: GenerateConfig) -> np.ndarray:
 # The image itself
 
 
-@pytest.mark.parametrize("schedule", ["karras", "normal"])
 @pytest.mark.parametrize("negative", ["", "a blue square"])
-def test_image_equals_the_plain_pipeline(micro_sdxl: Path, micro_base: SDXLBase, schedule: str, negative: str) -> None:
-    config = settings(steps=25, width=80, height=64, scheduler=schedule, negative_prompt=negative)
-    reference = plain_image(plain_pipeline(micro_sdxl, use_karras_sigmas=schedule == "karras"), config)
+def test_image_equals_the_plain_pipeline(micro_sdxl: Path, micro_base: SDXLBase, negative: str) -> None:
+    config = settings(steps=25, width=80, height=64, negative_prompt=negative)
+    reference = plain_image(plain_pipeline(micro_sdxl, use_karras_sigmas=True), config)
     assert reference.std() > 10
     assert abs(pixels(micro_base, config)[0] - reference).max() <= 1
 
@@ -86,7 +85,7 @@ def test_v_prediction_base_with_zero_terminal_snr(micro_copy: Callable[[], Path]
     edit_json(
         folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction", rescale_betas_zero_snr=True
     )
-    config = settings(steps=25)
+    config = settings(steps=25, guidance_rescale=0.0)
     pipeline = plain_pipeline(folder, use_karras_sigmas=True, timestep_spacing="trailing")
     made = pixels(open_base(folder, "fp32"), config)[0]
     assert abs(made - plain_image(pipeline, config)).max() <= 1

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from sdxl_lora_core import image_keys
-from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.base_model import SDXLBase, scheduler_config
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.image_keys import image_key, image_settings
 from sdxl_lora_core.lora_stack import LoRARef, open_stack
+from sdxl_lora_core.samplers import SOLVERS
 
 REPOSITORY = Path(__file__).parent.parent
 LORAS = (("a" * 64, 1.0, 0.5), ("b" * 64, 0.8, 0.8))
@@ -49,7 +50,11 @@ MOVES_PIXELS: dict[str, dict[str, Any]] = {
     "guidance": {"guidance": 7.5},
     "width": {"width": 1032},
     "height": {"height": 1032},
+    "sampler": {"sampler": "euler"},
     "scheduler": {"scheduler": "normal"},
+    "guidance_rescale": {"guidance_rescale": 0.5},
+    "guidance_start": {"guidance_start": 0.1},
+    "guidance_end": {"guidance_end": 0.9},
     "batch_size": {"batch_size": 2},
     "attention": {"attention": "math"},
     "attention_slicing": {"attention_slicing": True},
@@ -63,8 +68,9 @@ MOVES_PIXELS: dict[str, dict[str, Any]] = {
     "long_prompts": {"long_prompts": "chunks"},
     "prompt_syntax": {"prompt_syntax": "comfy"},
 }
-# prompt and seed enter by image; sampler has one value so far; vae_slicing counts in batches only
-KEYED_OTHERWISE = {"prompt", "seed", "sampler", "vae_slicing"}
+# prompt and seed enter by image; vae_slicing counts in batches only
+KEYED_OTHERWISE = {"prompt", "seed", "vae_slicing"}
+GUIDANCE = [MOVES_PIXELS[option] for option in ("guidance_rescale", "guidance_start", "guidance_end")]
 MOVES_NOTHING: dict[str, dict[str, Any]] = {
     "count": {"count": 4},
     "cache": {"cache": "only"},
@@ -193,7 +199,29 @@ def test_vae_slicing_counts_in_batches_only(micro_base: SDXLBase) -> None:
     assert key(micro_base, dataclasses.replace(batches, vae_slicing=True)) != key(micro_base, batches)
 
 
+def test_every_sampler_and_schedule_has_a_key_of_its_own(micro_base: SDXLBase) -> None:
+    pairs = [(sampler, schedule) for sampler, solver in SOLVERS.items() for schedule in solver.schedules]
+    keys = {key(micro_base, config(sampler=sampler, scheduler=schedule)) for sampler, schedule in pairs}
+    assert len(keys) == len(pairs)
+
+
+def test_zero_snr_bases_have_the_rescale_that_they_need_in_the_key(micro_base: SDXLBase) -> None:
+    base = dataclasses.replace(micro_base, zero_terminal_snr=True)
+    assert key(base, config(guidance_rescale=0.7)) == key(base) != key(base, config(guidance_rescale=0))
+
+
 # What is not
+
+
+def test_what_came_later_leaves_the_keys_of_older_images(micro_base: SDXLBase) -> None:
+    settings = image_settings(micro_base, config(), LORAS, torch.bfloat16, torch.device("cuda"))
+    assert settings["schedule"] == {
+        **scheduler_config(micro_base), "algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True,
+    }  # fmt: skip
+    assert " ".join(settings) == (
+        "base loras negative_prompt guidance steps size sampler schedule prompt_syntax dtype device attention "
+        "attention_slicing vae_tiling vae_slicing batch_size libraries"
+    )
 
 
 def test_place_and_name_of_the_base_are_not_in_the_key(micro_base: SDXLBase) -> None:
@@ -214,6 +242,11 @@ def test_numbers_are_equal_whatever_their_type(micro_base: SDXLBase) -> None:
     assert key(micro_base, config(guidance=7), loras=loras) == key(micro_base, config(guidance=7.0))
 
 
+def test_without_guidance_its_settings_are_not_in_the_key(micro_base: SDXLBase) -> None:
+    keys = [key(micro_base, config(guidance=1, **changes)) for changes in GUIDANCE]
+    assert set(keys) == {key(micro_base, config(guidance=1))}
+
+
 def test_without_guidance_the_negative_prompt_is_not_in_the_key(micro_base: SDXLBase) -> None:
     keys = {key(micro_base, config(guidance=guidance, negative_prompt=text)) for guidance in (0, 1) for text in "ab"}
     assert len(keys) == 1
@@ -226,6 +259,7 @@ import torch
 from sdxl_lora_core.base_model import open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.image_keys import image_key, image_settings
+from sdxl_lora_core.samplers import SOLVERS
 config = GenerateConfig(prompt="a red circle", negative_prompt="blurry")
 loras = (("a" * 64, 1.0, 0.5), ("b" * 64, 0.8, 0.8))
 settings = image_settings(open_base(Path(sys.argv[1])), config, loras, torch.bfloat16, torch.device("cuda:0"))

@@ -1,0 +1,121 @@
+"""Diffusers' schedulers for the samplers and schedules of a request, on the noise schedule of the base."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import base_model
+from .base_model import SDXLBase
+from .config import GenerateConfig
+from .samplers import SOLVERS, Solver
+
+_SPACINGS = {
+    "karras": "use_karras_sigmas",  # Karras et al., arXiv 2206.00364
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",  # Lee et al., arXiv 2407.12173
+}
+_OTHER_SPACINGS = ("use_lu_lambdas", "use_flow_sigmas")
+
+
+def scheduler_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]:
+    """What decides the scheduler, beside the image's seed: the base's noise schedule, the solver, the noise levels.
+
+    Raises ValueError for what cannot start from the zero SNR of the base.
+    """
+    solver = SOLVERS[config.sampler]
+    noise = base_model.scheduler_config(base)
+    if base.zero_terminal_snr:
+        _require_zero_snr(config)
+    eta = {"eta": solver.eta} if solver.eta else {}
+    return {**noise, **solver.options, **eta, **_spacing(config, solver, noise)}
+
+
+def make_scheduler(base: SDXLBase, config: GenerateConfig, seeds: Sequence[int]) -> Any:
+    """A new scheduler for the images of these seeds."""
+    settings = scheduler_settings(base, config)
+    if config.sampler == "dpmpp_sde":
+        settings["noise_sampler_seed"] = list(seeds)  # a Brownian path for each image
+    scheduler = _build(SOLVERS[config.sampler].scheduler, settings)
+    if config.sampler == "euler_ancestral":
+        _share_sigmas(scheduler, _build(SOLVERS["euler"].scheduler, settings))
+    if base.zero_terminal_snr and "rescale_betas_zero_snr" not in scheduler.config:
+        scheduler.alphas_cumprod = _build(SOLVERS["euler"].scheduler, settings).alphas_cumprod
+    return scheduler
+
+
+def normal_sigmas(alphas_cumprod: np.ndarray, steps: int) -> np.ndarray:
+    """ComfyUI's "normal": from the noisiest level to the cleanest, evenly in time, between two levels in log(sigma).
+
+    Descending, without the zero at the end, which all schedulers add.
+    """
+    log_sigmas = np.log((1 - alphas_cumprod) / alphas_cumprod) / 2
+    levels = np.arange(len(log_sigmas))
+    return np.exp(np.interp(np.linspace(levels[-1], 0, steps), levels, log_sigmas))
+
+
+def _require_zero_snr(config: GenerateConfig) -> None:
+    if config.sampler == "pndm":
+        raise ValueError(
+            "sampler is 'pndm', which goes by the noise alone and cannot start where there is nothing else, as this "
+            "base with zero terminal SNR does: choose ddim, or another sampler"
+        )
+    if config.scheduler == "ddim_uniform":
+        raise ValueError(
+            "scheduler is 'ddim_uniform', which leaves out the noisiest level, where this base with zero terminal SNR "
+            "has to start: choose sgm_uniform"
+        )
+
+
+def _spacing(config: GenerateConfig, solver: Solver, noise: dict[str, Any]) -> dict[str, Any]:
+    wanted = _SPACINGS.get(config.scheduler)
+    spacing: dict[str, Any] = {name: False for name in (*_SPACINGS.values(), *_OTHER_SPACINGS) if name in noise}
+    from_end_to_end = {"timestep_spacing": "linspace" if config.steps > 1 else "trailing"}  # one step: at the noisiest
+    if wanted:
+        return {**spacing, wanted: True, **({} if solver.own_range else from_end_to_end)}
+    if config.scheduler == "sgm_uniform":
+        return {**spacing, "timestep_spacing": "trailing"}
+    if config.scheduler == "ddim_uniform":
+        return {**spacing, "timestep_spacing": "leading", "steps_offset": 1}
+    if config.sampler == "ddpm":
+        return {**spacing, **from_end_to_end}  # the same levels, rounded to those of the training
+    # Euler's family takes from the spacing how to scale the first noise; with this one it does as ComfyUI.
+    return {**spacing, "timestep_spacing": "leading", "sigmas": config.scheduler}
+
+
+def _build(name: str, settings: dict[str, Any]) -> Any:
+    import diffusers
+
+    scheduler_class = getattr(diffusers, name)
+    if settings.get("sigmas") == "normal" and hasattr(scheduler_class, "_convert_to_karras"):
+        scheduler_class = _with_normal_sigmas(scheduler_class)
+        settings = {**settings, "use_karras_sigmas": True}
+    known = inspect.signature(scheduler_class.__init__).parameters
+    return scheduler_class.from_config({option: value for option, value in settings.items() if option in known})
+
+
+@functools.cache
+def _with_normal_sigmas(scheduler_class: type[Any]) -> type[Any]:
+    """The scheduler with other numbers where it has Karras': none of them takes sigmas from outside in the same way."""
+
+    class WithNormalSigmas(scheduler_class):
+        def _convert_to_karras(self, in_sigmas: np.ndarray, num_inference_steps: int | None = None) -> np.ndarray:
+            return normal_sigmas(self.alphas_cumprod.numpy(), num_inference_steps or self.num_inference_steps)
+
+    return WithNormalSigmas
+
+
+def _share_sigmas(ancestral: Any, euler: Any) -> None:
+    """The ancestral solver goes through Euler's noise levels: diffusers gives it no schedules of its own."""
+    own = ancestral.set_timesteps
+
+    def set_timesteps(num_inference_steps: int, device: Any = None) -> None:
+        own(num_inference_steps, device)
+        euler.set_timesteps(num_inference_steps, device)
+        ancestral.sigmas, ancestral.timesteps = euler.sigmas, euler.timesteps
+
+    ancestral.set_timesteps = set_timesteps
