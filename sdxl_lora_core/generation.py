@@ -17,6 +17,7 @@ import torch
 
 from .base_model import SDXLBase, resolve_dtype
 from .config import GenerateConfig
+from .embedding_files import EmbeddingFile
 from .guidance import is_guided
 from .image_cache import ImageCache
 from .image_keys import KEYED_LIBRARIES, image_facts, image_key, image_settings
@@ -104,7 +105,7 @@ def generate(
 class _Request:
     prompt: str
     seed: int
-    embeddings: tuple[str, ...]
+    embeddings: tuple[EmbeddingFile, ...]
     key: str
 
 
@@ -113,8 +114,9 @@ def _requests(config: GenerateConfig, settings: dict[str, Any], reader: PromptRe
     requests = []
     for prompt in config.prompts:
         embeddings = reader.embeddings(prompt) + unwanted
+        hashes = [file.sha256 for file in embeddings]
         for seed in ((config.seed + number) % 2**64 for number in range(config.count)):
-            requests.append(_Request(prompt, seed, embeddings, image_key(settings, prompt, seed, embeddings)))
+            requests.append(_Request(prompt, seed, embeddings, image_key(settings, prompt, seed, hashes)))
     return requests
 
 
@@ -127,7 +129,7 @@ class _Session:
     cache: ImageCache | None
     text_phase: TextPhase
     maker: ImageMaker
-    texts: Callable[[str, int], dict[str, str]]
+    texts: Callable[[str, int, Sequence[EmbeddingFile]], dict[str, str]]
     on_step: OnStep
 
     def find(self, requests: Sequence[_Request]) -> dict[str, GeneratedImage]:
@@ -192,12 +194,13 @@ class _Session:
         self.on_step(before + steps, total)
 
     def _image(self, request: _Request, pixels: np.ndarray, hit: bool, seconds: float) -> GeneratedImage:
-        texts = self.texts(request.prompt, request.seed)
+        texts = self.texts(request.prompt, request.seed, request.embeddings)
         return GeneratedImage(pixels, request.prompt, request.seed, request.key, hit, seconds, texts)
 
     def _manifest(self, request: _Request) -> dict[str, Any]:
+        hashes = [file.sha256 for file in request.embeddings]
         return {
-            "settings": image_facts(self.settings, request.prompt, request.seed, request.embeddings),
+            "settings": image_facts(self.settings, request.prompt, request.seed, hashes),
             "versions": {name: version(name) for name in KEYED_LIBRARIES},
         }
 

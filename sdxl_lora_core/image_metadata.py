@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 if TYPE_CHECKING:
     from .base_model import SDXLBase
     from .config import GenerateConfig
+    from .embedding_files import EmbeddingFile
     from .lora_stack import StackEntry
 
 XMP = "XML:com.adobe.xmp"  # the keyword under which readers of PNG look for it
@@ -54,21 +55,30 @@ def image_texts(
     graph: Mapping[str, str] | None,
     prompt: str,
     seed: int,
+    embeddings: Sequence[EmbeddingFile] = (),
 ) -> dict[str, str]:
     """The texts of one image by keyword: the mark and, with a `graph` (see graph_texts), how it was made."""
     if graph is None:
         return {XMP: AI_GENERATED}
-    return {"parameters": parameters(base, config, stack, prompt, seed), **graph, XMP: AI_GENERATED}
+    return {"parameters": parameters(base, config, stack, prompt, seed, embeddings), **graph, XMP: AI_GENERATED}
 
 
-def parameters(base: SDXLBase, config: GenerateConfig, stack: Sequence[StackEntry], prompt: str, seed: int) -> str:
-    """The form that A1111 writes and Civitai reads, with the hashes by which they find the model and the LoRAs."""
+def parameters(
+    base: SDXLBase,
+    config: GenerateConfig,
+    stack: Sequence[StackEntry],
+    prompt: str,
+    seed: int,
+    embeddings: Sequence[EmbeddingFile] = (),
+) -> str:
+    """The form that A1111 writes and Civitai reads, with the hashes by which they find models, LoRAs and embeddings."""
     loras = {_plain_name(entry.ref.name): entry for entry in stack}
     tags = [f"<lora:{name}:{_strengths(entry)}>" for name, entry in loras.items()]
     lines = [" ".join([prompt, *tags])]
     if config.negative_prompt:
         lines.append(f"Negative prompt: {config.negative_prompt}")
     hashes = {f"lora:{name}": entry.sha256[:_SHORT_HASH] for name, entry in loras.items()}
+    hashes |= {f"embed:{_plain_name(file.name)}": file.sha256[:_SHORT_HASH] for file in embeddings}
     if base.layout == "single_file":  # a folder has no hash that others would know
         hashes = {"model": dict(base.part_hashes)["unet"][:_SHORT_HASH], **hashes}
     facts = {

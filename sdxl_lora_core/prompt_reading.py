@@ -38,14 +38,14 @@ class PromptReader:
         chunks = 1 if self.config.long_prompts == "cut" else None
         return Reading([Piece(prompt)], chunks, one_tokenizer=False)
 
-    def embeddings(self, prompt: str) -> tuple[str, ...]:
-        """SHA-256 of every embedding file that the prompt names, in its order."""
+    def embeddings(self, prompt: str) -> tuple[EmbeddingFile, ...]:
+        """Every embedding file that the prompt names, in its order."""
         contents = [piece.content for piece in self.read(prompt).pieces]
-        return tuple(content.sha256 for content in contents if isinstance(content, EmbeddingFile))
+        return tuple(content for content in contents if isinstance(content, EmbeddingFile))
 
     def facts(self, prompt: str) -> dict[str, Any]:
         """What a prompt's embeddings depend on besides its text; nothing where it is plain and cut."""
-        used = self.embeddings(prompt)
+        used = [file.sha256 for file in self.embeddings(prompt)]
         return {**reading_facts(self.config), **({"embeddings": used} if used else {})}
 
     def _open(self, name: str) -> EmbeddingFile | None:

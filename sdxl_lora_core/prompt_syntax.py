@@ -1,11 +1,11 @@
-"""ComfyUI's prompt syntax, and how a prompt is laid out in CLIP's chunks.
+r"""ComfyUI's prompt syntax, and how a prompt is laid out in CLIP's chunks.
 
-| written            | read as                                                                             |
-|--------------------|-------------------------------------------------------------------------------------|
-| (word:1.2)         | at 1.2, whatever the parentheses around it say                                      |
-| (word), ((word))   | at 1.1, at 1.21 times the weight around it                                          |
-| \\( and \\)          | parentheses of the prompt itself                                                    |
-| embedding:name     | the vectors of that file; a word like any other, so spaces or the start go before it |
+| written          | read as                                                                        |
+|------------------|--------------------------------------------------------------------------------|
+| (word:1.2)       | at 1.2, whatever the parentheses around it say                                 |
+| (word)           | at 1.1 times the weight around it                                              |
+| \( and \)        | parentheses of the prompt itself                                               |
+| embedding:name   | the vectors of that file, at the prompt's start or after a space or a new line |
 
 Parentheses without a partner are text. This is what ComfyUI does with them, not what A1111 does.
 """

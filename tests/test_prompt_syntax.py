@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from pathlib import Path
@@ -233,6 +234,13 @@ def test_an_embedding_moves_pixels_and_its_content_the_key(
     assert not second.hit and (second.pixels != first.pixels).any()
     assert draw(micro_base, comfy("a heart"), **options)[0].key == plain.key, "another prompt's embedding"
     assert not options["parts"].taken_events("load"), "an embedding is no reason to load an encoder"
+
+
+def test_a_picture_says_which_embeddings_it_was_made_with(micro_base: SDXLBase, folder: Path) -> None:
+    prompts = comfy("a embedding:cat heart", negative_prompt="embedding:cat", guidance=3.0)
+    image = draw(micro_base, prompts, graph={}, **finder(folder))[0]
+    digest = hashlib.sha256((folder / "cat.safetensors").read_bytes()).hexdigest()
+    assert f'"embed:cat": "{digest[:10]}"' in image.texts["parameters"]
 
 
 def test_a_missing_embedding_stops_before_anything_is_loaded(micro_base: SDXLBase, folder: Path) -> None:

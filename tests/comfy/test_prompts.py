@@ -20,6 +20,7 @@ from sdxl_lora_core.prompt_syntax import chunked
 from sdxl_lora_core.prompts import token_ids
 from sdxl_lora_core.text_model import TextModel
 
+WIDTHS = {"clip_l": 64, "clip_g": 96}  # of tiny-sdxl
 LONG = "a very long prompt, " * 20
 PROMPTS = [
     "", " ", "a red heart", "a (red:1.2) heart", "(a) ((b)) (((c:0.3)))", "((a:1.5) b:0.7) c", "(a:b) (:1.2) () (a:)",
@@ -113,3 +114,38 @@ def test_embeddings_are_comfyuis(
             theirs = wanted[f"{number}.{name}"]
             assert found.shape == theirs.shape, f"{name} of {prompt!r}"
             assert (found - theirs).abs().max() <= 1e-5 * theirs.abs().max(), f"{name} of {prompt!r}"
+
+
+def picture(prompt: str, **changes: Any) -> dict[str, Any]:
+    inputs = {
+        "base": ["base", 0], "prompt": prompt, "negative_prompt": "(blurry:0.8)", "seed": 1, "steps": 2,
+        "guidance": 5.0, "width": 64, "height": 64, "count": 1, "sampler": "dpmpp_2m", "scheduler": "karras",
+        "cache": "use", "prompt_syntax": "comfy", **changes,
+    }  # fmt: skip
+    return {
+        "base": {"class_type": "LoadSDXLBase", "inputs": {"base": "tiny-sdxl (bundled)", "precision": "fp32"}},
+        "picture": {"class_type": "SDXLGenerateCached", "inputs": inputs},
+    }
+
+
+def test_the_node_takes_embeddings_from_comfyuis_folders(server: Any) -> None:
+    def write(seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        rows = {key: torch.randn(1, width, generator=draw) for key, width in WIDTHS.items()}
+        folder = server.base / "models/embeddings/mine"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(rows, folder / "cat.safetensors")
+
+    def shown(workflow: dict[str, Any]) -> Any:
+        return server.run(workflow)["picture"]["images"]
+
+    write(1)
+    asked = picture("a (red:1.3) embedding:cat, circle")
+    first = shown(asked)
+    assert first != shown(picture("a (red:1.3) circle")) and first == shown(asked)
+    write(2)
+    assert first != shown(asked), "ComfyUI has to run the node anew when the file changed"
+    missing = server.failure(picture("a embedding:dog circle"))
+    assert "names embedding:dog, and no embeddings folder has it: put dog.safetensors into one" in missing
+    told = picture("a circle", original_width=32, crop_left=16, long_prompts="chunks", prompt_syntax="plain")
+    assert shown(told) != shown(picture("a circle", prompt_syntax="plain"))
