@@ -81,7 +81,7 @@ def run(field: str, tests: Iterable[str], passed_over: Iterable[str]) -> str | N
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "out")]),
     }  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return failed[1] if failed else None
 
 
