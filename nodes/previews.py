@@ -35,11 +35,10 @@ def show(
 
 
 def _preview(pixels: np.ndarray, texts: Mapping[str, str]) -> dict[str, str]:
-    content = hashlib.sha256(pixels.tobytes())
+    """Named by its pixels, 24 digits, and by what it says of itself."""
     chunks = png_info(texts).chunks
-    for _, data, _ in chunks:
-        content.update(data)
-    name = f"{content.hexdigest()[:24]}_{pixels.shape[1]}x{pixels.shape[0]}.png"
+    said = hashlib.sha256(b"".join(data for _, data, _ in chunks)).hexdigest()[:8]
+    name = f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:24]}_{pixels.shape[1]}x{pixels.shape[0]}_{said}.png"
     path = host.temp_folder() / "sdxl_lora" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

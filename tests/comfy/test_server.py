@@ -56,6 +56,11 @@ def picture(lora_stack: Any = None, **changes: Any) -> Workflow:
     return {"base": job()["base"], "picture": {"class_type": "SDXLGenerateCached", "inputs": inputs}}
 
 
+def seen_in(output: dict[str, Any]) -> list[str]:
+    """A name for each image that a node shows: the digits of its pixels, with which the names of previews begin."""
+    return [image["filename"][:24] for image in output["images"]]
+
+
 def test_the_pack_loads_without_a_warning(server: Any) -> None:
     log = server.text()
     assert re.search(r"seconds: .*sdxl-lora-nodes\n", log), log
@@ -93,7 +98,7 @@ def test_training_after_generation_and_the_reverse_in_one_process(server: Any) -
     assert len(outputs["train"]["images"]) == 2, "the chart and one sample"
     plain = server.run(picture(seed=12))["picture"]
     styled = server.run({**picture(["train", 0], seed=12), **job(train={"lora_name": "after"})})["picture"]
-    assert plain["images"] != styled["images"]
+    assert seen_in(plain) != seen_in(styled)
 
 
 def test_second_run_finds_everything_again(server: Any) -> None:
@@ -112,7 +117,7 @@ def test_unloaded_models_come_back(server: Any) -> None:
     server.post("/free", {"unload_models": True})
     for _ in range(2):  # ComfyUI may take the first prompt before it unloads
         again = server.run(picture(seed=31, cache="refresh"))
-        assert first["picture"]["images"] == again["picture"]["images"], "previews are named by their content"
+        assert seen_in(first["picture"]) == seen_in(again["picture"])
     assert "Requested to load SDXLPart" in server.text()[seen:], "the models were never unloaded"
 
 
