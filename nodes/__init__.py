@@ -6,6 +6,8 @@ from .dataset import LoadCaptionDataset
 from .generation import SDXLGenerateCached
 from .image_cache import SDXLImageCache
 from .lora import LoadLoRA
+from .lora_files import MergeLoRAs, SaveSDXLLoRA
+from .merged_base import SaveMergedBase
 from .options import (
     AdapterOptions,
     CaptionOptions,
@@ -31,6 +33,9 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WatchOptions": WatchOptions,
     "MemoryOptions": MemoryOptions,
     "SDXLImageCache": SDXLImageCache,
+    "SaveSDXLLoRA": SaveSDXLLoRA,
+    "MergeLoRAs": MergeLoRAs,
+    "SaveMergedBase": SaveMergedBase,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -47,7 +52,10 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "WatchOptions": "Train Options: Watching",
     "MemoryOptions": "Train Options: Memory",
     "SDXLImageCache": "SDXL Image Cache",
+    "SaveSDXLLoRA": "Save LoRA (SDXL)",
+    "MergeLoRAs": "Merge LoRAs (SDXL)",
+    "SaveMergedBase": "Save Merged Base (SDXL)",
 }
 
-host.add_embeddings_folder()
+host.add_output_folders()
 host.add_routes()

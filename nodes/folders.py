@@ -87,6 +87,10 @@ def lora_refs(stack: Iterable[Any]) -> list[LoRARef]:
     return [LoRARef(find("lora", entry[0]), entry[0], entry[1], entry[2], strengths_by_block(entry)) for entry in stack]
 
 
+def base_name_taken(name: str) -> bool:
+    return any((root / name).exists() for root in _typed("base"))
+
+
 def lora_name_taken(file_name: str) -> bool:
     return any((root / file_name).exists() for root in host.roots("loras"))
 

@@ -65,7 +65,7 @@ def roots(folder_type: str) -> list[Path]:
     if comfy is None:
         at_home = {
             "datasets": [_home() / "datasets"],
-            "loras": [_home() / "models/loras", _home() / "loras"],
+            **{kind: [_home() / "models" / kind, _home() / kind] for kind in ("loras", "checkpoints", "diffusers")},
             "embeddings": [_home() / "models/embeddings", _home() / "embeddings"],
             "sdxl_lora_cache": [_home() / "user/sdxl_lora"],
         }
@@ -92,11 +92,14 @@ def cache_folder() -> Path:
     return roots("sdxl_lora_cache")[0]
 
 
-def add_embeddings_folder() -> None:
-    """ComfyUI's own nodes find new tokens there: a prompt with `embedding:my_lora-ohwx` reads them."""
+def add_output_folders() -> None:
+    """Where ComfyUI finds what this pack saves, besides the folders of output/ that it knows by itself.
+
+    Its own nodes then read new tokens: a prompt with `embedding:my_lora-ohwx`.
+    """
     comfy = _comfy("folder_paths")
-    if comfy:
-        comfy.add_model_folder_path("embeddings", str(output_folder() / "embeddings"))
+    for kind in ("embeddings", "diffusers") if comfy else ():
+        comfy.add_model_folder_path(kind, str(output_folder() / kind))
 
 
 def metadata(graph: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig, default, from_mapping
+from ..sdxl_lora_core.config import Config, TrainConfig, default, from_mapping
 from ..sdxl_lora_core.presets import Preset, with_preset
 from ..sdxl_lora_core.settings import choices_of, fields_of, types_of
 
@@ -20,7 +20,7 @@ CATEGORY = "SDXL LoRA"
 
 
 def widget(
-    config: type[DatasetConfig | TrainConfig | GenerateConfig],
+    config: type[Config],
     option: str,
     kind: str | Sequence[str],
     tooltip: str,

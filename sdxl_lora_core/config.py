@@ -19,6 +19,10 @@ PromptSyntax = Literal["plain", "comfy"]
 LongPrompts = Literal["cut", "chunks"]
 Attention = Literal["auto", "sdpa", "math"]
 Offload = Literal["auto", "none", "phase"]
+FileFormat = Literal["kohya", "peft", "comfyui"]
+SavePrecision = Literal["fp16", "bf16", "fp32"]
+MergeMethod = Literal["concatenate", "linear", "svd", "ties", "dare", "dare_ties"]
+BaseLayout = Literal["single_file", "diffusers"]
 
 PRECISIONS = get_args(Precision)
 CACHE_MODES = get_args(CacheMode)
@@ -26,6 +30,10 @@ PROMPT_SYNTAXES = get_args(PromptSyntax)
 LONG_PROMPTS = get_args(LongPrompts)
 ATTENTIONS = get_args(Attention)
 OFFLOADS = get_args(Offload)
+FILE_FORMATS = get_args(FileFormat)
+SAVE_PRECISIONS = get_args(SavePrecision)
+MERGE_METHODS = get_args(MergeMethod)
+BASE_LAYOUTS = get_args(BaseLayout)
 CACHE_LIMIT_GB = 10.0  # of the image cache, where its own folder says nothing else
 MICRO_CONDITIONING = (
     "original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height",
@@ -33,7 +41,9 @@ MICRO_CONDITIONING = (
 LARGEST_SIDE = 8192  # pixels
 BASES_RESCALE = -1.0  # guidance_rescale as the base needs it
 
-Config = TypeVar("Config", bound="DatasetConfig | TrainConfig | GenerateConfig")
+Config = TypeVar(
+    "Config", bound="DatasetConfig | TrainConfig | GenerateConfig | SaveLoRAConfig | MergeLoRAsConfig | SaveBaseConfig"
+)
 
 
 def _check_range(config: object, option: str, low: float, high: float) -> None:
@@ -176,6 +186,59 @@ class GenerateConfig:
         if not self.prompt_per_line:
             return (self.prompt,)
         return tuple(line.strip() for line in self.prompt.splitlines() if line.strip()) or ("",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveLoRAConfig:
+    """How a LoRA is written. rank is the most that a module may have (0: as it is), energy the share that is kept."""
+
+    lora_name: str = "my_lora"
+    format: FileFormat = "kohya"
+    precision: SavePrecision = "fp16"
+
+    rank: int = 0
+    energy: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "format", FILE_FORMATS)
+        _check_choice(self, "precision", SAVE_PRECISIONS)
+        _check_range(self, "rank", 0, 4096)
+        _check_range(self, "energy", 0.01, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeLoRAsConfig:
+    """How LoRAs become one. rank is for svd, ties and dare, density and seed for ties and dare."""
+
+    lora_name: str = "merged_lora"
+    method: MergeMethod = "concatenate"
+    rank: int = 32
+
+    density: float = 0.5
+    seed: int = 0
+    format: FileFormat = "kohya"
+    precision: SavePrecision = "fp16"
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "method", MERGE_METHODS)
+        _check_choice(self, "format", FILE_FORMATS)
+        _check_choice(self, "precision", SAVE_PRECISIONS)
+        _check_range(self, "rank", 1, 4096)
+        _check_range(self, "density", 0.01, 1)
+        _check_range(self, "seed", 0, 2**64 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveBaseConfig:
+    """How a base with LoRAs in its weights is written."""
+
+    base_name: str = "my_model"
+    layout: BaseLayout = "single_file"
+    precision: SavePrecision = "fp16"
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "layout", BASE_LAYOUTS)
+        _check_choice(self, "precision", SAVE_PRECISIONS)
 
 
 def default(config: type[Config], option: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .distilled import advice
 from .lora_files import AdapterModule, LoRAFile, LoRAModule, read_lora, trigger_words
 from .weights_file import first_names
 
@@ -32,7 +33,7 @@ def _lines(name: str, file: LoRAFile) -> list[str]:
     lines.append(f"{file.found - len(file.unknown)} of {file.found} keys are applied")
     if file.unknown:
         lines.append(f"{len(file.unknown)} keys are not understood: {first_names(file.unknown)}")
-    return [*lines, *_words(file.metadata), *_training(file.metadata)]
+    return [*lines, *_words(file.metadata), *_training(file.metadata), *_few_steps(name, file.metadata)]
 
 
 def _kind(module: AdapterModule) -> str:
@@ -61,6 +62,16 @@ def _training(metadata: Mapping[str, str]) -> list[str]:
         return [f"trained on {base} for {metadata.get('ss_steps', 'unknown')} steps"]
     base = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture")
     return [f"trained on {base}"] if base else []
+
+
+def _few_steps(name: str, metadata: Mapping[str, str]) -> list[str]:
+    found = advice(name, metadata)
+    if found is None:
+        return []
+    return [
+        f"{found.kind}, for few steps: sampler {found.sampler}, scheduler {found.scheduler}, steps {found.steps}, "
+        f"guidance {found.guidance}"
+    ]
 
 
 def _json(metadata: Mapping[str, str], key: str) -> dict[str, Any]:

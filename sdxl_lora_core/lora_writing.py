@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .base_parts import Part
+from .config import FileFormat
 from .lora_dialects import bundled_key
 from .lora_modules import DiffModule, LoRAFile, LoRAModule
 from .lora_names import sai_block_name
-
-FileFormat = Literal["kohya", "peft", "comfyui"]
 
 _KOHYA_PREFIXES: dict[Part, str] = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 _COMFYUI_PREFIXES: dict[Part, str] = {

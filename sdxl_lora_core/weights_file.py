@@ -67,10 +67,11 @@ def pack_weights(tensors: Mapping[str, Tensor]) -> PackedWeights:
     return PackedWeights(json.loads(whole[8:start]), memoryview(whole)[start:])
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Not atomic by itself. Raises OSError where the disk is full; the library has an error of its own for that."""
     try:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(contiguous, path, None if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error)) from error
 

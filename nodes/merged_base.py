@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import Any
+
+from ..sdxl_lora_core.base_model import SDXLBase, open_base
+from ..sdxl_lora_core.base_saving import save_merged_base
+from ..sdxl_lora_core.config import BASE_LAYOUTS, SAVE_PRECISIONS, SaveBaseConfig
+from ..sdxl_lora_core.lora_stack import open_stack
+from . import folders, host
+from .previews import show
+from .wires import CATEGORY, read_stack, widget
+
+
+class SaveMergedBase:
+    """Writes a base with a stack of LoRAs in its weights as a new model."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Merges a LoRA stack into a base and saves the result to output/checkpoints, or to output/diffusers as a "
+        "folder. The base stays as it is, and nothing is overwritten."
+    )
+    SEARCH_ALIASES = ["save checkpoint", "merge lora into checkpoint", "bake lora", "fuse lora", "export model"]
+    RETURN_TYPES = ("SDXL_BASE", "STRING", "STRING")
+    RETURN_NAMES = ("base", "base_name", "report")
+    OUTPUT_TOOLTIPS = (
+        "The new model, for SDXL Generate (cached) without the stack.",
+        "The new model's name in Load SDXL Base.",
+        "What was merged, and how much of each LoRA fitted.",
+    )
+    OUTPUT_NODE = True
+    FUNCTION = "save"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "base": ("SDXL_BASE", {"tooltip": "The model, from Load SDXL Base."}),
+                "lora_stack": ("LORA_STACK", {"tooltip": "The LoRAs to merge, at their strengths."}),
+                "base_name": widget(
+                    SaveBaseConfig, "base_name", "STRING", "The new model's name. A number follows where it is taken."
+                ),
+                "layout": widget(
+                    SaveBaseConfig, "layout", BASE_LAYOUTS,
+                    "single_file: a checkpoint for every program. diffusers: a folder, written with less memory.",
+                ),
+                "precision": widget(
+                    SaveBaseConfig, "precision", SAVE_PRECISIONS,
+                    "fp16 is usual: 7 GB. bf16 has a wider range and fewer digits. fp32: 14 GB.",
+                ),
+            },
+        }  # fmt: skip
+
+    def save(self, base: SDXLBase, lora_stack: Any, **settings: Any) -> dict[str, Any]:
+        config = SaveBaseConfig(**settings)
+        hashes = host.cache_folder() / "hashes"
+        stack = open_stack(folders.lora_refs(read_stack(lora_stack)), hashes)
+        kind = "checkpoints" if config.layout == "single_file" else "diffusers"
+        with host.progress() as progress:
+            path, fit = save_merged_base(
+                base, stack, config, host.output_folder() / kind, folders.base_name_taken,
+                lambda done, total: progress(done, total, "merging parts"),
+            )  # fmt: skip
+        merged = open_base(
+            path, base.precision, hashes,
+            prediction=base.prediction_type, zero_terminal_snr="on" if base.zero_terminal_snr else "off",
+        )  # fmt: skip
+        tokens = [f"new token {name} stays in its LoRA" for entry in stack for name in entry.tokens]
+        name = path.relative_to((host.output_folder() / kind).resolve()).as_posix()
+        report = "\n".join([f"saved as {name} in output/{kind}", *fit, *tokens])
+        return show((merged, name, report), report)

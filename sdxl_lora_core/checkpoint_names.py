@@ -1,0 +1,90 @@
+"""The names that the tensors of a single-file SDXL checkpoint have, from those that diffusers gives them.
+
+The way back is diffusers' own; see base_parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .base_parts import Part
+from .lora_names import sai_block_name
+from .model_kinds import TEXT, TEXT_2, UNET, VAE
+
+_VAE_STAGES = 4
+_VAE_NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d)\.resnets\.(\d)", lambda found: f"up.{_VAE_STAGES - 1 - int(found[1])}.block.{found[2]}"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{_VAE_STAGES - 1 - int(found[1])}.upsample"),
+    (r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_(q|k|v)", r"mid.attn_1.\1"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"conv_norm_out", "norm_out"),
+)
+_OPENCLIP_NAMES = (
+    ("encoder.layers.", "transformer.resblocks."),
+    ("final_layer_norm", "ln_final"),
+    ("layer_norm", "ln_"),
+    ("self_attn", "attn"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+    ("embeddings.token_embedding", "token_embedding"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+)
+_TEMPERATURE = 4.6055  # OpenCLIP's logit scale, which SDXL does not use and loaders look for
+
+
+def published_names(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's state dict as a single-file checkpoint holds it."""
+    by_part: dict[Part, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
+        "unet": _unet,
+        "vae": _vae,
+        "text_encoder": _clip,
+        "text_encoder_2": _openclip,
+    }
+    return by_part[part](tensors)
+
+
+def _unet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    pairs = ((name.rpartition("."), value) for name, value in tensors.items())
+    return {f"{UNET}{sai_block_name(path)}.{leaf}": value for (path, _, leaf), value in pairs}
+
+
+def _vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    published = {}
+    for name, value in tensors.items():
+        for pattern, replacement in _VAE_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if "attn_1" in name and value.dim() == 2:
+            value = value[:, :, None, None]  # published as 1x1 convolutions
+        published[VAE + name] = value
+    return published
+
+
+def _clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{TEXT}text_model.{name.removeprefix('text_model.')}": value for name, value in tensors.items()}
+
+
+def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP keeps query, key and value in one matrix, and the projection transposed."""
+    published: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        name = name.removeprefix("text_model.")
+        for ours, theirs in _OPENCLIP_NAMES:
+            name = name.replace(ours, theirs)
+        published[TEXT_2 + name] = value
+    for name in [name for name in published if ".q_proj." in name]:
+        leaf = name.rpartition(".")[2]
+        rows = [published.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        published[name.replace(f"q_proj.{leaf}", f"in_proj_{leaf}")] = torch.cat(rows)
+    projection = published.pop(f"{TEXT_2}text_projection.weight")
+    published[f"{TEXT_2}text_projection"] = projection.T
+    published[f"{TEXT_2}logit_scale"] = torch.tensor(_TEMPERATURE, dtype=projection.dtype)
+    return published
