@@ -19,9 +19,10 @@ from ..sdxl_lora_core.config import (
 )
 from ..sdxl_lora_core.generation import GeneratedImage, generate
 from ..sdxl_lora_core.lora_stack import fit_of
+from ..sdxl_lora_core.start_images import StartImage, start_images
 from . import folders, host
 from .previews import show
-from .wires import CATEGORY, Widget, read_stack, to_image, widget
+from .wires import CATEGORY, Widget, from_image, from_latent, from_mask, read_stack, to_image, to_latent, widget
 
 _PROMPT = "a red circle on a blue background"
 
@@ -35,12 +36,13 @@ class SDXLGenerateCached:
         "content and settings comes from the disk cache in milliseconds, pixel for pixel."
     )
     SEARCH_ALIASES = ["sdxl sampler", "text to image", "txt2img", "cached generation", "dpm++ 2m karras", "ksampler"]
-    RETURN_TYPES = ("IMAGE", "STRING", "STRING")
-    RETURN_NAMES = ("images", "info", "prompts")
+    RETURN_TYPES = ("IMAGE", "STRING", "STRING", "LATENT")
+    RETURN_NAMES = ("images", "info", "prompts", "latents")
     OUTPUT_TOOLTIPS = (
         "All images as one batch: prompts outer, seeds inner.",
         "For each image its seed, cache key, whether it was found or made, and the seconds, as JSON.",
         "One line for each image: its prompt.",
+        "The images' latents, for core's nodes. Only with keep_latents; what hangs on it does not run otherwise.",
     )
     OUTPUT_NODE = True
     FUNCTION = "generate"
@@ -95,6 +97,16 @@ class SDXLGenerateCached:
             "optional": {
                 "lora_stack": ("LORA_STACK", {"tooltip": "LoRAs to apply, from Load LoRA or Train SDXL LoRA."}),
                 **_advanced(),
+                "image": ("IMAGE", {
+                    "tooltip": "Images to start from: one for all, or one for each that is made. Scaled to cover width "
+                    "x height and cut in the middle. denoise says how much of them is painted over.",
+                }),
+                "mask": ("MASK", {
+                    "tooltip": "Where image or latent is painted anew; the rest stays. Of the image's size.",
+                }),
+                "latent": ("LATENT", {
+                    "tooltip": "Latents of width x height to start from instead. A noise mask set on them counts.",
+                }),
             },
             "hidden": {"graph": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }  # fmt: skip
@@ -109,14 +121,16 @@ class SDXLGenerateCached:
         return _embeddings(f"{prompt} {negative_prompt}") if prompt_syntax == "comfy" else ""
 
     def generate(
-        self, base: SDXLBase, lora_stack: Any = None, graph: Any = None, extra_pnginfo: Any = None, **settings: Any
-    ) -> dict[str, Any]:
+        self, base: SDXLBase, lora_stack: Any = None, image: Any = None, mask: Any = None, latent: Any = None,
+        graph: Any = None, extra_pnginfo: Any = None, **settings: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         config = GenerateConfig(**settings)
         loras = folders.lora_refs(read_stack(lora_stack))
         cache = host.cache_folder()
         with host.parts() as parts, host.progress() as progress:
             images = generate(
                 base, config, loras,
+                starts=_starts(config, image, mask, latent),
                 parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
                 graph=host.metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
                 find_embedding=folders.find_embedding, on_step=functools.partial(progress, phase="generating"),
@@ -127,7 +141,16 @@ class SDXLGenerateCached:
         info = json.dumps([_facts(image) for image in images], indent=2)
         prompts = "\n".join(" ".join(image.prompt.split()) for image in images)
         texts = [image.texts for image in images]
-        return show((to_image(pixels), info, prompts), "\n".join([_summary(images), *fit]), pixels, texts)
+        latents = [image.latents for image in images if image.latents is not None]
+        latent_out = to_latent(latents) if latents else host.nothing()
+        text = "\n".join([_summary(images), *fit])
+        return show((to_image(pixels), info, prompts, latent_out), text, pixels, texts)
+
+
+def _starts(config: GenerateConfig, image: Any, mask: Any, latent: Any) -> list[StartImage]:
+    samples, set_masks = (None, []) if latent is None else from_latent(latent)
+    masks = set_masks if mask is None else from_mask(mask)
+    return start_images(config, [] if image is None else from_image(image), samples, masks)
 
 
 def _embeddings(prompts: str) -> str:
@@ -213,6 +236,16 @@ def _advanced() -> dict[str, Widget]:
             GenerateConfig, "guidance_end", "FLOAT",
             "Guidance is off after this share of the way. 0.8 or so saves time and changes little.",
             min=0.0, max=1.0, step=0.01, advanced=True,
+        ),
+        "denoise": widget(
+            GenerateConfig, "denoise", "FLOAT",
+            "With an image or latent to start from: how much of it is painted over. 1: all of it, 0.3: small changes. "
+            "As in KSampler all steps are run, those at the end of a longer schedule.",
+            min=0.01, max=1.0, step=0.01, advanced=True,
+        ),
+        "keep_latents": widget(
+            GenerateConfig, "keep_latents", "BOOLEAN",
+            "Gives the latents, too, and keeps them in the cache beside the image.", advanced=True,
         ),
     }  # fmt: skip
 

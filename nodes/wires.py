@@ -84,6 +84,22 @@ def from_image(image: Tensor) -> list[np.ndarray]:
     return list((values.expand(*values.shape[:3], 3) * 255).round().to(torch.uint8).numpy())
 
 
+def to_latent(latents: Sequence[Tensor]) -> dict[str, Tensor]:
+    """[4, H/8, W/8] tensors of one size as ComfyUI's LATENT, which is in the VAE's own scale."""
+    return {"samples": torch.stack(list(latents))}
+
+
+def from_latent(latent: Mapping[str, Any]) -> tuple[Tensor, list[np.ndarray]]:
+    """The samples [B, 4, H/8, W/8] of ComfyUI's LATENT, and the masks that core's nodes set on it."""
+    noise_mask = latent.get("noise_mask")
+    return latent["samples"].detach().clone(), [] if noise_mask is None else from_mask(noise_mask)
+
+
+def from_mask(mask: Tensor) -> list[np.ndarray]:
+    """ComfyUI's MASK [B, H, W], or one set on a LATENT [B, 1, H, W], as float32 arrays [H, W] in 0..1."""
+    return list(mask.detach().float().nan_to_num().clamp(0, 1).reshape(-1, *mask.shape[-2:]).cpu().numpy())
+
+
 def read_stack(stack: Any) -> list[StackEntry]:
     """A LORA_STACK of any pack as a new list of (name, strength on the UNet, strength on the text encoders).
 

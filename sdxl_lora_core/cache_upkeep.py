@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .config import CACHE_LIMIT_GB
 from .files import write_text_atomic
-from .image_entries import DAMAGE, Entry, entries, held, read_entry, remove_entry, shelves
+from .image_entries import DAMAGE, Entry, entries, held, read_entry, read_latents, remove_entry, shelves
 
 LIMIT, SIZE = "limit_gb.txt", "size.txt"
 GB = 10**9
@@ -116,6 +116,7 @@ def verify(
     for number, entry in enumerate(found, 1):
         try:
             read_entry(entry.folder)
+            read_latents(entry.folder)
         except FileNotFoundError:  # dropped meanwhile
             pass
         except DAMAGE:

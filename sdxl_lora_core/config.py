@@ -40,6 +40,7 @@ MICRO_CONDITIONING = (
 )  # fmt: skip
 LARGEST_SIDE = 8192  # pixels
 BASES_RESCALE = -1.0  # guidance_rescale as the base needs it
+NOISE_LEVELS = 1000
 
 Config = TypeVar(
     "Config", bound="DatasetConfig | TrainConfig | GenerateConfig | SaveLoRAConfig | MergeLoRAsConfig | SaveBaseConfig"
@@ -107,6 +108,8 @@ class GenerateConfig:
     original_*, crop_* and target_* are SDXL's micro-conditioning in pixels; a size of 0 is the image's own.
     guidance_rescale is from 0 to 1, or BASES_RESCALE. Guidance acts from guidance_start to guidance_end, shares of the
     way from the noisiest of the base's noise levels to the cleanest.
+    denoise is the share of the schedule that is run, its end, on an image or a latent that was given. keep_latents
+    returns and caches each image's latents, too.
     """
 
     prompt: str
@@ -139,6 +142,8 @@ class GenerateConfig:
     guidance_rescale: float = BASES_RESCALE
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    denoise: float = 1.0
+    keep_latents: bool = False
 
     def __post_init__(self) -> None:
         _check_range(self, "seed", 0, 2**64 - 1)
@@ -165,6 +170,7 @@ class GenerateConfig:
             raise ValueError("attention is 'sdpa' with attention_slicing on, which replaces it: turn one of them off")
         require_pair(self.sampler, self.scheduler)
         self._check_guidance()
+        self._check_denoise()
 
     def _check_guidance(self) -> None:
         if self.guidance_rescale != BASES_RESCALE and not 0 <= self.guidance_rescale <= 1:
@@ -179,6 +185,19 @@ class GenerateConfig:
                 f"guidance_start is {self.guidance_start:g} and guidance_end {self.guidance_end:g}: the start comes "
                 "first; to turn guidance off, set guidance to 1"
             )
+
+    def _check_denoise(self) -> None:
+        _check_range(self, "denoise", 0.01, 1)
+        if self.schedule_steps > NOISE_LEVELS:
+            raise ValueError(
+                f"denoise is {self.denoise:g} with {self.steps} steps, which are the end of a schedule of "
+                f"{self.schedule_steps} steps, but SDXL knows {NOISE_LEVELS} noise levels: raise denoise or lower steps"
+            )
+
+    @property
+    def schedule_steps(self) -> int:
+        """The length of the whole schedule, of which the last `steps` are run: KSampler's meaning of denoise."""
+        return int(self.steps / self.denoise)
 
     @property
     def prompts(self) -> tuple[str, ...]:

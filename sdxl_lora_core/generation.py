@@ -7,26 +7,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .base_model import SDXLBase, resolve_dtype
 from .config import GenerateConfig
 from .embedding_files import EmbeddingFile
 from .guidance import is_guided
-from .image_cache import ImageCache
-from .image_keys import KEYED_LIBRARIES, image_facts, image_key, image_settings
+from .image_cache import ImageCache, key_of
+from .image_keys import KEYED_LIBRARIES, image_facts, image_settings, start_settings
 from .image_maker import ImageMaker, offload_choice
 from .image_metadata import graph_texts, image_texts
 from .loaded_parts import LoadedParts
 from .lora_stack import LoRARef, open_stack
 from .prompt_reading import PromptReader
 from .samplers import SOLVERS, require_libraries
+from .start_images import EncodedStart, StartImage, require_counts
 from .text_embeds import TextPhase
 from .text_model import TextEmbeds
 
@@ -38,7 +40,8 @@ READERS = 4  # images read from the cache at a time; most of a reading is unpack
 class GeneratedImage:
     """`pixels` are uint8 [H, W, 3]; `hit`: they were in the cache; `seconds` is what making or reading took.
 
-    `texts` are the text chunks for a PNG of it, by keyword.
+    `texts` are the text chunks for a PNG of it, by keyword. `latents` are float32 [4, H/8, W/8] in the VAE's own scale,
+    where the request keeps them.
     """
 
     pixels: np.ndarray
@@ -48,6 +51,7 @@ class GeneratedImage:
     hit: bool
     seconds: float
     texts: Mapping[str, str]
+    latents: Tensor | None = None
 
 
 def generate(
@@ -55,6 +59,7 @@ def generate(
     config: GenerateConfig,
     loras: Sequence[LoRARef] = (),
     *,
+    starts: Sequence[StartImage] = (),
     parts: LoadedParts,
     cache_folder: Path | None,
     hash_memo: Path | None = None,
@@ -65,6 +70,7 @@ def generate(
 ) -> list[GeneratedImage]:
     """All images of the request: prompts outer, count inner, seeds seed ... seed + count - 1.
 
+    `starts` holds nothing, one start for all images, or one for each in their order.
     `cache_folder` is the images/ folder (None: no cache), `hash_memo` remembers the hashes of LoRA files,
     `prompt_cache` is the folder that holds prompts/, and `find_embedding` gives the file behind `embedding:name`. If
     every image is in the cache, no weights are loaded and diffusers is not imported. Otherwise `on_step(done, total)`
@@ -75,9 +81,10 @@ def generate(
     goes on saying how it was made first; `texts` of an image is always about this request.
 
     Raises FileNotFoundError or ValueError for a LoRA or an embedding that is missing or does not fit, ValueError for a
-    sampler that does not fit the base or lacks its library, and for an image that is not finite, or not in the cache
-    where `config.cache` is "only".
+    sampler that does not fit the base or lacks its library, for starts of another number, and for an image that is not
+    finite, or not in the cache where `config.cache` is "only".
     """
+    require_counts(starts, config)
     stack = open_stack(loras, hash_memo)
     dtype = resolve_dtype(base.precision, parts.device)
     hashes = [entry.identity for entry in stack]
@@ -92,7 +99,7 @@ def generate(
         texts=functools.partial(image_texts, base, config, stack, None if graph is None else graph_texts(graph)),
         on_step=on_step,
     )
-    requests = _requests(config, settings, reader)
+    requests = _requests(config, settings, reader, starts)
     images = session.find(requests)
     missing = [request for request in dict.fromkeys(requests) if request.key not in images]
     if missing and config.cache == "only":
@@ -107,17 +114,34 @@ class _Request:
     seed: int
     embeddings: tuple[EmbeddingFile, ...]
     key: str
+    facts: dict[str, Any] = field(compare=False)  # all that the key is made of
+    start: StartImage | None = field(compare=False)
+
+    @property
+    def starts(self) -> tuple[StartImage, ...]:
+        return () if self.start is None else (self.start,)
 
 
-def _requests(config: GenerateConfig, settings: dict[str, Any], reader: PromptReader) -> list[_Request]:
+def _requests(
+    config: GenerateConfig, settings: dict[str, Any], reader: PromptReader, starts: Sequence[StartImage]
+) -> list[_Request]:
     unwanted = reader.embeddings(config.negative_prompt) if is_guided(config) else ()
+    wanted = [(prompt, (config.seed + number) % 2**64) for prompt in config.prompts for number in range(config.count)]
+    own_starts = starts if len(starts) == len(wanted) else [*starts, None][:1] * len(wanted)
     requests = []
-    for prompt in config.prompts:
+    for (prompt, seed), start in zip(wanted, own_starts, strict=True):
         embeddings = reader.embeddings(prompt) + unwanted
         hashes = [file.sha256 for file in embeddings]
-        for seed in ((config.seed + number) % 2**64 for number in range(config.count)):
-            requests.append(_Request(prompt, seed, embeddings, image_key(settings, prompt, seed, hashes)))
+        facts = image_facts(settings, prompt, seed, hashes, start_settings(config, start))
+        requests.append(_Request(prompt, seed, embeddings, key_of(facts), facts, start))
     return requests
+
+
+class _Ingredients(NamedTuple):
+    """What images are made of, encoded once for all that share it."""
+
+    texts: dict[str, TextEmbeds]
+    starts: dict[StartImage, EncodedStart]
 
 
 @dataclass(frozen=True)
@@ -143,7 +167,10 @@ class _Session:
     def _read(self, cache: ImageCache, request: _Request) -> GeneratedImage | None:
         start = time.perf_counter()
         pixels = cache.load(request.key)
-        return None if pixels is None else self._image(request, pixels, True, time.perf_counter() - start)
+        latents = cache.load_latents(request.key) if self.config.keep_latents else None
+        if pixels is None or (latents is None and self.config.keep_latents):
+            return None
+        return self._image(request, pixels, latents, True, time.perf_counter() - start)
 
     def make(self, missing: Sequence[_Request]) -> dict[str, GeneratedImage]:
         if not missing:
@@ -151,40 +178,47 @@ class _Session:
         require_libraries(self.config.sampler, self.config.scheduler)
         images: dict[str, GeneratedImage] = {}
         steps, size = SOLVERS[self.config.sampler].unet_calls(self.config.steps), self.config.batch_size
-        embeds = functools.cache(lambda: self.text_phase.encode(self._texts(missing)))
+        ingredients = functools.cache(lambda: self._ingredients(missing))
         self.on_step(0, steps * len(missing))
         # In ComfyUI's inference mode every tensor made here, weights among them, would be unfit for training.
         with torch.inference_mode(False), torch.no_grad():
             for first in range(0, len(missing), size):
                 report = functools.partial(self._report, steps * first, steps * len(missing))
-                images |= self._make_batch(missing[first : first + size], embeds, report)
+                images |= self._make_batch(missing[first : first + size], ingredients, report)
         return images
 
     def _make_batch(
-        self, batch: Sequence[_Request], embeds: Callable[[], dict[str, TextEmbeds]], report: Callable[[int], None]
+        self, batch: Sequence[_Request], ingredients: Callable[[], _Ingredients], report: Callable[[int], None]
     ) -> dict[str, GeneratedImage]:
         keys = [request.key for request in batch]
         with self.cache.locked(keys, waiting=lambda: report(0)) if self.cache else nullcontext():
             images = self.find(batch)  # somebody may have made them while this process waited
             left = [request for request in batch if request.key not in images]
-            return images | self._make_now(left, embeds(), report) if left else images
+            return images | self._make_now(left, ingredients(), report) if left else images
 
     def _make_now(
-        self, batch: Sequence[_Request], embeds: dict[str, TextEmbeds], report: Callable[[int], None]
+        self, batch: Sequence[_Request], ingredients: _Ingredients, report: Callable[[int], None]
     ) -> dict[str, GeneratedImage]:
         start = time.perf_counter()
         made = self.maker.make(
-            [embeds[request.prompt] for request in batch],
-            embeds[self.config.negative_prompt] if is_guided(self.config) else None,
+            [ingredients.texts[request.prompt] for request in batch],
+            ingredients.texts[self.config.negative_prompt] if is_guided(self.config) else None,
             [request.seed for request in batch],
+            [ingredients.starts[start] for request in batch for start in request.starts],
             lambda steps: report(steps * len(batch)),
         )
         seconds = (time.perf_counter() - start) / len(batch)
-        images = [self._image(*pair, False, seconds) for pair in zip(batch, made, strict=True)]
-        if self.cache:
-            for request, image in zip(batch, images, strict=True):
-                self.cache.store(image.key, image.pixels, self._manifest(request), image.texts)
-        return {image.key: image for image in images}
+        images = {}
+        for request, (pixels, latents) in zip(batch, made, strict=True):
+            kept = latents if self.config.keep_latents else None
+            image = images[request.key] = self._image(request, pixels, kept, False, seconds)
+            if self.cache:
+                self.cache.store(image.key, pixels, self._manifest(request), image.texts, kept)
+        return images
+
+    def _ingredients(self, requests: Sequence[_Request]) -> _Ingredients:
+        starts = dict.fromkeys(start for request in requests for start in request.starts)
+        return _Ingredients(self.text_phase.encode(self._texts(requests)), self.maker.encode(starts) if starts else {})
 
     def _texts(self, requests: Sequence[_Request]) -> list[str]:
         texts = [request.prompt for request in requests]
@@ -193,14 +227,16 @@ class _Session:
     def _report(self, before: int, total: int, steps: int) -> None:
         self.on_step(before + steps, total)
 
-    def _image(self, request: _Request, pixels: np.ndarray, hit: bool, seconds: float) -> GeneratedImage:
+    def _image(
+        self, request: _Request, pixels: np.ndarray, latents: Tensor | None, hit: bool, seconds: float
+    ) -> GeneratedImage:
         texts = self.texts(request.prompt, request.seed, request.embeddings)
-        return GeneratedImage(pixels, request.prompt, request.seed, request.key, hit, seconds, texts)
+        return GeneratedImage(pixels, request.prompt, request.seed, request.key, hit, seconds, texts, latents)
 
     def _manifest(self, request: _Request) -> dict[str, Any]:
         hashes = [file.sha256 for file in request.embeddings]
         return {
-            "settings": image_facts(self.settings, request.prompt, request.seed, hashes),
+            "settings": request.facts,
             "versions": {name: version(name) for name in KEYED_LIBRARIES},
         }
 

@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from . import cache_upkeep
 from .files import json_sha256
-from .image_entries import DAMAGE, SCHEMA, entry_folder, lock_of, mark_used, read_entry, release, write_entry
+from .image_entries import (
+    DAMAGE,
+    SCHEMA,
+    entry_folder,
+    lock_of,
+    mark_used,
+    read_entry,
+    read_latents,
+    release,
+    write_entry,
+)
 
 log = logging.getLogger("sdxl_lora")
 
@@ -52,13 +63,30 @@ class ImageCache:
         mark_used(folder)
         return pixels
 
-    def store(
-        self, key: str, pixels: np.ndarray, manifest: Mapping[str, Any], texts: Mapping[str, str] | None = None
-    ) -> np.ndarray:
-        """Keeps `pixels` (uint8 [H, W, 3]) under `key`, `texts` as text chunks of the PNG beside them, and returns what
-        a later `load` will return."""
+    def load_latents(self, key: str) -> Tensor | None:
+        """The latents that were stored with the image under `key`, [4, H/8, W/8], or None."""
         try:
-            written = write_entry(entry_folder(self.root, key), pixels, manifest, texts or {})
+            return read_latents(entry_folder(self.root, key))
+        except FileNotFoundError:
+            return None
+        except DAMAGE as error:
+            self._warn_once("read", "cached latents are damaged and will be made again (%s): %s", key[:12], error)
+            return None
+
+    def store(
+        self,
+        key: str,
+        pixels: np.ndarray,
+        manifest: Mapping[str, Any],
+        texts: Mapping[str, str] | None = None,
+        latents: Tensor | None = None,
+    ) -> np.ndarray:
+        """Keeps `pixels` (uint8 [H, W, 3]) under `key` and returns what a later `load` will return.
+
+        `texts` become text chunks of the PNG, `latents` lie beside it.
+        """
+        try:
+            written = write_entry(entry_folder(self.root, key), pixels, manifest, texts or {}, latents)
         except OSError as error:
             self._warn_once("write", CANNOT_WRITE, error)
             return pixels

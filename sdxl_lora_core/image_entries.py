@@ -1,4 +1,7 @@
-"""One generated image on disk: a folder with an 8-bit PNG and a manifest, which is written last: the commit mark."""
+"""One generated image on disk: a folder with an 8-bit PNG and a manifest, which is written last: the commit mark.
+
+Where they were asked for, the image's latents lie beside it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load, save
+from torch import Tensor
 
 from .files import canonical_json, write_atomic, write_text_atomic
 from .image_metadata import png_info
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 SCHEMA = 1
-IMAGE, MANIFEST = "image.png", "manifest.json"
+IMAGE, LATENTS, MANIFEST = "image.png", "latents.safetensors", "manifest.json"
 # Of Pillow's settings the one that packs and unpacks pictures fastest: it looks for runs of a byte only.
 COMPRESSION = {"compress_level": 1, "compress_type": 3}  # 3: zlib's Z_RLE
 DAMAGE = (OSError, ValueError, KeyError, TypeError)
@@ -43,15 +48,26 @@ def entry_folder(root: Path, key: str) -> Path:
     return root / f"v{SCHEMA}" / key[:2] / key
 
 
-def write_entry(folder: Path, pixels: np.ndarray, manifest: Mapping[str, Any], texts: Mapping[str, str]) -> int:
+def write_entry(
+    folder: Path,
+    pixels: np.ndarray,
+    manifest: Mapping[str, Any],
+    texts: Mapping[str, str],
+    latents: Tensor | None = None,
+) -> int:
     """Keeps uint8 [H, W, 3], with `texts` in the PNG. Returns the bytes written. Raises OSError."""
     for left_by_a_kill in folder.glob(".*.tmp"):
         left_by_a_kill.unlink(missing_ok=True)
-    png = _encode_png(pixels, texts)
-    record = canonical_json({**manifest, "schema": SCHEMA, "key": folder.name, **_checksum(png)})
-    write_atomic(folder / IMAGE, lambda temporary: temporary.write_bytes(png))
-    write_text_atomic(folder / MANIFEST, record)
-    return len(png) + len(record)
+    files = {IMAGE: _encode_png(pixels, texts)}
+    record = {**manifest, "schema": SCHEMA, "key": folder.name, **_checksum(files[IMAGE])}
+    if latents is not None:
+        files[LATENTS] = save({"latents": latents.contiguous()})
+        record["latents"] = _checksum(files[LATENTS])
+    for name, content in files.items():
+        write_atomic(folder / name, lambda temporary, content=content: temporary.write_bytes(content))
+    written = canonical_json(record)
+    write_text_atomic(folder / MANIFEST, written)
+    return sum(map(len, files.values())) + len(written)
 
 
 def read_entry(folder: Path) -> np.ndarray:
@@ -63,6 +79,17 @@ def read_entry(folder: Path) -> np.ndarray:
     if found != wanted or manifest["key"] != folder.name:
         raise ValueError("the image is not the one in its manifest")
     return np.array(Image.open(io.BytesIO(png)))
+
+
+def read_latents(folder: Path) -> Tensor | None:
+    """The latents that were kept with the image, None where none were. Raises as read_entry does."""
+    wanted = json.loads((folder / MANIFEST).read_bytes()).get("latents")
+    if wanted is None:
+        return None
+    content = (folder / LATENTS).read_bytes()
+    if _checksum(content) != wanted:
+        raise ValueError("the latents are not the ones in their manifest")
+    return load(content)["latents"]
 
 
 def mark_used(folder: Path) -> None:
@@ -137,5 +164,5 @@ def _encode_png(pixels: np.ndarray, texts: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _checksum(png: bytes) -> dict[str, Any]:
-    return {"size": len(png), "sha256": hashlib.sha256(png).hexdigest()}
+def _checksum(content: bytes) -> dict[str, Any]:
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .image_cache import key_of
 from .micro_conditioning import is_own_size, micro_conditioning
 from .prompt_reading import PARSER_VERSIONS, reading_facts
 from .schedulers import scheduler_settings
+from .start_images import StartImage
 
 KEYED_LIBRARIES = ("torch", "diffusers")
 
@@ -55,16 +57,27 @@ def image_settings(
     }
 
 
+def start_settings(config: GenerateConfig, start: StartImage | None) -> dict[str, Any]:
+    """What an image depends on that starts from another; nothing otherwise."""
+    return {} if start is None else {"start": start.key, "denoise": float(config.denoise)}
+
+
 def image_facts(
-    settings: dict[str, Any], prompt: str, seed: int, embeddings: Sequence[str] = ()
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that one image depends on. `embeddings` are the hashes of the files that its two prompts name."""
+    settings: dict[str, Any],
+    prompt: str,
+    seed: int,
+    embeddings: Sequence[str] = (),
+    start: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Everything that one image depends on. `embeddings` are the hashes of the files that its two prompts name, `start`
+    its start_settings."""
     used = {"embeddings": list(embeddings)} if embeddings else {}
-    return {**settings, "prompt": prompt, "seed": seed, **used}
+    return {**settings, "prompt": prompt, "seed": seed, **used, **start}
 
 
-def image_key(settings: dict[str, Any], prompt: str, seed: int, embeddings: Sequence[str] = ()) -> str:
-    return key_of(image_facts(settings, prompt, seed, embeddings))
+def image_key(settings: dict[str, Any], prompt: str, seed: int, *more: Any) -> str:
+    """Takes what image_facts takes."""
+    return key_of(image_facts(settings, prompt, seed, *more))
 
 
 def attention_backend(config: GenerateConfig) -> str:

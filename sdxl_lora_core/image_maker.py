@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +18,24 @@ from .base_parts import Part
 from .config import GenerateConfig
 from .guidance import guidance_interval, guidance_rescale
 from .image_keys import attention_backend
+from .latents import unscaled
 from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key, restack
 from .micro_conditioning import micro_conditioning
 from .prompts import stack_embeds
 from .samplers import SOLVERS
 from .schedulers import make_scheduler
+from .start_images import EncodedStart, PutBack, StartImage, begin, encode_start
 from .text_model import TextEmbeds
 
-VAE_SCALE = 8  # pixels to a latent cell
-LATENT_CHANNELS = 4
+OnStep = Callable[[int], object]
+
+
+class MadeImage(NamedTuple):
+    """`pixels` uint8 [H, W, 3]; `latents` float32 [4, H/8, W/8] on the CPU, in the VAE's own scale."""
+
+    pixels: np.ndarray
+    latents: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,47 +53,60 @@ class ImageMaker:
         wanted: Sequence[TextEmbeds],
         unwanted: TextEmbeds | None,
         seeds: Sequence[int],
-        on_step: Callable[[int], object],
-    ) -> list[np.ndarray]:
-        """The images (uint8 [H, W, 3]) of some prompts in one batch; without `unwanted` there is no guidance.
+        starts: Sequence[EncodedStart],
+        on_step: OnStep,
+    ) -> list[MadeImage]:
+        """The images of some prompts in one batch: without `unwanted` no guidance, without `starts` from noise alone.
 
         `on_step` gets the number of steps done and may raise.
         """
         conditioning = _conditioning(wanted, unwanted)
         with _attention(self.config):
-            return list(self._decode(self._denoise(conditioning, seeds, on_step)))
+            return self._decode(self._denoise(conditioning, seeds, starts, on_step))
+
+    def encode(self, starts: Iterable[StartImage]) -> dict[StartImage, EncodedStart]:
+        """Each encoded alone, so that it does not depend on the others."""
+        with self._vae_phase() as vae:
+            return {start: encode_start(start, vae) for start in starts}
 
     def _denoise(
-        self, conditioning: dict[str, Tensor], seeds: Sequence[int], on_step: Callable[[int], object]
+        self, conditioning: dict[str, Tensor], seeds: Sequence[int], starts: Sequence[EncodedStart], on_step: OnStep
     ) -> Tensor:
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        schedule = {"num_inference_steps": self.config.schedule_steps}
         scheduler = make_scheduler(self.base, self.config, seeds)
         levels = scheduler.config.num_train_timesteps
         with self._phase("unet") as unet, guidance_interval(unet, self.config, levels):
             _slice_attention(unet, self.config.attention_slicing)
-            return _pipeline(unet, scheduler)(
+            pipeline = _pipeline(unet, scheduler, bool(starts))
+            beginning = begin(pipeline, schedule, self.config, starts, draws)
+            return pipeline(
                 **conditioning,
                 **micro_conditioning(self.config)._asdict(),
+                **schedule,
+                **beginning.arguments,
                 guidance_scale=self.config.guidance,
                 guidance_rescale=guidance_rescale(self.base, self.config),
                 eta=SOLVERS[self.config.sampler].eta,
-                num_inference_steps=self.config.steps,
-                width=self.config.width,
-                height=self.config.height,
-                latents=_noise(self.config, draws).to(self.dtype),
                 generator=draws,
                 output_type="latent",
-                callback_on_step_end=lambda pipeline, step, timestep, tensors: _report(on_step, step),
+                callback_on_step_end=functools.partial(_after_step, on_step, beginning.put_back),
             ).images
 
-    def _decode(self, latents: Tensor) -> np.ndarray:
-        with self._phase("vae") as vae:
-            vae.use_slicing, vae.use_tiling = self.config.vae_slicing, self.config.vae_tiling
-            unscaled = _unscaled(latents.to(vae.device, vae.dtype), vae.config)
-            image = vae.decode(unscaled, return_dict=False)[0].float().cpu()
+    def _decode(self, latents: Tensor) -> list[MadeImage]:
+        with self._vae_phase() as vae:
+            encoded = unscaled(latents.to(vae.device, vae.dtype), vae.config)
+            image = vae.decode(encoded, return_dict=False)[0].float().cpu()
             _require_finite(image, latents, self.dtype, vae.dtype)
         pixels = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-        return (pixels * 255).round().astype(np.uint8)
+        eight_bits = (pixels * 255).round().astype(np.uint8)
+        return [MadeImage(*pair) for pair in zip(eight_bits, encoded.float().cpu(), strict=True)]
+
+    @contextmanager
+    def _vae_phase(self) -> Iterator[Any]:
+        with self._phase("vae") as vae:
+            vae.use_slicing, vae.use_tiling = self.config.vae_slicing, self.config.vae_tiling
+            yield vae
 
     def _phase(self, part: Part) -> AbstractContextManager[Any]:
         key = part_key(self.base, part, self.dtype, self.stack)
@@ -109,13 +131,14 @@ def offload_choice(config: GenerateConfig) -> bool | None:
     return {"auto": None, "phase": True, "none": False}[config.offload]
 
 
-def _pipeline(unet: nn.Module, scheduler: Any) -> Any:
+def _pipeline(unet: nn.Module, scheduler: Any, from_image: bool) -> Any:
     """Diffusers' SDXL pipeline around the UNet alone: text and VAE have their own phases."""
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
     elsewhere = dict.fromkeys(["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
     own: dict[str, Any] = {"unet": unet, "scheduler": scheduler}
-    pipeline = StableDiffusionXLPipeline(**elsewhere, **own, force_zeros_for_empty_prompt=False, add_watermarker=False)
+    pipeline_class = StableDiffusionXLImg2ImgPipeline if from_image else StableDiffusionXLPipeline
+    pipeline = pipeline_class(**elsewhere, **own, force_zeros_for_empty_prompt=False, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -130,23 +153,12 @@ def _conditioning(wanted: Sequence[TextEmbeds], unwanted: TextEmbeds | None) -> 
     return {prefix + name: half[side] for name, half in halves.items() for side, prefix in enumerate(("", "negative_"))}
 
 
-def _report(on_step: Callable[[int], object], step: int) -> dict[str, Tensor]:
+def _after_step(
+    on_step: OnStep, put_back: PutBack, pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the pipeline calls; it goes on with the latents that it gets back."""
     on_step(step + 1)
-    return {}  # nothing for the pipeline to replace
-
-
-def _noise(config: GenerateConfig, draws: Sequence[torch.Generator]) -> Tensor:
-    """float32 [B, 4, H/8, W/8], drawn on the CPU: the same on every device and at every precision."""
-    size = (1, LATENT_CHANNELS, config.height // VAE_SCALE, config.width // VAE_SCALE)
-    return torch.cat([torch.randn(size, generator=draw) for draw in draws])
-
-
-def _unscaled(latents: Tensor, vae_config: Any) -> Tensor:
-    """From the scale that the UNet sees to the VAE's own. Some VAEs also have a mean and a spread by channel."""
-    if vae_config.latents_mean is None or vae_config.latents_std is None:
-        return latents / vae_config.scaling_factor
-    mean, spread = (latents.new_tensor(vae_config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-    return latents * spread / vae_config.scaling_factor + mean
+    return {"latents": put_back(pipeline, step, tensors["latents"])}
 
 
 def _attention(config: GenerateConfig) -> AbstractContextManager[Any]:

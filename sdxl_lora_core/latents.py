@@ -38,13 +38,28 @@ def encode_posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     mean, std = posterior.mean.float(), posterior.std.float()
-    scale: Tensor | float = vae.config.scaling_factor
-    if vae.config.get("latents_mean") is not None:
-        shift, spread = (
-            mean.new_tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
-        )
-        mean, scale = mean - shift, scale / spread
-    return (mean * scale).cpu(), (std * scale).cpu()
+    shift, scale = _shift_and_scale(mean, vae.config)
+    return ((mean - shift) * scale).cpu(), (std * scale).cpu()
+
+
+def scaled(latents: Tensor, vae_config: Any) -> Tensor:
+    """From the VAE's own scale, in which ComfyUI's LATENT travels, to the one that the UNet sees."""
+    shift, scale = _shift_and_scale(latents, vae_config)
+    return (latents - shift) * scale
+
+
+def unscaled(latents: Tensor, vae_config: Any) -> Tensor:
+    """The way back from `scaled`."""
+    shift, scale = _shift_and_scale(latents, vae_config)
+    return latents / scale + shift
+
+
+def _shift_and_scale(like: Tensor, vae_config: Any) -> tuple[Tensor | float, Tensor | float]:
+    """Some VAEs have a mean and a spread by channel, which broadcast over [..., 4, H, W]."""
+    if vae_config.get("latents_mean") is None:
+        return 0.0, vae_config.scaling_factor
+    mean, spread = (like.new_tensor(vae_config[name]).view(-1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, vae_config.scaling_factor / spread
 
 
 def time_ids(original: tuple[int, int], crop: Crop, mirrored: bool) -> Tensor:

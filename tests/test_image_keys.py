@@ -69,13 +69,15 @@ MOVES_PIXELS: dict[str, dict[str, Any]] = {
     "prompt_syntax": {"prompt_syntax": "comfy"},
 }
 # prompt and seed enter by image; vae_slicing counts in batches only
-KEYED_OTHERWISE = {"prompt", "seed", "vae_slicing"}
+# denoise only with an image to start from (test_start_images)
+KEYED_OTHERWISE = {"prompt", "seed", "vae_slicing", "denoise"}
 GUIDANCE = [MOVES_PIXELS[option] for option in ("guidance_rescale", "guidance_start", "guidance_end")]
 MOVES_NOTHING: dict[str, dict[str, Any]] = {
     "count": {"count": 4},
     "cache": {"cache": "only"},
     "prompt_per_line": {"prompt_per_line": True},
     "offload": {"offload": "phase"},
+    "keep_latents": {"keep_latents": True},
 }
 
 

@@ -1,0 +1,251 @@
+"""What an image starts from besides noise: a picture or latents, the whole of it or where a mask lets it change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from .buckets import Crop
+from .config import GenerateConfig
+from .images import crop_to_bucket
+from .latents import encode_posterior, scaled
+
+VAE_SCALE = 8  # pixels to a latent cell
+LATENT_CHANNELS = 4
+
+Draws = Sequence[torch.Generator]
+PutBack = Callable[[Any, int, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class StartImage:
+    """What one image starts from, at that image's size.
+
+    `content` is either pixels, uint8 [H, W, 3], or latents, float32 [4, H/8, W/8] in the VAE's own scale. Where `mask`,
+    bool [H, W], is False the content stays.
+    """
+
+    content: np.ndarray | Tensor
+    mask: np.ndarray | None = None
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """For the image's cache key: SHA-256 of what is used, and nothing of where it came from."""
+        kind = "image" if isinstance(self.content, np.ndarray) else "latents"
+        key = {kind: _sha256(np.asarray(self.content))}
+        return key if self.mask is None else {**key, "mask": _sha256(self.mask)}
+
+
+@dataclass(frozen=True)
+class EncodedStart:
+    """On the CPU, in the scale that the UNet sees: mean and, for pixels, spread of the VAE's posterior [1, 4, h, w].
+
+    `mask` is float32 [1, 1, h, w], 1 where the image may change.
+    """
+
+    mean: Tensor
+    std: Tensor | None
+    mask: Tensor | None
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A latent of the posterior, as diffusers' pipelines take one."""
+        if self.std is None:
+            return self.mean
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
+
+
+class Beginning(NamedTuple):
+    """How a denoising begins: arguments for the pipeline, and what is done to the latents after each step.
+
+    `put_back` gets the pipeline, the number of the step and the latents, and returns what the next step is to have.
+    """
+
+    arguments: dict[str, Any]
+    put_back: PutBack
+
+
+def start_images(
+    config: GenerateConfig,
+    images: Sequence[np.ndarray] = (),
+    latents: Tensor | None = None,
+    masks: Sequence[np.ndarray] = (),
+) -> list[StartImage]:
+    """Starts from images (uint8 [H, W, 3]) or latents ([B, 4, h, w], the VAE's own scale), with masks (0 to 1, [H, W]).
+
+    Images are scaled to cover width x height and cut in the middle, and so are their masks, which have to be of their
+    size; masks of latents are stretched. Of one image and several masks, or the reverse, the one serves all.
+    Raises ValueError for sizes and counts that do not go together.
+    """
+    if images and latents is not None:
+        raise ValueError("image and latent are both given, but an image starts from one of them: disconnect the other")
+    if latents is not None:
+        _require_latents(latents, config)
+        contents: list[Any] = list(latents.detach().float().cpu())
+        fitted = [_stretch(mask, config) for mask in masks]
+    else:
+        contents = [fit_image(image, config.width, config.height) for image in images]
+        fitted = _masks_of_images(images, masks, config)
+    if not contents:
+        if masks:
+            raise ValueError("mask is given, but no image or latent that it belongs to: connect one or disconnect mask")
+        return []
+    if not all(mask.any() for mask in fitted):
+        raise ValueError("mask marks nothing to paint anew: draw one (core's Load Image has none for a whole picture)")
+    count = max(len(contents), len(fitted))
+    return [
+        StartImage(content, mask)
+        for content, mask in zip(
+            _for_each(contents, count, "image"), _for_each(fitted or [None], count, "mask"), strict=True
+        )
+    ]
+
+
+def fit_image(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """uint8 [height, width, ...]: scaled to cover that size (Lanczos) and cut in the middle; unchanged if it has it."""
+    found_height, found_width = pixels.shape[:2]
+    if (found_width, found_height) == (width, height):
+        return pixels
+    scale = max(width / found_width, height / found_height)
+    resized_w, resized_h = max(width, round(found_width * scale)), max(height, round(found_height * scale))
+    crop = Crop(resized_w, resized_h, (resized_w - width) // 2, (resized_h - height) // 2, width, height)
+    return np.asarray(crop_to_bucket(Image.fromarray(pixels), crop))
+
+
+def encode_start(start: StartImage, vae: Any) -> EncodedStart:
+    mask = None if start.mask is None else _on_latent_grid(start.mask)
+    if isinstance(start.content, Tensor):
+        return EncodedStart(scaled(start.content[None], vae.config), None, mask)
+    pixels = torch.from_numpy(np.array(start.content)).permute(2, 0, 1)[None] / 127.5 - 1
+    mean, std = encode_posterior(vae, pixels)
+    return EncodedStart(mean, std, mask)
+
+
+def require_counts(starts: Sequence[StartImage], config: GenerateConfig) -> None:
+    """Raises ValueError unless there is one start for all images or one for each, and denoise has its start."""
+    wanted = len(config.prompts) * config.count
+    if len(starts) not in (0, 1, wanted):
+        raise ValueError(
+            f"{len(starts)} images or masks are given to start from, but {wanted} images are asked for "
+            f"(prompts x count): give 1 for all of them, or {wanted}"
+        )
+    if config.denoise < 1 and not starts:
+        raise ValueError(
+            f"denoise is {config.denoise:g}, but there is nothing to start from: connect an image or a latent, or set "
+            "denoise to 1"
+        )
+
+
+def begin(
+    pipeline: Any, schedule: Mapping[str, Any], config: GenerateConfig, starts: Sequence[EncodedStart], draws: Draws
+) -> Beginning:
+    """Noise for diffusers' StableDiffusionXLPipeline, or starts for its StableDiffusionXLImg2ImgPipeline.
+
+    `schedule` is what the pipeline will be called with.
+    """
+    if starts:
+        return _begin_with(pipeline, schedule, config, starts, draws)
+    latents = _noise(config, draws).to(pipeline.unet.dtype)
+    return Beginning({"width": config.width, "height": config.height, "latents": latents}, _put_nothing_back)
+
+
+def _begin_with(
+    pipeline: Any, schedule: Mapping[str, Any], config: GenerateConfig, starts: Sequence[EncodedStart], draws: Draws
+) -> Beginning:
+    """The starts with as much noise as the first step expects; the pipeline would draw it in the UNet's precision."""
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import retrieve_timesteps
+
+    device, dtype = pipeline.unet.device, pipeline.unet.dtype
+    strength = min(1.0, (config.steps + 0.5) / config.schedule_steps)  # of which the pipeline makes config.steps
+    start = torch.cat([start.draw(draw) for start, draw in zip(starts, draws, strict=True)]).to(device)
+    noise = _noise(config, draws).to(device)
+    _, steps = retrieve_timesteps(pipeline.scheduler, device=device, **schedule)
+    timesteps, _ = pipeline.get_timesteps(steps, strength, device)
+    latents = pipeline.scheduler.add_noise(start, noise, timesteps[:1].repeat(len(start)))
+    masks = [encoded.mask for encoded in starts if encoded.mask is not None]
+    if masks and config.denoise == 1:  # so begins diffusers' inpainting: nothing is left of what is painted over
+        latents = noise * pipeline.scheduler.init_noise_sigma
+    latents = latents.to(dtype)
+    arguments = {"image": latents, "latents": latents, "strength": strength}
+    return Beginning(
+        arguments, _putting_back(start, noise, torch.cat(masks).to(device)) if masks else _put_nothing_back
+    )
+
+
+def _put_nothing_back(pipeline: Any, step: int, latents: Tensor) -> Tensor:
+    return latents
+
+
+def _putting_back(start: Tensor, noise: Tensor, mask: Tensor) -> PutBack:
+    """Outside of the mask the start with the noise of the coming step; after the last step, without.
+
+    So inpaints diffusers' StableDiffusionXLInpaintPipeline with a UNet that was not made for it.
+    """
+
+    def put_back(pipeline: Any, step: int, latents: Tensor) -> Tensor:
+        timesteps = pipeline.scheduler.timesteps[-pipeline.num_timesteps :]
+        kept = start
+        if step + 1 < len(timesteps):
+            kept = pipeline.scheduler.add_noise(start, noise, timesteps[step + 1 : step + 2])
+        return ((1 - mask) * kept + mask * latents).to(latents.dtype)
+
+    return put_back
+
+
+def _noise(config: GenerateConfig, draws: Draws) -> Tensor:
+    """float32 [B, 4, H/8, W/8], drawn on the CPU: the same on every device and at every precision."""
+    size = (1, LATENT_CHANNELS, config.height // VAE_SCALE, config.width // VAE_SCALE)
+    return torch.cat([torch.randn(size, generator=draw) for draw in draws])
+
+
+def _masks_of_images(
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], config: GenerateConfig
+) -> list[np.ndarray]:
+    for mask in masks:
+        if images and mask.shape[:2] != images[0].shape[:2]:
+            found, wanted = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, images[0]))
+            raise ValueError(f"mask is {found} and image {wanted}: give a mask of the image's size")
+    grey = [(mask * 255).round().astype(np.uint8) for mask in masks]
+    return [fit_image(mask, config.width, config.height) >= 128 for mask in grey]
+
+
+def _stretch(mask: np.ndarray, config: GenerateConfig) -> np.ndarray:
+    grey = Image.fromarray((mask * 255).round().astype(np.uint8))
+    return np.asarray(grey.resize((config.width, config.height), Image.Resampling.LANCZOS)) >= 128
+
+
+def _require_latents(latents: Tensor, config: GenerateConfig) -> None:
+    wanted = (LATENT_CHANNELS, config.height // VAE_SCALE, config.width // VAE_SCALE)
+    if latents.dim() != 4 or latents.shape[1] != LATENT_CHANNELS:
+        raise ValueError(f"latent has shape {list(latents.shape)}, SDXL's have [images, 4, height/8, width/8]")
+    if latents.shape[1:] != wanted:
+        height, width = (VAE_SCALE * side for side in latents.shape[2:])
+        raise ValueError(
+            f"latent is one of {width}x{height} pixels, width and height are {config.width}x{config.height}: "
+            "set them alike"
+        )
+
+
+def _for_each(given: Sequence[Any], count: int, name: str) -> list[Any]:
+    if len(given) not in (1, count):
+        raise ValueError(f"{len(given)} of {name} are given for {count} to start from: give 1 or {count}")
+    return list(given) * (count // len(given))
+
+
+def _on_latent_grid(mask: np.ndarray) -> Tensor:
+    height, width = mask.shape
+    pixels = torch.from_numpy(mask.astype(np.float32))[None, None]
+    return interpolate(pixels, size=(height // VAE_SCALE, width // VAE_SCALE))
+
+
+def _sha256(array: np.ndarray) -> str:
+    described = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.sha256(described + np.ascontiguousarray(array).tobytes()).hexdigest()
