@@ -2,6 +2,7 @@
 
 from . import host
 from .base_model import LoadSDXLBase
+from .core_lora import ApplyLoRAStack
 from .dataset import LoadCaptionDataset
 from .generation import SDXLGenerateCached
 from .image_cache import SDXLImageCache
@@ -36,6 +37,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "SaveSDXLLoRA": SaveSDXLLoRA,
     "MergeLoRAs": MergeLoRAs,
     "SaveMergedBase": SaveMergedBase,
+    "ApplyLoRAStack": ApplyLoRAStack,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -55,6 +57,7 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "SaveSDXLLoRA": "Save LoRA (SDXL)",
     "MergeLoRAs": "Merge LoRAs (SDXL)",
     "SaveMergedBase": "Save Merged Base (SDXL)",
+    "ApplyLoRAStack": "Apply LoRA Stack",
 }
 
 host.add_output_folders()

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ..sdxl_lora_core.loaded_parts import LoadedParts
 
@@ -226,6 +226,27 @@ def training_mode() -> Iterator[None]:
     finally:
         if announces:
             management.in_training = False
+
+
+# Core's models
+
+
+def with_lora(patcher: Any, kind: str, changes: Sequence[tuple[dict[str, Tensor], float]]) -> tuple[Any, list[str]]:
+    """Core's MODEL or CLIP (`kind`) with what a LoRA changes at a strength, and the modules that it does not have.
+
+    `changes` have kohya's keys. What came in stays as it is.
+    """
+    lora = _comfy("comfy.lora")
+    if kind == "MODEL":
+        keys = lora.model_lora_keys_unet(patcher.model, {})
+    else:
+        keys = lora.model_lora_keys_clip(patcher.cond_stage_model, {})
+    changed = patcher.clone()
+    missing: list[str] = []
+    for tensors, strength in changes:
+        missing += dict.fromkeys(name for key in tensors if (name := key.partition(".")[0]) not in keys)
+        changed.add_patches(lora.load_lora(tensors, keys, log_missing=False), strength)
+    return changed, missing
 
 
 # Progress

@@ -234,7 +234,6 @@ class _Session:
         return GeneratedImage(pixels, request.prompt, request.seed, request.key, hit, seconds, texts, latents)
 
     def _manifest(self, request: _Request) -> dict[str, Any]:
-        hashes = [file.sha256 for file in request.embeddings]
         return {
             "settings": request.facts,
             "versions": {name: version(name) for name in KEYED_LIBRARIES},

@@ -74,9 +74,8 @@ def _require_zero_snr(config: GenerateConfig) -> None:
 def _spacing(config: GenerateConfig, solver: Solver, noise: dict[str, Any]) -> dict[str, Any]:
     wanted = _SPACINGS.get(config.scheduler)
     spacing: dict[str, Any] = {name: False for name in (*_SPACINGS.values(), *_OTHER_SPACINGS) if name in noise}
-    from_end_to_end = {
-        "timestep_spacing": "linspace" if config.schedule_steps > 1 else "trailing"
-    }  # one step: at the noisiest
+    # A single step stands at the noisiest level.
+    from_end_to_end = {"timestep_spacing": "linspace" if config.schedule_steps > 1 else "trailing"}
     if wanted:
         return {**spacing, wanted: True, **({} if solver.own_range else from_end_to_end)}
     if config.scheduler == "sgm_uniform":
