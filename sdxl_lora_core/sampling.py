@@ -90,6 +90,7 @@ class Sampler:
         request = GenerateConfig(
             prompt="\n".join(self.config.sample_prompts), prompt_per_line=True, seed=self.config.seed,
             width=self.side, height=self.side, steps=self.config.sample_steps, guidance=self.config.sample_guidance,
+            long_prompts="chunks" if self.config.caption_chunks > 1 else "cut",
         )  # fmt: skip
         images = generation.generate(
             self.base, request, [LoRARef(lora, lora.stem, 1.0, 1.0)],

@@ -239,3 +239,16 @@ def test_a_chart_of_everything_is_drawn(tmp_path: Path) -> None:
 
 def replace_looks(state: LoopState) -> LoopState:
     return replace(state, looks=[Look(0, 0.4)])
+
+
+def test_long_sample_prompts_are_read_as_long_captions_are(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    original = generation.generate
+    monkeypatch.setattr(
+        generation,
+        "generate",
+        lambda base, config, *a, **k: seen.append(config.long_prompts) or original(base, config, *a, **k),
+    )
+    for chunks in (1, 2):
+        run(replace(SMALL, steps=1, caption_chunks=chunks, sample_prompts=("one",), sample_steps=1), where=str(chunks))
+    assert seen == ["cut", "chunks"]
