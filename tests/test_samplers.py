@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import re
 from collections.abc import Callable
@@ -20,101 +19,11 @@ from sdxl_lora_core.generation import LoadedParts
 from sdxl_lora_core.samplers import SOLVERS, Sampler, Schedule
 from sdxl_lora_core.schedulers import make_scheduler, normal_sigmas
 from tests.micro_images import CPU, WatchedParts, draw, edit_json, pixels, settings
+from tests.plain_diffusers import reference
 
 PAIRS = [(sampler, schedule) for sampler, solver in SOLVERS.items() for schedule in solver.schedules]
 STOCHASTIC: tuple[Sampler, ...] = ("dpmpp_2m_sde", "dpmpp_sde", "euler_ancestral", "ddpm", "lcm", "tcd")
 COMFYUI_NORMAL_5 = [14.61464, 4.086081, 1.61558, 0.6951495, 0.02916716]  # its normal_scheduler for SDXL, 5 steps
-
-# As diffusers' documentation names and configures them
-MULTISTEP = {"scheduler": "DPMSolverMultistepScheduler"}
-REFERENCES: dict[Sampler, dict[str, Any]] = {
-    "dpmpp_2m": {**MULTISTEP, "algorithm_type": "dpmsolver++", "solver_order": 2},
-    "dpmpp_2m_sde": {**MULTISTEP, "algorithm_type": "sde-dpmsolver++", "solver_order": 2},
-    "dpmpp_3m": {**MULTISTEP, "algorithm_type": "dpmsolver++", "solver_order": 3},
-    "dpmpp_sde": {"scheduler": "DPMSolverSDEScheduler", "noise_sampler_seed": 5},
-    "unipc": {"scheduler": "UniPCMultistepScheduler"},
-    "euler": {"scheduler": "EulerDiscreteScheduler"},
-    "euler_ancestral": {"scheduler": "EulerAncestralDiscreteScheduler"},
-    "heun": {"scheduler": "HeunDiscreteScheduler"},
-    "ddim": {"scheduler": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
-    "ddpm": {"scheduler": "DDPMScheduler", "clip_sample": False},
-    "pndm": {"scheduler": "PNDMScheduler", "skip_prk_steps": True},
-    "lcm": {"scheduler": "LCMScheduler", "original_inference_steps": 1000},
-    "tcd": {"scheduler": "TCDScheduler", "original_inference_steps": 1000},
-}
-SPACINGS: dict[Schedule, dict[str, Any]] = {
-    "karras": {"use_karras_sigmas": True, "timestep_spacing": "linspace"},
-    "exponential": {"use_exponential_sigmas": True, "timestep_spacing": "linspace"},
-    "beta": {"use_beta_sigmas": True, "timestep_spacing": "linspace"},
-    "sgm_uniform": {"timestep_spacing": "trailing"},
-    "ddim_uniform": {"timestep_spacing": "leading"},
-    "normal": {"timestep_spacing": "linspace"},
-}
-
-
-@functools.cache
-def plain_pipeline(folder: Path) -> Any:
-    from diffusers import StableDiffusionXLPipeline
-
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def reference_pipeline(folder: Path, sampler: Sampler, schedule: Schedule) -> Any:
-    import diffusers
-
-    pipeline = plain_pipeline(folder)
-    options = {**REFERENCES[sampler], **SPACINGS[schedule]}
-    own = {**diffusers.EulerDiscreteScheduler.load_config(folder / "scheduler"), "use_karras_sigmas": False}
-    pipeline.scheduler = getattr(diffusers, options.pop("scheduler")).from_config(own, **options)
-    if sampler == "euler_ancestral":
-        euler = diffusers.EulerDiscreteScheduler.from_config(own, **SPACINGS[schedule])
-        given_sigmas(pipeline.scheduler, lambda steps: (euler.set_timesteps(steps), euler.sigmas, euler.timesteps)[1:])
-    elif schedule == "normal" and sampler.startswith(("dpmpp_2m", "dpmpp_3m", "unipc")):
-        given_sigmas(pipeline.scheduler, lambda steps: comfyui_normal(pipeline.scheduler.alphas_cumprod, steps))
-    return pipeline
-
-
-def given_sigmas(scheduler: Any, levels: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """The scheduler's own reset, then other noise levels in its two public attributes."""
-    own = scheduler.set_timesteps
-
-    def set_timesteps(steps: int, device: Any = None) -> None:
-        own(steps, device)
-        scheduler.sigmas, scheduler.timesteps = levels(steps)
-
-    scheduler.set_timesteps = set_timesteps
-
-
-def comfyui_normal(alphas_cumprod: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sigmas with the zero at the end, and the nearest times."""
-    log_sigmas = (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).log()
-    times = torch.linspace(len(log_sigmas) - 1, 0, steps)
-    low, high, part = times.floor().long(), times.ceil().long(), times.frac()
-    sigmas = ((1 - part) * log_sigmas[low] + part * log_sigmas[high]).exp()
-    return torch.cat([sigmas, torch.zeros(1)]), times.round().long()
-
-
-def first_noise(pipeline: Any, schedule: Schedule, config: Any) -> torch.Tensor:
-    """ComfyUI scales the first noise by sqrt(1 + sigma^2); Euler's family with linspace by sigma."""
-    noise = torch.randn((1, 4, config.height // 8, config.width // 8), generator=torch.Generator().manual_seed(5))
-    pipeline.scheduler.set_timesteps(config.steps)
-    scale = float(pipeline.scheduler.init_noise_sigma)
-    return noise * (scale**2 + 1) ** 0.5 / scale if schedule == "normal" and scale > 1 else noise
-
-
-def reference(folder: Path, config: Any, rescale: float = 0.0) -> np.ndarray:
-    pipeline = reference_pipeline(folder, config.sampler, config.scheduler)
-    draws = torch.Generator().manual_seed(config.seed)
-    latents = first_noise(pipeline, config.scheduler, config)
-    torch.randn(latents.shape, generator=draws)  # what comes after belongs to the steps
-    image = pipeline(
-        config.prompt, negative_prompt=config.negative_prompt, num_inference_steps=config.steps,
-        guidance_scale=config.guidance, guidance_rescale=rescale, width=config.width, height=config.height,
-        eta=0.3 if config.sampler == "tcd" else 0.0, generator=draws, latents=latents, output_type="np",
-    ).images[0]  # fmt: skip
-    return image * 255
 
 
 @pytest.mark.parametrize(("sampler", "schedule"), PAIRS)
