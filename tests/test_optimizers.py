@@ -291,7 +291,7 @@ def test_schedule_free_saves_its_average() -> None:
     ("settings", "message"),
     [
         ({"optimizer": "sgd"}, "optimizer is 'sgd': choose one of adamw, adamw_fused"),
-        ({"optimizer": "prodigy"}, "optimizer is 'prodigy' and learning_rate is 0.0001: .*set learning_rate to 1"),
+        ({"optimizer": "prodigy"}, "optimizer is 'prodigy' and learning_rate is 0.0001: .*so set it to 1"),
         ({"optimizer": "schedule_free", "lr_schedule": "cosine"}, "'schedule_free' and lr_schedule is 'cosine'"),
         ({"optimizer": "schedule_free", "ema_decay": 0.9}, "'schedule_free' and ema_decay is 0.9"),
         ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "'schedule_free' and adam_beta1 is 0"),

@@ -135,7 +135,7 @@ def test_a_choice_by_score_survives_a_cancel(run: Train, monkeypatch: pytest.Mon
 def test_samples_that_fail_do_not_end_the_run(
     run: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = run(replace(SAMPLED, sample_prompts=(), sample_every=0))
+    plain = run(replace(SAMPLED, sample_every=0))
     original, where = generation.generate, generation
 
     def fail(*arguments: Any, **options: Any) -> Any:

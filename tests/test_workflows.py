@@ -63,7 +63,7 @@ def test_it_runs_as_shipped_but_for_the_steps(path: Path, tmp_path: Path) -> Non
     outputs = run(workflow, tmp_path)
     for key, node in workflow.items():
         if node["class_type"] == "SDXLGenerateCached":
-            images, _, prompts = (values[0] for values in outputs[key])
+            images, _, prompts, _ = (values[0] for values in outputs[key])
             assert images.shape == (len(prompts.splitlines()), 64, 64, 3) and images.std() > 0
         if node["class_type"] == "CLIPScore":
             assert 0 <= outputs[key][2][0] <= 100

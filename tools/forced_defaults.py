@@ -53,7 +53,8 @@ def main() -> int:
             print(rows[-1], flush=True)
     if args.table:
         title = "# The test that fails first when a setting is forced to its default"
-        head = [title, "", "| setting | test |", "|---|---|"]
+        made = "Made by `python tools/forced_defaults.py --table tests/forced_defaults.md`."
+        head = [title, "", made, "", "| setting | test |", "|---|---|"]
         args.table.write_text("\n".join([*head, *rows, ""]), encoding="utf-8")
     return any("no test failed" in row for row in rows)
 
