@@ -62,7 +62,7 @@ def seen_in(output: dict[str, Any]) -> list[str]:
 
 
 def test_the_pack_loads_without_a_warning(server: Any) -> None:
-    log = server.text()
+    log = server.text().partition("got prompt")[0]  # other tests' prompts may have failed on purpose
     assert re.search(r"seconds: .*sdxl-lora-nodes\n", log), log
     assert "(IMPORT FAILED): " + str(server.base) not in log
     assert "sdxl-lora-nodes/" not in log, "a traceback names a file of the pack"
