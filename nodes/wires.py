@@ -71,7 +71,7 @@ def to_image(pixels: Sequence[np.ndarray]) -> Tensor:
     """uint8 [H, W, 3] arrays of one size as ComfyUI's IMAGE: float32 [B, H, W, 3] in 0..1."""
     images = torch.empty(len(pixels), *pixels[0].shape)  # filled in place: a batch may take a gigabyte
     for image, values in zip(images, pixels, strict=True):
-        torch.div(torch.from_numpy(values), 255, out=image)
+        torch.div(torch.tensor(values), 255, out=image)  # a copy: some arrays are read-only
     return images
 
 
