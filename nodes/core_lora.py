@@ -4,10 +4,9 @@ from typing import Any
 
 from ..sdxl_lora_core.base_parts import ENCODERS, Part
 from ..sdxl_lora_core.core_loras import core_changes, describe_fit
-from ..sdxl_lora_core.lora_stack import open_stack
 from . import folders, host
 from .previews import show
-from .wires import CATEGORY, read_stack
+from .wires import CATEGORY
 
 
 class ApplyLoRAStack:
@@ -47,7 +46,7 @@ class ApplyLoRAStack:
         if clip is not None:
             targets["CLIP"] = ENCODERS
         patched = {"MODEL": model, "CLIP": clip}
-        for entry in open_stack(folders.lora_refs(read_stack(lora_stack)), host.cache_folder() / "hashes"):
+        for entry in folders.open_loras(lora_stack):
             found, missing = {}, {}
             for target, parts in targets.items():
                 changes = core_changes(entry, parts)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..sdxl_lora_core.files import safe_path
-from ..sdxl_lora_core.lora_stack import LoRARef
+from ..sdxl_lora_core.lora_stack import LoRARef, StackEntry, open_stack
 from . import host
-from .wires import strengths_by_block
+from .wires import read_stack, strengths_by_block
 
 Kind = Literal["dataset", "base", "lora", "clip"]
 
@@ -80,6 +80,11 @@ def find_embedding(name: str) -> Path | None:
             if f"/{Path(file).as_posix()}".endswith(f"/{name}{ending}"):
                 return next(path for root in host.roots("embeddings") if (path := root / file).exists())
     return None
+
+
+def open_loras(lora_stack: Any) -> tuple[StackEntry, ...]:
+    """What a LORA_STACK wire brings, opened. Raises as read_stack, lora_refs and open_stack do."""
+    return open_stack(lora_refs(read_stack(lora_stack)), host.cache_folder() / "hashes")
 
 
 def lora_refs(stack: Iterable[Any]) -> list[LoRARef]:

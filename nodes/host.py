@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..sdxl_lora_core.loaded_parts import LoadedParts
 
 PREVIEW_SIDE = 512
+SAVED = ("loras", "checkpoints", "diffusers", "embeddings")  # what this pack writes into folders of output/
 
 
 class Nothing:
@@ -65,8 +66,7 @@ def roots(folder_type: str) -> list[Path]:
     if comfy is None:
         at_home = {
             "datasets": [_home() / "datasets"],
-            **{kind: [_home() / "models" / kind, _home() / kind] for kind in ("loras", "checkpoints", "diffusers")},
-            "embeddings": [_home() / "models/embeddings", _home() / "embeddings"],
+            **{kind: [_home() / "models" / kind, _home() / kind] for kind in SAVED},
             "sdxl_lora_cache": [_home() / "user/sdxl_lora"],
         }
         return at_home.get(folder_type, [_home() / "models" / folder_type])

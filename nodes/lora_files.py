@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from ..sdxl_lora_core.config import (
 from ..sdxl_lora_core.lora_files import LoRAFile, kohya_state_dict, lora_of_state_dict, read_lora
 from ..sdxl_lora_core.lora_info import describe_lora
 from ..sdxl_lora_core.lora_saving import Source, merge_loras, save_lora, source_of_file, sources_of
-from ..sdxl_lora_core.lora_stack import open_stack
 from . import folders, host
 from .previews import show
-from .wires import CATEGORY, read_stack, widget
+from .wires import CATEGORY, widget
 
 _STACK = "The LoRAs, from Load LoRA or Train SDXL LoRA. Their strengths become part of what is saved."
 _FORMAT = "kohya: every program reads it. peft: diffusers' own names. comfyui: the names of ComfyUI's modules."
@@ -74,7 +72,7 @@ class SaveSDXLLoRA:  # ComfyUI has a node SaveLoRA of its own
         config = SaveLoRAConfig(**settings)
         if (lora is None) == (lora_stack is None):
             raise ValueError("connect either lora_stack or lora, and not both")
-        sources = _sources(lora_stack) if lora is None else [_of_wire(lora)]
+        sources = sources_of(folders.open_loras(lora_stack)) if lora is None else [_of_wire(lora)]
         with host.progress() as progress:
             path = save_lora(
                 sources, config, _folder(), folders.lora_name_taken, lambda d, t: progress(d, t, "resizing")
@@ -137,7 +135,7 @@ class MergeLoRAs:
         config = MergeLoRAsConfig(**settings)
         with host.progress() as progress:
             path = merge_loras(
-                _sources(lora_stack), config, _folder(), folders.lora_name_taken,
+                sources_of(folders.open_loras(lora_stack)), config, _folder(), folders.lora_name_taken,
                 lambda done, total: progress(done, total, "merging"),
             )  # fmt: skip
         weights = kohya_state_dict(LoRAFile(unet=read_lora(path).unet), torch.float32)
@@ -146,10 +144,6 @@ class MergeLoRAs:
 
 def _folder() -> Path:
     return host.output_folder() / "loras"
-
-
-def _sources(lora_stack: Any) -> Sequence[Source]:
-    return sources_of(open_stack(folders.lora_refs(read_stack(lora_stack)), host.cache_folder() / "hashes"))
 
 
 def _of_wire(lora: Any) -> Source:

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.base_model import SDXLBase, open_base
+from ..sdxl_lora_core.base_model import SDXLBase, open_base, said_to_predict
 from ..sdxl_lora_core.base_saving import save_merged_base
 from ..sdxl_lora_core.config import BASE_LAYOUTS, SAVE_PRECISIONS, SaveBaseConfig
-from ..sdxl_lora_core.lora_stack import open_stack
 from . import folders, host
 from .previews import show
-from .wires import CATEGORY, read_stack, widget
+from .wires import CATEGORY, widget
 
 
 class SaveMergedBase:
@@ -52,18 +51,14 @@ class SaveMergedBase:
 
     def save(self, base: SDXLBase, lora_stack: Any, **settings: Any) -> dict[str, Any]:
         config = SaveBaseConfig(**settings)
-        hashes = host.cache_folder() / "hashes"
-        stack = open_stack(folders.lora_refs(read_stack(lora_stack)), hashes)
+        stack = folders.open_loras(lora_stack)
         kind = "checkpoints" if config.layout == "single_file" else "diffusers"
         with host.progress() as progress:
             path, fit = save_merged_base(
                 base, stack, config, host.output_folder() / kind, folders.base_name_taken,
                 lambda done, total: progress(done, total, "merging parts"),
             )  # fmt: skip
-        merged = open_base(
-            path, base.precision, hashes,
-            prediction=base.prediction_type, zero_terminal_snr="on" if base.zero_terminal_snr else "off",
-        )  # fmt: skip
+        merged = open_base(path, base.precision, host.cache_folder() / "hashes", **said_to_predict(base))
         tokens = [f"new token {name} stays in its LoRA" for entry in stack for name in entry.tokens]
         name = path.relative_to((host.output_folder() / kind).resolve()).as_posix()
         report = "\n".join([f"saved as {name} in output/{kind}", *fit, *tokens])

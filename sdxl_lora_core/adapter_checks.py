@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .blocks import WITH_ATTENTION, lies_in, read_block_values, read_blocks
-from .new_tokens import read_new_tokens
+from .new_tokens import tokens_of
 from .settings import fields_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def check_adapter(config: TrainConfig) -> None:
 
 def check_what_learns(config: TrainConfig) -> None:
     """Raises ValueError if nothing learns, if new tokens cannot be read, or if Prodigy is to find several rates."""
-    read_new_tokens(config.new_tokens, config.vectors_per_token)
+    tokens_of(config)
     if not config.rates:
         raise ValueError(
             "train_unet is off and nothing else learns: turn it on, give a text encoder a learning rate, or name "

@@ -14,7 +14,7 @@ from torch import Tensor
 from .base_parts import ENCODERS, Part
 from .lora_files import LoRAFile
 from .lora_modules import AdapterModule, LoRAModule, with_magnitude
-from .new_tokens import read_new_tokens
+from .new_tokens import tokens_of
 from .train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
@@ -54,7 +54,7 @@ def require_same_parts(file: LoRAFile, config: TrainConfig, encoders: Sequence[P
         if modules and not learns[part]:
             remedy = "turn train_unet on" if part == "unet" else f"set {part}_learning_rate"
             raise ValueError(f"continue_from is {name}, which changes the {part}, and here it does not learn: {remedy}")
-    wanted = dict.fromkeys(read_new_tokens(config.new_tokens, config.vectors_per_token), config.vectors_per_token)
+    wanted = dict.fromkeys(tokens_of(config), config.vectors_per_token)
     found = {token: len(next(iter(vectors.values()))) for token, vectors in file.tokens.items()}
     if found != wanted:
         raise ValueError(

@@ -18,7 +18,7 @@ from .base_parts import PARTS, Part
 from .config import PRECISIONS, Precision
 from .files import file_sha256, json_sha256
 from .train_config import Override, PredictionOverride
-from .weights_file import read_header
+from .weights_file import DTYPES, read_header
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -88,6 +88,11 @@ def predicting(base: SDXLBase, prediction: PredictionOverride, zero_terminal_snr
     )
 
 
+def said_to_predict(base: SDXLBase) -> dict[str, Any]:
+    """What `predicting` takes to say of the base's files what is said of the base."""
+    return {"prediction": base.prediction_type, "zero_terminal_snr": "on" if base.zero_terminal_snr else "off"}
+
+
 def load_tokenizers(base: SDXLBase) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """CLIP's tokenizer twice, padding with the end token and with "!". Reads local files only."""
     from transformers import CLIPTokenizer
@@ -132,7 +137,7 @@ def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
         precision = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError("precision is 'bf16', which this GPU does not have: choose 'fp16' or 'auto'")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    return DTYPES[precision]
 
 
 def describe_base(base: SDXLBase) -> str:

@@ -19,10 +19,10 @@ from .base_model import TOKENIZERS, SDXLBase
 from .base_parts import PARTS, Part
 from .checkpoint_names import published_names
 from .config import SaveBaseConfig
-from .files import canonical_json, safe_path
-from .lora_saving import DTYPES, next_names, write_once
+from .files import canonical_json, next_names, safe_path
+from .lora_saving import write_once
 from .lora_stack import StackEntry, fit_of, load_merged
-from .weights_file import first_names, read_header, save_tensors
+from .weights_file import DTYPES, first_names, read_header, save_tensors
 
 OnPart = Callable[[int, int], object]  # parts done, of how many
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from .samplers import SAMPLERS, SCHEDULES, Sampler, Schedule, require_pair
-from .train_config import Precision, TrainConfig
+from .train_config import Precision, TrainConfig, WeightType
 
 CacheMode = Literal["use", "refresh", "off", "only"]
 PromptSyntax = Literal["plain", "comfy"]
@@ -20,7 +20,6 @@ LongPrompts = Literal["cut", "chunks"]
 Attention = Literal["auto", "sdpa", "math"]
 Offload = Literal["auto", "none", "phase"]
 FileFormat = Literal["kohya", "peft", "comfyui"]
-SavePrecision = Literal["fp16", "bf16", "fp32"]
 MergeMethod = Literal["concatenate", "linear", "svd", "ties", "dare", "dare_ties"]
 BaseLayout = Literal["single_file", "diffusers"]
 
@@ -31,7 +30,7 @@ LONG_PROMPTS = get_args(LongPrompts)
 ATTENTIONS = get_args(Attention)
 OFFLOADS = get_args(Offload)
 FILE_FORMATS = get_args(FileFormat)
-SAVE_PRECISIONS = get_args(SavePrecision)
+SAVE_PRECISIONS = get_args(WeightType)
 MERGE_METHODS = get_args(MergeMethod)
 BASE_LAYOUTS = get_args(BaseLayout)
 CACHE_LIMIT_GB = 10.0  # of the image cache, where its own folder says nothing else
@@ -213,7 +212,7 @@ class SaveLoRAConfig:
 
     lora_name: str = "my_lora"
     format: FileFormat = "kohya"
-    precision: SavePrecision = "fp16"
+    precision: WeightType = "fp16"
 
     rank: int = 0
     energy: float = 1.0
@@ -236,7 +235,7 @@ class MergeLoRAsConfig:
     density: float = 0.5
     seed: int = 0
     format: FileFormat = "kohya"
-    precision: SavePrecision = "fp16"
+    precision: WeightType = "fp16"
 
     def __post_init__(self) -> None:
         _check_choice(self, "method", MERGE_METHODS)
@@ -253,7 +252,7 @@ class SaveBaseConfig:
 
     base_name: str = "my_model"
     layout: BaseLayout = "single_file"
-    precision: SavePrecision = "fp16"
+    precision: WeightType = "fp16"
 
     def __post_init__(self) -> None:
         _check_choice(self, "layout", BASE_LAYOUTS)

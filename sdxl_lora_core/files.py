@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
@@ -30,6 +31,13 @@ def safe_path(root: Path, user: str) -> Path:
     if not path.is_relative_to(resolved):
         raise ValueError(f"{user!r} leads outside of {root.name!r}: name a file or folder inside it")
     return path
+
+
+def next_names(wanted: str) -> Iterator[str]:
+    """`wanted`, then `wanted_00002` and so on, without end."""
+    yield wanted
+    for number in itertools.count(2):
+        yield f"{wanted}_{number:05d}"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

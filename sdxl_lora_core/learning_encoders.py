@@ -13,7 +13,7 @@ from .adapters import Adapter, encoder_rate
 from .base_model import SDXLBase
 from .base_parts import ENCODERS, Part
 from .lora_files import LoRAFile
-from .new_tokens import TokenEmbedding, add_tokens, read_new_tokens, start_vectors
+from .new_tokens import TokenEmbedding, add_tokens, start_vectors, tokens_of
 from .optimizers import ParameterGroup
 from .prompts import TokenIds, encode_text, stack_embeds
 from .train_config import TrainConfig
@@ -50,8 +50,7 @@ class LearningEncoders(nn.Module):
 
     def _add_tokens(self, part: Part, config: TrainConfig, start: LoRAFile | None) -> None:
         encoder, tokenizer = self.encoders[part], self.tokenizers[part]
-        tokens, count = read_new_tokens(config.new_tokens, config.vectors_per_token), config.vectors_per_token
-        vectors = start_vectors(encoder, tokenizer, tokens, count, config.seed)
+        vectors = start_vectors(encoder, tokenizer, tokens_of(config), config.vectors_per_token, config.seed)
         if start:
             vectors |= {name: known[part] for name, known in start.tokens.items()}
         self.embeddings[part], self.token_ids = add_tokens(encoder, tokenizer, vectors)

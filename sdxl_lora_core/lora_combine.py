@@ -20,7 +20,7 @@ from .base_parts import Part
 from .config import MergeMethod
 from .lora_merge import Strength
 from .lora_modules import AdapterModule, DiffModule, LoKrModule, LoRAFile, LoRAModule
-from .lots import digest
+from .lots import seed_of
 
 OnModule = Callable[[int, int], object]  # modules done, of how many
 Term = tuple[AdapterModule, float]
@@ -239,5 +239,5 @@ def _times(change: AdapterModule, strength: float) -> AdapterModule:
 def _own_draws(seed: int, name: str) -> Iterator[None]:
     """Random numbers that depend on nothing else, with the global generator left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest(seed, "merge", name)[:7], "little"))
+        torch.manual_seed(seed_of(seed, "merge", name))
         yield

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from .distilled import advice
 from .lora_files import AdapterModule, LoRAFile, LoRAModule, read_lora, trigger_words
+from .lora_metadata import read_tag_counts
 from .weights_file import first_names
 
 _SHOWN_TAGS = 5
@@ -50,10 +49,9 @@ def _words(metadata: Mapping[str, str]) -> list[str]:
     """The trigger words where the file names them, else the tags that it saw most often."""
     if words := trigger_words(metadata):
         return [f"trigger words: {', '.join(words)}"]
-    folders = _json(metadata, "ss_tag_frequency")
     tags = Counter[str]()
-    for counts in folders.values():
-        tags.update({str(tag).strip(): int(count) for tag, count in counts.items()} if isinstance(counts, dict) else {})
+    for counts in read_tag_counts(metadata).values():
+        tags.update({tag.strip(): int(count) for tag, count in counts.items()})
     return [f"most frequent tags: {', '.join(tag for tag, _ in tags.most_common(_SHOWN_TAGS))}"] if tags else []
 
 
@@ -72,12 +70,3 @@ def _few_steps(name: str, metadata: Mapping[str, str]) -> list[str]:
         f"{found.kind}, for few steps: sampler {found.sampler}, scheduler {found.scheduler}, steps {found.steps}, "
         f"guidance {found.guidance}"
     ]
-
-
-def _json(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """Other people's metadata: what is no JSON object says nothing."""
-    try:
-        values = json.loads(metadata.get(key, "{}"))
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}

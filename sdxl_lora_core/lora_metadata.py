@@ -5,18 +5,21 @@ Only what follows from the run's settings and data: no clock, path, host or dura
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .config import FileFormat
 from .files import canonical_json
 from .optimizers import CLASSES, optimizer_settings
 from .prompts import CHUNK_TOKENS
-from .train_config import LoRAFormat, Precision, TrainConfig
+from .train_config import Precision, TrainConfig
 
-_IMPLEMENTATIONS: dict[LoRAFormat, str] = {
+IMPLEMENTATIONS: dict[FileFormat, str] = {
     "kohya": "https://github.com/Stability-AI/generative-models",  # ModelSpec's name for SAI's block names
     "peft": "diffusers",
+    "comfyui": "https://github.com/comfyanonymous/ComfyUI",
 }
 
 
@@ -57,7 +60,7 @@ def lora_metadata(
         **_loss_values(config),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": _IMPLEMENTATIONS[config.save_format],
+        "modelspec.implementation": IMPLEMENTATIONS[config.save_format],
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
@@ -71,6 +74,16 @@ def tag_counts(captions: Iterable[str]) -> dict[str, int]:
     """How often each comma-separated part of the captions occurs, as `ss_tag_frequency` counts."""
     tags = (tag.strip() for caption in captions for tag in caption.split(","))
     return dict(Counter(tag for tag in tags if tag))
+
+
+def read_tag_counts(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """`ss_tag_frequency` by folder. Others' metadata, too: what is not what it should be says nothing."""
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+    except ValueError:
+        return {}
+    known = folders.items() if isinstance(folders, dict) else ()
+    return {folder: counts for folder, counts in known if isinstance(counts, dict)}
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:

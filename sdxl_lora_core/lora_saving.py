@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import FileFormat, MergeLoRAsConfig, SaveLoRAConfig
-from .files import canonical_json, flush_to_disk, safe_path
+from .files import canonical_json, flush_to_disk, next_names, safe_path
 from .lora_combine import OnModule, Reduction, Share, combine, resize, single
 from .lora_files import LoRAFile, trigger_words, write_lora
+from .lora_metadata import IMPLEMENTATIONS, read_tag_counts
 from .lora_stack import StackEntry
+from .weights_file import DTYPES
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _RECIPE = "sdxl_lora.recipe"
-_IMPLEMENTATIONS: dict[FileFormat, str] = {
-    "kohya": "https://github.com/Stability-AI/generative-models",  # ModelSpec's name for SAI's block names
-    "peft": "diffusers",
-    "comfyui": "https://github.com/comfyanonymous/ComfyUI",
-}
 _OF_ONE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "modelspec.thumbnail", _RECIPE)
 
 
@@ -120,7 +113,7 @@ def saved_metadata(
         "ss_output_name": title,
         "modelspec.sai_model_spec": kept.get("modelspec.sai_model_spec", "1.0.0"),
         "modelspec.architecture": kept.get("modelspec.architecture", "stable-diffusion-xl-v1-base/lora"),
-        "modelspec.implementation": _IMPLEMENTATIONS[format],
+        "modelspec.implementation": IMPLEMENTATIONS[format],
         "modelspec.title": title,
         "modelspec.merged_from": ", ".join(_plain(share.name) for share in shares),
         _RECIPE: canonical_json(recipe),
@@ -140,11 +133,7 @@ def _plain(name: str) -> str:
 def _all_tags(sources: Sequence[Mapping[str, str]]) -> dict[str, dict[str, int]]:
     tags: dict[str, Counter[str]] = {}
     for source in sources:
-        try:
-            folders = json.loads(source.get("ss_tag_frequency", "{}"))
-        except ValueError:  # others' metadata: what is not JSON says nothing
-            continue
-        for folder, counts in folders.items() if isinstance(folders, dict) else ():
+        for folder, counts in read_tag_counts(source).items():
             tags.setdefault(folder, Counter()).update(counts)
     return {folder: dict(counts) for folder, counts in tags.items()}
 
@@ -170,14 +159,6 @@ def write_once(folder: Path, name: str, taken: Callable[[str], bool], write: Cal
         raise AssertionError("unreachable: names never end")
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def next_names(name: str) -> Iterator[str]:
-    yield name
-    number = 2
-    while True:
-        yield f"{name}_{number:05d}"
-        number += 1
 
 
 def _claimed(path: Path) -> bool:

@@ -10,6 +10,11 @@ def digest(*lot: object) -> bytes:
     return hashlib.sha256("/".join(map(str, lot)).encode()).digest()
 
 
+def seed_of(*lot: object) -> int:
+    """A seed for torch's generators that `lot` decides."""
+    return int.from_bytes(digest(*lot)[:7], "little")
+
+
 def pick(count: int, *lot: object) -> int:
     """A number from 0 to count - 1 that `lot` decides; all are equally likely."""
     return int.from_bytes(digest(*lot), "big") % count

@@ -19,7 +19,7 @@ from .base_parts import Part
 from .captions import holds_word
 from .files import write_atomic
 from .lora_dialects import ENCODER_KEYS
-from .lots import digest
+from .lots import seed_of
 from .prompts import CHUNK_TOKENS, TokenIds
 from .weights_file import save_tensors
 
@@ -52,20 +52,24 @@ def read_new_tokens(text: str, vectors_per_token: int) -> dict[str, str]:
     return tokens
 
 
+def tokens_of(config: TrainConfig) -> dict[str, str]:
+    """The new tokens of a run, and what each starts from."""
+    return read_new_tokens(config.new_tokens, config.vectors_per_token)
+
+
 def placeholder_ids(config: TrainConfig) -> TokenIds:
     """Ids beyond any vocabulary, to count with before the encoders are there."""
-    tokens = read_new_tokens(config.new_tokens, config.vectors_per_token)
-    return dict.fromkeys(tokens, [2**31 - 1] * config.vectors_per_token)
+    return dict.fromkeys(tokens_of(config), [2**31 - 1] * config.vectors_per_token)
 
 
 def all_trigger_words(dataset: CaptionDataset, config: TrainConfig) -> list[str]:
     """What calls for the LoRA in a prompt: the dataset's words and the new tokens."""
-    return list(dict.fromkeys([*dataset.trigger_words, *read_new_tokens(config.new_tokens, config.vectors_per_token)]))
+    return list(dict.fromkeys([*dataset.trigger_words, *tokens_of(config)]))
 
 
 def require_shown(config: TrainConfig, captions: Sequence[str]) -> None:
     """Raises ValueError for a new token that none of the training captions holds."""
-    for name in read_new_tokens(config.new_tokens, config.vectors_per_token):
+    for name in tokens_of(config):
         if not any(holds_word(caption, name) for caption in captions):
             raise ValueError(
                 f"new_tokens names {name} and no caption holds it: give {name} as the dataset's trigger_word, or write "
@@ -126,7 +130,7 @@ def start_vectors(
             ids = tokenizer(word, add_special_tokens=False).input_ids
             starts[name] = torch.stack([known[ids[i % len(ids) :: count]].mean(dim=0) for i in range(count)])
         else:
-            draw = torch.Generator().manual_seed(int.from_bytes(digest(seed, "token", name)[:7], "little"))
+            draw = torch.Generator().manual_seed(seed_of(seed, "token", name))
             starts[name] = known.std() * torch.randn(count, known.shape[1], generator=draw)
     return starts
 

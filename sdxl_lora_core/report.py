@@ -10,7 +10,7 @@ from .charts import smoothed
 from .checkpoints import LoopState
 from .dataset import CaptionDataset
 from .learning_encoders import learning_encoders
-from .new_tokens import all_trigger_words, placeholder_ids, read_new_tokens
+from .new_tokens import all_trigger_words, placeholder_ids, tokens_of
 from .precompute import cut_captions
 from .run_length import passes_per_epoch
 from .runs import Run
@@ -50,7 +50,7 @@ def _notes(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfi
         notes["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut]
     if encoders := learning_encoders(config):
         notes["text_encoders"] = f"{' and '.join(encoders)} read the captions in every step, without the cache"
-    if tokens := read_new_tokens(config.new_tokens, config.vectors_per_token):
+    if tokens := tokens_of(config):
         notes["new_tokens"] = {
             token: f"embedding:{run.embedding(token).stem} in prompts of ComfyUI's own nodes" for token in tokens
         }

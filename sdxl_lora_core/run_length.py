@@ -25,13 +25,8 @@ def with_steps(config: TrainConfig, dataset: CaptionDataset) -> TrainConfig:
     steps = math.ceil(config.epochs * passes_per_epoch(dataset, config) / config.gradient_accumulation)
     warmup = config.lr_warmup_steps
     if warmup >= steps:
-        warmup = steps // 10
-        log.warning(
-            "lr_warmup_steps is %d and the epochs are %d steps: warming up over %d",
-            config.lr_warmup_steps,
-            steps,
-            warmup,
-        )
+        asked, warmup = warmup, steps // 10
+        log.warning("lr_warmup_steps is %d and the epochs are %d steps: warming up over %d", asked, steps, warmup)
     return replace(config, steps=steps, epochs=0, lr_warmup_steps=warmup)
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base_model import SDXLBase
+from .base_model import SDXLBase, said_to_predict
 from .checkpoints import Checkpoints
 from .config import DatasetConfig, to_yaml
 from .dataset import CaptionDataset
-from .files import file_sha256, json_sha256, write_text_atomic
-from .new_tokens import read_new_tokens
+from .files import file_sha256, json_sha256, next_names, write_text_atomic
+from .new_tokens import tokens_of
 from .train_config import TrainConfig
 from .watching import deciding_looks
 
@@ -84,7 +84,7 @@ def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig
         if not start.is_file():
             raise FileNotFoundError(f"continue_from is {start}, which is no file: give the path of a LoRA")
         settings["continue_from"] = file_sha256(start)
-    settings |= _predicted(base)  # what is trained, whether the file, the base's own setting or the run's says so
+    settings |= said_to_predict(base)  # what is trained, whether the file, the base's own setting or the run's says so
     content = {
         "base": base.fingerprint, "dataset": dataset.fingerprint, "settings": settings, "version": RANDOMNESS_VERSION
     }  # fmt: skip
@@ -106,7 +106,7 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
         "format": [config.save_format, config.save_dtype],
     }  # fmt: skip
     _check_writable(folders, config)
-    for name in _names(config.lora_name):
+    for name in next_names(config.lora_name):
         run = Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
         known = run.known
         if known not in (None, identity) or (known is None and _is_taken(run, folders, config)):
@@ -158,7 +158,7 @@ def save_settings(
     to_yaml(
         run.folder / "run.yaml",
         {
-            "base": {"path": str(base.path), "precision": base.precision, **_predicted(base)},
+            "base": {"path": str(base.path), "precision": base.precision, **said_to_predict(base)},
             "datasets": _sections(dataset.sources),
             "validation": _sections(dataset.validation_sources),
             "train": config,
@@ -167,19 +167,8 @@ def save_settings(
     )
 
 
-def _predicted(base: SDXLBase) -> dict[str, Any]:
-    """As the settings of those names write it."""
-    return {"prediction": base.prediction_type, "zero_terminal_snr": "on" if base.zero_terminal_snr else "off"}
-
-
 def _sections(sources: Sequence[tuple[Path, DatasetConfig]]) -> list[dict[str, Any]]:
     return [{"folder": str(folder), **dataclasses.asdict(settings)} for folder, settings in sources]
-
-
-def _names(wanted: str) -> Iterator[str]:
-    yield wanted
-    for number in range(2, 100_000):
-        yield f"{wanted}_{number:05d}"
 
 
 def _identity(folder: Path) -> dict[str, Any] | None:
@@ -196,8 +185,8 @@ def _identity(folder: Path) -> dict[str, Any] | None:
 
 def _is_taken(run: Run, folders: RunFolders, config: TrainConfig) -> bool:
     """Whether its LoRA, or one of its new tokens, would overwrite somebody's file."""
-    tokens = read_new_tokens(config.new_tokens, config.vectors_per_token)
-    return folders.taken(run.lora_path.name) or any(run.embedding(token).exists() for token in tokens)
+    clash = any(run.embedding(token).exists() for token in tokens_of(config))
+    return clash or folders.taken(run.lora_path.name)
 
 
 def _check_writable(folders: RunFolders, config: TrainConfig) -> None:

@@ -87,5 +87,5 @@ def _write(made: Mapping[Path, TextEmbeds]) -> None:
     try:
         for file, embeds in made.items():
             store_prompt(file, embeds.hidden[0], embeds.pooled[0])
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         log.warning("prompt embeddings could not be kept: %s", error)

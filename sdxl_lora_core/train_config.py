@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .adapter_checks import MAX_RANK, check_adapter, check_what_learns
-from .settings import SOMETHING, check_settings, setting
+from .settings import SOMETHING, check_settings, fields_of, setting
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 TargetModules = Literal["attention", "attention+ff", "all-linear", "all-linear+conv"]
@@ -322,21 +322,13 @@ class TrainConfig:
         "auto", "auto: event files in the run folder if tensorboard is installed. off: never.", group="watch"
     )
     sample_steps: int = setting(
-        25,
-        "Denoising steps of a sample. Fewer are faster and rougher.",
-        low=1,
-        high=200,
-        group="watch",
-        only_with=("sample_prompts", SOMETHING),
-    )
+        25, "Denoising steps of a sample. Fewer are faster and rougher.",
+        low=1, high=200, group="watch", only_with=("sample_prompts", SOMETHING),
+    )  # fmt: skip
     sample_guidance: float = setting(
-        7.0,
-        "Guidance scale of a sample. Take the one that you generate with.",
-        low=0,
-        high=50,
-        group="watch",
-        only_with=("sample_prompts", SOMETHING),
-    )
+        7.0, "Guidance scale of a sample. Take the one that you generate with.",
+        low=0, high=50, group="watch", only_with=("sample_prompts", SOMETHING),
+    )  # fmt: skip
 
     # Memory
     images_per_pass: int = setting(
@@ -423,6 +415,7 @@ class TrainConfig:
         _check_optimizer(self)
         _check_captions(self)
         _check_watching(self)
+        _check_memory(self)
         if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
             raise ValueError(
                 f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end before"
@@ -483,21 +476,24 @@ def _check_captions(config: TrainConfig) -> None:
             f"keep_tags is {config.keep_tags} and shuffle_tags is off, tag_dropout 0: all tags stay as they are, so "
             "turn one of them on or set keep_tags to 0"
         )
-    shown = {"caption_variants": config.caption_variants != 8, "tag_separator": config.tag_separator != ","}
-    for option, is_set in shown.items():
+    for option in ("caption_variants", "tag_separator"):
+        is_set = getattr(config, option) != fields_of(config)[option].default
         if is_set and not (config.shuffle_tags or config.tag_dropout):
             raise ValueError(
                 f"{option} is {getattr(config, option)!r} and shuffle_tags is off, tag_dropout 0: captions stay whole, "
                 f"so turn one of them on, or set {option} back"
             )
+    if config.class_images and not config.class_prompt:
+        raise ValueError(
+            f"class_images is {config.class_images} and class_prompt is empty: say what they show, or set it to 0"
+        )
+
+
+def _check_memory(config: TrainConfig) -> None:
     if config.images_per_pass > config.batch_size:
         raise ValueError(
             f"images_per_pass is {config.images_per_pass} and batch_size is {config.batch_size}: a pass holds a batch "
             "at most, so lower it, or raise batch_size"
-        )
-    if config.class_images and not config.class_prompt:
-        raise ValueError(
-            f"class_images is {config.class_images} and class_prompt is empty: say what they show, or set it to 0"
         )
 
 

@@ -32,12 +32,12 @@ from .report import make_report
 from .run_length import starting_point, with_steps
 from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
 from .sampling import Sampler, Samples
-from .train_config import TrainConfig, WeightType
+from .train_config import TrainConfig
 from .training_loop import train_adapter
 from .watching import require_lookable
+from .weights_file import DTYPES
 
 log = logging.getLogger("sdxl_lora")
-_DTYPES: dict[WeightType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _train_and_save(
     run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, fingerprint: str, folders: RunFolders,
     device: torch.device, on_step: OnStep, should_stop: Callable[[], bool], processes: Processes,
 ) -> None:  # fmt: skip
-    computed, dtype = resolve_dtype(config.precision, device), _DTYPES[config.save_dtype]
+    computed, dtype = resolve_dtype(config.precision, device), DTYPES[config.save_dtype]
     sampler = _sampler(run, base, dataset, config, folders)
 
     def lora(learned: LoRAFile, steps: int) -> LoRAFile:
@@ -178,7 +178,7 @@ def _folders(dataset: CaptionDataset) -> dict[str, FolderFacts]:
 def _metadata(
     name: str, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, steps: int, dtype: torch.dtype
 ) -> dict[str, str]:
-    precision: WeightType = next(option for option, computed in _DTYPES.items() if computed == dtype)
+    precision: Any = next(option for option, computed in DTYPES.items() if computed == dtype)
     return lora_metadata(
         config,
         name=name,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from .files import write_atomic
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 _MAGIC = {b"PK\x03\x04": "a PyTorch pickle", b"\x80": "a Python pickle", b"GGUF": "a GGUF file", b"<": "a web page"}
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # by the name that settings give
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A LORA_STACK on core's MODEL and CLIP. That ComfyUI then computes the same weights is in comfy/test_core_lora.py."""
+"""A LORA_STACK on core's MODEL and CLIP. That ComfyUI then computes the same weights is not tested yet."""
 
 from __future__ import annotations
 
