@@ -4,9 +4,12 @@ from typing import Any
 
 from ..sdxl_lora_core.base_model import describe_base, open_base, quick_fingerprint
 from ..sdxl_lora_core.config import PRECISIONS, TrainConfig
+from ..sdxl_lora_core.vae_files import with_vae
 from . import folders, host
 from .previews import show
 from .wires import CATEGORY, train_widget, widget
+
+OWN_VAE = "(the base's own)"
 
 
 class LoadSDXLBase:
@@ -42,28 +45,41 @@ class LoadSDXLBase:
             "optional": {
                 "prediction": train_widget("prediction", advanced=True),
                 "zero_terminal_snr": train_widget("zero_terminal_snr", advanced=True),
+                "vae": ([OWN_VAE, *folders.names("vae")], {
+                    "default": OWN_VAE, "advanced": True,
+                    "tooltip": "Another VAE than the base's, from the vae folder, for training and generating. It has "
+                    "to be one for SDXL: that of Stable Diffusion 1.5 looks alike in a file, and gives wrong colours.",
+                }),
             },
         }  # fmt: skip
 
     @classmethod
-    def VALIDATE_INPUTS(cls, base: str | None = None) -> bool | str:
-        return folders.check("base", base)
+    def VALIDATE_INPUTS(cls, base: str | None = None, vae: str | None = None) -> bool | str:
+        found = folders.check("base", base)
+        return folders.check("vae", _chosen(vae)) if found is True else found
 
     @classmethod
-    def IS_CHANGED(cls, base: str | None = None, **settings: Any) -> str:
-        return folders.content("base", base, quick_fingerprint)
+    def IS_CHANGED(cls, base: str | None = None, vae: str | None = None, **settings: Any) -> str:
+        found = folders.content("base", base, quick_fingerprint)
+        return found + folders.content("vae", _chosen(vae), quick_fingerprint)
 
     def load(
-        self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto"
+        self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto", vae: str = OWN_VAE
     ) -> dict[str, Any]:
+        hashes = host.cache_folder() / "hashes"
         opened = open_base(
-            folders.find("base", base), precision, host.cache_folder() / "hashes",
-            prediction=prediction, zero_terminal_snr=zero_terminal_snr,
-        )  # fmt: skip
+            folders.find("base", base), precision, hashes, prediction=prediction, zero_terminal_snr=zero_terminal_snr
+        )
         if zero_terminal_snr == "on" and opened.prediction_type == "epsilon":
             raise ValueError(
                 f"zero_terminal_snr is 'on' and prediction is {prediction!r}, so {opened.name} would predict epsilon "
                 "where there is only noise: set prediction to v_prediction, or zero_terminal_snr to auto"
             )
+        if vae != OWN_VAE:
+            opened = with_vae(opened, folders.find("vae", vae), hashes)
         info = describe_base(opened)
         return show((opened, info), info)
+
+
+def _chosen(vae: str | None) -> str | None:
+    return None if vae == OWN_VAE else vae

@@ -12,12 +12,13 @@ from ..sdxl_lora_core.lora_stack import LoRARef, StackEntry, open_stack
 from . import host
 from .wires import read_stack, strengths_by_block
 
-Kind = Literal["dataset", "base", "lora", "clip"]
+Kind = Literal["dataset", "base", "vae", "lora", "clip"]
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 _BUNDLED: dict[Kind, dict[str, Path]] = {
     "dataset": {"sample: 8-bit (bundled)": _ASSETS / "sample-dataset"},
     "base": {"tiny-sdxl (bundled)": _ASSETS / "tiny-sdxl"},
+    "vae": {},
     "lora": {f"{name} (bundled)": _ASSETS / "loras" / f"{name}.safetensors" for name in ("8bit_style", "line_style")},
     "clip": {"tiny-clip (bundled)": _ASSETS / "tiny-clip"},
 }
@@ -25,6 +26,7 @@ _DATASETS = " [datasets]"
 _WANTED: dict[Kind, str] = {
     "dataset": "a folder inside ComfyUI's input folder",
     "base": "a .safetensors file in the checkpoints folder, or a folder with model_index.json in the diffusers folder",
+    "vae": "a .safetensors file, or a folder with config.json, in the vae folder",
     "lora": "a .safetensors file in the loras folder",
     "clip": "a folder with config.json in the clip_score or clip_vision folder",
 }
@@ -107,6 +109,8 @@ def _found(kind: Kind) -> dict[str, list[Path]]:
             return _subfolders([host.input_folder()]) | _subfolders(host.roots("datasets"), _DATASETS)
         case "base":
             return _weights("checkpoints") | _folders_with("model_index.json", "diffusers")
+        case "vae":
+            return _weights("vae") | _folders_with("config.json", "vae")
         case "lora":
             return _weights("loras")
         case "clip":
@@ -119,6 +123,8 @@ def _typed(kind: Kind) -> list[Path]:
             return [host.input_folder()]
         case "base":
             return host.roots("checkpoints") + host.roots("diffusers")
+        case "vae":
+            return host.roots("vae")
         case "lora":
             return host.roots("loras")
         case "clip":

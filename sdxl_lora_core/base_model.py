@@ -34,7 +34,7 @@ class SDXLBase:
 
     `fingerprint` is content only: the same files elsewhere, at another precision, or said to predict something else,
     have the same one. `configs` is the folder with each part's settings: the model's own, or the pack's `data` for a
-    single file.
+    single file. `vae` is what stands in for the base's own (see vae_files).
     """
 
     path: Path
@@ -46,6 +46,7 @@ class SDXLBase:
     fingerprint: str
     part_hashes: tuple[tuple[str, str], ...]
     configs: Path
+    vae: Path | None = None
 
 
 def open_base(
@@ -62,7 +63,7 @@ def open_base(
         raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
     if path.is_dir():
         found = require_folder(path)
-        hashes = {part: _folder_part_hash(path / part, part, hash_memo) for part in PARTS}
+        hashes = {part: folder_part_hash(path / part, part, hash_memo) for part in PARTS}
         base = _handle(path, path, precision, found, hashes)
     elif path.exists():
         found = require_checkpoint(read_header(path), configs)
@@ -110,8 +111,10 @@ def load_part(base: SDXLBase, part: Part, dtype: torch.dtype, device: torch.devi
     """
     if part not in PARTS:
         raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}")
-    if base.layout == "diffusers":
-        module = base_parts.from_folder(base.path, part, dtype)
+    if part == "vae" and base.vae:
+        module = base_parts.vae_alone(base.vae, base.configs, dtype)
+    elif base.layout == "diffusers":
+        module = base_parts.from_folder(base.path / part, part, dtype)
     else:
         module = base_parts.from_single_file(base.path, base.configs, part, dtype)
     return module.to(device).eval().requires_grad_(False)
@@ -147,8 +150,9 @@ def describe_base(base: SDXLBase) -> str:
     size = sum(file.stat().st_size for file in files)
     layout = "single-file checkpoint" if single else "diffusers folder"
     snr = ", zero terminal SNR" if base.zero_terminal_snr else ""
+    vae = f"; VAE {base.vae.name}" if base.vae else ""
     return (
-        f"{base.name}: SDXL, {layout}, {size / 1e9:.2f} GB of weights\n"
+        f"{base.name}: SDXL, {layout}, {size / 1e9:.2f} GB of weights{vae}\n"
         f"{base.prediction_type} prediction{snr}; precision {base.precision}\n"
         f"fingerprint {base.fingerprint}"
     )
@@ -181,7 +185,7 @@ def _handle(
     )
 
 
-def _folder_part_hash(folder: Path, part: Part, memo: Path | None) -> str:
+def folder_part_hash(folder: Path, part: Part, memo: Path | None) -> str:
     """Over settings and weights, so that either one's change is seen. Every weight file is checked to be whole."""
     _, files = base_parts.find_weights(folder)
     for file in files:

@@ -45,10 +45,10 @@ def find_weights(folder: Path) -> tuple[str | None, list[Path]]:
 
 
 def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
-    """Raises ValueError if the files do not hold exactly the part's tensors."""
+    """The part whose own folder it is. Raises ValueError if the files do not hold exactly the part's tensors."""
     with quiet_libraries():
         module, wrong = (_unet if part == "unet" else _small_part)(folder, part, dtype)
-    _require_complete(wrong, part, folder)
+    _require_complete(wrong, part, f"{folder.parent.name}/{folder.name}")
     return _align(module)
 
 
@@ -60,10 +60,10 @@ def _unet(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module, list
     from accelerate import init_empty_weights
 
     tensors: dict[str, Tensor] = {}
-    for file in find_weights(folder / part)[1]:
+    for file in find_weights(folder)[1]:
         tensors |= _read_tensors(file, "", dtype)
     with init_empty_weights():
-        module: nn.Module = _part_class(part).from_config(read_json(folder / part / "config.json"))
+        module: nn.Module = _part_class(part).from_config(read_json(folder / "config.json"))
     wanted = {name: weight.shape for name, weight in module.state_dict().items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
@@ -74,10 +74,9 @@ def _unet(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module, list
 
 def _small_part(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
     """The VAE or a text encoder, by the library, which knows the names that its older versions gave."""
-    variant, _ = find_weights(folder / part)
+    variant, _ = find_weights(folder)
     module, info = _part_class(part).from_pretrained(
         str(folder),
-        subfolder=part,
         variant=variant,
         use_safetensors=True,
         local_files_only=True,
@@ -88,17 +87,33 @@ def _small_part(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module
     return module, [str(name) for name in wrong if not str(name).endswith(_HARMLESS)]
 
 
-def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype) -> nn.Module:
-    """Reads the part's tensors only and renames them as diffusers does. Raises ValueError if any is missing."""
-    tensors = _read_tensors(file, _PREFIXES[part], dtype)
-    _require_complete([] if tensors else [_PREFIXES[part]], part, file)
+def from_single_file(
+    file: Path, configs: Path, part: Part, dtype: torch.dtype, prefix: str | None = None
+) -> nn.Module:  # fmt: skip
+    """Reads the part's tensors only and renames them as diffusers does. Raises ValueError if any is missing.
+
+    `prefix` begins their names, where it is not the one that checkpoints have.
+    """
+    prefix = _PREFIXES[part] if prefix is None else prefix
+    tensors = _read_tensors(file, prefix, dtype)
+    _require_complete([] if tensors else [prefix], part, file.name)
     try:
         with quiet_libraries():
             module = _convert(tensors, configs, part, dtype)
     except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"the {part} in {file.name} does not fit ({error}): fetch the checkpoint again") from error
-    _require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file)
+    _require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file.name)
     return _align(module)
+
+
+def vae_alone(path: Path, configs: Path, dtype: torch.dtype) -> nn.Module:
+    """A VAE from a diffusers folder, or from a file that holds nothing else, in diffusers' names or the published ones.
+
+    Raises ValueError if its tensors are not those of the VAE that `configs` describe.
+    """
+    return (
+        from_folder(path, "vae", dtype) if path.is_dir() else from_single_file(path, configs, "vae", dtype, prefix="")
+    )
 
 
 def _convert(tensors: Mapping[str, Tensor], configs: Path, part: Part, dtype: torch.dtype) -> nn.Module:
@@ -148,10 +163,10 @@ def _part_class(part: Part) -> Any:
     return getattr(diffusers if part in ("unet", "vae") else transformers, PART_CLASSES[part])
 
 
-def _require_complete(wrong: list[str], part: Part, source: Path) -> None:
+def _require_complete(wrong: list[str], part: Part, where: str) -> None:
     if wrong:
         shown = ", ".join(sorted(wrong)[:3])
         raise ValueError(
-            f"the {part} in {source.name} does not fit: {len(wrong)} tensors are missing, unknown or of another shape"
+            f"the {part} in {where} does not fit: {len(wrong)} tensors are missing, unknown or of another shape"
             f" ({shown}); fetch the model again"
         )

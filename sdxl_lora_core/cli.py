@@ -29,6 +29,7 @@ from .progress import StepReport
 from .runs import RunFolders
 from .training import train
 from .training_loop import Diverged
+from .vae_files import with_vae
 
 HOME = Path("output/sdxl_lora")
 
@@ -100,6 +101,8 @@ def read_run(path: Path, hash_memo: Path | None) -> tuple[SDXLBase, CaptionDatas
     section = document["base"]
     said = {name: section[name] for name in ("precision", "prediction", "zero_terminal_snr") if name in section}
     base = open_base(Path(section["path"]), hash_memo=hash_memo, **said)
+    if "vae" in section:
+        base = with_vae(base, Path(section["vae"]), hash_memo)
     dataset = _load(sources, hash_memo)
     if dataset is None:
         raise ValueError(f"{path.name}: datasets is empty: name at least one folder")

@@ -158,7 +158,12 @@ def save_settings(
     to_yaml(
         run.folder / "run.yaml",
         {
-            "base": {"path": str(base.path), "precision": base.precision, **said_to_predict(base)},
+            "base": {
+                "path": str(base.path),
+                "precision": base.precision,
+                **said_to_predict(base),
+                **({"vae": str(base.vae)} if base.vae else {}),
+            },
             "datasets": _sections(dataset.sources),
             "validation": _sections(dataset.validation_sources),
             "train": config,

@@ -30,7 +30,7 @@ CONTRACT = {
         "dataset repeats flip random_crops caption_per_line is_regularisation",
         "dataset:CAPTION_DATASET preview:IMAGE report:STRING count:INT",
     ),
-    "LoadSDXLBase": ("base precision", "prediction zero_terminal_snr", "base:SDXL_BASE info:STRING"),
+    "LoadSDXLBase": ("base precision", "prediction zero_terminal_snr vae", "base:SDXL_BASE info:STRING"),
     "TrainSDXLLoRA": (
         "base dataset lora_name steps learning_rate rank alpha batch_size seed sample_prompts",
         "options gradient_accumulation lr_schedule lr_warmup_steps target_modules dropout caption_dropout precision "

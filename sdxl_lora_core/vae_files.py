@@ -1,0 +1,75 @@
+"""A VAE that takes the place of the base's own: a single file or a diffusers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .base_checks import PART_CLASSES, read_json
+from .base_model import SDXLBase, folder_part_hash
+from .base_parts import find_weights
+from .files import file_sha256, json_sha256
+from .model_kinds import VAE, kind_of
+from .weights_file import WeightsHeader, read_header
+
+_WANTED = "give a VAE made for SDXL: a .safetensors file, or a diffusers folder with config.json"
+_WIDTHS = {"encoder.conv_in": 0, "decoder.conv_in": -1}  # convolutions, and whose of the block_out_channels they give
+
+
+def with_vae(base: SDXLBase, path: Path, hash_memo: Path | None = None) -> SDXLBase:
+    """The base with the VAE in `path`, for training as for generating. Reads settings and headers, and hashes.
+
+    A file of Stable Diffusion 1.5's VAE cannot be told from SDXL's; a folder says it.
+    Raises FileNotFoundError if nothing is there, ValueError for anything but a VAE of the base's size.
+    """
+    if path.is_dir():
+        config = read_json(path / "config.json")
+        _require_like(path.name, config, _settings(base))
+        digest = folder_part_hash(path, "vae", hash_memo)
+        headers = [read_header(file) for file in find_weights(path)[1]]
+    elif path.exists():
+        config, headers, digest = _settings(base), [read_header(path)], file_sha256(path, hash_memo)
+    else:
+        raise FileNotFoundError(f"VAE {path.name} does not exist: {_WANTED}")
+    _require_shapes(path.name, headers, config)
+    return replace(
+        base,
+        vae=path,
+        part_hashes=tuple(sorted({**dict(base.part_hashes), "vae": digest}.items())),
+        fingerprint=json_sha256([base.fingerprint, digest]),
+    )
+
+
+def _settings(base: SDXLBase) -> dict[str, Any]:
+    return read_json(base.configs / "vae" / "config.json")
+
+
+def _require_like(name: str, config: dict[str, Any], wanted: dict[str, Any]) -> None:
+    kind = config.get("_class_name")
+    if kind != PART_CLASSES["vae"]:
+        raise ValueError(f"folder {name} is a {kind} and not an {PART_CLASSES['vae']}: {_WANTED}")
+    if config.get("latents_mean") is not None:
+        raise ValueError(f"folder {name} has latents_mean, as the VAE of Playground v2.5: {_WANTED}")
+    for setting in ("latent_channels", "scaling_factor"):
+        if config.get(setting) != wanted[setting]:
+            raise ValueError(
+                f"folder {name} has {setting} {config.get(setting)} where the base's VAE has {wanted[setting]}, so it "
+                f"belongs to another kind of model: {_WANTED}"
+            )
+
+
+def _require_shapes(name: str, headers: Sequence[WeightsHeader], config: dict[str, Any]) -> None:
+    shapes = {key.removeprefix(VAE): shape for header in headers for key, shape in header.shapes.items()}
+    for module, which in _WIDTHS.items():
+        found = shapes.get(f"{module}.weight", ())
+        if len(found) != 4:
+            kind = kind_of(headers[0])
+            raise ValueError(f"{name} is {kind} without {module}.weight of a VAE for images: {_WANTED}")
+        wanted = config["block_out_channels"][which], config["latent_channels"] if which else config["in_channels"]
+        if found[:2] != wanted:
+            raise ValueError(
+                f"{name} has a {module} from {found[1]} to {found[0]} channels where the base's VAE goes from "
+                f"{wanted[1]} to {wanted[0]}, so it belongs to another kind of model: {_WANTED}"
+            )
