@@ -107,6 +107,7 @@ class SDXLGenerateCached:
                 "latent": ("LATENT", {
                     "tooltip": "Latents of width x height to start from instead. A noise mask set on them counts.",
                 }),
+                **_large_images(),
             },
             "hidden": {"graph": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }  # fmt: skip
@@ -134,6 +135,7 @@ class SDXLGenerateCached:
                 parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
                 graph=host.metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
                 find_embedding=folders.find_embedding, on_step=functools.partial(progress, phase="generating"),
+                on_estimate=progress.on_estimate,
             )  # fmt: skip
             made = not all(image.hit for image in images)
             fit = [line for part in ("text_encoders", "unet") for line in fit_of(parts.held(part))] if made else []
@@ -204,7 +206,7 @@ def _advanced() -> dict[str, Widget]:
         ),
         "vae_tiling": widget(
             GenerateConfig, "vae_tiling", "BOOLEAN",
-            "Decodes in tiles: large images fit into little memory, seams can show.",
+            "Decodes in tiles whatever the size: images fit into little memory, seams can show.",
             advanced=True,
         ),
         "offload": widget(
@@ -246,6 +248,31 @@ def _advanced() -> dict[str, Widget]:
         "keep_latents": widget(
             GenerateConfig, "keep_latents", "BOOLEAN",
             "Gives the latents, too, and keeps them in the cache beside the image.", advanced=True,
+        ),
+    }  # fmt: skip
+
+
+def _large_images() -> dict[str, Widget]:
+    return {
+        "vae_tiling_from": widget(
+            GenerateConfig, "vae_tiling_from", "INT",
+            "Images whose longer side has so many pixels or more are decoded in tiles. 0: none are.",
+            min=0, max=LARGEST_SIDE, step=8, advanced=True,
+        ),
+        "hires_scale": widget(
+            GenerateConfig, "hires_scale", "FLOAT",
+            "Over 1 each image is enlarged so many times and denoised again at that size. SDXL draws best at about "
+            "1024 x 1024 pixels and adds detail from there.",
+            min=1.0, max=4.0, step=0.05, advanced=True,
+        ),
+        "hires_denoise": widget(
+            GenerateConfig, "hires_denoise", "FLOAT",
+            "How much the second pass paints over. 0.3 sharpens, 0.6 invents detail.",
+            min=0.01, max=1.0, step=0.01, advanced=True,
+        ),
+        "hires_steps": widget(
+            GenerateConfig, "hires_steps", "INT", "Denoising steps of the second pass. 0: as many as in the first.",
+            min=0, max=1000, advanced=True,
         ),
     }  # fmt: skip
 

@@ -11,6 +11,8 @@ import importlib
 import os
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from ..sdxl_lora_core.loaded_parts import LoadedParts
 
 PREVIEW_SIDE = 512
+PREVIEWED = 4  # images of a batch
 SAVED = ("loras", "checkpoints", "diffusers", "embeddings")  # what this pack writes into folders of output/
 
 
@@ -259,6 +262,18 @@ class Progress:
         self._phase: tuple[str, int] | None = None
         self._terminal: Any = None
         self._node: Any = None
+        self._marks: deque[tuple[int, float]] = deque(maxlen=20)  # items done, and when
+        self._previewer = _latent_previewer()
+        self._picture: np.ndarray | None = None
+
+    @property
+    def on_estimate(self) -> Callable[[Tensor], None] | None:
+        """Takes latents [B, 4, h, w] in the UNet's scale, a picture of which the next call shows. None: no previews."""
+        return self._show_latents if self._previewer else None
+
+    def _show_latents(self, latents: Tensor) -> None:
+        shown = [np.asarray(self._previewer.decode_latent_to_preview(one[None])) for one in latents[:PREVIEWED]]
+        self._picture = np.concatenate(shown, axis=1)
 
     def __call__(
         self, done: int, total: int, phase: str = "", detail: str = "", preview: np.ndarray | None = None
@@ -269,24 +284,42 @@ class Progress:
         self._terminal.set_postfix_str(detail, refresh=False)
         self._terminal.update(done - self._terminal.n)
         if self._node:
-            picture = None if preview is None else ("JPEG", Image.fromarray(preview), PREVIEW_SIDE)
+            shown, self._picture = (self._picture if preview is None else preview), None
+            picture = None if shown is None else ("JPEG", Image.fromarray(shown), PREVIEW_SIDE)
             self._node.update_absolute(done, total, picture)
             if phase:
-                _show_text("\n".join([f"{phase}: {done} of {total}", *detail.split(", ")]).rstrip())
+                numbers = detail or self._time_left(done, total)
+                _show_text("\n".join([f"{phase}: {done} of {total}", *numbers.split(", ")]).rstrip())
             _comfy("comfy.model_management").throw_exception_if_processing_interrupted()
 
     def close(self) -> None:
         if self._terminal:
             self._terminal.close()
 
+    def _time_left(self, done: int, total: int) -> str:
+        """At the speed of late. What came before the first item is done, such as loading, says nothing about speed."""
+        if done and (not self._marks or done > self._marks[-1][0]):
+            self._marks.append((done, time.monotonic()))
+        if len(self._marks) < 2:
+            return ""
+        (first, since), (last, now) = self._marks[0], self._marks[-1]
+        return f"{self._terminal.format_interval((now - since) / (last - first) * (total - done))} left"
+
     def _begin(self, done: int, total: int, phase: str) -> None:
         from tqdm import tqdm
 
         self.close()
         self._phase = (phase, total)
+        self._marks.clear()
         self._terminal = tqdm(initial=done, total=total, desc=phase or None, leave=False)
         comfy = _comfy("comfy.utils")
         self._node = comfy.ProgressBar(total) if comfy else None
+
+
+def _latent_previewer() -> Any:
+    """What ComfyUI makes pictures of latents with; None where its user wants no previews."""
+    previews, formats = _comfy("latent_preview"), _comfy("comfy.latent_formats")
+    return previews.get_previewer(device(), formats.SDXL()) if previews else None
 
 
 def _show_text(text: str) -> None:

@@ -108,7 +108,9 @@ class GenerateConfig:
     guidance_rescale is from 0 to 1, or BASES_RESCALE. Guidance acts from guidance_start to guidance_end, shares of the
     way from the noisiest of the base's noise levels to the cleanest.
     denoise is the share of the schedule that is run, its end, on an image or a latent that was given. keep_latents
-    returns and caches each image's latents, too.
+    returns and caches each image's latents, too. vae_tiling_from is a longer side in pixels, 0 for none.
+    hires_scale over 1 makes each image a second time, so many times as wide and high, from the first, enlarged: with
+    hires_denoise, and in hires_steps steps (0: as many as the first).
     """
 
     prompt: str
@@ -143,6 +145,10 @@ class GenerateConfig:
     guidance_end: float = 1.0
     denoise: float = 1.0
     keep_latents: bool = False
+    vae_tiling_from: int = 2048
+    hires_scale: float = 1.0
+    hires_denoise: float = 0.5
+    hires_steps: int = 0
 
     def __post_init__(self) -> None:
         _check_range(self, "seed", 0, 2**64 - 1)
@@ -168,8 +174,10 @@ class GenerateConfig:
         if self.attention == "sdpa" and self.attention_slicing:
             raise ValueError("attention is 'sdpa' with attention_slicing on, which replaces it: turn one of them off")
         require_pair(self.sampler, self.scheduler)
+        _check_range(self, "vae_tiling_from", 0, LARGEST_SIDE)
         self._check_guidance()
         self._check_denoise()
+        self._check_hires()
 
     def _check_guidance(self) -> None:
         if self.guidance_rescale != BASES_RESCALE and not 0 <= self.guidance_rescale <= 1:
@@ -192,6 +200,35 @@ class GenerateConfig:
                 f"denoise is {self.denoise:g} with {self.steps} steps, which are the end of a schedule of "
                 f"{self.schedule_steps} steps, but SDXL knows {NOISE_LEVELS} noise levels: raise denoise or lower steps"
             )
+
+    def _check_hires(self) -> None:
+        _check_range(self, "hires_scale", 1, 4)
+        _check_range(self, "hires_denoise", 0.01, 1)
+        _check_range(self, "hires_steps", 0, 1000)
+        if self.hires_scale == 1:
+            return
+        try:
+            _ = self.second_pass
+        except ValueError as error:
+            raise ValueError(f"hires_scale is {self.hires_scale:g}, and for the second pass {error}") from None
+
+    @property
+    def tiles_vae(self) -> bool:
+        return self.vae_tiling or 0 < self.vae_tiling_from <= max(self.width, self.height)
+
+    @property
+    def first_pass(self) -> GenerateConfig:
+        """The request for what the second pass enlarges; all of it where there is none."""
+        return self if self.hires_scale == 1 else dataclasses.replace(self, hires_scale=1.0, keep_latents=False)
+
+    @property
+    def second_pass(self) -> GenerateConfig:
+        """The request that the enlarged images go through, in their size."""
+        width, height = (round(side * self.hires_scale / 8) * 8 for side in (self.width, self.height))
+        return dataclasses.replace(
+            self, width=width, height=height, denoise=self.hires_denoise, steps=self.hires_steps or self.steps,
+            hires_scale=1.0,
+        )  # fmt: skip
 
     @property
     def schedule_steps(self) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 from .base_model import SDXLBase, resolve_dtype
 from .config import GenerateConfig
 from .embedding_files import EmbeddingFile
+from .estimates import OnEstimate
 from .guidance import is_guided
 from .image_cache import ImageCache, key_of
 from .image_keys import KEYED_LIBRARIES, image_facts, image_settings, start_settings
@@ -28,7 +29,7 @@ from .loaded_parts import LoadedParts
 from .lora_stack import LoRARef, open_stack
 from .prompt_reading import PromptReader
 from .samplers import SOLVERS, require_libraries
-from .start_images import EncodedStart, StartImage, require_counts
+from .start_images import EncodedStart, StartImage, enlarged, require_counts
 from .text_embeds import TextPhase
 from .text_model import TextEmbeds
 
@@ -67,15 +68,18 @@ def generate(
     graph: Mapping[str, Any] | None = None,
     find_embedding: Callable[[str], Path | None] = lambda name: None,
     on_step: OnStep = lambda done, total: None,
+    on_estimate: OnEstimate | None = None,
 ) -> list[GeneratedImage]:
     """All images of the request: prompts outer, count inner, seeds seed ... seed + count - 1.
 
-    `starts` holds nothing, one start for all images, or one for each in their order.
+    `starts` holds nothing, one start for all images, or one for each in their order. Where there is a second pass
+    (`config.hires_scale`), the image of the first is cached for itself, and its start is all that enters the key.
     `cache_folder` is the images/ folder (None: no cache), `hash_memo` remembers the hashes of LoRA files,
     `prompt_cache` is the folder that holds prompts/, and `find_embedding` gives the file behind `embedding:name`. If
     every image is in the cache, no weights are loaded and diffusers is not imported. Otherwise `on_step(done, total)`
     counts the UNet's calls for the missing images, one or two for a denoising step. It may raise to cancel: the
-    exception passes through, and every image finished before is in the cache.
+    exception passes through, and every image finished before is in the cache. `on_estimate` sees before each step what
+    the images of the batch look like so far: latents, float32 [B, 4, H/8, W/8], in the scale of the UNet.
 
     `graph` is ComfyUI's `prompt` and `workflow`: PNGs then say how they were made (see image_metadata). A cached PNG
     goes on saying how it was made first; `texts` of an image is always about this request.
@@ -88,24 +92,30 @@ def generate(
     stack = open_stack(loras, hash_memo)
     dtype = resolve_dtype(base.precision, parts.device)
     hashes = [entry.identity for entry in stack]
-    settings = image_settings(base, config, hashes, dtype, parts.device)
     reader = PromptReader(config, find_embedding, hash_memo)
-    session = _Session(
-        config=config,
-        settings=settings,
-        cache=ImageCache(cache_folder) if cache_folder and config.cache != "off" else None,
-        text_phase=TextPhase(reader, base, stack, parts, dtype, offload_choice(config), prompt_cache),
-        maker=ImageMaker(base, config, stack, parts, dtype),
-        texts=functools.partial(image_texts, base, config, stack, None if graph is None else graph_texts(graph)),
-        on_step=on_step,
+    cache = ImageCache(cache_folder) if cache_folder and config.cache != "off" else None
+    count = _Count(on_step)
+
+    def session(one_pass: GenerateConfig, told: GenerateConfig) -> _Session:
+        """`told` is what the PNG says that was asked for."""
+        return _Session(
+            config=one_pass,
+            settings=image_settings(base, one_pass, hashes, dtype, parts.device),
+            cache=cache,
+            text_phase=TextPhase(reader, base, stack, parts, dtype, offload_choice(config), prompt_cache),
+            maker=ImageMaker(base, one_pass, stack, parts, dtype, on_estimate),
+            texts=functools.partial(image_texts, base, told, stack, None if graph is None else graph_texts(graph)),
+            count=count,
+        )
+
+    first = session(config.first_pass, config.first_pass)
+    requests = _requests(first, reader, starts)
+    if config.hires_scale == 1:
+        return first.images(requests)
+    second = session(config.second_pass, config)
+    return second.images(
+        [second.after(request) for request in requests], functools.partial(second.starting_from, first)
     )
-    requests = _requests(config, settings, reader, starts)
-    images = session.find(requests)
-    missing = [request for request in dict.fromkeys(requests) if request.key not in images]
-    if missing and config.cache == "only":
-        raise ValueError(_not_cached(missing, len(images)))
-    images |= session.make(missing)
-    return [images[request.key] for request in requests]
 
 
 @dataclass(frozen=True)
@@ -116,23 +126,34 @@ class _Request:
     key: str
     facts: dict[str, Any] = field(compare=False)  # all that the key is made of
     start: StartImage | None = field(compare=False)
+    first: _Request | None = field(default=None, compare=False)  # the one for the image that this one enlarges
+    seconds: float = field(default=0.0, compare=False)  # that were spent on it before
 
     @property
     def starts(self) -> tuple[StartImage, ...]:
         return () if self.start is None else (self.start,)
 
 
-def _requests(
-    config: GenerateConfig, settings: dict[str, Any], reader: PromptReader, starts: Sequence[StartImage]
-) -> list[_Request]:
+class _Count:
+    """The UNet's calls of both passes as one count. `before` were made in another pass, `ahead` are to follow."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+        self.before = self.ahead = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        self._on_step(self.before + done, self.before + total + self.ahead)
+
+
+def _requests(session: _Session, reader: PromptReader, starts: Sequence[StartImage]) -> list[_Request]:
+    config = session.config
     unwanted = reader.embeddings(config.negative_prompt) if is_guided(config) else ()
     wanted = [(prompt, (config.seed + number) % 2**64) for prompt in config.prompts for number in range(config.count)]
     own_starts = starts if len(starts) == len(wanted) else [*starts, None][:1] * len(wanted)
     requests = []
     for (prompt, seed), start in zip(wanted, own_starts, strict=True):
         embeddings = reader.embeddings(prompt) + unwanted
-        hashes = [file.sha256 for file in embeddings]
-        facts = image_facts(settings, prompt, seed, hashes, start_settings(config, start))
+        facts = session.facts(prompt, seed, embeddings, None if start is None else start.key)
         requests.append(_Request(prompt, seed, embeddings, key_of(facts), facts, start))
     return requests
 
@@ -146,7 +167,7 @@ class _Ingredients(NamedTuple):
 
 @dataclass(frozen=True)
 class _Session:
-    """One call of `generate`: what its images share."""
+    """One pass of a call of `generate`: what its images share."""
 
     config: GenerateConfig
     settings: dict[str, Any]
@@ -154,7 +175,44 @@ class _Session:
     text_phase: TextPhase
     maker: ImageMaker
     texts: Callable[[str, int, Sequence[EmbeddingFile]], dict[str, str]]
-    on_step: OnStep
+    count: _Count
+
+    @property
+    def calls(self) -> int:
+        """Of the UNet, for each image."""
+        return SOLVERS[self.config.sampler].unet_calls(self.config.steps)
+
+    def facts(
+        self, prompt: str, seed: int, embeddings: Sequence[EmbeddingFile], start: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        hashes = [file.sha256 for file in embeddings]
+        return image_facts(self.settings, prompt, seed, hashes, start_settings(self.config, start))
+
+    def images(
+        self, requests: Sequence[_Request], started: Callable[[Sequence[_Request]], Sequence[_Request]] = lambda _: _
+    ) -> list[GeneratedImage]:
+        """`started` gives those that have to be made what they start from, where that has to be made as well."""
+        images = self.find(requests)
+        missing = [request for request in dict.fromkeys(requests) if request.key not in images]
+        if missing and self.config.cache == "only":
+            raise ValueError(_not_cached(missing, len(images)))
+        images |= self.make(started(missing))
+        return [images[request.key] for request in requests]
+
+    def after(self, first: _Request) -> _Request:
+        """The request that enlarges what `first` asks for. Its start is known by the key, before there is one."""
+        facts = self.facts(first.prompt, first.seed, first.embeddings, {"first_pass": first.key})
+        return _Request(first.prompt, first.seed, first.embeddings, key_of(facts), facts, None, first)
+
+    def starting_from(self, first: _Session, missing: Sequence[_Request]) -> list[_Request]:
+        before = [request.first for request in missing if request.first]
+        self.count.ahead = self.calls * len(missing)
+        images = first.images(before)
+        self.count.before, self.count.ahead = first.calls * sum(not image.hit for image in images), 0
+        return [
+            replace(request, start=enlarged(image.pixels, wanted.start, self.config), seconds=image.seconds)
+            for request, wanted, image in zip(missing, before, images, strict=True)
+        ]
 
     def find(self, requests: Sequence[_Request]) -> dict[str, GeneratedImage]:
         if self.cache is None or self.config.cache == "refresh":
@@ -177,9 +235,9 @@ class _Session:
             return {}
         require_libraries(self.config.sampler, self.config.scheduler)
         images: dict[str, GeneratedImage] = {}
-        steps, size = SOLVERS[self.config.sampler].unet_calls(self.config.steps), self.config.batch_size
+        steps, size = self.calls, self.config.batch_size
         ingredients = functools.cache(lambda: self._ingredients(missing))
-        self.on_step(0, steps * len(missing))
+        self.count(0, steps * len(missing))
         # In ComfyUI's inference mode every tensor made here, weights among them, would be unfit for training.
         with torch.inference_mode(False), torch.no_grad():
             for first in range(0, len(missing), size):
@@ -211,7 +269,7 @@ class _Session:
         images = {}
         for request, (pixels, latents) in zip(batch, made, strict=True):
             kept = latents if self.config.keep_latents else None
-            image = images[request.key] = self._image(request, pixels, kept, False, seconds)
+            image = images[request.key] = self._image(request, pixels, kept, False, request.seconds + seconds)
             if self.cache:
                 self.cache.store(image.key, pixels, self._manifest(request), image.texts, kept)
         return images
@@ -225,7 +283,7 @@ class _Session:
         return [*texts, self.config.negative_prompt] if is_guided(self.config) else texts
 
     def _report(self, before: int, total: int, steps: int) -> None:
-        self.on_step(before + steps, total)
+        self.count(before + steps, total)
 
     def _image(
         self, request: _Request, pixels: np.ndarray, latents: Tensor | None, hit: bool, seconds: float

@@ -16,7 +16,6 @@ from .image_cache import key_of
 from .micro_conditioning import is_own_size, micro_conditioning
 from .prompt_reading import PARSER_VERSIONS, reading_facts
 from .schedulers import scheduler_settings
-from .start_images import StartImage
 
 KEYED_LIBRARIES = ("torch", "diffusers")
 
@@ -47,7 +46,7 @@ def image_settings(
         "device": device.type,
         "attention": attention_backend(config),
         "attention_slicing": config.attention_slicing,
-        "vae_tiling": config.vae_tiling,
+        "vae_tiling": config.tiles_vae,
         "vae_slicing": config.vae_slicing and config.batch_size > 1,
         "batch_size": config.batch_size,
         "libraries": {name: ".".join(version(name).split(".")[:2]) for name in KEYED_LIBRARIES},
@@ -57,9 +56,9 @@ def image_settings(
     }
 
 
-def start_settings(config: GenerateConfig, start: StartImage | None) -> dict[str, Any]:
-    """What an image depends on that starts from another; nothing otherwise."""
-    return {} if start is None else {"start": start.key, "denoise": float(config.denoise)}
+def start_settings(config: GenerateConfig, start: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an image depends on that starts from another, which `start` names by its content; nothing otherwise."""
+    return {} if start is None else {"start": start, "denoise": float(config.denoise)}
 
 
 def image_facts(

@@ -16,6 +16,7 @@ from . import base_model
 from .base_model import SDXLBase
 from .base_parts import Part
 from .config import GenerateConfig
+from .estimates import OnEstimate, tell_estimates
 from .guidance import guidance_interval, guidance_rescale
 from .image_keys import attention_backend
 from .latents import unscaled
@@ -47,6 +48,7 @@ class ImageMaker:
     stack: Sequence[StackEntry]
     parts: LoadedParts
     dtype: torch.dtype
+    on_estimate: OnEstimate | None = None
 
     def make(
         self,
@@ -75,6 +77,8 @@ class ImageMaker:
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         schedule = {"num_inference_steps": self.config.schedule_steps}
         scheduler = make_scheduler(self.base, self.config, seeds)
+        if self.on_estimate:
+            tell_estimates(scheduler, self.on_estimate)
         levels = scheduler.config.num_train_timesteps
         with self._phase("unet") as unet, guidance_interval(unet, self.config, levels):
             _slice_attention(unet, self.config.attention_slicing)
@@ -105,7 +109,7 @@ class ImageMaker:
     @contextmanager
     def _vae_phase(self) -> Iterator[Any]:
         with self._phase("vae") as vae:
-            vae.use_slicing, vae.use_tiling = self.config.vae_slicing, self.config.vae_tiling
+            vae.use_slicing, vae.use_tiling = self.config.vae_slicing, self.config.tiles_vae
             yield vae
 
     def _phase(self, part: Part) -> AbstractContextManager[Any]:

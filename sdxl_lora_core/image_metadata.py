@@ -90,9 +90,22 @@ def parameters(
         "Size": f"{config.width}x{config.height}",
         **({"Model hash": hashes["model"]} if "model" in hashes else {}),
         "Model": _quoted(_plain_name(base.name)),
+        **({"Denoising strength": f"{config.denoise:g}"} if config.denoise < 1 else {}),
+        **_second_pass(config),
         **({"Hashes": json.dumps(hashes)} if hashes else {}),
     }
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
+
+
+def _second_pass(config: GenerateConfig) -> dict[str, Any]:
+    if config.hires_scale == 1:
+        return {}
+    return {
+        "Denoising strength": f"{config.hires_denoise:g}",  # of both passes A1111 means this one
+        "Hires upscale": f"{config.hires_scale:g}",
+        "Hires steps": config.hires_steps or config.steps,
+        "Hires upscaler": "Lanczos",
+    }
 
 
 def without_paths(value: Any) -> Any:

@@ -109,6 +109,12 @@ def start_images(
     ]
 
 
+def enlarged(pixels: np.ndarray, first: StartImage | None, config: GenerateConfig) -> StartImage:
+    """What a second pass starts from: the first one's image (Lanczos) and, where that had a mask, the mask."""
+    mask = None if first is None or first.mask is None else _stretch(first.mask.astype(np.float32), config)
+    return StartImage(fit_image(pixels, config.width, config.height), mask)
+
+
 def fit_image(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, ...]: scaled to cover that size (Lanczos) and cut in the middle; unchanged if it has it."""
     found_height, found_width = pixels.shape[:2]

@@ -70,7 +70,10 @@ MOVES_PIXELS: dict[str, dict[str, Any]] = {
 }
 # prompt and seed enter by image; vae_slicing counts in batches only
 # denoise only with an image to start from (test_start_images)
-KEYED_OTHERWISE = {"prompt", "seed", "vae_slicing", "denoise"}
+# the second pass and the size to tile from in test_second_pass
+KEYED_OTHERWISE = {
+    "prompt", "seed", "vae_slicing", "denoise", "vae_tiling_from", "hires_scale", "hires_denoise", "hires_steps",
+}  # fmt: skip
 GUIDANCE = [MOVES_PIXELS[option] for option in ("guidance_rescale", "guidance_start", "guidance_end")]
 MOVES_NOTHING: dict[str, dict[str, Any]] = {
     "count": {"count": 4},

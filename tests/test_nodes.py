@@ -46,7 +46,8 @@ CONTRACT = {
         "base prompt negative_prompt seed steps guidance width height count sampler scheduler cache",
         "lora_stack prompt_per_line prompt_syntax batch_size attention attention_slicing vae_slicing vae_tiling "
         "offload original_width original_height crop_left crop_top target_width target_height "
-        "long_prompts guidance_rescale guidance_start guidance_end denoise keep_latents image mask latent",
+        "long_prompts guidance_rescale guidance_start guidance_end denoise keep_latents image mask latent "
+        "vae_tiling_from hires_scale hires_denoise hires_steps",
         "images:IMAGE info:STRING prompts:STRING latents:LATENT",
     ),
     "CLIPScore": (

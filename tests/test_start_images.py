@@ -180,7 +180,7 @@ def test_the_key_holds_what_is_used_and_nothing_else(micro_base: SDXLBase) -> No
     def key(**given: Any) -> Any:
         config = settings(denoise=given.pop("denoise", 0.5))
         (start,) = start_images(config, **given)
-        return start_settings(config, start)
+        return start_settings(config, start.key)
 
     image = {"images": [picture()]}
     assert key(**image) == key(images=[picture().copy()])
