@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .base_model import SDXLBase
 from .base_parts import Part, find_weights
+from .checkpoint_names import openclip_place
 from .lora_names import sai_block_name
 from .model_kinds import TEXT, UNET
 
@@ -30,8 +31,8 @@ class BaseWeights:
                 self._where |= dict.fromkeys(weights.keys(), file)
 
     def has(self, names: Iterable[str]) -> bool:
-        """Whether all of them can be read. The second text encoder of a single file has other matrices than ours."""
-        return all(self._key(name) is not None for name in names)
+        """Whether all of them can be read. A single file has the second text encoder's projection transposed."""
+        return all(self._place(name) is not None for name in names)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -43,18 +44,23 @@ class BaseWeights:
 
     def read(self, name: str) -> Tensor:
         """The weight at the precision that the part is computed in, on the CPU; mapped if the file has it so."""
-        key = self._key(name)
-        if key is None:
+        place = self._place(name)
+        if place is None:
             raise KeyError(name)
-        return self._open[self._where[key]].get_tensor(key).to(self._dtype)
+        key, third = place
+        tensor = self._open[self._where[key]].get_tensor(key)
+        return (tensor if third is None else tensor.chunk(3)[third]).to(self._dtype)
 
-    def _key(self, name: str) -> str | None:
+    def _place(self, name: str) -> tuple[str, int | None] | None:
         path, leaf = (name.removesuffix(".bias"), "bias") if name.endswith(".bias") else (name, "weight")
-        return next((key for key in self._spellings(path, leaf) if key in self._where), None)
+        return next((place for place in self._places(path, leaf) if place[0] in self._where), None)
 
-    def _spellings(self, path: str, leaf: str) -> list[str]:
+    def _places(self, path: str, leaf: str) -> list[tuple[str, int | None]]:
+        """Names that it may have in the files, and which third of that tensor it is, if it is one."""
         if self._base.layout == "diffusers":
-            return [f"{path}.{leaf}", f"{path.removeprefix('text_model.')}.{leaf}"]
+            return [(f"{path}.{leaf}", None), (f"{path.removeprefix('text_model.')}.{leaf}", None)]
         if self._part == "unet":
-            return [f"{UNET}{sai_block_name(path)}.{leaf}"]
-        return [f"{TEXT}{path}.{leaf}"] if self._part == "text_encoder" else []
+            return [(f"{UNET}{sai_block_name(path)}.{leaf}", None)]
+        if self._part == "text_encoder_2":
+            return [openclip_place(f"{path}.{leaf}")]
+        return [(f"{TEXT}{path}.{leaf}", None)]

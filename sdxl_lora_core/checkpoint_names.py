@@ -72,18 +72,28 @@ def _clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{TEXT}text_model.{name.removeprefix('text_model.')}": value for name, value in tensors.items()}
 
 
+def openclip_place(name: str) -> tuple[str, int | None]:
+    """Where OpenCLIP keeps a tensor: under which name and, of query, key and value in one matrix, which third."""
+    name = name.removeprefix("text_model.")
+    for ours, theirs in _OPENCLIP_NAMES:
+        name = name.replace(ours, theirs)
+    found = re.search(r"\.([qkv])_proj\.", name)
+    if found is None:
+        return TEXT_2 + name, None
+    return TEXT_2 + name.replace(f"{found[1]}_proj.", "in_proj_"), "qkv".index(found[1])
+
+
 def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP keeps query, key and value in one matrix, and the projection transposed."""
+    """The projection is published transposed."""
     published: dict[str, Tensor] = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
     for name, value in tensors.items():
-        name = name.removeprefix("text_model.")
-        for ours, theirs in _OPENCLIP_NAMES:
-            name = name.replace(ours, theirs)
-        published[TEXT_2 + name] = value
-    for name in [name for name in published if ".q_proj." in name]:
-        leaf = name.rpartition(".")[2]
-        rows = [published.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        published[name.replace(f"q_proj.{leaf}", f"in_proj_{leaf}")] = torch.cat(rows)
+        place, third = openclip_place(name)
+        if third is None:
+            published[place] = value
+        else:
+            thirds.setdefault(place, {})[third] = value
+    published |= {place: torch.cat([rows[third] for third in range(3)]) for place, rows in thirds.items()}
     projection = published.pop(f"{TEXT_2}text_projection.weight")
     published[f"{TEXT_2}text_projection"] = projection.T
     published[f"{TEXT_2}logit_scale"] = torch.tensor(_TEMPERATURE, dtype=projection.dtype)

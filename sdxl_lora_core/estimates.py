@@ -28,8 +28,8 @@ def clean_estimate(scheduler: Any, model_output: Tensor, timestep: Any, sample: 
     """The clean latents that the UNet's answer stands for, float32, at the scheduler's present step.
 
     With sample = a x0 + s noise, where a and s are the scheduler's own: epsilon is the noise, v = (a noise - s x0) / r
-    with r^2 = a^2 + s^2 (Salimans and Ho, arXiv 2202.00512, section 4, where r is 1). At the points between two steps of
-    dpmpp_sde it is rough: diffusers knows no noise level there.
+    with r^2 = a^2 + s^2 (Salimans and Ho, arXiv 2202.00512, section 4, where r is 1). At the points between two steps
+    of dpmpp_sde it is rough: diffusers knows no noise level there.
     """
     answer, sample = model_output.float(), sample.float()
     when = torch.as_tensor(timestep, device=sample.device).reshape(1)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from .base_model import SDXLBase
 from .base_parts import ENCODERS
 from .files import json_sha256
 from .loaded_parts import LoadedParts
-from .lora_stack import StackEntry, load_merged, part_key
+from .lora_stack import StackEntry, load_merged, part_key, restack
 from .precompute import load_prompt, prompt_file, store_prompt
 from .prompt_reading import PromptReader
 from .text_model import TextEmbeds, TextModel
@@ -55,17 +56,26 @@ class TextPhase:
         if not texts:
             return {}
         words = {name: vectors for entry in self.stack for name, vectors in entry.tokens.items()}
-        with self.parts.phase(TEXT_PART, self._key(), self._load, self.offload) as text_model:
+        with self.parts.phase(TEXT_PART, self._key(), self._load, self.offload, self._restack) as text_model:
             return {text: text_model(self.reader.read(text), words) for text in texts}
 
     def _key(self) -> str:
-        hashes = dict(self.base.part_hashes)
         encoders = [part_key(self.base, part, self.dtype, self.stack) for part in ENCODERS]
-        return json_sha256([encoders, hashes["tokenizer"], hashes["tokenizer_2"]])
+        return json_sha256([encoders, *self._tokenizers()])
+
+    def _tokenizers(self) -> tuple[str, ...]:
+        return tuple(dict(self.base.part_hashes)[name] for name in base_model.TOKENIZERS)
 
     def _load(self) -> nn.Module:
         encoders = [load_merged(self.base, part, self.dtype, self.stack) for part in ENCODERS]
-        return TextModel(base_model.load_tokenizers(self.base), encoders)
+        return TextModel(base_model.load_tokenizers(self.base), encoders, self._tokenizers())
+
+    def _restack(self, held: nn.Module) -> bool:
+        model = cast(TextModel, held)
+        return model.tokenizer_hashes == self._tokenizers() and all(
+            restack(encoder, self.base, part, self.dtype, self.stack)
+            for part, encoder in zip(ENCODERS, model.encoders, strict=True)
+        )
 
 
 def _changes_text(entry: StackEntry) -> bool:

@@ -29,8 +29,11 @@ class TextEmbeds(NamedTuple):
 class TextModel(nn.Module):
     """Both text encoders with their tokenizers, whose vocabulary takes as long to read as an encoder."""
 
-    def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], tokenizer_hashes: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
+        self.tokenizer_hashes = tokenizer_hashes
         self.tokenizers = tokenizers
         self.encoders = nn.ModuleList(encoders)
 

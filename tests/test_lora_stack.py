@@ -66,8 +66,8 @@ def test_only_what_changed_is_loaded_again(
     assert done(unet_lora) == ["change unet"]
     assert done(weighted(unet_lora, 1.0, 0.3)) == []  # the file has no text modules
     assert done(weighted(unet_lora, 0.5, 0.3)) == ["change unet"]
-    assert done(lora) == ["load text_encoders", "change unet"]
-    assert done(weighted(lora, 1.0, 0.5)) == ["load text_encoders"]
+    assert done(lora) == ["change text_encoders", "change unet"]
+    assert done(weighted(lora, 1.0, 0.5)) == ["change text_encoders"]
 
 
 def test_taking_the_stack_off_restores_the_base(micro_base: SDXLBase, lora: LoRARef) -> None:

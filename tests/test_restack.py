@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from sdxl_lora_core import lora_stack
 from sdxl_lora_core.base_model import SDXLBase, load_part, open_base
+from sdxl_lora_core.base_parts import ENCODERS, Part
 from sdxl_lora_core.lora_files import DiffModule, LoRAFile, LoRAModule, write_lora
 from sdxl_lora_core.lora_stack import LoRARef, StackEntry, fit_of, load_merged, open_stack, restack
 from tests.micro_loras import CONV, OUT, UNET_MODULES, Q, find, load_parts, random_lora
 
 BF16 = torch.bfloat16
+TEXT_2 = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 NORM = "down_blocks.1.attentions.0.norm"
 
 
@@ -31,9 +33,11 @@ def files(micro_base: SDXLBase, tmp_path_factory: pytest.TempPathFactory) -> lis
     folder = tmp_path_factory.mktemp("loras")
     parts = load_parts(micro_base)
     text = ("text_model.encoder.layers.1.self_attn.q_proj",)
+    text_2 = tuple(f"text_model.encoder.layers.2.{name}" for name in TEXT_2)
     first = LoRAFile(
-        unet=random_lora(parts["unet"], UNET_MODULES), text_encoder=random_lora(parts["text_encoder"], text)
-    )
+        unet=random_lora(parts["unet"], UNET_MODULES), text_encoder=random_lora(parts["text_encoder"], text),
+        text_encoder_2=random_lora(parts["text_encoder_2"], text_2),
+    )  # fmt: skip
     second = LoRAFile(unet=random_lora(parts["unet"], (Q, CONV), rank=2))
     plain = random_lora(parts["unet"], (Q, OUT), rank=4)
     lengths = torch.rand(len(find(parts["unet"], Q).weight), 1) + 0.5
@@ -98,10 +102,26 @@ def test_only_weights_that_change_are_read_again(
     assert read == [name for name in UNET_MODULES if name.startswith("mid_block")]
 
 
-def test_encoders_are_restacked_where_the_file_has_their_matrices(base: SDXLBase, files: list[Path]) -> None:
-    encoder = load_merged(base, "text_encoder", BF16, stack(files, 1.0))
-    assert restack(encoder, base, "text_encoder", BF16, stack(files, 0.5))
-    assert same(bits(encoder), bits(load_merged(base, "text_encoder", BF16, stack(files, 0.5))))
+@pytest.mark.parametrize("part", ENCODERS)
+def test_encoders_are_restacked_as_well(base: SDXLBase, files: list[Path], part: Part) -> None:
+    bare = bits(load_part(base, part, BF16))
+    encoder = load_merged(base, part, BF16, stack(files, 1.0))
+    for strengths in ((0.5,), ()):
+        assert restack(encoder, base, part, BF16, stack(files, *strengths))
+        assert same(bits(encoder), bits(load_merged(base, part, BF16, stack(files, *strengths))))
+    assert same(bits(encoder), bare)
+
+
+def test_a_transposed_matrix_is_loaded_anew(
+    micro_base: SDXLBase, micro_checkpoint: Path, micro_sdxl: Path, tmp_path: Path
+) -> None:
+    name = "text_projection"
+    file = LoRAFile(text_encoder_2=random_lora(load_parts(micro_base)["text_encoder_2"], (name,)))
+    write_lora(tmp_path / "projection.safetensors", file, torch.float16)
+    for base, restacked in ((micro_base, True), (open_base(micro_checkpoint, configs=micro_sdxl), False)):
+        encoder = load_merged(base, "text_encoder_2", BF16, ())
+        entries = stack([tmp_path / "projection.safetensors"], 1.0)
+        assert restack(encoder, base, "text_encoder_2", BF16, entries) is restacked
 
 
 def test_another_base_or_precision_is_loaded_anew(base: SDXLBase, files: list[Path]) -> None:
