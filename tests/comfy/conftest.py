@@ -112,7 +112,13 @@ def server(comfyui: Path, comfyui_python: str, tmp_path_factory: pytest.TempPath
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [comfyui_python, "main.py", "--cpu", "--port", str(port), "--base-directory", str(base)]
-    command += ["--disable-api-nodes", "--database-url", f"sqlite:///{base}/user/comfyui.db"]
+    command += [
+        "--preview-method",
+        "latent2rgb",
+        "--disable-api-nodes",
+        "--database-url",
+        f"sqlite:///{base}/user/comfyui.db",
+    ]
     found = Server(base, port)
     with open(found.log, "wb") as log:
         process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
