@@ -24,7 +24,7 @@ from . import folders, host
 from .previews import show
 from .wires import CATEGORY, Widget, from_image, from_latent, from_mask, read_stack, to_image, to_latent, widget
 
-_PROMPT = "a red circle on a blue background"
+_PROMPT = "a red circle on a navy background"  # which the bundled base can draw
 
 
 class SDXLGenerateCached:
@@ -41,7 +41,7 @@ class SDXLGenerateCached:
     OUTPUT_TOOLTIPS = (
         "All images as one batch: prompts outer, seeds inner.",
         "For each image its seed, cache key, whether it was found or made, and the seconds, as JSON.",
-        "One line for each image: its prompt.",
+        "One line for each image: its prompt, without weights and embeddings.",
         "The images' latents, for core's nodes. Only with keep_latents; what hangs on it does not run otherwise.",
     )
     OUTPUT_NODE = True
@@ -141,7 +141,7 @@ class SDXLGenerateCached:
             fit = [line for part in ("text_encoders", "unet") for line in fit_of(parts.held(part))] if made else []
         pixels = [image.pixels for image in images]
         info = json.dumps([_facts(image) for image in images], indent=2)
-        prompts = "\n".join(" ".join(image.prompt.split()) for image in images)
+        prompts = "\n".join(image.words for image in images)
         texts = [image.texts for image in images]
         latents = [image.latents for image in images if image.latents is not None]
         latent_out = to_latent(latents) if latents else host.nothing()

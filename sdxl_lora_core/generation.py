@@ -41,6 +41,8 @@ READERS = 4  # images read from the cache at a time; most of a reading is unpack
 class GeneratedImage:
     """`pixels` are uint8 [H, W, 3]; `hit`: they were in the cache; `seconds` is what making or reading took.
 
+    `words` are those of the prompt in one line, without the syntax.
+
     `texts` are the text chunks for a PNG of it, by keyword. `latents` are float32 [4, H/8, W/8] in the VAE's own scale,
     where the request keeps them.
     """
@@ -52,6 +54,7 @@ class GeneratedImage:
     hit: bool
     seconds: float
     texts: Mapping[str, str]
+    words: str
     latents: Tensor | None = None
 
 
@@ -123,6 +126,7 @@ class _Request:
     prompt: str
     seed: int
     embeddings: tuple[EmbeddingFile, ...]
+    words: str
     key: str
     facts: dict[str, Any] = field(compare=False)  # all that the key is made of
     start: StartImage | None = field(compare=False)
@@ -154,7 +158,7 @@ def _requests(session: _Session, reader: PromptReader, starts: Sequence[StartIma
     for (prompt, seed), start in zip(wanted, own_starts, strict=True):
         embeddings = reader.embeddings(prompt) + unwanted
         facts = session.facts(prompt, seed, embeddings, None if start is None else start.key)
-        requests.append(_Request(prompt, seed, embeddings, key_of(facts), facts, start))
+        requests.append(_Request(prompt, seed, embeddings, reader.words(prompt), key_of(facts), facts, start))
     return requests
 
 
@@ -202,7 +206,7 @@ class _Session:
     def after(self, first: _Request) -> _Request:
         """The request that enlarges what `first` asks for. Its start is known by the key, before there is one."""
         facts = self.facts(first.prompt, first.seed, first.embeddings, {"first_pass": first.key})
-        return _Request(first.prompt, first.seed, first.embeddings, key_of(facts), facts, None, first)
+        return replace(first, key=key_of(facts), facts=facts, start=None, first=first)
 
     def starting_from(self, first: _Session, missing: Sequence[_Request]) -> list[_Request]:
         before = [request.first for request in missing if request.first]
@@ -289,7 +293,9 @@ class _Session:
         self, request: _Request, pixels: np.ndarray, latents: Tensor | None, hit: bool, seconds: float
     ) -> GeneratedImage:
         texts = self.texts(request.prompt, request.seed, request.embeddings)
-        return GeneratedImage(pixels, request.prompt, request.seed, request.key, hit, seconds, texts, latents)
+        return GeneratedImage(
+            pixels, request.prompt, request.seed, request.key, hit, seconds, texts, request.words, latents
+        )
 
     def _manifest(self, request: _Request) -> dict[str, Any]:
         return {

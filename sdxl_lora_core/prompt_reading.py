@@ -43,6 +43,12 @@ class PromptReader:
         contents = [piece.content for piece in self.read(prompt).pieces]
         return tuple(content for content in contents if isinstance(content, EmbeddingFile))
 
+    def words(self, prompt: str) -> str:
+        """The prompt in one line without syntax and embeddings, as a caption. If nothing is left, as it stands."""
+        texts = [piece.content for piece in self.read(prompt).pieces if isinstance(piece.content, str)]
+        words = " ".join(" ".join(texts).split()) or " ".join(prompt.split())
+        return words.replace(" ,", ",")
+
     def facts(self, prompt: str) -> dict[str, Any]:
         """What a prompt's embeddings depend on besides its text; nothing where it is plain and cut."""
         used = [file.sha256 for file in self.embeddings(prompt)]

@@ -236,6 +236,16 @@ def test_an_embedding_moves_pixels_and_its_content_the_key(
     assert not options["parts"].taken_events("load"), "an embedding is no reason to load an encoder"
 
 
+def test_a_picture_has_the_words_of_its_prompt(micro_base: SDXLBase, folder: Path) -> None:
+    def words(prompt: str, syntax: Any = "comfy") -> str:
+        config = settings(prompt=prompt, prompt_syntax=syntax, steps=1)
+        return draw(micro_base, config, **finder(folder))[0].words
+
+    assert words("a (red:1.3)  heart\n((big)), embedding:cat \\(new\\)") == "a red heart big, (new)"
+    assert words("embedding:cat") == "embedding:cat", "CLIP Score needs a line for each image"
+    assert words("a (red:1.3)\nheart", "plain") == "a (red:1.3) heart"
+
+
 def test_a_picture_says_which_embeddings_it_was_made_with(micro_base: SDXLBase, folder: Path) -> None:
     prompts = comfy("a embedding:cat heart", negative_prompt="embedding:cat", guidance=3.0)
     image = draw(micro_base, prompts, graph={}, **finder(folder))[0]
