@@ -185,7 +185,7 @@ def _handle(
     )
 
 
-def folder_part_hash(folder: Path, part: Part, memo: Path | None) -> str:
+def folder_part_hash(folder: Path, part: str, memo: Path | None) -> str:
     """Over settings and weights, so that either one's change is seen. Every weight file is checked to be whole."""
     _, files = base_parts.find_weights(folder)
     for file in files:

@@ -15,6 +15,7 @@ from .library_logs import quiet_libraries
 from .model_kinds import TEXT, TEXT_2, UNET, VAE
 
 Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
+Assembled = tuple[nn.Module, list[str]]
 PARTS: tuple[Part, ...] = get_args(Part)
 ENCODERS: tuple[Part, Part] = ("text_encoder", "text_encoder_2")
 
@@ -48,22 +49,27 @@ def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     """The part whose own folder it is. Raises ValueError if the files do not hold exactly the part's tensors."""
     with quiet_libraries():
         module, wrong = (_unet if part == "unet" else _small_part)(folder, part, dtype)
-    _require_complete(wrong, part, f"{folder.parent.name}/{folder.name}")
-    return _align(module)
+    require_complete(wrong, part, f"{folder.parent.name}/{folder.name}")
+    return align(module)
 
 
-def _unet(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-    """The UNet, and the names of tensors that do not fit.
+def _unet(folder: Path, part: Part, dtype: torch.dtype) -> Assembled:
+    """The UNet, and the names of tensors that do not fit."""
+    tensors: dict[str, Tensor] = {}
+    for file in find_weights(folder)[1]:
+        tensors |= read_tensors(file, "", dtype)
+    return assembled(_part_class(part), read_json(folder / "config.json"), tensors)
+
+
+def assembled(module_class: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Assembled:
+    """A diffusers model of those tensors, which it takes as they are, and the names of tensors that do not fit it.
 
     diffusers' own way keeps the whole file in memory beside the weights, which is the peak of a training run.
     """
     from accelerate import init_empty_weights
 
-    tensors: dict[str, Tensor] = {}
-    for file in find_weights(folder)[1]:
-        tensors |= _read_tensors(file, "", dtype)
     with init_empty_weights():
-        module: nn.Module = _part_class(part).from_config(read_json(folder / "config.json"))
+        module: nn.Module = module_class.from_config(dict(settings))
     wanted = {name: weight.shape for name, weight in module.state_dict().items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
@@ -95,15 +101,15 @@ def from_single_file(
     `prefix` begins their names, where it is not the one that checkpoints have.
     """
     prefix = _PREFIXES[part] if prefix is None else prefix
-    tensors = _read_tensors(file, prefix, dtype)
-    _require_complete([] if tensors else [prefix], part, file.name)
+    tensors = read_tensors(file, prefix, dtype)
+    require_complete([] if tensors else [prefix], part, file.name)
     try:
         with quiet_libraries():
             module = _convert(tensors, configs, part, dtype)
     except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"the {part} in {file.name} does not fit ({error}): fetch the checkpoint again") from error
-    _require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file.name)
-    return _align(module)
+    require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file.name)
+    return align(module)
 
 
 def vae_alone(path: Path, configs: Path, dtype: torch.dtype) -> nn.Module:
@@ -129,7 +135,7 @@ def _convert(tensors: Mapping[str, Tensor], configs: Path, part: Part, dtype: to
     )
 
 
-def _read_tensors(file: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_tensors(file: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix`, copied out of the file; numbers that are not whole become `dtype`.
 
     What was read of an open file counts as memory until it is closed, so it is opened anew every few tensors.
@@ -145,7 +151,7 @@ def _read_tensors(file: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tens
     return tensors
 
 
-def _align(module: nn.Module) -> nn.Module:
+def align(module: nn.Module) -> nn.Module:
     """Copies weights that lie at odd addresses, in a mapped file or within another tensor.
 
     On the CPU the last bit of a result depends on alignment; equal weights must give equal results from any file.
@@ -163,7 +169,7 @@ def _part_class(part: Part) -> Any:
     return getattr(diffusers if part in ("unet", "vae") else transformers, PART_CLASSES[part])
 
 
-def _require_complete(wrong: list[str], part: Part, where: str) -> None:
+def require_complete(wrong: list[str], part: str, where: str) -> None:
     if wrong:
         shown = ", ".join(sorted(wrong)[:3])
         raise ValueError(

@@ -10,6 +10,7 @@ UNET = "model.diffusion_model."
 TEXT = "conditioner.embedders.0.transformer."
 TEXT_2 = "conditioner.embedders.1.model."
 VAE = "first_stage_model."
+CONTROL = "control_model."
 
 _ADAPTER = re.compile(
     r"[._](lora_|lora\.|hada_|lokr_|oft_)|\.(alpha|dora_scale|diff|diff_b|w_norm|b_norm)$|^bundle_emb\."
@@ -29,13 +30,29 @@ _CHECKPOINTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((UNET,), "a diffusion model without its text encoders"),
     (("input_blocks.",), "a UNet alone"),
     (("down_blocks.",), "a UNet alone"),
-    (("control_model.",), "a ControlNet"),
     (("transformer_blocks.",), "a diffusion transformer alone"),
     (("encoder.", "decoder."), "a VAE alone"),
     ((VAE,), "a VAE alone"),
     (("text_model.",), "a text encoder alone"),
     (("vision_model.",), "a CLIP vision model"),
 )
+
+# What steers a diffusion model by pictures. Told before adapters, whose words some of these use.
+_STEERING: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("lora_controlnet",), "a Control-LoRA"),
+    (("lllite_unet",), "a ControlNet-LLLite"),
+    (("ip_adapter.",), "an IP-Adapter"),
+    (("image_proj.",), "an IP-Adapter"),
+    (("adapter.body.", "adapter.conv_in."), "a T2I-Adapter"),
+    (("body.", "conv_in."), "a T2I-Adapter"),
+    (("controlnet_blocks.", "double_blocks."), "a Flux ControlNet"),
+    (("controlnet_blocks.", "transformer_blocks.0.img_mlp."), "a Qwen-Image ControlNet"),
+    (("controlnet_blocks.", "controlnet_x_embedder."), "a Flux ControlNet"),
+    (("controlnet_blocks.", "pos_embed_input."), "a Stable Diffusion 3 ControlNet"),
+    (("controlnet_blocks.",), "a ControlNet for a diffusion transformer"),
+)
+SDXL_CONTROL_NETS = "an SDXL ControlNet", "an SDXL ControlNet-Union"
+_KOLORS_ADDED_WIDTH = 5632
 
 # SDXL has no attention in its outermost stage; Stable Diffusion 1 and 2 have.
 _OUTER_ATTENTION = re.compile(
@@ -53,12 +70,32 @@ _ADAPTERS: tuple[tuple[str, str], ...] = (
 
 def kind_of(header: WeightsHeader) -> str:
     """ "a Flux checkpoint", "a LoRA", ...: what the file is, as far as its tensor names tell."""
+    for prefixes, kind in _STEERING:
+        if header.has(*prefixes):
+            return kind
+    if control_net := _control_net(header):
+        return control_net
     if is_adapter(header):
         return foreign_adapter(header) or "a LoRA"
     for prefixes, kind in _CHECKPOINTS:
         if header.has(*prefixes):
             return kind
     return f"a file of unknown content (its first tensors: {first_names(header.shapes) or 'none'})"
+
+
+def _control_net(header: WeightsHeader) -> str | None:
+    """Which of the ControlNets that copy a UNet's way down, in diffusers' or the published names; None for others."""
+    names = {name.removeprefix(CONTROL): shape for name, shape in header.shapes.items()}
+    if not any(name.startswith(("controlnet_cond_embedding.", "input_hint_block.")) for name in names):
+        return None
+    added = names.get("add_embedding.linear_1.weight") or names.get("label_emb.0.0.weight")
+    if added:
+        if added[-1] == _KOLORS_ADDED_WIDTH:
+            return "a Kolors ControlNet"
+        return SDXL_CONTROL_NETS["task_embedding" in names]
+    widths = {shape[-1] for name, shape in names.items() if name.endswith("attn2.to_k.weight")}
+    version = {768: "1.x", 1024: "2.x"}.get(max(widths, default=0))
+    return f"a Stable Diffusion {version} ControlNet" if version else "a ControlNet of another architecture"
 
 
 def is_adapter(header: WeightsHeader) -> bool:

@@ -41,8 +41,8 @@ class StartImage:
     def key(self) -> dict[str, Any]:
         """For the image's cache key: SHA-256 of what is used, and nothing of where it came from."""
         kind = "image" if isinstance(self.content, np.ndarray) else "latents"
-        key = {kind: _sha256(np.asarray(self.content))}
-        return key if self.mask is None else {**key, "mask": _sha256(self.mask)}
+        key = {kind: array_sha256(np.asarray(self.content))}
+        return key if self.mask is None else {**key, "mask": array_sha256(self.mask)}
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,7 @@ def _on_latent_grid(mask: np.ndarray) -> Tensor:
     return interpolate(pixels, size=(height // VAE_SCALE, width // VAE_SCALE))
 
 
-def _sha256(array: np.ndarray) -> str:
+def array_sha256(array: np.ndarray) -> str:
+    """Of type, shape and values."""
     described = f"{array.dtype.str}{array.shape}".encode()
     return hashlib.sha256(described + np.ascontiguousarray(array).tobytes()).hexdigest()

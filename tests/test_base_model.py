@@ -180,9 +180,9 @@ def test_reading_holds_no_file_beside_the_weights(tmp_path: Path) -> None:
     code = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from sdxl_lora_core.base_parts import _read_tensors\n"
+        "from sdxl_lora_core.base_parts import read_tensors\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "tensors = _read_tensors(Path(sys.argv[1]), 'unet.', torch.float32)\n"
+        "tensors = read_tensors(Path(sys.argv[1]), 'unet.', torch.float32)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     root = Path(base_model.__file__).parents[1]
