@@ -18,11 +18,13 @@ from torch import Tensor
 
 from .base_model import SDXLBase, resolve_dtype
 from .config import GenerateConfig
+from .control_nets import require_fit
+from .controls import Control, HintNumbers, active_controls, hint_numbers
 from .embedding_files import EmbeddingFile
 from .estimates import OnEstimate
 from .guidance import is_guided
 from .image_cache import ImageCache, key_of
-from .image_keys import KEYED_LIBRARIES, image_facts, image_settings, start_settings
+from .image_keys import KEYED_LIBRARIES, control_settings, image_facts, image_settings, start_settings
 from .image_maker import ImageMaker, offload_choice
 from .image_metadata import graph_texts, image_texts
 from .loaded_parts import LoadedParts
@@ -64,6 +66,7 @@ def generate(
     loras: Sequence[LoRARef] = (),
     *,
     starts: Sequence[StartImage] = (),
+    controls: Sequence[Control] = (),
     parts: LoadedParts,
     cache_folder: Path | None,
     hash_memo: Path | None = None,
@@ -75,8 +78,9 @@ def generate(
 ) -> list[GeneratedImage]:
     """All images of the request: prompts outer, count inner, seeds seed ... seed + count - 1.
 
-    `starts` holds nothing, one start for all images, or one for each in their order. Where there is a second pass
-    (`config.hires_scale`), the image of the first is cached for itself, and its start is all that enters the key.
+    `starts` holds nothing, one start for all images, or one for each in their order; so do the hints of `controls`,
+    the ControlNets that steer all images together. One of strength 0 costs and changes nothing. Where there is a second
+    pass (`config.hires_scale`), the image of the first is cached for itself, and its start is all that enters the key.
     `cache_folder` is the images/ folder (None: no cache), `hash_memo` remembers the hashes of LoRA files,
     `prompt_cache` is the folder that holds prompts/, and `find_embedding` gives the file behind `embedding:name`. If
     every image is in the cache, no weights are loaded and diffusers is not imported. Otherwise `on_step(done, total)`
@@ -88,16 +92,20 @@ def generate(
     goes on saying how it was made first; `texts` of an image is always about this request.
 
     Raises FileNotFoundError or ValueError for a LoRA or an embedding that is missing or does not fit, ValueError for a
-    sampler that does not fit the base or lacks its library, for starts of another number, and for an image that is not
-    finite, or not in the cache where `config.cache` is "only".
+    sampler that does not fit the base or lacks its library, for starts or hints of another number, for a ControlNet
+    that does not fit the base, and for an image that is not finite, or not in the cache where `config.cache` is "only".
     """
     require_counts(starts, config)
+    controls = active_controls(controls)
+    for control in controls:
+        require_fit(control.net, base)
     stack = open_stack(loras, hash_memo)
     dtype = resolve_dtype(base.precision, parts.device)
     hashes = [entry.identity for entry in stack]
     reader = PromptReader(config, find_embedding, hash_memo)
     cache = ImageCache(cache_folder) if cache_folder and config.cache != "off" else None
     count = _Count(on_step)
+    drawn_by = None if graph is None else graph_texts(graph)
 
     def session(one_pass: GenerateConfig, told: GenerateConfig) -> _Session:
         """`told` is what the PNG says that was asked for."""
@@ -106,13 +114,14 @@ def generate(
             settings=image_settings(base, one_pass, hashes, dtype, parts.device),
             cache=cache,
             text_phase=TextPhase(reader, base, stack, parts, dtype, offload_choice(config), prompt_cache),
-            maker=ImageMaker(base, one_pass, stack, parts, dtype, on_estimate),
-            texts=functools.partial(image_texts, base, told, stack, None if graph is None else graph_texts(graph)),
+            maker=ImageMaker(base, one_pass, stack, parts, dtype, controls, on_estimate),
+            texts=functools.partial(image_texts, base, told, stack, drawn_by, controls=controls),
+            steering=functools.cache(functools.partial(control_settings, one_pass, controls)),
             count=count,
         )
 
     first = session(config.first_pass, config.first_pass)
-    requests = _requests(first, reader, starts)
+    requests = _requests(first, reader, starts, hint_numbers(controls, config))
     if config.hires_scale == 1:
         return first.images(requests)
     second = session(config.second_pass, config)
@@ -130,6 +139,7 @@ class _Request:
     key: str
     facts: dict[str, Any] = field(compare=False)  # all that the key is made of
     start: StartImage | None = field(compare=False)
+    hints: HintNumbers = field(compare=False)
     first: _Request | None = field(default=None, compare=False)  # the one for the image that this one enlarges
     seconds: float = field(default=0.0, compare=False)  # that were spent on it before
 
@@ -149,16 +159,19 @@ class _Count:
         self._on_step(self.before + done, self.before + total + self.ahead)
 
 
-def _requests(session: _Session, reader: PromptReader, starts: Sequence[StartImage]) -> list[_Request]:
+def _requests(
+    session: _Session, reader: PromptReader, starts: Sequence[StartImage], hints: Sequence[HintNumbers]
+) -> list[_Request]:
     config = session.config
     unwanted = reader.embeddings(config.negative_prompt) if is_guided(config) else ()
     wanted = [(prompt, (config.seed + number) % 2**64) for prompt in config.prompts for number in range(config.count)]
     own_starts = starts if len(starts) == len(wanted) else [*starts, None][:1] * len(wanted)
     requests = []
-    for (prompt, seed), start in zip(wanted, own_starts, strict=True):
+    for (prompt, seed), start, own_hints in zip(wanted, own_starts, hints, strict=True):
         embeddings = reader.embeddings(prompt) + unwanted
-        facts = session.facts(prompt, seed, embeddings, None if start is None else start.key)
-        requests.append(_Request(prompt, seed, embeddings, reader.words(prompt), key_of(facts), facts, start))
+        facts = session.facts(prompt, seed, embeddings, None if start is None else start.key, own_hints)
+        words = reader.words(prompt)
+        requests.append(_Request(prompt, seed, embeddings, words, key_of(facts), facts, start, own_hints))
     return requests
 
 
@@ -179,6 +192,7 @@ class _Session:
     text_phase: TextPhase
     maker: ImageMaker
     texts: Callable[[str, int, Sequence[EmbeddingFile]], dict[str, str]]
+    steering: Callable[[HintNumbers], dict[str, Any]]
     count: _Count
 
     @property
@@ -187,10 +201,11 @@ class _Session:
         return SOLVERS[self.config.sampler].unet_calls(self.config.steps)
 
     def facts(
-        self, prompt: str, seed: int, embeddings: Sequence[EmbeddingFile], start: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
-        hashes = [file.sha256 for file in embeddings]
-        return image_facts(self.settings, prompt, seed, hashes, start_settings(self.config, start))
+        self, prompt: str, seed: int, embeddings: Sequence[EmbeddingFile], start: Mapping[str, Any] | None,
+        hints: HintNumbers,
+    ) -> dict[str, Any]:  # fmt: skip
+        pictures = {**start_settings(self.config, start), **self.steering(hints)}
+        return image_facts(self.settings, prompt, seed, [file.sha256 for file in embeddings], pictures)
 
     def images(
         self, requests: Sequence[_Request], started: Callable[[Sequence[_Request]], Sequence[_Request]] = lambda _: _
@@ -205,7 +220,7 @@ class _Session:
 
     def after(self, first: _Request) -> _Request:
         """The request that enlarges what `first` asks for. Its start is known by the key, before there is one."""
-        facts = self.facts(first.prompt, first.seed, first.embeddings, {"first_pass": first.key})
+        facts = self.facts(first.prompt, first.seed, first.embeddings, {"first_pass": first.key}, first.hints)
         return replace(first, key=key_of(facts), facts=facts, start=None, first=first)
 
     def starting_from(self, first: _Session, missing: Sequence[_Request]) -> list[_Request]:
@@ -267,6 +282,7 @@ class _Session:
             ingredients.texts[self.config.negative_prompt] if is_guided(self.config) else None,
             [request.seed for request in batch],
             [ingredients.starts[start] for request in batch for start in request.starts],
+            [request.hints for request in batch],
             lambda steps: report(steps * len(batch)),
         )
         seconds = (time.perf_counter() - start) / len(batch)

@@ -37,6 +37,11 @@ def guidance_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]:
     }
 
 
+def way_done(timestep: Tensor, noise_levels: int) -> float:
+    """The share of the way from the noisiest of the training's `noise_levels` to the cleanest, 0 to 1."""
+    return 1 - float(timestep) / (noise_levels - 1)
+
+
 @contextmanager
 def guidance_interval(unet: nn.Module, config: GenerateConfig, noise_levels: int) -> Iterator[None]:
     """Inside, the UNet sees no negative prompt at noise levels out of the interval (Kynkaanniemi et al., 2404.07724).
@@ -51,8 +56,7 @@ def guidance_interval(unet: nn.Module, config: GenerateConfig, noise_levels: int
 
     def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         nonlocal outside
-        done = 1 - float(inputs[1]) / (noise_levels - 1)
-        outside = not config.guidance_start <= done <= config.guidance_end
+        outside = not config.guidance_start <= way_done(inputs[1], noise_levels) <= config.guidance_end
         return _second_half((inputs, named), len(inputs[0])) if outside else None
 
     def after(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> Any:

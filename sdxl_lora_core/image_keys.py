@@ -11,6 +11,7 @@ import torch
 
 from .base_model import SDXLBase
 from .config import GenerateConfig
+from .controls import Control, HintNumbers
 from .guidance import guidance_settings, is_guided
 from .image_cache import key_of
 from .micro_conditioning import is_own_size, micro_conditioning
@@ -61,17 +62,23 @@ def start_settings(config: GenerateConfig, start: Mapping[str, Any] | None) -> d
     return {} if start is None else {"start": start, "denoise": float(config.denoise)}
 
 
+def control_settings(config: GenerateConfig, controls: Sequence[Control], hints: HintNumbers) -> dict[str, Any]:
+    """What an image depends on that ControlNets steer, in their order; nothing without any."""
+    keys = [control.key(hint, config.width, config.height) for control, hint in zip(controls, hints, strict=True)]
+    return {"controls": keys} if keys else {}
+
+
 def image_facts(
     settings: dict[str, Any],
     prompt: str,
     seed: int,
     embeddings: Sequence[str] = (),
-    start: Mapping[str, Any] = MappingProxyType({}),
+    pictures: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Everything that one image depends on. `embeddings` are the hashes of the files that its two prompts name, `start`
-    its start_settings."""
+    """Everything that one image depends on. `embeddings` are the hashes of the files that its two prompts name,
+    `pictures` its start_settings and control_settings."""
     used = {"embeddings": list(embeddings)} if embeddings else {}
-    return {**settings, "prompt": prompt, "seed": seed, **used, **start}
+    return {**settings, "prompt": prompt, "seed": seed, **used, **pictures}
 
 
 def image_key(settings: dict[str, Any], prompt: str, seed: int, *more: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from . import base_model
 from .base_model import SDXLBase
 from .base_parts import Part
 from .config import GenerateConfig
+from .control_net_loading import load_control_net, load_key
+from .controlled_unet import ActiveControl, controlled
+from .controls import Control, HintNumbers
 from .estimates import OnEstimate, tell_estimates
 from .guidance import guidance_interval, guidance_rescale
 from .image_keys import attention_backend
@@ -30,6 +33,7 @@ from .start_images import EncodedStart, PutBack, StartImage, begin, encode_start
 from .text_model import TextEmbeds
 
 OnStep = Callable[[int], object]
+_CONTROL_NET = "control_net "  # how the names of these parts begin
 
 
 class MadeImage(NamedTuple):
@@ -48,6 +52,7 @@ class ImageMaker:
     stack: Sequence[StackEntry]
     parts: LoadedParts
     dtype: torch.dtype
+    controls: Sequence[Control] = ()
     on_estimate: OnEstimate | None = None
 
     def make(
@@ -56,15 +61,17 @@ class ImageMaker:
         unwanted: TextEmbeds | None,
         seeds: Sequence[int],
         starts: Sequence[EncodedStart],
+        hints: Sequence[HintNumbers],
         on_step: OnStep,
     ) -> list[MadeImage]:
         """The images of some prompts in one batch: without `unwanted` no guidance, without `starts` from noise alone.
 
+        `hints` says for each image which of each control's hints is its own.
         `on_step` gets the number of steps done and may raise.
         """
         conditioning = _conditioning(wanted, unwanted)
         with _attention(self.config):
-            return self._decode(self._denoise(conditioning, seeds, starts, on_step))
+            return self._decode(self._denoise(conditioning, seeds, starts, hints, on_step))
 
     def encode(self, starts: Iterable[StartImage]) -> dict[StartImage, EncodedStart]:
         """Each encoded alone, so that it does not depend on the others."""
@@ -72,15 +79,21 @@ class ImageMaker:
             return {start: encode_start(start, vae) for start in starts}
 
     def _denoise(
-        self, conditioning: dict[str, Tensor], seeds: Sequence[int], starts: Sequence[EncodedStart], on_step: OnStep
-    ) -> Tensor:
+        self, conditioning: dict[str, Tensor], seeds: Sequence[int], starts: Sequence[EncodedStart],
+        hints: Sequence[HintNumbers], on_step: OnStep,
+    ) -> Tensor:  # fmt: skip
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         schedule = {"num_inference_steps": self.config.schedule_steps}
         scheduler = make_scheduler(self.base, self.config, seeds)
         if self.on_estimate:
             tell_estimates(scheduler, self.on_estimate)
         levels = scheduler.config.num_train_timesteps
-        with self._phase("unet") as unet, guidance_interval(unet, self.config, levels):
+        with (
+            self._phase("unet") as unet,
+            self._control_nets(hints) as controls,
+            guidance_interval(unet, self.config, levels),
+            controlled(unet, controls, levels),
+        ):
             _slice_attention(unet, self.config.attention_slicing)
             pipeline = _pipeline(unet, scheduler, bool(starts))
             beginning = begin(pipeline, schedule, self.config, starts, draws)
@@ -105,6 +118,22 @@ class ImageMaker:
         pixels = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
         eight_bits = (pixels * 255).round().astype(np.uint8)
         return [MadeImage(*pair) for pair in zip(eight_bits, encoded.float().cpu(), strict=True)]
+
+    @contextmanager
+    def _control_nets(self, hints: Sequence[HintNumbers]) -> Iterator[list[ActiveControl]]:
+        """Beside the UNet, which needs them in the same moment. Those of earlier requests make room."""
+        parts = [f"{_CONTROL_NET}{control.net.sha256}" for control in self.controls]
+        if parts:
+            self.parts.drop_others(_CONTROL_NET, parts)
+        with ExitStack() as phases:
+            active: list[ActiveControl] = []
+            for part, control, numbers in zip(parts, self.controls, zip(*hints, strict=True), strict=True):
+                key = load_key(control.net, self.base, self.dtype)
+                load = functools.partial(load_control_net, control.net, self.base, self.dtype)
+                net = phases.enter_context(self.parts.phase(part, key, load, offload_choice(self.config)))
+                _slice_attention(net, self.config.attention_slicing)
+                active.append(ActiveControl(net, [control.hints[number] for number in numbers], control.config))
+            yield active
 
     @contextmanager
     def _vae_phase(self) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 if TYPE_CHECKING:
     from .base_model import SDXLBase
     from .config import GenerateConfig
+    from .controls import Control
     from .embedding_files import EmbeddingFile
     from .lora_stack import StackEntry
 
@@ -56,11 +57,13 @@ def image_texts(
     prompt: str,
     seed: int,
     embeddings: Sequence[EmbeddingFile] = (),
+    controls: Sequence[Control] = (),
 ) -> dict[str, str]:
     """The texts of one image by keyword: the mark and, with a `graph` (see graph_texts), how it was made."""
     if graph is None:
         return {XMP: AI_GENERATED}
-    return {"parameters": parameters(base, config, stack, prompt, seed, embeddings), **graph, XMP: AI_GENERATED}
+    made = parameters(base, config, stack, prompt, seed, embeddings, controls)
+    return {"parameters": made, **graph, XMP: AI_GENERATED}
 
 
 def parameters(
@@ -70,6 +73,7 @@ def parameters(
     prompt: str,
     seed: int,
     embeddings: Sequence[EmbeddingFile] = (),
+    controls: Sequence[Control] = (),
 ) -> str:
     """The form that A1111 writes and Civitai reads, with the hashes by which they find models, LoRAs and embeddings."""
     loras = {_plain_name(entry.ref.name): entry for entry in stack}
@@ -92,6 +96,7 @@ def parameters(
         "Model": _quoted(_plain_name(base.name)),
         **({"Denoising strength": f"{config.denoise:g}"} if config.denoise < 1 else {}),
         **_second_pass(config),
+        **{f"ControlNet {number}": json.dumps(_steering(control)) for number, control in enumerate(controls)},
         **({"Hashes": json.dumps(hashes)} if hashes else {}),
     }
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
@@ -144,6 +149,22 @@ def _strengths(entry: StackEntry) -> str:
     """One number for both, or the text encoders' and the UNet's."""
     model, clip = entry.ref.strength_model, entry.ref.strength_clip
     return f"{model:g}" if model == clip else f"{clip:g}:{model:g}"
+
+
+def _steering(control: Control) -> str:
+    """As A1111's extension for ControlNets writes it."""
+    config = control.config
+    facts = {
+        "Module": "none",
+        "Model": f"{control.net.name} [{control.net.sha256[:_SHORT_HASH]}]",
+        **({} if config.control_type == "auto" else {"Control Type": config.control_type}),
+        "Weight": f"{config.strength:g}",
+        "Resize Mode": "Crop and Resize",
+        "Guidance Start": f"{config.start_percent:g}",
+        "Guidance End": f"{config.end_percent:g}",
+        "Control Mode": "Balanced",
+    }
+    return ", ".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def _quoted(value: str) -> str:

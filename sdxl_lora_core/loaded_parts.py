@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -80,6 +80,11 @@ class LoadedParts:
         """Lets go of `part`; the next borrow loads it anew."""
         if part in self._held:
             self.forget(part, self._held.pop(part)[1])
+
+    def drop_others(self, kind: str, wanted: Collection[str]) -> None:
+        """Lets go of the parts whose names begin with `kind` and are not in `wanted`."""
+        for part in [part for part in self._held if part.startswith(kind) and part not in wanted]:
+            self.drop(part)
 
     def drop_all(self) -> None:
         for part in list(self._held):
