@@ -2,6 +2,7 @@
 
 from . import host
 from .base_model import LoadSDXLBase
+from .control import AddControlNet
 from .core_lora import ApplyLoRAStack
 from .dataset import LoadCaptionDataset
 from .generation import SDXLGenerateCached
@@ -38,6 +39,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "MergeLoRAs": MergeLoRAs,
     "SaveMergedBase": SaveMergedBase,
     "ApplyLoRAStack": ApplyLoRAStack,
+    "AddControlNet": AddControlNet,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -58,6 +60,7 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "MergeLoRAs": "Merge LoRAs (SDXL)",
     "SaveMergedBase": "Save Merged Base (SDXL)",
     "ApplyLoRAStack": "Apply LoRA Stack",
+    "AddControlNet": "Add ControlNet (SDXL)",
 }
 
 host.add_output_folders()

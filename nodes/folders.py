@@ -1,4 +1,4 @@
-"""The names that widgets offer for datasets, bases, LoRAs and CLIP models, and the paths behind them."""
+"""The names that widgets offer for datasets, bases, LoRAs, ControlNets and CLIP models, and the paths behind them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..sdxl_lora_core.lora_stack import LoRARef, StackEntry, open_stack
 from . import host
 from .wires import read_stack, strengths_by_block
 
-Kind = Literal["dataset", "base", "vae", "lora", "clip"]
+Kind = Literal["dataset", "base", "vae", "lora", "control_net", "clip"]
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 _BUNDLED: dict[Kind, dict[str, Path]] = {
@@ -20,6 +20,7 @@ _BUNDLED: dict[Kind, dict[str, Path]] = {
     "base": {"tiny-sdxl (bundled)": _ASSETS / "tiny-sdxl"},
     "vae": {},
     "lora": {f"{name} (bundled)": _ASSETS / "loras" / f"{name}.safetensors" for name in ("8bit_style", "line_style")},
+    "control_net": {},
     "clip": {"tiny-clip (bundled)": _ASSETS / "tiny-clip"},
 }
 _DATASETS = " [datasets]"
@@ -28,6 +29,7 @@ _WANTED: dict[Kind, str] = {
     "base": "a .safetensors file in the checkpoints folder, or a folder with model_index.json in the diffusers folder",
     "vae": "a .safetensors file, or a folder with config.json, in the vae folder",
     "lora": "a .safetensors file in the loras folder",
+    "control_net": "a .safetensors file, or a folder with config.json, in the controlnet folder",
     "clip": "a folder with config.json in the clip_score or clip_vision folder",
 }
 
@@ -113,6 +115,8 @@ def _found(kind: Kind) -> dict[str, list[Path]]:
             return _weights("vae") | _folders_with("config.json", "vae")
         case "lora":
             return _weights("loras")
+        case "control_net":
+            return _weights("controlnet") | _folders_with("config.json", "controlnet")
         case "clip":
             return _folders_with("config.json", "clip_vision") | _folders_with("config.json", "clip_score")
 
@@ -127,6 +131,8 @@ def _typed(kind: Kind) -> list[Path]:
             return host.roots("vae")
         case "lora":
             return host.roots("loras")
+        case "control_net":
+            return host.roots("controlnet")
         case "clip":
             return host.roots("clip_score") + host.roots("clip_vision")
 

@@ -17,6 +17,7 @@ from ..sdxl_lora_core.config import (
     SCHEDULES,
     GenerateConfig,
 )
+from ..sdxl_lora_core.controls import Control
 from ..sdxl_lora_core.generation import GeneratedImage, generate
 from ..sdxl_lora_core.lora_stack import fit_of
 from ..sdxl_lora_core.start_images import StartImage, start_images
@@ -108,6 +109,7 @@ class SDXLGenerateCached:
                     "tooltip": "Latents of width x height to start from instead. A noise mask set on them counts.",
                 }),
                 **_large_images(),
+                "controls": ("SDXL_CONTROLS", {"tooltip": "ControlNets to steer by, from Add ControlNet (SDXL)."}),
             },
             "hidden": {"graph": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }  # fmt: skip
@@ -123,6 +125,7 @@ class SDXLGenerateCached:
 
     def generate(
         self, base: SDXLBase, lora_stack: Any = None, image: Any = None, mask: Any = None, latent: Any = None,
+        controls: tuple[Control, ...] | None = None,
         graph: Any = None, extra_pnginfo: Any = None, **settings: Any,
     ) -> dict[str, Any]:  # fmt: skip
         config = GenerateConfig(**settings)
@@ -131,7 +134,7 @@ class SDXLGenerateCached:
         with host.parts() as parts, host.progress() as progress:
             images = generate(
                 base, config, loras,
-                starts=_starts(config, image, mask, latent),
+                starts=_starts(config, image, mask, latent), controls=controls or (),
                 parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
                 graph=host.metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
                 find_embedding=folders.find_embedding, on_step=functools.partial(progress, phase="generating"),

@@ -47,7 +47,7 @@ CONTRACT = {
         "lora_stack prompt_per_line prompt_syntax batch_size attention attention_slicing vae_slicing vae_tiling "
         "offload original_width original_height crop_left crop_top target_width target_height "
         "long_prompts guidance_rescale guidance_start guidance_end denoise keep_latents image mask latent "
-        "vae_tiling_from hires_scale hires_denoise hires_steps",
+        "vae_tiling_from hires_scale hires_denoise hires_steps controls",
         "images:IMAGE info:STRING prompts:STRING latents:LATENT",
     ),
     "CLIPScore": (
@@ -70,6 +70,11 @@ CONTRACT = {
         "",
         "base:SDXL_BASE base_name:STRING report:STRING",
     ),
+    "AddControlNet": (
+        "control_net image strength start_percent end_percent",
+        "controls control_type",
+        "controls:SDXL_CONTROLS info:STRING",
+    ),
 }
 DEFAULTS = {
     "LoadCaptionDataset": {"trigger_word": "", "resolution": 1024, "validation_percent": 0},
@@ -85,9 +90,11 @@ DEFAULTS = {
         "steps": 25, "guidance": 7.0, "width": 1024, "height": 1024, "count": 1, "sampler": "dpmpp_2m",
         "scheduler": "karras", "cache": "use",
     },
+    "AddControlNet": {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "control_type": "auto"},
 }  # fmt: skip
 LINKS: tuple[Any, ...] = (
     "CAPTION_DATASET", "SDXL_BASE", "LORA_STACK", "LORA_MODEL", "TRAIN_OPTIONS", "IMAGE", "MASK", "LATENT",
+    "SDXL_CONTROLS",
 )  # fmt: skip
 OUTPUT_NODES = {"TrainSDXLLoRA", "SDXLGenerateCached", "CLIPScore", "SaveSDXLLoRA", "MergeLoRAs", "SaveMergedBase"}
 
