@@ -2,7 +2,7 @@
 
 sdxl-lora train run.yaml               repeats the run that a node or an earlier call wrote down, or continues it;
                                        Ctrl-C finishes it early and keeps the LoRA
-sdxl-lora inspect FILE_OR_FOLDER       says what a base, a LoRA or a dataset is
+sdxl-lora inspect FILE_OR_FOLDER       says what a base, a LoRA, a ControlNet or a dataset is
 sdxl-lora cache stats|verify|prune|clear      looks at the cache of generated images, and makes it smaller
 """
 
@@ -21,6 +21,7 @@ import torch
 from . import cli_cache
 from .base_model import SDXLBase, describe_base, open_base
 from .config import DatasetConfig, TrainConfig, from_mapping
+from .control_nets import describe_control_net, open_control_net
 from .dataset import CaptionDataset, describe, load_caption_dataset, with_validation
 from .interruption import Interruption, Left
 from .lora_info import describe_lora
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--home", type=Path, default=HOME, help="where the caches lie")
     command.add_argument("--device", type=torch.device, default=_default_device())
     command.set_defaults(run=_train)
-    command = commands.add_parser("inspect", help="describe a base, a LoRA or a dataset")
+    command = commands.add_parser("inspect", help="describe a base, a LoRA, a ControlNet or a dataset")
     command.add_argument("path", type=Path)
     command.set_defaults(run=_inspect)
     cli_cache.add_commands(commands, HOME)
@@ -125,10 +126,11 @@ def _source(file: str, section: dict[str, Any]) -> tuple[Path, DatasetConfig]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    """A path is a base, a LoRA or a dataset: the first reader that takes it describes it."""
+    """A path is a base, a LoRA, a ControlNet or a dataset: the first reader that takes it describes it."""
     readers: list[Callable[[Path], str]] = [
         lambda path: describe_base(open_base(path)),
         describe_lora,
+        lambda path: describe_control_net(open_control_net(path)),
         lambda path: describe(load_caption_dataset(path, DatasetConfig())),
     ]
     refusals = []

@@ -39,16 +39,16 @@ def controlled(unet: nn.Module, controls: Sequence[ActiveControl], noise_levels:
         return
 
     @functools.cache
-    def fitted(control: int, height: int, width: int) -> Tensor:
+    def fitted(control: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         pixels = np.stack([fit_image(hint, width, height) for hint in controls[control].hints])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+        return (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).to(device, dtype)
 
     def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         sample, timestep = inputs[:2]
         done = way_done(timestep, noise_levels)
         height, width = (VAE_SCALE * side for side in sample.shape[-2:])
         answers = [
-            _answer(control, sample, timestep, named, fitted(number, height, width))
+            _answer(control, sample, timestep, named, fitted(number, height, width, sample.device, sample.dtype))
             for number, control in enumerate(controls)
             if _acts(control.config, done)
         ]
@@ -71,7 +71,7 @@ def _acts(config: ControlConfig, done: float) -> bool:
 def _answer(
     control: ActiveControl, sample: Tensor, timestep: Tensor, named: dict[str, Any], hints: Tensor
 ) -> Residuals:
-    hints = hints.to(sample).repeat(len(sample) // len(hints), 1, 1, 1)  # for negative and positive prompts alike
+    hints = hints.repeat(len(sample) // len(hints), 1, 1, 1)  # for negative and positive prompts alike
     arguments: dict[str, Any] = {"controlnet_cond": hints}
     if types := control.net.config.get("num_control_type"):
         index = type_index(control.config)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from sdxl_lora_core.base_checks import read_json
 from sdxl_lora_core.base_model import DATA, SDXLBase, open_base
+from sdxl_lora_core.cli import main
 from sdxl_lora_core.control_net_loading import load_control_net, load_key
 from sdxl_lora_core.control_nets import describe_control_net, open_control_net, require_control_net, require_fit
 from sdxl_lora_core.weights_file import WeightsHeader
@@ -246,6 +247,12 @@ def test_a_net_for_another_base_is_refused(net: Any, tmp_path: Path) -> None:
     opened = open_control_net(save_single(tmp_path / "edges.safetensors", net))
     with pytest.raises(ValueError, match=r"edges has blocks of width \[8, 16, 16\], the base tiny-sdxl \[64, 96, 96\]"):
         require_fit(opened, open_base(TINY, "fp32"))
+
+
+def test_inspect_describes_a_net(net: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net.save_pretrained(tmp_path / "edges")
+    main(["inspect", str(tmp_path / "edges")])
+    assert capsys.readouterr().out == "edges: SDXL, ControlNet, 0.00 GB of weights\n"
 
 
 # What a net is by its content
