@@ -73,6 +73,16 @@ def test_every_form_loads_to_the_same_weights(
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 
 
+def test_published_names_are_those_that_diffusers_renames(net: Any) -> None:
+    """diffusers' own renaming takes the test's files for published ones; it knows all but the added embedding."""
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    renamed = convert_controlnet_checkpoint(published_names(net.state_dict(), "control_model."), net.config)
+    wanted = {name: weight for name, weight in net.state_dict().items() if not name.startswith("add_embedding.")}
+    assert renamed.keys() == wanted.keys()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in renamed.items())
+
+
 @pytest.mark.parametrize("form", ["folder", "diffusers' names"])
 def test_a_union_loads_in_every_form(micro_base: SDXLBase, union: Any, form: str, tmp_path: Path) -> None:
     path = written(union, form, tmp_path)
