@@ -26,6 +26,8 @@ from sdxl_lora_core.lora_files import merge_into, read_lora
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.training import train
 
+NOVELTY = 0.3
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,15 +59,20 @@ def main() -> None:
     print("diffusers:", applied_by_diffusers(unet, result.lora_path), "modules carry the adapter")
 
 
-def write_random_base(folder: Path) -> None:
-    """The real architecture from the pack's own configuration files, bf16, small random weights."""
+def write_random_base(folder: Path, **unet_sizes: Any) -> None:
+    """The real architecture from the pack's own configuration files, bf16, small random weights.
+
+    `unet_sizes` are settings of the UNet that shall differ.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     shutil.copytree(DATA, folder, dirs_exist_ok=True)
     (folder / "model_index.json").unlink()
     makers = {
-        "unet": lambda: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(DATA), subfolder="unet")),
+        "unet": lambda: UNet2DConditionModel.from_config(
+            {**UNet2DConditionModel.load_config(str(DATA), subfolder="unet"), **unet_sizes}
+        ),
         "vae": lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(str(DATA), subfolder="vae")),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder")),
         "text_encoder_2": lambda: CLIPTextModelWithProjection(
@@ -75,7 +82,10 @@ def write_random_base(folder: Path) -> None:
     for part, make in makers.items():
         with torch.device("meta"):
             module: Any = make()
-        fill(module.to(torch.bfloat16).to_empty(device="cpu")).save_pretrained(folder / part)
+        fill(module.to(torch.bfloat16).to_empty(device="cpu"))
+        if part == "unet":
+            let_noise_through(module)
+        module.save_pretrained(folder / part)
     shutil.copy(DATA / "model_index.json", folder)
 
 
@@ -84,12 +94,34 @@ def fill(module: nn.Module) -> Any:
     for name, buffer in module.named_buffers():
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.02, generator=generator)
         else:
-            parameter.data.fill_(1.0 if parameter.ndim == 1 else 0.0)
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
     return module
+
+
+@torch.no_grad()
+def let_noise_through(unet: Any, share: float = NOVELTY) -> None:
+    """Makes the UNet predict what it gets plus `share` of what its random weights say.
+
+    Sampling then ends in latents of about the size of real ones; otherwise all of the first noise is left in them.
+    The input takes the last skip connection, once as it is and once negated: silu(x) - silu(-x) = x.
+    """
+    start, end, out = unet.conv_in, unet.up_blocks[-1].resnets[-1], unet.conv_out
+    both, group = 2 * unet.config.in_channels, start.out_channels // unet.config.norm_num_groups
+    signed = torch.cat([torch.eye(unet.config.in_channels), -torch.eye(unet.config.in_channels)])
+    start.weight[:group] = 0
+    start.weight[:both, :, 1, 1] = signed.to(start.weight)
+    for layer in (end.conv2, end.conv_shortcut):
+        layer.weight[:group] = 0  # the first group of the last norm holds nothing else
+    skip = end.conv_shortcut.in_channels - start.out_channels
+    end.conv_shortcut.weight[range(both), range(skip, skip + both)] = 1
+    unet.conv_norm_out.weight[:group] = (both / group) ** 0.5  # its silent channels count in the norm
+    out.weight.mul_(share)
+    out.weight[:, :group] = 0
+    out.weight[:, :both, 1, 1] = signed.T.to(out.weight)
 
 
 def write_pictures(folder: Path, size: int) -> Path:

@@ -1,4 +1,4 @@
-"""A LORA_STACK on core's MODEL and CLIP. That ComfyUI then computes the same weights is not tested yet."""
+"""A LORA_STACK on core's MODEL and CLIP. That ComfyUI then computes the same weights: tests/comfy/test_core_lora.py."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -12,10 +13,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.comfy.narrow import write_home
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("__init__.py", "pyproject.toml", "nodes", "sdxl_lora_core", "web", "workflows", "assets")
@@ -102,23 +106,17 @@ class Server:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-@pytest.fixture(scope="session")
-def server(comfyui: Path, comfyui_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    base = tmp_path_factory.mktemp("comfy")
+@contextmanager
+def started(comfyui: Path, python: str, base: Path, *options: str) -> Iterator[Server]:
+    """A server of its own with its folders in `base`."""
     install_pack(base / "custom_nodes" / "sdxl-lora-nodes")
     for folder in ("input", "user", "models"):
-        (base / folder).mkdir()
+        (base / folder).mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [comfyui_python, "main.py", "--cpu", "--port", str(port), "--base-directory", str(base)]
-    command += [
-        "--preview-method",
-        "latent2rgb",
-        "--disable-api-nodes",
-        "--database-url",
-        f"sqlite:///{base}/user/comfyui.db",
-    ]
+    command = [python, "main.py", "--cpu", "--port", str(port), "--base-directory", str(base), *options]
+    command += ["--disable-api-nodes", "--database-url", f"sqlite:///{base}/user/comfyui.db"]
     found = Server(base, port)
     with open(found.log, "wb") as log:
         process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
@@ -129,6 +127,31 @@ def server(comfyui: Path, comfyui_python: str, tmp_path_factory: pytest.TempPath
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, comfyui_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("comfy")
+    with started(comfyui, comfyui_python, base, "--preview-method", "latent2rgb") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def start_server(comfyui: Path, comfyui_python: str) -> Callable[..., AbstractContextManager[Server]]:
+    """Starts one more server: gets its folder and options of ComfyUI's command line."""
+    return functools.partial(started, comfyui, comfyui_python)
+
+
+@pytest.fixture(scope="session")
+def narrow_home(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A base directory for ComfyUI with this pack, and what narrow.py writes into it. Removed in the end."""
+    home = tmp_path_factory.mktemp("narrow")
+    try:
+        install_pack(home / "custom_nodes" / "sdxl-lora-nodes")
+        write_home(home)
+        yield home
+    finally:
+        shutil.rmtree(home)
 
 
 def install_pack(folder: Path) -> None:
