@@ -83,6 +83,7 @@ def start_images(
 
     Images are scaled to cover width x height and cut in the middle, and so are their masks, which have to be of their
     size; masks of latents are stretched. Of one image and several masks, or the reverse, the one serves all.
+    Zeros at denoise 1, which core's Empty Latent Image gives, are no start: the same image as without, and found again.
     Raises ValueError for sizes and counts that do not go together.
     """
     if images and latents is not None:
@@ -91,6 +92,8 @@ def start_images(
         _require_latents(latents, config)
         contents: list[Any] = list(latents.detach().float().cpu())
         fitted = [_stretch(mask, config) for mask in masks]
+        if config.denoise == 1 and not masks and not latents.any() and _is_count(len(contents), config):
+            return []
     else:
         contents = [fit_image(image, config.width, config.height) for image in images]
         fitted = _masks_of_images(images, masks, config)
@@ -137,8 +140,8 @@ def encode_start(start: StartImage, vae: Any) -> EncodedStart:
 
 def require_counts(starts: Sequence[StartImage], config: GenerateConfig) -> None:
     """Raises ValueError unless there is one start for all images or one for each, and denoise has its start."""
-    wanted = len(config.prompts) * config.count
-    if len(starts) not in (0, 1, wanted):
+    if starts and not _is_count(len(starts), config):
+        wanted = len(config.prompts) * config.count
         raise ValueError(
             f"{len(starts)} images or masks are given to start from, but {wanted} images are asked for "
             f"(prompts x count): give 1 for all of them, or {wanted}"
@@ -148,6 +151,10 @@ def require_counts(starts: Sequence[StartImage], config: GenerateConfig) -> None
             f"denoise is {config.denoise:g}, but there is nothing to start from: connect an image or a latent, or set "
             "denoise to 1"
         )
+
+
+def _is_count(starts: int, config: GenerateConfig) -> bool:
+    return starts in (1, len(config.prompts) * config.count)
 
 
 def begin(

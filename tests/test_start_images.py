@@ -143,6 +143,16 @@ def test_masks_follow_their_image() -> None:
     assert len(one_picture) == 2 and one_picture[0].key != one_picture[1].key
 
 
+def test_empty_latents_are_no_start() -> None:
+    """As core's Empty Latent Image gives them; what else they could mean is left as it is."""
+    nothing = torch.zeros(2, 4, 8, 8)
+    assert start_images(settings(), latents=nothing[:1]) == start_images(settings(count=2), latents=nothing) == []
+    assert len(start_images(settings(), latents=nothing)) == 2, "which is refused later, with the counts"
+    assert len(start_images(settings(denoise=0.9), latents=nothing[:1])) == 1
+    assert len(start_images(settings(), latents=nothing[:1], masks=[half_mask()])) == 1
+    assert len(start_images(settings(), latents=nothing[:1] + 0.1)) == 1
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
