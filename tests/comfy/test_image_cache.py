@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import urllib.request
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +63,13 @@ def test_the_node_shows_the_cache(server: Any, shown: dict[str, Any]) -> None:
     assert " GB of 10 GB\nlast used between " in look()
     assert "0 images removed" in look(action="prune", limit_gb=20.0) and " GB of 20 GB" in look()
     assert "0 damaged images removed" in look(action="verify")
+
+
+def test_the_cache_lies_where_extra_model_paths_says(start_server: Callable[..., Any], tmp_path: Path) -> None:
+    settings = tmp_path / "extra_model_paths.yaml"
+    settings.write_text(f"shared:\n  base_path: {tmp_path}/disk\n  sdxl_lora_cache: sdxl_lora\n")
+    with start_server(tmp_path / "comfy", "--extra-model-paths-config", str(settings)) as server:
+        server.run(picture())
+    assert {path.name for path in (tmp_path / "disk/sdxl_lora").iterdir()} >= {"images", "prompts", "hashes"}
+    assert len(list((tmp_path / "disk/sdxl_lora/images").rglob("image.png"))) == 1
+    assert not (tmp_path / "comfy/user/sdxl_lora").exists()
