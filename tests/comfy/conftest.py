@@ -19,8 +19,6 @@ from typing import Any
 
 import pytest
 
-from tests.comfy.narrow import write_home
-
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("__init__.py", "pyproject.toml", "nodes", "sdxl_lora_core", "web", "workflows", "assets")
 SMALL = {
@@ -148,7 +146,7 @@ def narrow_home(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     home = tmp_path_factory.mktemp("narrow")
     try:
         install_pack(home / "custom_nodes" / "sdxl-lora-nodes")
-        write_home(home)
+        subprocess.run([sys.executable, "-m", "tests.comfy.narrow", str(home)], cwd=ROOT, check=True)
         yield home
     finally:
         shutil.rmtree(home)

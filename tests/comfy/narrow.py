@@ -1,7 +1,11 @@
-"""SDXL with every layer that the real one has and few channels in its UNet: the smallest that core takes for SDXL."""
+"""SDXL with every layer that the real one has and few channels in its UNet: the smallest that core takes for SDXL.
+
+python -m tests.comfy.narrow FOLDER      (5 GB; a process of its own, since what writing takes stays taken)
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +87,7 @@ def kohya(weights: dict[str, Tensor], alpha: float, dora: bool = False) -> dict[
             rows = (weight.shape[0], *[1] * (weight.dim() - 1))
             tensors[f"{stem}.dora_scale"] = 0.5 + torch.rand(rows, generator=draw)
     return tensors
+
+
+if __name__ == "__main__":
+    write_home(Path(sys.argv[1]))
