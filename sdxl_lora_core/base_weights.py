@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -21,8 +20,8 @@ from .model_kinds import TEXT, UNET
 class BaseWeights:
     """A part's weights by the path of their module, or the path of a bias (`....bias`), as LoRAs name them."""
 
-    def __init__(self, base: SDXLBase, part: Part, dtype: torch.dtype) -> None:
-        self._base, self._part, self._dtype = base, part, dtype
+    def __init__(self, base: SDXLBase, part: Part) -> None:
+        self._base, self._part = base, part
         self._files = [base.path] if base.layout == "single_file" else find_weights(base.path / part)[1]
         self._where: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
@@ -43,13 +42,13 @@ class BaseWeights:
             self._open = {}
 
     def read(self, name: str) -> Tensor:
-        """The weight at the precision that the part is computed in, on the CPU; mapped if the file has it so."""
+        """The weight as the file has it, mapped, on the CPU."""
         place = self._place(name)
         if place is None:
             raise KeyError(name)
         key, third = place
         tensor = self._open[self._where[key]].get_tensor(key)
-        return (tensor if third is None else tensor.chunk(3)[third]).to(self._dtype)
+        return tensor if third is None else tensor.chunk(3)[third]
 
     def _place(self, name: str) -> tuple[str, int | None] | None:
         path, leaf = (name.removesuffix(".bias"), "bias") if name.endswith(".bias") else (name, "weight")

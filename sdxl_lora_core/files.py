@@ -89,13 +89,14 @@ def file_sha256(path: Path, memo: Path | None = None) -> str:
     stat = path.stat()
     identity = [str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
     note = memo / f"{json_sha256(identity)}.txt"
-    try:
-        return note.read_text(encoding="ascii")
-    except FileNotFoundError:
-        digest = _hash_file(path)
-        with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run a second hashing
-            write_text_atomic(note, digest)
-        return digest
+    with contextlib.suppress(OSError, ValueError):
+        known = note.read_text(encoding="ascii")
+        if re.fullmatch("[0-9a-f]{64}", known):  # a crash may have left it empty
+            return known
+    digest = _hash_file(path)
+    with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run a second hashing
+        write_text_atomic(note, digest)
+    return digest
 
 
 def _hash_file(path: Path) -> str:

@@ -14,6 +14,7 @@ from .config import GenerateConfig
 from .controls import Control, HintNumbers
 from .guidance import guidance_settings, is_guided
 from .image_cache import key_of
+from .lora_merge import MERGE_VERSION
 from .micro_conditioning import is_own_size, micro_conditioning
 from .prompt_reading import PARSER_VERSIONS, reading_facts
 from .schedulers import scheduler_settings
@@ -50,6 +51,7 @@ def image_settings(
         "vae_tiling": config.tiles_vae,
         "vae_slicing": config.vae_slicing and config.batch_size > 1,
         "batch_size": config.batch_size,
+        **({"merge": MERGE_VERSION} if loras else {}),
         "libraries": {name: ".".join(version(name).split(".")[:2]) for name in KEYED_LIBRARIES},
         **reading_facts(config),
         **guidance_settings(base, config),

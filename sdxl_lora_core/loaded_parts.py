@@ -43,7 +43,7 @@ class LoadedParts:
         """The module of `part` on the device.
 
         When what is held has another key than `key`, `change` may turn it into what is wanted where it lies; where it
-        says that it cannot, `load` is called.
+        says that it cannot, `load` is called. It raises ValueError only as long as it has changed nothing.
         """
         # ComfyUI calls from inside inference mode; weights loaded or moved in there could never be trained on.
         with torch.inference_mode(False), torch.no_grad():
@@ -57,14 +57,17 @@ class LoadedParts:
 
     def _change(self, part: str, key: str, change: Change) -> None:
         module = self._held[part][1]
-        changed = False
         try:
             changed = change(module)
-        finally:
-            if changed:
-                self._held[part] = key, module
-            else:
-                self.drop(part)
+        except ValueError:
+            raise  # what is wanted does not fit, and what is held is whole
+        except BaseException:
+            self.drop(part)
+            raise
+        if changed:
+            self._held[part] = key, module
+        else:
+            self.drop(part)
 
     def held(self, part: str) -> nn.Module | None:
         """The module of `part` if it is loaded, wherever it lies."""

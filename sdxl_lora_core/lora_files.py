@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,7 +27,7 @@ from .weights_file import WeightsHeader, first_names, pack_weights, read_header,
 __all__ = [
     "AdapterModule", "DiffModule", "LoHaModule", "LoKrModule", "LoRAFile", "LoRAModule", "MergeReport",
     "kohya_state_dict", "lora_metadata", "lora_of_state_dict", "merge_into", "merge_stack", "peft_state_dict",
-    "read_lora", "tag_counts", "trigger_words", "write_lora",
+    "read_lora", "settings_file", "tag_counts", "trigger_words", "write_lora",
 ]  # fmt: skip
 
 WANTED = "give an SDXL LoRA (.safetensors)"
@@ -41,7 +40,8 @@ def read_lora(path: Path) -> LoRAFile:
     low-rank change, and for damaged ones.
     """
     header = read_header(path)
-    settings = peft_settings(header.metadata) or _settings_beside(path)
+    beside = settings_file(path)
+    settings = peft_settings(header.metadata) or (json.loads(beside.read_text(encoding="utf-8")) if beside else {})
     _require_sdxl_lora(header)
     with safe_open(path, framework="pt") as weights:
         tensors = ((key, weights.get_tensor(key)) for key in weights.keys())  # noqa: SIM118
@@ -89,9 +89,7 @@ def write_lora(path: Path, file: LoRAFile, dtype: torch.dtype, format: FileForma
     write_weights(path, packed, {**file.metadata, **hashes})
 
 
-def _settings_beside(path: Path) -> dict[str, Any]:
-    """peft keeps an adapter's settings in a file beside the weights."""
+def settings_file(path: Path) -> Path | None:
+    """Where peft keeps an adapter's settings, beside the weights, if it wrote these."""
     beside = path.with_name("adapter_config.json")
-    if path.name != "adapter_model.safetensors" or not beside.is_file():
-        return {}
-    return json.loads(beside.read_text(encoding="utf-8"))
+    return beside if path.name == "adapter_model.safetensors" and beside.is_file() else None

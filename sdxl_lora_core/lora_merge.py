@@ -14,6 +14,7 @@ from .lora_modules import AdapterModule, LoRAModule, row_lengths
 Modules = Mapping[str, AdapterModule]
 Strength = Callable[[str], float]  # by the path of the changed weight
 Stack = Sequence[tuple[Modules, Strength]]
+MERGE_VERSION = 2  # raised when the same LoRAs give other weights, so that images made before are not found
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
 _NUMBERS_AT_ONCE = 2**19  # of a weight: as many as stay in a CPU's cache between reading and rounding
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -17,17 +18,18 @@ from torch import nn
 
 from . import base_model
 from .base_model import SDXLBase
-from .base_parts import Part
+from .base_parts import PARTS, Part
 from .base_weights import BaseWeights
 from .blocks import read_block_values, value_for
 from .files import file_sha256, json_sha256
-from .lora_files import AdapterModule, LoRAFile, merge_stack, read_lora
+from .lora_files import AdapterModule, LoRAFile, merge_stack, read_lora, settings_file
 from .lora_merge import Stack, Strength, changes_of, fitting_weights, merge_weight
 from .new_tokens import Vectors
 
 log = logging.getLogger("sdxl_lora")
 
-_FILES_KEPT = 16  # of LoRAs that were read; their tensors are mapped, not copied
+# Of LoRAs that were read; their tensors are mapped, not copied, and Windows lets nobody replace a file that is mapped.
+_FILES_KEPT = 0 if os.name == "nt" else 16
 _WEIGHTS_AT_ONCE = 64  # read before the base's file is opened anew
 
 
@@ -47,14 +49,23 @@ class LoRARef:
 
 @dataclass(frozen=True)
 class StackEntry:
-    """A LoRA of a stack with its SHA-256. The file is read when its weights are first asked for."""
+    """A LoRA of a stack with its SHA-256. The file is read when its weights are first asked for.
+
+    `settings_sha256` is that of peft's settings beside it, which decide the weights as well.
+    """
 
     ref: LoRARef
     sha256: str
+    settings_sha256: str = ""
+
+    @property
+    def content(self) -> str:
+        """Other content, other weights."""
+        return self.sha256 + self.settings_sha256
 
     @cached_property
     def file(self) -> LoRAFile:
-        return _read_once(self.ref.path, self.sha256)
+        return _read_once(self.ref.path, self.content)
 
     @cached_property
     def blocks(self) -> dict[str, float]:
@@ -64,7 +75,7 @@ class StackEntry:
     @property
     def identity(self) -> list[Any]:
         """All that the LoRA does to an image, as JSON values: strengths by block only where there are any."""
-        strengths = [self.sha256, float(self.ref.strength_model), float(self.ref.strength_clip)]
+        strengths = [self.content, float(self.ref.strength_model), float(self.ref.strength_clip)]
         return [*strengths, self.blocks] if self.blocks else strengths
 
     def strength(self, part: Part) -> float:
@@ -92,7 +103,7 @@ def read_blocks_of(name: str, text: str) -> dict[str, float]:
 
 
 @functools.lru_cache(maxsize=_FILES_KEPT)
-def _read_once(path: Path, sha256: str) -> LoRAFile:
+def _read_once(path: Path, content: str) -> LoRAFile:
     return read_lora(path)
 
 
@@ -106,7 +117,12 @@ def open_stack(loras: Sequence[LoRARef], hash_memo: Path | None) -> tuple[StackE
         if not lora.path.is_file():
             raise FileNotFoundError(f"LoRA {lora.name} does not exist: choose another or take it out of the stack")
         read_blocks_of(lora.name, lora.blocks)
-    return tuple(StackEntry(lora, file_sha256(lora.path, hash_memo)) for lora in acting)
+    return tuple(_entry(lora, hash_memo) for lora in acting)
+
+
+def _entry(lora: LoRARef, hash_memo: Path | None) -> StackEntry:
+    beside = settings_file(lora.path)
+    return StackEntry(lora, file_sha256(lora.path, hash_memo), file_sha256(beside, hash_memo) if beside else "")
 
 
 def part_key(base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[StackEntry]) -> str:
@@ -116,7 +132,7 @@ def part_key(base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[Sta
 
 
 def _mark(entry: StackEntry, part: Part) -> list[Any]:
-    mark = [entry.sha256, float(entry.strength(part))]
+    mark = [entry.content, float(entry.strength(part))]
     return [*mark, entry.blocks] if part == "unet" and entry.blocks else mark
 
 
@@ -138,25 +154,39 @@ def load_merged(base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[
     Raises ValueError for a LoRA of which nothing fits; what does not fit of the others is warned about.
     """
     module = base_model.load_part(base, part, dtype)
-    acting = [entry for entry in stack if entry.modules(part)]
-    report = merge_stack(module, _layers(acting, part))
-    fit = _fit(acting, part, set(report.applied))
-    _MERGED[module] = _Merged(_source(base, part, dtype), _changes(acting, part, report.applied), fit)
+    _MERGED[module] = _Merged(_source(base, part, dtype), {}, ())
+    if not restack(module, base, part, dtype, stack):  # its file has other matrices: from those that were rounded once
+        acting = [entry for entry in stack if entry.modules(part)]
+        report = merge_stack(module, _layers(acting, part))
+        fit = _fit(acting, part, set(report.applied))
+        _MERGED[module] = _Merged(_source(base, part, dtype), _changes(acting, part, report.applied), fit)
     return module
 
 
-@torch.no_grad()
 def restack(
     module: nn.Module, base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[StackEntry]
 ) -> bool:  # fmt: skip
     """Gives a part from load_merged another stack, wherever it lies, with the same bits as loading it anew.
 
-    Only weights whose changes differ are read again, from the base's file, and merged. False, and nothing is done,
-    where that is not possible: the part is another base's, or its file has other matrices.
+    False, and nothing is done, where restacking says that it is not possible. Raises as it does.
+    """
+    merge = restacking(module, base, part, dtype, stack)
+    if merge:
+        merge()
+    return merge is not None
+
+
+def restacking(
+    module: nn.Module, base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[StackEntry]
+) -> Callable[[], None] | None:
+    """What turns a part from load_merged into one with another stack. Until it is called nothing is changed.
+
+    Only weights whose changes differ are read again, from the base's file at its own precision, and merged. None where
+    that is not possible: the part is another base's, or its file has other matrices. Raises ValueError as load_merged.
     """
     held = _MERGED.get(module)
     if held is None or held.source != _source(base, part, dtype):
-        return False
+        return None
     acting = [entry for entry in stack if entry.modules(part)]
     layers = _layers(acting, part)
     names = dict.fromkeys([*(name for modules, _ in layers for name in modules), *held.changes])
@@ -164,16 +194,20 @@ def restack(
     fit = _fit(acting, part, set(weights))
     wanted = _changes(acting, part, weights)
     stale = [name for name in weights if held.changes.get(name, []) != wanted.get(name, [])]
-    originals = BaseWeights(base, part, dtype)
+    originals = BaseWeights(base, part)
     if not originals.has(stale):
-        return False
-    rest = iter(stale)
-    while lot := list(islice(rest, _WEIGHTS_AT_ONCE)):
-        with originals.opened():
-            for name in lot:
-                merge_weight(weights[name], originals.read(name), changes_of(name, layers))
-    _MERGED[module] = _Merged(held.source, wanted, fit)
-    return True
+        return None
+
+    @torch.no_grad()
+    def merge() -> None:
+        rest = iter(stale)
+        while lot := list(islice(rest, _WEIGHTS_AT_ONCE)):
+            with originals.opened():
+                for name in lot:
+                    merge_weight(weights[name], originals.read(name), changes_of(name, layers))
+        _MERGED[module] = _Merged(held.source, wanted, fit)
+
+    return merge
 
 
 def fit_of(module: nn.Module | None) -> tuple[str, ...]:
@@ -199,17 +233,20 @@ def _changes(
         strength = entry.strength_by_module(part)
         for name in entry.modules(part):
             if name in changes and strength(name):
-                changes[name].append((entry.sha256, strength(name)))
+                changes[name].append((entry.content, strength(name)))
     return {name: change for name, change in changes.items() if change}
 
 
 def _fit(acting: Sequence[StackEntry], part: Part, present: set[str]) -> tuple[str, ...]:
-    """Raises ValueError for a LoRA of which nothing is present, warns of one of which something is not."""
+    """Raises ValueError for a LoRA of which nothing is present, warns of one of which something is not.
+
+    Of a LoRA for the UNet text modules may be missing: some files have a matrix more than the encoders.
+    """
     lines = []
     for entry in acting:
         name, modules = entry.ref.name, entry.modules(part)
         missing = [module for module in modules if module not in present]
-        if len(missing) == len(modules):
+        if len(missing) == len(modules) and (part == "unet" or not entry.modules("unet")):
             raise ValueError(
                 f"LoRA {name}: none of its {len(modules)} {part} modules is in this base (first: {missing[0]}): "
                 "take it out of the stack, or take the base it was made for"
@@ -217,5 +254,9 @@ def _fit(acting: Sequence[StackEntry], part: Part, present: set[str]) -> tuple[s
         lines.append(f"LoRA {name}: {len(modules) - len(missing)} of {len(modules)} {part} modules are in this base")
         if missing:
             lines[-1] += f" (first missing: {missing[0]})"
+        unknown = entry.file.unknown if part == next(filter(entry.modules, PARTS)) else ()  # said once
+        if unknown:
+            lines[-1] += f"; {len(unknown)} keys of its file are not understood (first: {unknown[0]})"
+        if missing or unknown:
             log.warning(lines[-1])
     return tuple(lines)

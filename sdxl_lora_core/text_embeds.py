@@ -17,7 +17,7 @@ from .base_model import SDXLBase
 from .base_parts import ENCODERS
 from .files import json_sha256
 from .loaded_parts import LoadedParts
-from .lora_stack import StackEntry, load_merged, part_key, restack
+from .lora_stack import StackEntry, load_merged, part_key, restacking
 from .precompute import load_prompt, prompt_file, store_prompt
 from .prompt_reading import PromptReader
 from .text_model import TextEmbeds, TextModel
@@ -72,10 +72,16 @@ class TextPhase:
 
     def _restack(self, held: nn.Module) -> bool:
         model = cast(TextModel, held)
-        return model.tokenizer_hashes == self._tokenizers() and all(
-            restack(encoder, self.base, part, self.dtype, self.stack)
-            for part, encoder in zip(ENCODERS, model.encoders, strict=True)
-        )
+        if model.tokenizer_hashes != self._tokenizers():
+            return False
+        pairs = zip(ENCODERS, model.encoders, strict=True)
+        found = (restacking(encoder, self.base, part, self.dtype, self.stack) for part, encoder in pairs)
+        merges = [merge for merge in found if merge]
+        if len(merges) < len(ENCODERS):
+            return False
+        for merge in merges:
+            merge()
+        return True
 
 
 def _changes_text(entry: StackEntry) -> bool:

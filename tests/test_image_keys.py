@@ -125,7 +125,7 @@ def test_micro_conditioning_counts_by_what_the_model_is_told(micro_base: SDXLBas
 
 def test_keys_of_images_made_before_stay(micro_base: SDXLBase) -> None:
     """An option that came later is not in the settings while it stands at its default."""
-    settings = image_settings(micro_base, config(), LORAS, torch.bfloat16, torch.device("cuda"))
+    settings = image_settings(micro_base, config(), (), torch.bfloat16, torch.device("cuda"))
     assert set(settings) == {
         "base", "loras", "negative_prompt", "guidance", "steps", "size", "sampler", "schedule", "prompt_syntax",
         "dtype", "device", "attention", "attention_slicing", "vae_tiling", "vae_slicing", "batch_size", "libraries",
@@ -219,7 +219,7 @@ def test_zero_snr_bases_have_the_rescale_that_they_need_in_the_key(micro_base: S
 
 
 def test_what_came_later_leaves_the_keys_of_older_images(micro_base: SDXLBase) -> None:
-    settings = image_settings(micro_base, config(), LORAS, torch.bfloat16, torch.device("cuda"))
+    settings = image_settings(micro_base, config(), (), torch.bfloat16, torch.device("cuda"))
     assert settings["schedule"] == {
         **scheduler_config(micro_base), "algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True,
     }  # fmt: skip
@@ -227,6 +227,12 @@ def test_what_came_later_leaves_the_keys_of_older_images(micro_base: SDXLBase) -
         "base loras negative_prompt guidance steps size sampler schedule prompt_syntax dtype device attention "
         "attention_slicing vae_tiling vae_slicing batch_size libraries"
     )
+
+
+def test_images_of_an_older_way_of_merging_are_not_found(micro_base: SDXLBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged, plain = key(micro_base), key(micro_base, loras=())
+    monkeypatch.setattr(image_keys, "MERGE_VERSION", 1)
+    assert key(micro_base) != merged and key(micro_base, loras=()) == plain
 
 
 def test_place_and_name_of_the_base_are_not_in_the_key(micro_base: SDXLBase) -> None:

@@ -86,6 +86,17 @@ def test_a_restacked_part_is_the_part_loaded_anew(base: SDXLBase, files: list[Pa
         assert same(bits(unet), bare) == (not wanted["strengths"])
 
 
+def test_a_weak_change_is_rounded_once(base: SDXLBase, files: list[Path]) -> None:
+    """Half of it would be lost on the way if the weight were rounded before it."""
+    weak = stack(files, 0.001)
+    exact, bare = (bits(load_merged(base, "unet", torch.float32, entries)) for entries in (weak, ()))
+    for unet in (load_merged(base, "unet", BF16, weak), load_merged(base, "unet", BF16, ())):
+        assert restack(unet, base, "unet", BF16, weak)
+        assert same(bits(unet), {name: weight.to(BF16) for name, weight in exact.items()})
+    twice = bare[f"{Q}.weight"].to(BF16).float() + (exact[f"{Q}.weight"] - bare[f"{Q}.weight"])
+    assert not torch.equal(twice.to(BF16), exact[f"{Q}.weight"].to(BF16)), "the test would not notice"
+
+
 def test_only_weights_that_change_are_read_again(
     base: SDXLBase, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +104,9 @@ def test_only_weights_that_change_are_read_again(
     reader = lora_stack.BaseWeights.read  # type: ignore[attr-defined]
     monkeypatch.setattr(lora_stack.BaseWeights, "read", lambda own, name: read.append(name) or reader(own, name))
     unet = load_merged(base, "unet", BF16, stack(files, 1.0, 1.0))
+    restack(unet, base, "unet", BF16, stack(files, 1.0, 1.0))
+    assert sorted(set(read)) == sorted(UNET_MODULES)
+    read.clear()
     restack(unet, base, "unet", BF16, stack(files, 1.0, 1.0))
     assert read == []
     restack(unet, base, "unet", BF16, stack(files, 1.0, 0.5))
