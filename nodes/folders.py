@@ -79,10 +79,11 @@ def stamp(path: Path) -> str:
 def find_embedding(name: str) -> Path | None:
     """The file that `embedding:name` means: in any subfolder, with its ending or without. The uppermost one wins."""
     files = sorted(host.file_names("embeddings"), key=lambda file: (len(Path(file).parts), file))
-    for ending in ("", ".safetensors", ".sft", ".pt", ".bin"):
-        for file in files:
-            if f"/{Path(file).as_posix()}".endswith(f"/{name}{ending}"):
-                return next(path for root in host.roots("embeddings") if (path := root / file).exists())
+    for spelled in (str, str.casefold):  # as it is written first: then as Windows' folders take it
+        for ending in ("", ".safetensors", ".sft", ".pt", ".bin"):
+            for file in files:
+                if spelled(f"/{Path(file).as_posix()}").endswith(spelled(f"/{name}{ending}")):
+                    return next(path for root in host.roots("embeddings") if (path := root / file).exists())
     return None
 
 

@@ -140,8 +140,7 @@ class SDXLGenerateCached:
                 find_embedding=folders.find_embedding, on_step=functools.partial(progress, phase="generating"),
                 on_estimate=progress.on_estimate,
             )  # fmt: skip
-            made = not all(image.hit for image in images)
-            fit = [line for part in ("text_encoders", "unet") for line in fit_of(parts.held(part))] if made else []
+            fit = [line for part in sorted(parts.borrowed) for line in fit_of(parts.held(part))]
         pixels = [image.pixels for image in images]
         info = json.dumps([_facts(image) for image in images], indent=2)
         prompts = "\n".join(image.words for image in images)

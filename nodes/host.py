@@ -140,13 +140,19 @@ class ComfyParts(LoadedParts):
         self._in_use: set[str] = set()
         self._moving = False
 
-    def arrive(self, part: str, module: nn.Module) -> None:
+    def arrive(self, part: str, module: nn.Module, room: int = 0) -> None:
         if part not in self._patchers or self._patchers[part].model.part is not module:
             self._patchers[part] = self._evictable(part, module)
         self._in_use.add(part)
         with self._own_move():
             wanted = [self._patchers[name] for name in sorted(self._in_use)]
-            _comfy("comfy.model_management").load_models_gpu(wanted, force_full_load=True)
+            management = _comfy("comfy.model_management")
+            management.load_models_gpu(wanted, memory_required=room, force_full_load=True)
+        if any(weight.device.type != self.device.type for weight in module.parameters()):
+            raise ValueError(
+                f"ComfyUI left the {part} off the {self.device.type}, as it does when it is started with --novram: "
+                "start it without, because here parts are moved as a whole"
+            )
 
     def rest(self, part: str, offload: bool | None = None) -> None:
         self._in_use.discard(part)
@@ -185,6 +191,13 @@ class ComfyParts(LoadedParts):
         del self._held[part]
         self._in_use.discard(part)
         holder.part = None
+        self._drop_unlisted()
+
+    def _drop_unlisted(self) -> None:
+        """Parts that had to make room for others of ours rest in memory, where ComfyUI does not see them any more."""
+        listed = [loaded.model for loaded in _comfy("comfy.model_management").current_loaded_models]
+        for part in [part for part in self._held if not any(self._patchers.get(part) is model for model in listed)]:
+            self.drop(part)
 
 
 @functools.cache
@@ -205,6 +218,7 @@ def _owner() -> LoadedParts:
 def parts() -> Iterator[LoadedParts]:
     """The one owner of weights that stay between runs. After the block, or its failure, nothing counts as in use."""
     owner = _owner()
+    owner.borrowed.clear()
     try:
         yield owner
     finally:
@@ -263,17 +277,19 @@ class Progress:
         self._terminal: Any = None
         self._node: Any = None
         self._marks: deque[tuple[int, float]] = deque(maxlen=20)  # items done, and when
-        self._previewer = _latent_previewer()
         self._picture: np.ndarray | None = None
 
-    @property
-    def on_estimate(self) -> Callable[[Tensor], None] | None:
-        """Takes latents [B, 4, h, w] in the UNet's scale, a picture of which the next call shows. None: no previews."""
-        return self._show_latents if self._previewer else None
+    @functools.cached_property
+    def _previewer(self) -> Any:
+        """What ComfyUI makes pictures of latents with; None where its user wants no previews."""
+        previews, formats = _comfy("latent_preview"), _comfy("comfy.latent_formats")
+        return previews.get_previewer(device(), formats.SDXL()) if previews else None
 
-    def _show_latents(self, latents: Tensor) -> None:
-        shown = [np.asarray(self._previewer.decode_latent_to_preview(one[None])) for one in latents[:PREVIEWED]]
-        self._picture = np.concatenate(shown, axis=1)
+    def on_estimate(self, latents: Tensor) -> None:
+        """Takes latents [B, 4, h, w] in the UNet's scale, a picture of which the next call shows."""
+        if self._previewer:
+            shown = [np.asarray(self._previewer.decode_latent_to_preview(one[None])) for one in latents[:PREVIEWED]]
+            self._picture = np.concatenate(shown, axis=1)
 
     def __call__(
         self, done: int, total: int, phase: str = "", detail: str = "", preview: np.ndarray | None = None
@@ -314,12 +330,6 @@ class Progress:
         self._terminal = tqdm(initial=done, total=total, desc=phase or None, leave=False)
         comfy = _comfy("comfy.utils")
         self._node = comfy.ProgressBar(total) if comfy else None
-
-
-def _latent_previewer() -> Any:
-    """What ComfyUI makes pictures of latents with; None where its user wants no previews."""
-    previews, formats = _comfy("latent_preview"), _comfy("comfy.latent_formats")
-    return previews.get_previewer(device(), formats.SDXL()) if previews else None
 
 
 def _show_text(text: str) -> None:

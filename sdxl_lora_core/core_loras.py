@@ -46,12 +46,15 @@ def describe_fit(entry: StackEntry, found: dict[str, int], missing: dict[str, li
     Raises ValueError if they have none of them.
     """
     name, lacking = entry.ref.name, [module for modules in missing.values() for module in modules]
-    if len(lacking) == sum(found.values()):
+    if lacking and len(lacking) == sum(found.values()):
         raise ValueError(
-            f"LoRA {name}: none of its {len(lacking)} modules is in this MODEL or CLIP"
-            + (f" (first: {lacking[0]})" if lacking else "")
-            + ": connect those of an SDXL checkpoint, or take it out of the stack"
+            f"LoRA {name}: none of its {len(lacking)} modules is in this MODEL or CLIP (first: {lacking[0]}): connect "
+            "those of an SDXL checkpoint, or take it out of the stack"
         )
     parts = [f"{count - len(missing[part])} of {count} modules on {part}" for part, count in found.items() if count]
     words = f"; its new words {', '.join(entry.tokens)} need their embedding files in prompts" if entry.tokens else ""
-    return f"{name}: {', '.join(parts)}" + (f" (first missing: {lacking[0]})" if lacking else "") + words
+    return (
+        f"{name}: {', '.join(parts) or 'nothing for what is connected'}"
+        + (f" (first missing: {lacking[0]})" if lacking else "")
+        + words
+    )

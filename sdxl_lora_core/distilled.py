@@ -23,13 +23,16 @@ _KINDS: tuple[tuple[str, Advice], ...] = (
     (r"hyper[-_ ]?sd.*cfg", Advice("Hyper-SD with guidance", "ddim", "sgm_uniform", "8 to 12", "5 to 8")),
     (r"hyper[-_ ]?sd.*(?<!\d)1[-_ ]?steps?", Advice("Hyper-SD", "tcd", "sgm_uniform", "1 to 8", "1")),
     (r"hyper[-_ ]?sd", Advice("Hyper-SD", "ddim", "sgm_uniform", "2 to 8", "1")),
-    (r"lightning", Advice("SDXL-Lightning", "euler", "sgm_uniform", "4 to 8", "1")),
+    (
+        r"sdxl[-_ ]?lightning|lightning[-_ ]?\d{1,2}[-_ ]?steps?|(?<!\d)\d{1,2}[-_ ]?steps?[-_ ]?lightning",
+        Advice("SDXL-Lightning", "euler", "sgm_uniform", "4 to 8", "1"),
+    ),
     (r"dmd[-_ ]?2", Advice("DMD2", "lcm", "sgm_uniform", "4", "1")),
     (r"(?<![a-z])tcd(?![a-z])", Advice("TCD", "tcd", "sgm_uniform", "4 to 8", "1")),
     (r"(?<![a-z])lcm(?![a-z])|latent[-_ ]consistency", Advice("LCM", "lcm", "sgm_uniform", "4 to 8", "1 to 2")),
 )
 _STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
-_TITLES = ("ss_output_name", "modelspec.title", "modelspec.description", "modelspec.usage_hint")
+_TITLES = ("ss_output_name", "modelspec.title")
 
 
 def advice(name: str, metadata: Mapping[str, str]) -> Advice | None:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from . import base_model
 from .base_model import SDXLBase
 from .base_parts import Part
-from .config import GenerateConfig
+from .config import LARGEST_SIDE, GenerateConfig
 from .control_net_loading import load_control_net, load_key
 from .controlled_unet import ActiveControl, controlled
 from .controls import Control, HintNumbers
 from .estimates import OnEstimate, tell_estimates
-from .guidance import guidance_interval, guidance_rescale
+from .guidance import guidance_interval, guidance_rescale, is_guided
 from .image_keys import attention_backend
 from .latents import unscaled
 from .loaded_parts import LoadedParts
@@ -29,10 +29,15 @@ from .micro_conditioning import micro_conditioning
 from .prompts import stack_embeds
 from .samplers import SOLVERS
 from .schedulers import make_scheduler
-from .start_images import EncodedStart, PutBack, StartImage, begin, encode_start
+from .start_images import VAE_SCALE, EncodedStart, PutBack, StartImage, begin, encode_start
 from .text_model import TextEmbeds
 
 OnStep = Callable[[int], object]
+
+# Bytes that computing takes for each pixel (VAE) and each latent cell (UNet), times the bytes of a number: as much as
+# ComfyUI reckons with for its own SDXL.
+_VAE_ROOM, _UNET_ROOM = 2200, 8400
+_TILE = 1024  # pixels, of diffusers' tiled decoding for SDXL's VAE
 _CONTROL_NET = "control_net "  # how the names of these parts begin
 
 
@@ -89,7 +94,7 @@ class ImageMaker:
             tell_estimates(scheduler, self.on_estimate)
         levels = scheduler.config.num_train_timesteps
         with (
-            self._phase("unet") as unet,
+            self._unet_phase() as unet,
             self._control_nets(hints) as controls,
             guidance_interval(unet, self.config, levels),
             controlled(unet, controls, levels),
@@ -137,15 +142,25 @@ class ImageMaker:
 
     @contextmanager
     def _vae_phase(self) -> Iterator[Any]:
-        with self._phase("vae") as vae:
+        at_once = 1 if self.config.vae_slicing else self.config.batch_size
+        largest = _TILE if self.config.tiles_vae else LARGEST_SIDE
+        pixels = min(self.config.width, largest) * min(self.config.height, largest)
+        number = 4 if self.dtype == torch.float16 else self.dtype.itemsize  # most VAEs are too wide for fp16
+        with self._phase("vae", pixels * at_once * number * _VAE_ROOM) as vae:
             vae.use_slicing, vae.use_tiling = self.config.vae_slicing, self.config.tiles_vae
             yield vae
 
-    def _phase(self, part: Part) -> AbstractContextManager[Any]:
+    def _phase(self, part: Part, room: int) -> AbstractContextManager[Any]:
         key = part_key(self.base, part, self.dtype, self.stack)
         return self.parts.phase(
-            part, key, lambda: self._load(part), offload_choice(self.config), lambda held: self._restack(part, held)
-        )
+            part, key, lambda: self._load(part), offload_choice(self.config), lambda held: self._restack(part, held),
+            room,
+        )  # fmt: skip
+
+    def _unet_phase(self) -> AbstractContextManager[Any]:
+        cells = (self.config.width // VAE_SCALE) * (self.config.height // VAE_SCALE)
+        at_once = self.config.batch_size * (2 if is_guided(self.config) else 1)
+        return self._phase("unet", cells * at_once * self.dtype.itemsize * _UNET_ROOM)
 
     def _restack(self, part: Part, held: nn.Module) -> bool:
         return part != "vae" and restack(held, self.base, part, self.dtype, self.stack)

@@ -25,22 +25,24 @@ class LoadedParts:
     def __init__(self, device: torch.device, offload: bool = False) -> None:
         self.device = device
         self.offload = offload
+        self.borrowed: set[str] = set()  # whoever wants to know what was used empties it before
         self._held: dict[str, tuple[str, nn.Module]] = {}
 
     @contextmanager
     def phase(
-        self, part: str, key: str, load: Callable[[], nn.Module], offload: bool | None = None, change: Change = _never
-    ) -> Iterator[nn.Module]:
+        self, part: str, key: str, load: Callable[[], nn.Module], offload: bool | None = None, change: Change = _never,
+        room: int = 0,
+    ) -> Iterator[nn.Module]:  # fmt: skip
         """borrow, and rest afterwards, whatever happens in between."""
         try:
-            yield self.borrow(part, key, load, change)
+            yield self.borrow(part, key, load, change, room)
         finally:
             self.rest(part, offload)
 
     def borrow(
-        self, part: str, key: str, load: Callable[[], nn.Module], change: Change = _never
-    ) -> nn.Module:  # fmt: skip
-        """The module of `part` on the device.
+        self, part: str, key: str, load: Callable[[], nn.Module], change: Change = _never, room: int = 0
+    ) -> nn.Module:
+        """The module of `part` on the device, where `room` is what computing with it takes beside the weights (bytes).
 
         When what is held has another key than `key`, `change` may turn it into what is wanted where it lies; where it
         says that it cannot, `load` is called. It raises ValueError only as long as it has changed nothing.
@@ -52,7 +54,8 @@ class LoadedParts:
             if part not in self._held:
                 self._held[part] = key, load()
             module = self._held[part][1]
-            self.arrive(part, module)
+            self.arrive(part, module, room)
+            self.borrowed.add(part)
             return module
 
     def _change(self, part: str, key: str, change: Change) -> None:
@@ -93,7 +96,7 @@ class LoadedParts:
         for part in list(self._held):
             self.drop(part)
 
-    def arrive(self, part: str, module: nn.Module) -> None:
+    def arrive(self, part: str, module: nn.Module, room: int = 0) -> None:
         module.to(self.device)
 
     def leave(self, part: str, module: nn.Module) -> None:

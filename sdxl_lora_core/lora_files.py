@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +32,11 @@ __all__ = [
 ]  # fmt: skip
 
 WANTED = "give an SDXL LoRA (.safetensors)"
+_NOT_READ = {
+    r"\.[ab][12]\.weight$": "a GLoRA",
+    r"\.oft_(blocks|diag|R)": "an OFT or BOFT",
+    r"\.on_input$": "an (IA)3",
+}
 
 
 def read_lora(path: Path) -> LoRAFile:
@@ -68,8 +74,15 @@ def _require_sdxl_lora(header: WeightsHeader) -> None:
 
 
 def _require_something(name: str, file: LoRAFile) -> None:
-    if not any(file.parts().values()) and not file.tokens:
-        raise ValueError(f"{name} holds no low-rank change this pack can apply ({first_names(file.unknown)}): {WANTED}")
+    if any(file.parts().values()) or file.tokens:
+        return
+    for ending, kind in _NOT_READ.items():
+        if any(re.search(ending, key) for key in file.unknown):
+            raise ValueError(
+                f"{name} is {kind}, which this pack cannot apply: give a LoRA, LoHa or LoKr, or load it with core's "
+                "Load LoRA"
+            )
+    raise ValueError(f"{name} holds no low-rank change this pack can apply ({first_names(file.unknown)}): {WANTED}")
 
 
 def write_lora(path: Path, file: LoRAFile, dtype: torch.dtype, format: FileFormat = "kohya") -> None:

@@ -66,6 +66,8 @@ def _changes(
     where = f"{file}: {place.part}.{place.module}"
     if not all(tensor.float().isfinite().all() for tensor in roles.values()):
         raise ValueError(f"{where} holds NaN or infinity: its training broke down, take an earlier checkpoint")
+    if wrong := [role for role in roles if not roles[role].numel() or (role == "alpha" and roles[role].numel() > 1)]:
+        raise ValueError(f"{where} has {wrong[0]} of shape {list(roles[wrong[0]].shape)}: damaged file")
     changes: dict[str, AdapterModule] = {}
     bias, left = f"{place.module}.bias", set(roles)
     if _is_factored(roles):

@@ -13,7 +13,7 @@ VAE = "first_stage_model."
 CONTROL = "control_model."
 
 _ADAPTER = re.compile(
-    r"[._](lora_|lora\.|hada_|lokr_|oft_)|\.(alpha|dora_scale|diff|diff_b|w_norm|b_norm)$|^bundle_emb\."
+    r"[._](lora_|lora\.|hada_|lokr_|oft_)|[._][ab][12]\.weight$|\.on_input$|\.(alpha|dora_scale|diff|diff_b|w_norm|b_norm)$|^bundle_emb\."
 )
 
 # The first rule whose prefixes all occur names the file.

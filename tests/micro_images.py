@@ -28,11 +28,12 @@ class WatchedParts(LoadedParts):
     def __init__(self, offload: bool = False, broken: str | None = None) -> None:
         super().__init__(CPU, offload)
         self.events: list[str] = []
+        self.rooms: dict[str, int] = {}
         self.broken = broken
 
     def borrow(
-        self, part: str, key: str, load: Callable[[], nn.Module], change: Change = lambda _: False
-    ) -> nn.Module:  # fmt: skip
+        self, part: str, key: str, load: Callable[[], nn.Module], change: Change = lambda _: False, room: int = 0
+    ) -> nn.Module:
         def loading() -> nn.Module:
             self.events.append(f"load {part}")
             return load()
@@ -42,14 +43,15 @@ class WatchedParts(LoadedParts):
             self.events.append(f"{'change' if changed else 'replace'} {part}")
             return changed
 
-        return super().borrow(part, key, loading, changing)
+        return super().borrow(part, key, loading, changing, room)
 
-    def arrive(self, part: str, module: nn.Module) -> None:
+    def arrive(self, part: str, module: nn.Module, room: int = 0) -> None:
         self.events.append(f"arrive {part}")
+        self.rooms[part] = room
         if part == self.broken:
             for weight in module.parameters():
                 weight.fill_(torch.nan)
-        super().arrive(part, module)
+        super().arrive(part, module, room)
 
     def leave(self, part: str, module: nn.Module) -> None:
         self.events.append(f"leave {part}")

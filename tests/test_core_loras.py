@@ -90,6 +90,7 @@ def test_the_node_says_what_fits_and_leaves_the_model_as_it_was(core: dict[str, 
     given = FakePatcher()
     assert apply(("one.safetensors", 0.5, 1.0), clip=given)[1] is not given and given.patches == ()
     assert apply()[2] == "the stack is empty"
+    assert apply(("one.safetensors", 0.0, 1.0))[2] == "one.safetensors: nothing for what is connected"
     del core[KEYS[1]]
     assert apply(("one.safetensors", 0.5, 1.0))[2].endswith(f"1 of 2 modules on MODEL (first missing: {KEYS[1]})")
     core.clear()

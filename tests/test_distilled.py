@@ -16,6 +16,7 @@ from tests.micro_loras import Q
 PUBLISHED = {
     "lcm-lora-sdxl.safetensors": ("LCM", "lcm", "4 to 8", "1 to 2"),
     "LCM_LoRA_SDXL_rank1.safetensors": ("LCM", "lcm", "4 to 8", "1 to 2"),
+    "lightning-4step-lora.safetensors": ("SDXL-Lightning", "euler", "4", "1"),
     "sdxl_lightning_4step_lora.safetensors": ("SDXL-Lightning", "euler", "4", "1"),
     "sdxl_lightning_8step_lora.safetensors": ("SDXL-Lightning", "euler", "8", "1"),
     "Hyper-SDXL-8steps-lora.safetensors": ("Hyper-SD", "ddim", "8", "1"),
@@ -33,9 +34,21 @@ def test_published_names_are_known(name: str) -> None:
     assert (found.kind, found.sampler, found.steps, found.guidance) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", ["hyperrealism_xl.safetensors", "my_style.safetensors", "atcd.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hyperrealism_xl.safetensors",
+        "my_style.safetensors",
+        "atcd.safetensors",
+        "zeus lightning bolt style.safetensors",
+    ],
+)
 def test_others_are_left_alone(name: str) -> None:
     assert advice(name, {}) is None
+
+
+def test_a_description_may_name_what_it_works_with() -> None:
+    assert advice("style", {"modelspec.description": "works with SDXL-Lightning and LCM"}) is None
 
 
 def test_what_is_advised_can_be_chosen() -> None:

@@ -66,6 +66,20 @@ def test_vae_slicing_is_put_on_and_taken_off(micro_base: SDXLBase, parts: Watche
     assert calls == [1, 1, 2]
 
 
+def test_room_for_computing_grows_with_what_is_computed_at_once(micro_base: SDXLBase, parts: WatchedParts) -> None:
+    def rooms(**changes: Any) -> tuple[int, int]:
+        pixels(micro_base, settings(steps=1, **changes), parts=parts)
+        return parts.rooms["unet"], parts.rooms["vae"]
+
+    unet, vae = rooms()
+    assert rooms(width=128) == (2 * unet, 2 * vae)
+    assert rooms(guidance=1) == (unet // 2, vae)
+    assert rooms(count=2, batch_size=2) == (2 * unet, 2 * vae)
+    assert rooms(count=2, batch_size=2, vae_slicing=True) == (2 * unet, vae)
+    assert rooms(width=1280, height=64) == (20 * unet, 20 * vae)
+    assert rooms(width=1280, height=64, vae_tiling=True) == (20 * unet, 16 * vae)
+
+
 def test_offload_by_phase_holds_one_phase_on_the_device(micro_base: SDXLBase, parts: WatchedParts) -> None:
     pixels(micro_base, settings(steps=1, offload="phase"), parts=parts)
     assert [event for event in parts.taken_events() if not event.startswith("load")] == [

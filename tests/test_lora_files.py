@@ -240,7 +240,19 @@ def test_damaged_and_empty_loras_are_refused(lora: LoRAFile, tmp_path: Path) -> 
     path = tmp_path / "x.safetensors"
     key = f"unet.{Q}"
     for tensors, message in (
-        ({f"{key}.oft_blocks": torch.ones(2, 2)}, "no low-rank change.*oft_blocks"),
+        ({f"{key}.oft_blocks": torch.ones(2, 2)}, "is an OFT or BOFT, which this pack cannot apply"),
+        ({f"{key}.a1.weight": torch.ones(2, 2), f"{key}.b2.weight": torch.ones(2, 2)}, "is a GLoRA, which"),
+        ({f"{key}.on_input": torch.ones(1), f"{key}.weight": torch.ones(2)}, r"is an \(IA\)3, which"),
+        ({f"{key}.diff_x": torch.ones(2)}, "is a file of unknown content|no low-rank change"),
+        ({f"{key}.lora_A.weight": torch.ones(0, 2), f"{key}.lora_B.weight": torch.ones(2, 0)}, r"of shape \[0, 2\]"),
+        (
+            {
+                f"{key}.lora_A.weight": torch.ones(4, 2),
+                f"{key}.lora_B.weight": torch.ones(2, 4),
+                f"{key}.alpha": torch.ones(2),
+            },
+            r"has alpha of shape \[2\]: damaged file",
+        ),
         ({f"{key}.lora_A.weight": torch.ones(4, 2), f"{key}.lora_B.weight": torch.ones(2, 3)}, "of unlike rank"),
         ({f"{key}.lora_A.weight": torch.full((4, 2), math.nan), f"{key}.lora_B.weight": torch.ones(2, 4)}, "holds NaN"),
     ):

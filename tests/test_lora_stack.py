@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.generation import LoRARef
+from sdxl_lora_core.lora_stack import fit_of
 from tests.micro_images import TRAINED, WatchedParts, draw, hits, pixels, settings, weighted, write_lora
 
 
@@ -74,6 +76,67 @@ def test_taking_the_stack_off_restores_the_base(micro_base: SDXLBase, lora: LoRA
     before = pixels(micro_base, settings())
     pixels(micro_base, settings(), [lora])
     np.testing.assert_array_equal(pixels(micro_base, settings()), before)
+
+
+def with_more(path: Path, lora: LoRARef, **tensors: torch.Tensor) -> LoRARef:
+    save_file({**load_file(lora.path), **{name.replace("__", "."): value for name, value in tensors.items()}}, path)
+    return LoRARef(path, path.stem, 1.0, 1.0)
+
+
+def test_what_is_not_understood_is_said_once(
+    micro_base: SDXLBase, parts: WatchedParts, lora: LoRARef, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = with_more(tmp_path / "odd.safetensors", lora, lora_unet_mystery__a1__weight=torch.ones(2, 2))
+    draw(micro_base, settings(steps=1), [odd], parts=parts)
+    lines = [line for part in ("text_encoders", "unet") for line in fit_of(parts.held(part))]
+    said = "1 keys of its file are not understood (first: lora_unet_mystery.a1.weight)"
+    assert sum(said in line for line in lines) == 1 and lines[-1].endswith(said)
+    assert caplog.text.count(said) == 1
+
+
+def test_a_text_module_that_the_base_lacks_does_not_refuse_the_rest(
+    micro_base: SDXLBase, unet_lora: LoRARef, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    factors = {"lora_down": torch.ones(2, 8), "lora_up": torch.ones(8, 2)}
+    odd = with_more(
+        tmp_path / "odd.safetensors", unet_lora,
+        **{f"lora_te1_text_projection__{name}__weight": factor for name, factor in factors.items()},
+    )  # fmt: skip
+    np.testing.assert_array_equal(pixels(micro_base, settings(), [odd]), pixels(micro_base, settings(), [unet_lora]))
+    assert "0 of 1 text_encoder modules are in this base (first missing: text_projection)" in caplog.text
+
+
+def test_a_lora_that_does_not_fit_leaves_what_is_loaded(
+    micro_base: SDXLBase, parts: WatchedParts, lora: LoRARef, tmp_path: Path
+) -> None:
+    before = pixels(micro_base, settings(), [lora], parts=parts)
+    wrong = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 5),
+             "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(5, 2)}  # fmt: skip
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="take a LoRA that was trained on a model of this size"):
+        draw(micro_base, settings(), [LoRARef(tmp_path / "wrong.safetensors", "wrong", 1.0, 1.0)], parts=parts)
+    parts.taken_events()
+    np.testing.assert_array_equal(pixels(micro_base, settings(), [lora], parts=parts), before)
+    assert not parts.taken_events("load")
+
+
+def test_pefts_settings_beside_a_file_count_as_its_content(micro_base: SDXLBase, lora: LoRARef, tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(lora.path.read_bytes())
+    ref = LoRARef(path, "adapter_model", 1.0, 1.0)
+    parts = WatchedParts()
+
+    def drawn(alpha: int | None) -> Any:
+        settings_file = tmp_path / "adapter_config.json"
+        settings_file.unlink(missing_ok=True)
+        if alpha:
+            settings_file.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": alpha}))
+        return draw(micro_base, settings(), [ref], parts=parts)[0]
+
+    plain, strong, weak = drawn(None), drawn(8), drawn(1)
+    assert len({plain.key, strong.key, weak.key}) == 3
+    assert abs(strong.pixels.astype(int) - weak.pixels).max() > 1
+    assert abs(drawn(4).pixels.astype(int) - plain.pixels).max() <= 1, "an alpha of the rank is a scale of 1"
 
 
 def test_missing_lora_is_named(micro_base: SDXLBase, tmp_path: Path, parts: WatchedParts) -> None:

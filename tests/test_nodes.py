@@ -265,7 +265,8 @@ def test_embeddings_are_found_by_name_in_any_subfolder(home: Path) -> None:
     assert find("cat") == find("cat.safetensors") == home / "embeddings/cat.safetensors"
     assert find("deep/cat") == home / "models/embeddings/deep/cat.safetensors"
     assert find("dog") == home / "embeddings/dog.pt", "so that it can be said why it is not read"
-    assert not any(find(name) for name in ("at", "deep", "../embeddings/cat", "", "CAT"))
+    assert find("CAT") == home / "embeddings/cat.safetensors", "as on Windows, so everywhere"
+    assert not any(find(name) for name in ("at", "deep", "../embeddings/cat", ""))
 
 
 def test_a_changed_embedding_is_seen(home: Path) -> None:
@@ -356,9 +357,13 @@ class FakeComfy:
 
     def __init__(self) -> None:
         self.loaded: list[list[Any]] = []
+        self.rooms: list[int] = []
+        self.current_loaded_models: list[Any] = []
 
-    def load_models_gpu(self, patchers: list[Any], force_full_load: bool) -> None:
+    def load_models_gpu(self, patchers: list[Any], memory_required: int, force_full_load: bool) -> None:
         self.loaded.append([patcher.model.part for patcher in patchers])
+        self.rooms.append(memory_required)
+        self.current_loaded_models = [SimpleNamespace(model=patcher) for patcher in patchers]
 
 
 class FakePatcher:
@@ -397,6 +402,29 @@ def test_parts_in_use_are_loaded_together_and_evicted_ones_are_freed(comfy: Fake
     third = torch.nn.Linear(3, 3)
     assert owner.borrow("text_encoder_2", "b", lambda: third) is third, "ComfyUI took the second one"
     assert comfy.loaded[-1] == [third]
+
+
+def test_comfyui_is_told_how_much_room_computing_takes(comfy: FakeComfy) -> None:
+    owner = host.ComfyParts(torch.device("cpu"))
+    with owner.phase("vae", "a", lambda: torch.nn.Linear(1, 1), room=12345):
+        assert comfy.rooms == [12345]
+
+
+def test_what_rests_beside_the_device_goes_with_what_comfyui_unloads(comfy: FakeComfy) -> None:
+    """A small card holds one part: the others lie in memory, where ComfyUI does not see them."""
+    owner = host.ComfyParts(torch.device("cpu"))
+    for part in ("text_encoders", "unet", "vae"):
+        owner.borrow(part, "a", lambda: torch.nn.Linear(1, 1))
+        owner.rest(part)
+    assert [owner.held(part) is not None for part in ("text_encoders", "unet", "vae")] == [True, True, True]
+    owner._patchers["vae"].detach()  # the only one that is listed
+    assert [owner.held(part) for part in ("text_encoders", "unet", "vae")] == [None, None, None]
+
+
+def test_a_part_that_comfyui_does_not_move_is_no_image(comfy: FakeComfy) -> None:
+    owner = host.ComfyParts(torch.device("meta"))
+    with pytest.raises(ValueError, match="left the unet off the meta.*--novram: start it without"):
+        owner.borrow("unet", "a", lambda: torch.nn.Linear(1, 1))
 
 
 def test_leaving_the_device_is_not_being_evicted(comfy: FakeComfy) -> None:
