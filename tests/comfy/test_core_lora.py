@@ -114,7 +114,7 @@ def test_core_reads_what_we_save(answers: dict[str, Any], format: str) -> None:
 
 
 def test_pefts_names_are_all_read_by_our_node(answers: dict[str, Any], narrow_home: Path) -> None:
-    """Core's loader does not know those of attention, and says so: hence the node's help, and kohya as the default."""
+    """Core's loader does not know those of attention, and says so in its log, as our help does."""
     every = EVERY_LAYER + EVERY_TEXT_LAYER
     with safe_open(narrow_home / "output/loras/peft.safetensors", framework="pt") as file:
         assert len(file.keys()) == 2 * every
