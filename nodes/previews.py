@@ -36,13 +36,13 @@ def show(
 
 def _preview(pixels: np.ndarray, texts: Mapping[str, str]) -> dict[str, str]:
     """Named by its pixels, 24 digits, and by what it says of itself."""
-    chunks = png_info(texts).chunks
-    said = hashlib.sha256(b"".join(data for _, data, _ in chunks)).hexdigest()[:8]
+    chunks = [(kind, data) for kind, data, *_ in png_info(texts).chunks]
+    said = hashlib.sha256(b"".join(data for _, data in chunks)).hexdigest()[:8]
     name = f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:24]}_{pixels.shape[1]}x{pixels.shape[0]}_{said}.png"
     path = host.temp_folder() / "sdxl_lora" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_stored_png(pixels, [(kind, data) for kind, data, _ in chunks]))
+        path.write_bytes(_stored_png(pixels, chunks))
     return {"filename": name, "subfolder": "sdxl_lora", "type": "temp"}
 
 

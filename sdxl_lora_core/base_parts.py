@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from .base_checks import PART_CLASSES, read_json
 from .library_logs import quiet_libraries
 from .model_kinds import TEXT, TEXT_2, UNET, VAE
+from .weights_file import read_header, save_tensors
 
 Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 Assembled = tuple[nn.Module, list[str]]
@@ -22,6 +25,7 @@ ENCODERS: tuple[Part, Part] = ("text_encoder", "text_encoder_2")
 _PREFIXES: dict[Part, str] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "text_encoder_2": TEXT_2}
 # What published files hold besides weights: a buffer older transformers saved, and CLIP's unused temperature.
 _HARMLESS = ("position_ids", "logit_scale")
+_TEXT_MODEL, _BARE = "text_model.", "embeddings|encoder|final_layer_norm"
 _ALIGNMENT = 64  # bytes; torch's own allocations start on multiples of it
 _TENSORS_AT_ONCE = 64
 
@@ -87,10 +91,26 @@ def _small_part(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
-        **{"torch_dtype" if part == "vae" else "dtype": dtype},
+        **({"torch_dtype": dtype} if part == "vae" else {"dtype": dtype, **_older_names(folder)}),
     )
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     return module, [str(name) for name in wrong if not str(name).endswith(_HARMLESS)]
+
+
+def _older_names(folder: Path) -> dict[str, Any]:
+    """What transformers before 5.6 has to be told to read an encoder that a later one wrote, without text_model."""
+    release = tuple(int(number) for number in version("transformers").split(".")[:2])
+    bare = any(read_header(file).has("encoder.") for file in find_weights(folder)[1])
+    return {"key_mapping": {f"^({_BARE})": rf"{_TEXT_MODEL}\1"}} if bare and release < (5, 6) else {}
+
+
+def save_encoder(module: Any, folder: Path) -> None:
+    """In diffusers' layout and under the names that every transformers reads, whatever the one here writes."""
+    module.save_pretrained(folder, safe_serialization=True)
+    for file in find_weights(folder)[1]:
+        tensors = read_tensors(file, "", module.dtype)
+        renamed = {re.sub(f"^({_BARE})", rf"{_TEXT_MODEL}\1", name): tensor for name, tensor in tensors.items()}
+        save_tensors(file, renamed, {"format": "pt"})  # which transformers asks for
 
 
 def from_single_file(

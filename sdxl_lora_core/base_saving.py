@@ -16,7 +16,7 @@ from torch import nn
 from . import base_model
 from .base_checks import PART_CLASSES, PIPELINE
 from .base_model import TOKENIZERS, SDXLBase
-from .base_parts import PARTS, Part
+from .base_parts import ENCODERS, PARTS, Part, save_encoder
 from .checkpoint_names import published_names
 from .config import SaveBaseConfig
 from .files import canonical_json, next_names, safe_path
@@ -85,7 +85,10 @@ def _write_folder(
             on_part(done, len(PARTS))
             module: Any = _part(base, part, stack, config)
             fit += fit_of(module)
-            module.save_pretrained(temporary / part, safe_serialization=True)
+            if part in ENCODERS:
+                save_encoder(module, temporary / part)
+            else:
+                module.save_pretrained(temporary / part, safe_serialization=True)
         for name in TOKENIZERS:
             shutil.copytree(base.configs / name, temporary / name)
         scheduler = {"_class_name": "EulerDiscreteScheduler", **base_model.scheduler_config(base)}

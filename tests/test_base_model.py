@@ -27,6 +27,7 @@ from sdxl_lora_core.base_model import (
     resolve_dtype,
     scheduler_config,
 )
+from sdxl_lora_core.base_parts import save_encoder
 from sdxl_lora_core.weights_file import read_header
 
 UNET = "model.diffusion_model."
@@ -205,6 +206,24 @@ def test_a_unet_of_another_shape_is_refused(micro_copy: Callable[[], Path]) -> N
     save_file({**tensors, "conv_in.bias": torch.zeros(3)}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"the unet in .* does not fit: 1 tensors .*conv_in.bias"):
         load_part(open_base(folder), "unet", torch.float32)
+
+
+def test_encoders_written_by_any_transformers_are_read_and_ours_can_be_read_by_any(
+    micro_copy: Callable[[], Path], micro_base: SDXLBase
+) -> None:
+    """From 5.6 on transformers leaves text_model out of the names; older ones need it."""
+    for part in ("text_encoder", "text_encoder_2"):
+        wanted = load_part(micro_base, part, torch.float32).state_dict()
+        folder = micro_copy()
+        save_encoder(load_part(micro_base, part, torch.float32), folder / part)
+        (file,) = (folder / part).glob("*.safetensors")
+        older = load_file(file)
+        assert all(name.startswith(("text_model.", "text_projection.")) for name in older)
+        for tensors in (older, {name.removeprefix("text_model."): tensor for name, tensor in older.items()}):
+            save_file(tensors, file, {"format": "pt"})
+            found = load_part(open_base(folder), part, torch.float32).state_dict()
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 # ------------------------------------------------------------------ single files

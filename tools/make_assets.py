@@ -43,13 +43,18 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
+def _older_name(name: str) -> str:
+    """transformers from 5.6 on leaves out a text encoder's text_model, and reads both; before, it needs it."""
+    return f"text_model.{name}" if name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")) else name
+
+
 def copy_part(source: Path, target: Path) -> None:
     """A model folder with its weights rounded to fp16 and its configuration free of machine paths."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.suffix == ".safetensors":
-            weights = {name: _half(value) for name, value in load_file(path).items()}
+            weights = {_older_name(name): _half(value) for name, value in load_file(path).items()}
             save_file(weights, target / path.name, metadata={"format": "pt"})
         elif path.suffix == ".json":
             config = json.loads(path.read_text("utf-8"))
