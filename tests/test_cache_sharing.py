@@ -51,7 +51,7 @@ log = os.open(home / "made", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 class Maker:
     def __init__(self, *_): pass
-    def make(self, wanted, unwanted, seeds, starts, on_step):
+    def make(self, wanted, unwanted, seeds, starts, hints, on_step):
         os.write(log, f"{seeds[0]}\\n".encode())
         time.sleep(0.02)
         drawn = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8) for seed in seeds]
