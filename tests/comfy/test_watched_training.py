@@ -77,7 +77,8 @@ def test_a_watched_training_is_cancelled_goes_on_and_stops_early(
 ) -> None:
     step = story.cancelled()
     before = story.metrics()
-    assert int(before[-1]["step"]) == step > EVERY and not story.lora.exists()
+    written = int(before[-1]["step"])  # one less where the validation of the last step was what was cancelled
+    assert step - 1 <= written <= step and step > EVERY and not story.lora.exists()
 
     seen = len(story.server.text())
     outputs = story.server.run(story.workflow)
