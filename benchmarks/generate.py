@@ -58,9 +58,10 @@ def main() -> None:
         MAKERS[args.alone](args, files[: args.loras])(0, lambda: None)
         print(peak_gb())
         return
+    # First of all: to the peak of a process counts what the one held that started it.
+    memory = {count: {name: alone(args, name, count) for name in MAKERS} for count in (0, len(files))}
     for loras in ([], files):
-        memory = {name: alone(args, name, len(loras)) for name in MAKERS}  # before both are here at once
-        report(args, len(loras), take_turns(args, loras), memory)
+        report(args, len(loras), take_turns(args, loras), memory[len(loras)])
 
 
 # The two ways
