@@ -350,8 +350,8 @@ class TrainConfig:
     # The file
     save_format: LoRAFormat = setting(
         "kohya",
-        "Names in the file: kohya for ComfyUI, A1111 and most others; peft for diffusers and peft, whose names ComfyUI's "
-        "own loader reads only in part.",
+        "Names in the file: kohya for ComfyUI, A1111 and most others; peft for diffusers and peft, whose names "
+        "ComfyUI's own loader reads only in part.",
         group="adapter",
     )  # fmt: skip
     save_dtype: WeightType = setting("fp16", "Number format of the saved LoRA.", group="adapter")
