@@ -2,14 +2,7 @@
 // text under its widgets.
 import { app } from "../../scripts/app.js";
 
-const OURS = new Set([
-  "LoadCaptionDataset",
-  "LoadSDXLBase",
-  "TrainSDXLLoRA",
-  "LoadLoRA",
-  "SDXLGenerateCached",
-  "CLIPScore",
-]);
+const CATEGORY = "SDXL LoRA"; // of all nodes of this pack, and of no others
 const ROW = 20; // LiteGraph.NODE_WIDGET_HEIGHT; the layout adds 4
 
 function hideAdvanced(node) {
@@ -64,7 +57,7 @@ function saveInputsOnly(node) {
 app.registerExtension({
   name: "sdxl_lora.nodes",
   nodeCreated(node) {
-    if (!OURS.has(node.comfyClass)) return;
+    if (node.constructor.nodeData?.category?.split("/")[0] !== CATEGORY) return;
     hideAdvanced(node);
     saveInputsOnly(node);
     const { onDrawBackground, onExecuted } = node;

@@ -32,6 +32,19 @@ FACES = """() => window.app.graph._nodes.map((node) => [
 ])"""
 
 
+# The widgets on the face of a new node, and what it shows of the text that it gives.
+NEW_NODE = """(name) => {
+  const node = window.LiteGraph.createNode(name);
+  window.app.graph.add(node);
+  const hidden = (widget) => node.isWidgetVisible ? !node.isWidgetVisible(widget) : widget.advanced;
+  const face = (node.widgets ?? []).filter((widget) => !hidden(widget)).map((widget) => widget.name);
+  node.onExecuted?.({ text: ["what it did"] });
+  const text = node.widgets?.find((widget) => widget.name === "sdxl_lora_text")?.element.value;
+  window.app.graph.remove(node);
+  return [face, text];
+}"""
+
+
 @pytest.fixture(scope="module")
 def page(server: Any) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
@@ -84,6 +97,18 @@ def test_advanced_inputs_are_hidden(page: Any, name: str) -> None:
     open_workflow(page, name)
     faces = [(kind, count) for kind, count in page.evaluate(FACES) if kind in VISIBLE]
     assert faces == [(kind, VISIBLE[kind]) for kind, _ in faces] and faces
+
+
+def test_every_node_hides_its_advanced_inputs_and_shows_its_text(page: Any, server: Any) -> None:
+    ours = {name: node for name, node in server.get("/object_info").items() if node["category"].startswith("SDXL LoRA")}
+    assert len(ours) >= 18
+    for name, node in ours.items():
+        inputs = {**node["input"]["required"], **node["input"].get("optional", {})}
+        advanced = {key for key, (_, *options) in inputs.items() if options and options[0].get("advanced")}
+        face, text = page.evaluate(NEW_NODE, name)
+        assert not advanced & set(face), f"{name} shows {advanced & set(face)}"
+        assert set(face) - {"control_after_generate"} <= set(inputs) - advanced
+        assert text == "what it did", name
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
