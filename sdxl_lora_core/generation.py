@@ -166,11 +166,11 @@ def _requests(
     unwanted = reader.embeddings(config.negative_prompt) if is_guided(config) else ()
     wanted = [(prompt, (config.seed + number) % 2**64) for prompt in config.prompts for number in range(config.count)]
     own_starts = starts if len(starts) == len(wanted) else [*starts, None][:1] * len(wanted)
+    readings = {prompt: (reader.embeddings(prompt) + unwanted, reader.words(prompt)) for prompt in config.prompts}
     requests = []
     for (prompt, seed), start, own_hints in zip(wanted, own_starts, hints, strict=True):
-        embeddings = reader.embeddings(prompt) + unwanted
+        embeddings, words = readings[prompt]
         facts = session.facts(prompt, seed, embeddings, None if start is None else start.key, own_hints)
-        words = reader.words(prompt)
         requests.append(_Request(prompt, seed, embeddings, words, key_of(facts), facts, start, own_hints))
     return requests
 

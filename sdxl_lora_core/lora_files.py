@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from .lora_metadata import lora_metadata, tag_counts, trigger_words
 from .lora_modules import AdapterModule, DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule
 from .lora_reading import lora_of_tensors
 from .lora_writing import kohya_state_dict, peft_state_dict, state_dict
-from .model_kinds import foreign_adapter, is_adapter, kind_of
+from .model_kinds import foreign_adapter, is_adapter, kind_of, other_adapter
 from .weights_file import WeightsHeader, first_names, pack_weights, read_header, write_weights
 
 __all__ = [
@@ -32,11 +31,6 @@ __all__ = [
 ]  # fmt: skip
 
 WANTED = "give an SDXL LoRA (.safetensors)"
-_NOT_READ = {
-    r"\.[ab][12]\.weight$": "a GLoRA",
-    r"\.oft_(blocks|diag|R)": "an OFT or BOFT",
-    r"\.on_input$": "an (IA)3",
-}
 
 
 def read_lora(path: Path) -> LoRAFile:
@@ -76,12 +70,11 @@ def _require_sdxl_lora(header: WeightsHeader) -> None:
 def _require_something(name: str, file: LoRAFile) -> None:
     if any(file.parts().values()) or file.tokens:
         return
-    for ending, kind in _NOT_READ.items():
-        if any(re.search(ending, key) for key in file.unknown):
-            raise ValueError(
-                f"{name} is {kind}, which this pack cannot apply: give a LoRA, LoHa or LoKr, or load it with core's "
-                "Load LoRA"
-            )
+    if kind := other_adapter(file.unknown):
+        raise ValueError(
+            f"{name} is {kind}, which this pack cannot apply: give a LoRA, LoHa or LoKr, or load it with core's "
+            "Load LoRA"
+        )
     raise ValueError(f"{name} holds no low-rank change this pack can apply ({first_names(file.unknown)}): {WANTED}")
 
 

@@ -191,12 +191,12 @@ def restacking(
     layers = _layers(acting, part)
     names = dict.fromkeys([*(name for modules, _ in layers for name in modules), *held.changes])
     weights = fitting_weights(module, [*names], layers)
-    fit = _fit(acting, part, set(weights))
     wanted = _changes(acting, part, weights)
     stale = [name for name in weights if held.changes.get(name, []) != wanted.get(name, [])]
     originals = BaseWeights(base, part)
     if not originals.has(stale):
         return None
+    fit = _fit(acting, part, set(weights))
 
     @torch.no_grad()
     def merge() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from .weights_file import WeightsHeader, first_names
 
@@ -12,8 +13,15 @@ TEXT_2 = "conditioner.embedders.1.model."
 VAE = "first_stage_model."
 CONTROL = "control_model."
 
+# Adapters that are no sum with a low-rank change, by how their tensors' names end.
+_OTHER_ADAPTERS = {
+    r"\.[ab][12]\.weight$": "a GLoRA",
+    r"\.oft_(blocks|diag|R)": "an OFT or BOFT",
+    r"\.on_input$": "an (IA)3",
+}
 _ADAPTER = re.compile(
-    r"[._](lora_|lora\.|hada_|lokr_|oft_)|[._][ab][12]\.weight$|\.on_input$|\.(alpha|dora_scale|diff|diff_b|w_norm|b_norm)$|^bundle_emb\."
+    r"[._](lora_|lora\.|hada_|lokr_|oft_)|\.(alpha|dora_scale|diff|diff_b|w_norm|b_norm)$|^bundle_emb\.|"
+    + "|".join(_OTHER_ADAPTERS)
 )
 
 # The first rule whose prefixes all occur names the file.
@@ -100,6 +108,12 @@ def _control_net(header: WeightsHeader) -> str | None:
 
 def is_adapter(header: WeightsHeader) -> bool:
     return any(_ADAPTER.search(name) for name in header.shapes)
+
+
+def other_adapter(names: Iterable[str]) -> str | None:
+    """ "a GLoRA", ...: the kind of adapter that some of the tensors belong to, if it is one that is not read."""
+    known = list(names)
+    return next((kind for end, kind in _OTHER_ADAPTERS.items() if any(re.search(end, name) for name in known)), None)
 
 
 def foreign_adapter(header: WeightsHeader) -> str | None:

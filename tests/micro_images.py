@@ -80,6 +80,16 @@ def pixels(base: SDXLBase, config: GenerateConfig, loras: Sequence[LoRARef] = ()
     return np.stack([image.pixels for image in draw(base, config, loras, **options)]).astype(int)
 
 
+def cancel_at(step: int) -> Callable[[int, int], None]:
+    """An on_step that breaks off there."""
+
+    def on_step(done: int, total: int) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
 def hits(images: list[GeneratedImage]) -> list[bool]:
     return [image.hit for image in images]
 

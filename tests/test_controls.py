@@ -20,7 +20,7 @@ from sdxl_lora_core.samplers import SOLVERS
 from sdxl_lora_core.start_images import fit_image, start_images
 from tests import plain_diffusers
 from tests.micro_controls import SIDE, control, hint, random_net, save_single
-from tests.micro_images import WatchedParts, draw, hits, pixels, settings
+from tests.micro_images import WatchedParts, cancel_at, draw, hits, pixels, settings
 from tests.test_guidance import plain_pipeline
 from tests.test_start_images import half_mask, picture
 from tools.run_workflow import load_pack
@@ -418,14 +418,10 @@ def test_unet_and_nets_are_on_the_device_together_and_leave_together(micro_base:
 
 
 def test_cancelling_leaves_nothing_behind(micro_base: SDXLBase, files: list[Path]) -> None:
-    def cancel(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
     parts = WatchedParts()
     plain = pixels(micro_base, settings(), parts=parts)
     with pytest.raises(KeyboardInterrupt):
-        pixels(micro_base, settings(), controls=[control(files[0])], parts=parts, on_step=cancel)
+        pixels(micro_base, settings(), controls=[control(files[0])], parts=parts, on_step=cancel_at(2))
     np.testing.assert_array_equal(pixels(micro_base, settings(), parts=parts), plain)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdxl_lora_core.base_model import SDXLBase, open_base
-from tests.micro_images import WatchedParts, pixels, settings
+from tests.micro_images import WatchedParts, cancel_at, pixels, settings
 
 TINY = Path(__file__).resolve().parents[1] / "assets/tiny-sdxl"  # the micro model does not care about its prompt
 
@@ -92,12 +92,8 @@ def test_steps_out_of_the_interval_cost_half_and_leave_nothing_behind(micro_base
 
 
 def test_cancelling_within_an_interval_leaves_nothing_behind(micro_base: SDXLBase) -> None:
-    def cancel(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
     parts = WatchedParts()
     plain = pixels(micro_base, settings(), parts=parts)
     with pytest.raises(KeyboardInterrupt):
-        pixels(micro_base, settings(guidance_end=0.1), parts=parts, on_step=cancel)
+        pixels(micro_base, settings(guidance_end=0.1), parts=parts, on_step=cancel_at(2))
     np.testing.assert_array_equal(pixels(micro_base, settings(), parts=parts), plain)

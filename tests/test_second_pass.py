@@ -14,7 +14,7 @@ from PIL import Image
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.image_metadata import parameters
 from sdxl_lora_core.start_images import start_images
-from tests.micro_images import WatchedParts, draw, hits, pixels, settings
+from tests.micro_images import WatchedParts, cancel_at, draw, hits, pixels, settings
 
 TWICE = settings(hires_scale=1.75, hires_denoise=0.4, hires_steps=2)
 LARGE = {"width": 112, "height": 112}
@@ -80,12 +80,8 @@ def test_progress_counts_both_passes_as_one(micro_base: SDXLBase, tmp_path: Path
 
 
 def test_cancelling_keeps_what_the_first_pass_made(micro_base: SDXLBase, tmp_path: Path) -> None:
-    def cancel(done: int, total: int) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        draw(micro_base, TWICE, cache_folder=tmp_path / "images", on_step=cancel)
+        draw(micro_base, TWICE, cache_folder=tmp_path / "images", on_step=cancel_at(4))
     assert hits(draw(micro_base, settings(), cache_folder=tmp_path / "images")) == [True]
 
 
