@@ -63,7 +63,7 @@ def open_base(
         raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
     if path.is_dir():
         found = require_folder(path)
-        hashes = {part: folder_part_hash(path / part, part, hash_memo) for part in PARTS}
+        hashes = {part: _folder_part_hash(path / part, part, hash_memo) for part in PARTS}
         base = _handle(path, path, precision, found, hashes)
     elif path.exists():
         found = require_checkpoint(read_header(path), configs)
@@ -185,7 +185,12 @@ def _handle(
     )
 
 
-def folder_part_hash(folder: Path, part: str, memo: Path | None) -> str:
+def weights_sha256(path: Path, part: str, memo: Path | None) -> str:
+    """Of a single file, or of a diffusers folder's settings and weights as `part`."""
+    return _folder_part_hash(path, part, memo) if path.is_dir() else file_sha256(path, memo)
+
+
+def _folder_part_hash(folder: Path, part: str, memo: Path | None) -> str:
     """Over settings and weights, so that either one's change is seen. Every weight file is checked to be whole."""
     _, files = base_parts.find_weights(folder)
     for file in files:

@@ -49,6 +49,11 @@ def find_weights(folder: Path) -> tuple[str | None, list[Path]]:
     raise FileNotFoundError(f"{folder.name}/ holds {found}: fetch the .safetensors files of the model")
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Those of a diffusers folder, or the file itself."""
+    return find_weights(path)[1] if path.is_dir() else [path]
+
+
 def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     """The part whose own folder it is. Raises ValueError if the files do not hold exactly the part's tensors."""
     with quiet_libraries():

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .base_checks import read_json
-from .base_model import SDXLBase, folder_part_hash
-from .base_parts import find_weights
-from .files import file_sha256
+from .base_model import SDXLBase, weights_sha256
+from .base_parts import weight_files
 from .lora_names import diffusers_block_name
 from .model_kinds import CONTROL, SDXL_CONTROL_NETS, kind_of
 from .weights_file import WeightsHeader, read_header
@@ -54,7 +53,7 @@ class ControlNet:
 
     @property
     def files(self) -> list[Path]:
-        return _weights(self.path)
+        return weight_files(self.path)
 
 
 def open_control_net(path: Path, hash_memo: Path | None = None) -> ControlNet:
@@ -65,10 +64,10 @@ def open_control_net(path: Path, hash_memo: Path | None = None) -> ControlNet:
     if not path.exists():
         raise FileNotFoundError(f"ControlNet {path.name} does not exist: {WANTED}")
     said = read_json(path / "config.json") if path.is_dir() else {}
-    headers = [read_header(file) for file in _weights(path)]
+    headers = [read_header(file) for file in weight_files(path)]
     whole = WeightsHeader(path, {name: shape for one in headers for name, shape in one.shapes.items()}, {})
     settings = {**said, **require_control_net(whole)}
-    digest = folder_part_hash(path, "control_net", hash_memo) if path.is_dir() else file_sha256(path, hash_memo)
+    digest = weights_sha256(path, "control_net", hash_memo)
     name = path.name if path.is_dir() else path.stem
     return ControlNet(path, name, digest, settings, settings.get("num_control_type", 0))
 
@@ -129,10 +128,6 @@ def diffusers_name(name: str) -> str:
             return f"{renamed(found)}.{leaf}"
     path = diffusers_block_name(path) or path
     return f"{path}.{leaf}" if path else leaf
-
-
-def _weights(path: Path) -> list[Path]:
-    return find_weights(path)[1] if path.is_dir() else [path]
 
 
 def _layout(shapes: Shapes) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .base_checks import PART_CLASSES, read_json
-from .base_model import SDXLBase, folder_part_hash
-from .base_parts import find_weights
-from .files import file_sha256, json_sha256
+from .base_model import SDXLBase, weights_sha256
+from .base_parts import weight_files
+from .files import json_sha256
 from .model_kinds import VAE, kind_of
 from .weights_file import WeightsHeader, read_header
 
@@ -24,26 +24,21 @@ def with_vae(base: SDXLBase, path: Path, hash_memo: Path | None = None) -> SDXLB
     A file of Stable Diffusion 1.5's VAE cannot be told from SDXL's; a folder says it.
     Raises FileNotFoundError if nothing is there, ValueError for anything but a VAE of the base's size.
     """
-    if path.is_dir():
-        config = read_json(path / "config.json")
-        _require_like(path.name, config, _settings(base))
-        digest = folder_part_hash(path, "vae", hash_memo)
-        headers = [read_header(file) for file in find_weights(path)[1]]
-    elif path.exists():
-        config, headers, digest = _settings(base), [read_header(path)], file_sha256(path, hash_memo)
-    else:
+    if not path.exists():
         raise FileNotFoundError(f"VAE {path.name} does not exist: {_WANTED}")
-    _require_shapes(path.name, headers, config)
+    config = read_json(base.configs / "vae" / "config.json")
+    if path.is_dir():
+        own = read_json(path / "config.json")
+        _require_like(path.name, own, config)
+        config = own
+    _require_shapes(path.name, [read_header(file) for file in weight_files(path)], config)
+    digest = weights_sha256(path, "vae", hash_memo)
     return replace(
         base,
         vae=path,
         part_hashes=tuple(sorted({**dict(base.part_hashes), "vae": digest}.items())),
         fingerprint=json_sha256([base.fingerprint, digest]),
     )
-
-
-def _settings(base: SDXLBase) -> dict[str, Any]:
-    return read_json(base.configs / "vae" / "config.json")
 
 
 def _require_like(name: str, config: dict[str, Any], wanted: dict[str, Any]) -> None:
