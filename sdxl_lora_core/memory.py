@@ -102,22 +102,24 @@ def _mode(named: tuple[str, nn.Module]) -> Hashable:
 def _count(forward: Callable[[], object], model: nn.Module) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # as long as they live, their storages' addresses are theirs alone
+    kept: dict[int, torch.UntypedStorage] = {}  # as long as they live, their addresses are theirs alone
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:
+        """Returns nothing: a graph that holds its own tensors is a cycle through C++ that no collection frees."""
         storage = tensor.untyped_storage()
         if not isinstance(tensor, nn.Parameter) and storage._cdata not in weights:
-            kept.append(tensor)
-            sizes[storage._cdata] = storage.nbytes()
-        return tensor
+            kept[storage._cdata] = storage
 
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         without_contents = [mode.from_tensor(weight) for weight in model.parameters()]
         weights = {weight.untyped_storage()._cdata for weight in without_contents}
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(note, _never_unpacked):
             forward()
-    return sum(sizes.values())
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+def _never_unpacked(_: object) -> Tensor:
+    raise AssertionError("the memory plan's pass goes forward only")
 
 
 def set_checkpointing(unet: Any, mode: Checkpointing) -> None:

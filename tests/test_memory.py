@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -111,3 +112,15 @@ def test_the_noise_schedule_is_on_the_device_before_the_plan_looks_for_it(micro_
     """Moved in the plan's pass, which has no contents, it would have none in the steps either."""
     learner = Learner(micro_base, SMALL, torch.device("meta"), torch.float32)
     assert learner.objective.scheduler.alphas_cumprod.device.type == "meta"
+
+
+def test_a_finished_training_leaves_no_parameter_behind(run: Train) -> None:
+    before = parameters_alive()
+    for place in ("a", "b"):
+        run(replace(SMALL, steps=1, rank=3), where=place)  # a rank of its own, so that the first one counts
+    assert not parameters_alive() - before
+
+
+def parameters_alive() -> set[int]:
+    gc.collect()
+    return {id(thing) for thing in gc.get_objects() if isinstance(thing, nn.Parameter)}
