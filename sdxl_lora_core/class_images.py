@@ -12,11 +12,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import generation
 from .base_model import SDXLBase
 from .config import GenerateConfig
 from .dataset import CaptionDataset, CaptionEntry
 from .files import file_sha256, write_atomic
+from .generation import generate
 from .loaded_parts import LoadedParts
 from .train_config import TrainConfig
 
@@ -57,9 +57,7 @@ def with_class_images(
         prompt=config.class_prompt, seed=FIRST_SEED, count=len(planned),
         width=planned[0].width, height=planned[0].height,
     )  # fmt: skip
-    drawn = generation.generate(
-        base, request, parts=parts, cache_folder=cache / "images", prompt_cache=cache, on_step=on_step
-    )
+    drawn = generate(base, request, parts=parts, cache_folder=cache / "images", prompt_cache=cache, on_step=on_step)
     parts.drop_all()
     for entry, image in zip(planned, drawn, strict=True):
         write_atomic(entry.image, lambda file, pixels=image.pixels: Image.fromarray(pixels).save(file, format="PNG"))

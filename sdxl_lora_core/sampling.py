@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import generation, precompute
+from . import precompute
 from .base_model import SDXLBase
 from .config import GenerateConfig
 from .files import write_atomic, write_text_atomic
+from .generation import generate
 from .loaded_parts import LoadedParts
 from .lora_stack import LoRARef
 from .memory import is_out_of_memory
@@ -92,7 +93,7 @@ class Sampler:
             width=self.side, height=self.side, steps=self.config.sample_steps, guidance=self.config.sample_guidance,
             long_prompts="chunks" if self.config.caption_chunks > 1 else "cut",
         )  # fmt: skip
-        images = generation.generate(
+        images = generate(
             self.base, request, [LoRARef(lora, lora.stem, 1.0, 1.0)],
             parts=parts, cache_folder=image_cache, prompt_cache=self.cache,
             on_step=lambda done, total: on_step(StepReport("drawing samples", done, total)),

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdxl_lora_core import base_model
+import sdxl_lora_core
 from sdxl_lora_core.base_model import (
     PARTS,
     SDXLBase,
@@ -186,7 +186,7 @@ def test_reading_holds_no_file_beside_the_weights(tmp_path: Path) -> None:
         "tensors = read_tensors(Path(sys.argv[1]), 'unet.', torch.float32)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    root = Path(base_model.__file__).parents[1]
+    root = Path(sdxl_lora_core.__file__).parents[1]
     command = [sys.executable, "-c", code, str(path)]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert int(run.stdout) * 1024 < 1.4 * path.stat().st_size
@@ -487,7 +487,7 @@ def test_loading_is_silent_and_leaves_the_libraries_talkative(
 
 def test_importing_loads_nothing_heavy() -> None:
     code = "import sys, sdxl_lora_core.base_model, sdxl_lora_core.lora_files; print(sorted(sys.modules))"
-    root = Path(base_model.__file__).parents[1]
+    root = Path(sdxl_lora_core.__file__).parents[1]
     loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     for heavy in ("diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib"):
         assert f"'{heavy}'" not in loaded

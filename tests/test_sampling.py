@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core import generation, training_loop
+from sdxl_lora_core import sampling, training_loop
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.charts import draw_loss_chart
 from sdxl_lora_core.checkpoints import LoopState
 from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.dataset import with_validation
+from sdxl_lora_core.generation import generate
 from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.progress import StepReport
@@ -47,10 +48,7 @@ def drawn(base: SDXLBase, lora: Path, **changes: Any) -> list[np.ndarray]:
         prompt="one\ntwo", prompt_per_line=True, seed=SMALL.seed, **{"steps": 2, "guidance": 7.0, **changes}
     )
     reference = LoRARef(lora, "lora", 1.0, 1.0)
-    return [
-        image.pixels
-        for image in generation.generate(base, request, [reference], parts=LoadedParts(CPU), cache_folder=None)
-    ]
+    return [image.pixels for image in generate(base, request, [reference], parts=LoadedParts(CPU), cache_folder=None)]
 
 
 def test_a_sample_is_what_generation_draws_with_the_file_of_that_step(
@@ -136,14 +134,14 @@ def test_samples_that_fail_do_not_end_the_run(
     run: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = run(replace(SAMPLED, sample_every=0))
-    original, where = generation.generate, generation
+    original = sampling.generate
 
     def fail(*arguments: Any, **options: Any) -> Any:
         if options["cache_folder"] is None:
             raise ValueError("the UNet gave values that are not finite")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(where, "generate", fail)
+    monkeypatch.setattr(sampling, "generate", fail)
     assert lora_bytes(run(SAMPLED, where="b")) == lora_bytes(plain)
     assert "no samples at step 2: the UNet gave values that are not finite" in caplog.text
 
@@ -243,9 +241,9 @@ def replace_looks(state: LoopState) -> LoopState:
 
 def test_long_sample_prompts_are_read_as_long_captions_are(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    original = generation.generate
+    original = sampling.generate
     monkeypatch.setattr(
-        generation,
+        sampling,
         "generate",
         lambda base, config, *a, **k: seen.append(config.long_prompts) or original(base, config, *a, **k),
     )

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_lora_core import base_model, checkpoints, precompute, training, training_loop
-from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core import base_parts, checkpoints, precompute, training, training_loop
+from sdxl_lora_core.base_model import SDXLBase, load_part, open_base
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.config import DatasetConfig, TrainConfig
 from sdxl_lora_core.dataset import load_caption_dataset
@@ -64,10 +64,10 @@ def test_a_run_leaves_what_the_design_says(run: Train) -> None:
 
 
 def test_the_base_is_untouched_and_the_lora_is_not_zero(run: Train, micro_base: SDXLBase) -> None:
-    before = base_model.open_base(micro_base.path).fingerprint
+    before = open_base(micro_base.path).fingerprint
     ups = [tensor for name, tensor in load_file(run().lora_path).items() if name.endswith("lora_up.weight")]
     assert ups and all(tensor.abs().max() > 0 for tensor in ups)
-    assert base_model.open_base(micro_base.path).fingerprint == before
+    assert open_base(micro_base.path).fingerprint == before
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_loa
 ) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "loras").write_text("a file where the folder should be")
-    monkeypatch.setattr(base_model, "load_part", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr(base_parts, "from_folder", lambda *_: pytest.fail("loaded a model"))
     with pytest.raises(OSError, match="cannot write to .*training has not started"):
         run()
 
@@ -361,16 +361,16 @@ def test_validation_is_reported_and_does_not_move_the_training(run: Train, pictu
 def test_text_encoders_and_vae_are_gone_before_the_unet_comes(
     run: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, micro_base: SDXLBase, pictures: Path
 ) -> None:
-    original, alive = base_model.load_part, {}
+    original, alive = base_parts.from_folder, {}
 
-    def load_part(base: SDXLBase, part: Any, *args: Any) -> Any:
+    def from_folder(folder: Path, part: Any, dtype: torch.dtype) -> Any:
         if part == "unet":
             assert {name for name, reference in alive.items() if reference() is not None} == set()
-        module = original(base, part, *args)
+        module = original(folder, part, dtype)
         alive[part] = weakref.ref(module)
         return module
 
-    monkeypatch.setattr(base_model, "load_part", load_part)
+    monkeypatch.setattr(base_parts, "from_folder", from_folder)
     folders = RunFolders(tmp_path / "l", tmp_path / "r", tmp_path / "fresh cache", lambda name: False)
     train(micro_base, load(pictures), SMALL, folders=folders, device=CPU)
     assert set(alive) == {"text_encoder", "text_encoder_2", "vae", "unet"}
@@ -378,13 +378,13 @@ def test_text_encoders_and_vae_are_gone_before_the_unet_comes(
 
 def test_a_second_run_encodes_nothing_again(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
-    original = base_model.load_part
+    original = base_parts.from_folder
 
-    def load_part(base: SDXLBase, part: Any, *args: Any) -> Any:
+    def from_folder(folder: Path, part: Any, dtype: torch.dtype) -> Any:
         assert part == "unet"
-        return original(base, part, *args)
+        return original(folder, part, dtype)
 
-    monkeypatch.setattr(base_model, "load_part", load_part)
+    monkeypatch.setattr(base_parts, "from_folder", from_folder)
     assert run(replace(SMALL, seed=3)).report["steps"] == 4
 
 
@@ -468,7 +468,7 @@ def test_a_fresh_sample_is_drawn_from_the_posterior_each_step(
 def test_the_cached_posterior_is_the_vaes_own(micro_base: SDXLBase, pictures: Path, cache: Path) -> None:
     data = TrainingData(micro_base, load(pictures), SMALL, cache, CPU, torch.float32)
     data.cache(lambda *_: None)
-    vae = base_model.load_part(micro_base, "vae", torch.float32)
+    vae = load_part(micro_base, "vae", torch.float32)
     pixels = torch.tensor(np.asarray(Image.open(pictures / "0.png")), dtype=torch.float32)
     pixels = pixels.permute(2, 0, 1)[None].contiguous() / 127.5 - 1
     with torch.no_grad():
