@@ -19,6 +19,7 @@ from .config import DatasetConfig, to_yaml
 from .dataset import CaptionDataset
 from .files import file_sha256, json_sha256, next_names, write_text_atomic
 from .new_tokens import tokens_of
+from .settings import without_later_defaults
 from .train_config import TrainConfig
 from .watching import deciding_looks
 
@@ -76,9 +77,9 @@ def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig
 
     `base` is said to predict what it is trained to (losses.as_trained). What is looked at belongs to it where it
     decides which step ends the run or is kept. Raises FileNotFoundError if the LoRA to continue from is gone; its
-    content counts, not its path.
+    content counts, not its path. A setting that a later version added counts only where it is set.
     """
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in TrainConfig.OUTSIDE_FINGERPRINT}
+    settings = {k: v for k, v in without_later_defaults(config).items() if k not in config.OUTSIDE_FINGERPRINT}
     if config.continue_from:
         start = Path(config.continue_from)
         if not start.is_file():

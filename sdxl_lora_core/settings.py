@@ -11,13 +11,17 @@ from typing import Any, Literal, get_args, get_origin
 
 def setting(
     default: Any, help: str, *, low: float | None = None, high: float | None = None, step: float | None = None,
-    group: str = "", only_with: tuple[str, Container[Any]] | None = None,
+    group: str = "", only_with: tuple[str, Container[Any]] | None = None, since: str = "",
 ) -> Any:  # fmt: skip
     """A field with `help` (when to touch it), its range, the `step` of its widget and the option node that shows it.
 
-    `only_with` names another setting and its values without which this one would do nothing.
+    `only_with` names another setting and its values without which this one would do nothing. `since` is the version
+    that added the setting; it enters fingerprints only where it differs from its default, so that runs made before are
+    found again. Empty: it has been there since the first fingerprints and always enters them.
     """
-    metadata = {"help": help, "low": low, "high": high, "step": step, "group": group, "only_with": only_with}
+    metadata = {
+        "help": help, "low": low, "high": high, "step": step, "group": group, "only_with": only_with, "since": since
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -33,6 +37,17 @@ SOMETHING: Container[Any] = _Something()
 
 def fields_of(config: type | object) -> Mapping[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+
+
+def without_later_defaults(config: Any) -> dict[str, Any]:
+    """The values of all settings but those that a later version added (`since`) and that stand at their default."""
+    fields = fields_of(config)
+    values = dataclasses.asdict(config)
+    return {
+        name: value
+        for name, value in values.items()
+        if not fields[name].metadata.get("since") or getattr(config, name) != fields[name].default
+    }
 
 
 @functools.cache
