@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from sdxl_lora_core.base_model import SDXLBase
+from tests.micro_controls import random_net, save_single
+from tests.micro_images import write_lora
 from tools.make_workflows import NOTES, ui_graph
 from tools.run_workflow import CORE_NODES, ROOT, load_pack, run, with_settings
 
 FILES = sorted((ROOT / "workflows/api").glob("*.json"))
 SAVED = sorted((ROOT / "tests/saved").glob("*.json"))
 NODES: dict[str, Any] = {**CORE_NODES, **load_pack().NODE_CLASS_MAPPINGS}
+# ComfyUI's own nodes in saved graphs, with their outputs. Such graphs cannot run here: tests/comfy runs ApplyLoRAStack.
+COMFYUI = {
+    "CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE"),
+    "CLIPTextEncode": ("CONDITIONING",),
+    "EmptyLatentImage": ("LATENT",),
+    "KSampler": ("LATENT",),
+    "VAEDecode": ("IMAGE",),
+}
 SMALL = {
     "WatchOptions": {"validate_every": 1, "sample_every": 1, "sample_steps": 2},
     "TrainSDXLLoRA": {"steps": 2, "rank": 2, "batch_size": 1},
@@ -34,20 +47,40 @@ def small(workflow: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_inputs_and_links_agree_with_the_nodes(path: Path) -> None:
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folders of who saved the graphs, with pictures. The models are empty files."""
+    for number, folder in enumerate(("photos", "more_photos", "held_out")):
+        (tmp_path / "input" / folder).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (80 * number, 90, 200)).save(tmp_path / "input" / folder / "a.png")
+        (tmp_path / "input" / folder / "a.txt").write_text("a star, red", encoding="utf-8")
+    Image.new("RGB", (64, 64), (200, 90, 20)).save(tmp_path / "input/start.png")
+    for file in ("diffusers/my_base/model_index.json", "loras/my_style.safetensors", "controlnet/edges.safetensors"):
+        (tmp_path / "models" / file).parent.mkdir(parents=True)
+        (tmp_path / "models" / file).touch()
+    monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def assert_agrees(node: dict[str, Any], workflow: dict[str, Any]) -> None:
+    declared = NODES[node["class_type"]].INPUT_TYPES()
+    known = {**declared["required"], **declared.get("optional", {})}
+    assert set(declared["required"]) <= set(node["inputs"]) <= set(known), node
+    for name, value in node["inputs"].items():
+        kind = known[name][0]
+        if isinstance(value, list):
+            source = workflow[value[0]]["class_type"]
+            assert (COMFYUI.get(source) or NODES[source].RETURN_TYPES)[value[1]] == kind, (name, node)
+        elif isinstance(kind, list):
+            assert value in kind, (name, node)
+
+
+@pytest.mark.parametrize("path", FILES + SAVED, ids=lambda path: path.stem)
+def test_inputs_and_links_agree_with_the_nodes(path: Path, home: Path) -> None:
     workflow = read(path)
-    for key, node in workflow.items():
-        declared = NODES[node["class_type"]].INPUT_TYPES()
-        known = {**declared["required"], **declared.get("optional", {})}
-        assert set(declared["required"]) <= set(node["inputs"]) <= set(known), f"{path.name} node {key}"
-        for name, value in node["inputs"].items():
-            kind = known[name][0]
-            if isinstance(value, list):
-                source = NODES[workflow[value[0]]["class_type"]]
-                assert source.RETURN_TYPES[value[1]] == kind
-            elif isinstance(kind, list):
-                assert value in kind
+    for node in workflow.values():
+        if node["class_type"] not in COMFYUI:
+            assert_agrees(node, workflow)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -78,15 +111,34 @@ def test_the_comparison_asks_for_what_the_dataset_does_not_show() -> None:
     assert {**without, "lora_stack": ["3", 0]} == with_lora, "the two differ in the LoRA alone"
 
 
-@pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
-def test_graphs_saved_long_ago_still_run(path: Path, tmp_path: Path) -> None:
-    """Never edit these files: they are what users have saved."""
-    outputs = run(read(path), tmp_path)
+# Never edit the files in tests/saved: they are what users have saved.
+
+
+def test_a_graph_of_the_first_release_still_runs(tmp_path: Path) -> None:
+    outputs = run(read(ROOT / "tests/saved/2026-11_all_nodes.json"), tmp_path)
     stack = outputs["4"][0][0]
     assert stack == [("saved.safetensors", 0.8, 0.8)]
     assert len(outputs["6"][3]) == 2, "a score for each image, as a list"
     assert outputs["3"][4][0].shape == (1, 64, 64, 3)
     assert (tmp_path / "lora_runs/saved/run.yaml").is_file()
+
+
+def test_a_graph_with_every_input_still_runs(home: Path, micro_sdxl: Path, micro_base: SDXLBase) -> None:
+    """All nodes but ApplyLoRAStack, which takes ComfyUI's models, and every input that 0.3.0 had."""
+    shutil.copytree(micro_sdxl, home / "models/diffusers/my_base", dirs_exist_ok=True)
+    write_lora(home / "models/loras/my_style.safetensors", micro_base, seed=0)
+    save_single(home / "models/controlnet/edges.safetensors", random_net(micro_base, seed=0))
+    outputs = run(read(ROOT / "tests/saved/2026-11_every_input.json"), home)
+    first, second = outputs["14"][0][0]
+    assert (first, second) == (("every_input.safetensors", 0.8, 0.8), ("my_style.safetensors", 0.5, 1.0))
+    assert first.blocks == "mid_block=0.5"
+    changed = {"blocks": "mid_block", "snr_gamma": 5.0, "ema_decay": 0.9, "shuffle_tags": True, "validate_every": 1}
+    assert changed.items() <= outputs["11"][0][0].items(), "what each option node adds"
+    assert [control.config.strength for control in outputs["17"][0][0]] == [0.8, 1.0]
+    assert (outputs["18"][0][0].shape, outputs["18"][3][0]["samples"].shape) == ((1, 64, 64, 3), (1, 4, 8, 8))
+    assert len(outputs["20"][3]) == 1 and outputs["21"][1][0] > 0
+    files = [home / "loras" / f"{name}.safetensors" for name in ("every_input", "saved_stack", "saved_lora", "merged")]
+    assert all(path.is_file() for path in [*files, home / "diffusers/merged_base/model_index.json"])
 
 
 def test_a_loop_an_unknown_node_and_a_missing_input_are_named(tmp_path: Path) -> None:
@@ -157,8 +209,6 @@ def test_load_and_save_image(tmp_path: Path) -> None:
         "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "sub/a"}},
     }
-    from PIL import Image
-
     Image.new("RGB", (3, 2), (255, 0, 0)).save(tmp_path / "input/a.png")
     assert torch.equal(run(workflow, tmp_path)["1"][0][0], red)
     assert (tmp_path / "sub/a_00001_.png").is_file()
