@@ -1,8 +1,7 @@
-"""The nodes' contract with saved graphs and with ComfyUI, without ComfyUI."""
+"""The nodes and what stands between them and ComfyUI, without ComfyUI."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import subprocess
@@ -22,151 +21,11 @@ PACK = load_pack()
 NODES: dict[str, Any] = PACK.NODE_CLASS_MAPPINGS
 host, folders, wires = PACK.nodes.host, PACK.nodes.folders, PACK.nodes.wires
 
-# id -> (required inputs, optional inputs, outputs), all in order. Saved graphs hold widget values by position: this
-# table may grow at the end of the optional inputs and nowhere else.
-CONTRACT = {
-    "LoadCaptionDataset": (
-        "folder trigger_word resolution validation_percent",
-        "dataset repeats flip random_crops caption_per_line is_regularisation",
-        "dataset:CAPTION_DATASET preview:IMAGE report:STRING count:INT",
-    ),
-    "LoadSDXLBase": ("base precision", "prediction zero_terminal_snr vae", "base:SDXL_BASE info:STRING"),
-    "TrainSDXLLoRA": (
-        "base dataset lora_name steps learning_rate rank alpha batch_size seed sample_prompts",
-        "options gradient_accumulation lr_schedule lr_warmup_steps target_modules dropout caption_dropout precision "
-        "gradient_checkpointing preset validation",
-        "lora_stack:LORA_STACK lora_name:STRING lora:LORA_MODEL loss_chart:IMAGE samples:IMAGE report:STRING",
-    ),
-    "LoadLoRA": (
-        "lora_name strength_model strength_clip enabled",
-        "lora_stack blocks",
-        "lora_stack:LORA_STACK info:STRING",
-    ),
-    "SDXLGenerateCached": (
-        "base prompt negative_prompt seed steps guidance width height count sampler scheduler cache",
-        "lora_stack prompt_per_line prompt_syntax batch_size attention attention_slicing vae_slicing vae_tiling "
-        "offload original_width original_height crop_left crop_top target_width target_height "
-        "long_prompts guidance_rescale guidance_start guidance_end denoise keep_latents image mask latent "
-        "vae_tiling_from hires_scale hires_denoise hires_steps controls",
-        "images:IMAGE info:STRING prompts:STRING latents:LATENT",
-    ),
-    "CLIPScore": (
-        "images prompt clip_model",
-        "",
-        "images:IMAGE best:IMAGE mean:FLOAT scores:FLOAT annotated:IMAGE report:STRING",
-    ),
-    "SaveSDXLLoRA": (
-        "lora_name format precision",
-        "lora_stack lora rank energy",
-        "lora_stack:LORA_STACK lora_name:STRING report:STRING",
-    ),
-    "MergeLoRAs": (
-        "lora_stack lora_name method rank",
-        "density seed format precision",
-        "lora_stack:LORA_STACK lora_name:STRING lora:LORA_MODEL report:STRING",
-    ),
-    "SaveMergedBase": (
-        "base lora_stack base_name layout precision",
-        "",
-        "base:SDXL_BASE base_name:STRING report:STRING",
-    ),
-    "AddControlNet": (
-        "control_net image strength start_percent end_percent",
-        "controls control_type",
-        "controls:SDXL_CONTROLS info:STRING",
-    ),
-}
-DEFAULTS = {
-    "LoadCaptionDataset": {"trigger_word": "", "resolution": 1024, "validation_percent": 0},
-    "TrainSDXLLoRA": {
-        "lora_name": "my_lora", "steps": 1000, "learning_rate": 1e-4, "rank": 8, "alpha": 16, "batch_size": 1,
-        "seed": 0, "sample_prompts": "",
-    },
-    "SaveSDXLLoRA": {"lora_name": "my_lora", "format": "kohya", "precision": "fp16", "rank": 0, "energy": 1.0},
-    "MergeLoRAs": {"lora_name": "merged_lora", "method": "concatenate", "rank": 32},
-    "SaveMergedBase": {"base_name": "my_model", "layout": "single_file", "precision": "fp16"},
-    "LoadLoRA": {"strength_model": 1.0, "strength_clip": 1.0, "enabled": True},
-    "SDXLGenerateCached": {
-        "steps": 25, "guidance": 7.0, "width": 1024, "height": 1024, "count": 1, "sampler": "dpmpp_2m",
-        "scheduler": "karras", "cache": "use",
-    },
-    "AddControlNet": {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "control_type": "auto"},
-}  # fmt: skip
-LINKS: tuple[Any, ...] = (
-    "CAPTION_DATASET", "SDXL_BASE", "LORA_STACK", "LORA_MODEL", "TRAIN_OPTIONS", "IMAGE", "MASK", "LATENT",
-    "SDXL_CONTROLS",
-)  # fmt: skip
-OUTPUT_NODES = {"TrainSDXLLoRA", "SDXLGenerateCached", "CLIPScore", "SaveSDXLLoRA", "MergeLoRAs", "SaveMergedBase"}
-
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
     return tmp_path
-
-
-def inputs_of(node: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-    declared = node.INPUT_TYPES()
-    return {**declared["required"], **declared.get("optional", {})}
-
-
-def test_the_ids_and_their_display_names() -> None:
-    assert [node_id for node_id in NODES if node_id in CONTRACT] == list(CONTRACT)
-    assert set(PACK.NODE_DISPLAY_NAME_MAPPINGS) == set(NODES)
-
-
-@pytest.mark.parametrize("node_id", CONTRACT)
-def test_inputs_and_outputs_are_frozen(node_id: str) -> None:
-    required, optional, outputs = CONTRACT[node_id]
-    declared = NODES[node_id].INPUT_TYPES()
-    assert list(declared["required"]) == required.split()
-    assert list(declared.get("optional", {})) == optional.split()
-    found = zip(NODES[node_id].RETURN_NAMES, NODES[node_id].RETURN_TYPES, strict=True)
-    assert [f"{name}:{kind}" for name, kind in found] == outputs.split()
-
-
-@pytest.mark.parametrize("node_id", DEFAULTS)
-def test_defaults_are_frozen(node_id: str) -> None:
-    declared = inputs_of(NODES[node_id])
-    assert {name: declared[name][1]["default"] for name in DEFAULTS[node_id]} == DEFAULTS[node_id]
-
-
-@pytest.mark.parametrize("node_id", CONTRACT)
-def test_everything_is_explained(node_id: str) -> None:
-    node = NODES[node_id]
-    assert node.CATEGORY == "SDXL LoRA" and node.DESCRIPTION and len(node.SEARCH_ALIASES) >= 3
-    assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
-    assert getattr(node, "OUTPUT_NODE", False) == (node_id in OUTPUT_NODES)
-    for name, (_, options) in inputs_of(node).items():
-        assert options.get("tooltip"), f"{node_id}.{name} has no tooltip"
-
-
-@pytest.mark.parametrize("node_id", CONTRACT)
-def test_optional_inputs_are_links_or_advanced(node_id: str) -> None:
-    optional = NODES[node_id].INPUT_TYPES().get("optional", {})
-    advanced = [bool(options.get("advanced")) for _, options in optional.values()]
-    assert advanced == [kind not in LINKS for kind, _ in optional.values()]
-
-
-@pytest.mark.parametrize("node_id", CONTRACT)
-def test_the_function_takes_all_inputs_and_needs_only_the_required(node_id: str) -> None:
-    node = NODES[node_id]
-    signature = inspect.signature(getattr(node(), node.FUNCTION))
-    required = dict.fromkeys(node.INPUT_TYPES()["required"])
-    signature.bind(**required)
-    signature.bind(**dict.fromkeys(inputs_of(node)))
-
-
-@pytest.mark.parametrize("node_id", CONTRACT)
-def test_help_page_names_every_input_and_output(node_id: str) -> None:
-    page = (ROOT / "web/docs" / f"{node_id}.md").read_text(encoding="utf-8")
-    for name in [*inputs_of(NODES[node_id]), *NODES[node_id].RETURN_NAMES]:
-        assert f"`{name}`" in page, f"{node_id}.md does not explain {name}"
-
-
-def test_only_generation_has_a_seed_that_moves() -> None:
-    assert inputs_of(NODES["TrainSDXLLoRA"])["seed"][1]["control_after_generate"] is False
-    assert inputs_of(NODES["SDXLGenerateCached"])["seed"][1]["control_after_generate"] is True
 
 
 def test_importing_the_pack_is_cheap() -> None:

@@ -15,34 +15,6 @@ PACK: Any = load_pack()
 OPTIONS: Any = PACK.nodes.options
 NODES = {name: node for name, node in PACK.NODE_CLASS_MAPPINGS.items() if issubclass(node, OPTIONS.TrainOptions)}
 FIELDS = fields_of(TrainConfig)
-INPUTS = {  # frozen: saved graphs hold the values by position, so new settings go last
-    "AdapterOptions": (
-        "adapter use_rslora rank_dropout module_dropout init blocks block_ranks block_learning_rates "
-        "lora_plus_ratio continue_from save_format save_dtype train_unet text_encoder_learning_rate "
-        "text_encoder_2_learning_rate"
-    ),
-    "LossOptions": (
-        "prediction zero_terminal_snr loss huber_delta snr_gamma debiased noise_offset "
-        "multires_noise_iterations multires_noise_discount input_perturbation timestep_min timestep_max "
-        "timestep_sampling logit_mean logit_std"
-    ),
-    "OptimizerOptions": ("optimizer adam_beta1 adam_beta2 weight_decay max_grad_norm lr_cycles lr_power ema_decay"),
-    "CaptionOptions": (
-        "shuffle_tags keep_tags tag_dropout tag_separator caption_variants caption_chunks masked_loss "
-        "prior_weight class_prompt class_images new_tokens vectors_per_token token_learning_rate"
-    ),
-    "WatchOptions": (
-        "epochs checkpoint_every validate_every early_stopping keep_best sample_every clip_model tensorboard "
-        "sample_steps sample_guidance"
-    ),
-    "MemoryOptions": ("images_per_pass memory_limit_gb deterministic"),
-}
-
-
-def test_inputs_are_frozen() -> None:
-    found = {node_id: list(node.INPUT_TYPES()["optional"]) for node_id, node in NODES.items()}
-    assert found == {node_id: ["options", *names.split()] for node_id, names in INPUTS.items()}
-    assert all(not node.INPUT_TYPES()["required"] for node in NODES.values())
 
 
 def test_every_setting_is_on_one_node_and_explained() -> None:
