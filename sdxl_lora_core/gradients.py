@@ -12,11 +12,12 @@ from torch import Tensor
 from . import precompute
 from .checkpoints import LoopState
 from .learner import Learner
+from .learning_encoders import learning_encoders
 from .memory import free_memory, is_out_of_memory, kept_bytes, plan_memory, set_checkpointing
 from .optimizers import state_copies
 from .processes import Processes
 from .train_config import TrainConfig
-from .training_data import TrainingData, generator
+from .training_data import Batch, TrainingData, generator
 
 log = logging.getLogger("sdxl_lora")
 
@@ -43,8 +44,9 @@ class Gradients:
         if config.adapter in ("loha", "lokr"):  # they draw whether they act, which no count can follow
             learner.eval()
         copies = 1 + state_copies(config) + bool(config.ema_decay)
+        shapes = what_decides_shapes(batch, config)
         plan = plan_memory(
-            lambda: kept_bytes(lambda: learner.predict(batch), learner, batch.latents.shape, batch.captions),
+            lambda: kept_bytes(lambda: learner.predict(batch), learner, shapes, self.data.cache_folder),
             learner.unet, config.gradient_checkpointing, images, copies * size_of(learner.learning), free,
         )  # fmt: skip
         state.gradient_checkpointing, state.images_per_pass = plan.checkpointing, plan.images_per_pass
@@ -147,6 +149,17 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
     with torch.random.fork_rng(devices):
         torch.manual_seed(generator(config.seed, step, position).initial_seed())
         yield
+
+
+def what_decides_shapes(batch: Batch, config: TrainConfig) -> list[object]:
+    """How large the tensors of the forward pass are. Encoders that learn read the captions in it, whatever the length.
+
+    Only then do the captions matter: other data sets share a count.
+    """
+    shapes: list[object] = [list(batch.latents.shape), None if batch.embeds is None else list(batch.embeds.shape)]
+    if learning_encoders(config):
+        shapes += [batch.captions, config.caption_chunks, config.new_tokens, config.vectors_per_token]
+    return shapes
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:

@@ -1,19 +1,24 @@
 """How a run fits into memory: gradient checkpointing and images a pass, planned from what a forward pass keeps.
 
 What a pass keeps for its backward pass is counted on tensors without contents, so the count costs no memory and holds
-for this UNet, this adapter and this size of images, whatever they are.
+for this UNet, this adapter and this size of images, whatever they are. It takes seconds, so it is kept on disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .files import json_sha256, write_text_atomic
+from .precompute import minor_version
 from .train_config import Checkpointing
 
 _OVERHEAD = 1.15  # of what a pass keeps: the tensors that the backward pass makes on its way
@@ -80,23 +85,52 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-_known: dict[tuple[object, ...], int] = {}  # counts by what they depend on
-
-
-def kept_bytes(forward: Callable[[], object], model: nn.Module, *inputs: Hashable) -> int:
+def kept_bytes(forward: Callable[[], object], model: nn.Module, inputs: Sequence[object], cache: Path) -> int:
     """Bytes that `forward` keeps for its backward pass, the model's own weights left out. Nothing is computed.
 
-    `inputs` say what decides the shapes: the same model in the same mode keeps the same for the same shapes.
+    `inputs`, which JSON can hold, say what decides the shapes: the same model in the same mode keeps the same for the
+    same shapes, and is counted once for all runs with this `cache`.
     """
-    key = (tuple(map(_mode, model.named_modules())), next(model.parameters()).dtype, inputs)
-    if key not in _known:
-        _known[key] = _count(forward, model)
-    return _known[key]
+    note = cache / "memory" / "v1" / f"{json_sha256(_decisive(model, inputs))}.json"
+    known = _read_count(note)
+    if known is None:
+        known = _count(forward, model)
+        with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run a second count
+            write_text_atomic(note, json.dumps({"kept_bytes": known}))
+    return known
 
 
-def _mode(named: tuple[str, nn.Module]) -> Hashable:
-    name, module = named
-    return name, module.extra_repr(), "forward" in vars(module), getattr(module, "gradient_checkpointing", False)
+def _read_count(note: Path) -> int | None:
+    """None where there is none, or one that a crash or a hand damaged."""
+    try:
+        known = json.loads(note.read_text(encoding="ascii"))["kept_bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return known if type(known) is int and known >= 0 else None
+
+
+def _decisive(model: nn.Module, inputs: Sequence[object]) -> dict[str, object]:
+    """All that a count depends on. What this module and the adapters' own layers do is in the number of its folder."""
+    device = next(model.parameters()).device
+    return {
+        "modules": [_mode(name, module) for name, module in model.named_modules()],
+        "inputs": inputs,
+        "device": [device.type, *(torch.cuda.get_device_capability(device) if device.type == "cuda" else ())],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "libraries": {name: minor_version(name) for name in ("torch", "diffusers", "peft", "transformers")},
+    }
+
+
+def _mode(name: str, module: nn.Module) -> list[object]:
+    return [
+        name,
+        type(module).__name__,
+        module.extra_repr(),
+        [[list(own.shape), str(own.dtype), own.requires_grad] for own in module.parameters(recurse=False)],
+        module.training,
+        "forward" in vars(module),
+        getattr(module, "gradient_checkpointing", False),
+    ]
 
 
 def _count(forward: Callable[[], object], model: nn.Module) -> int:

@@ -77,7 +77,7 @@ def make_sample(base: SDXLBase, entry: CaptionEntry, crop: Crop, mirrored: bool,
             "image": entry.sha256,
             **cut,
             "vae": dict(base.part_hashes)["vae"],
-            "library": _minor_version("diffusers"),
+            "library": minor_version("diffusers"),
         }
     )
     return Sample(
@@ -104,7 +104,7 @@ def prompt_file(
             "encoders": [hashes[part] for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")],
             "dtype": str(dtype),
             "device": device.type,
-            "library": _minor_version("transformers"),
+            "library": minor_version("transformers"),
         }
         | ({"chunks": chunks} if chunks > 1 else {})
         | dict(reading or {})
@@ -224,5 +224,6 @@ def _readable(path: Path) -> bool:
     return True
 
 
-def _minor_version(library: str) -> str:
+def minor_version(library: str) -> str:
+    """What a cached value depends on of a library: patches change no number."""
     return ".".join(version(library).split(".")[:2])

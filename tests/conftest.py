@@ -253,7 +253,8 @@ def run(tmp_path: Path, micro_base: SDXLBase, pictures: Path, cache: Path) -> Tr
 
     def call(config: TrainConfig = SMALL, where: str = "a", base: SDXLBase = micro_base, **more: Any) -> TrainResult:
         loras = tmp_path / where / "loras"
-        folders = RunFolders(loras, tmp_path / where / "runs", cache, lambda name: (loras / name).exists())
+        kept = more.pop("cache", cache)
+        folders = RunFolders(loras, tmp_path / where / "runs", kept, lambda name: (loras / name).exists())
         dataset = more.pop("dataset", None) or load(pictures)
         return train(base, dataset, config, folders=folders, device=CPU, **more)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 
 from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.base_model import SDXLBase, load_part
+from sdxl_lora_core.gradients import what_decides_shapes
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.memory import kept_bytes, plan_memory, set_checkpointing
 from sdxl_lora_core.train_config import Checkpointing, TrainConfig
-from tests.micro_runs import SMALL, Train, change_losses
+from tests.micro_runs import SMALL, Train, change_losses, data_of, load, objective
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")
 GB = 10**9
@@ -34,10 +37,10 @@ def forward(unet: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_count_is_what_a_real_pass_keeps(micro_base: SDXLBase, mode: Checkpointing) -> None:
+def test_the_count_is_what_a_real_pass_keeps(micro_base: SDXLBase, mode: Checkpointing, tmp_path: Path) -> None:
     unet = unet_with_lora(micro_base)
     set_checkpointing(unet, mode)
-    counted = kept_bytes(lambda: forward(unet), unet)
+    counted = kept_bytes(lambda: forward(unet), unet, [], tmp_path)
     weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -47,18 +50,106 @@ def test_the_count_is_what_a_real_pass_keeps(micro_base: SDXLBase, mode: Checkpo
     assert result.requires_grad
 
 
-def test_each_mode_keeps_less_and_gives_the_same_gradients(micro_base: SDXLBase) -> None:
+def test_each_mode_keeps_less_and_gives_the_same_gradients(micro_base: SDXLBase, tmp_path: Path) -> None:
     unet = unet_with_lora(micro_base)
     kept, gradients = [], []
     for mode in MODES:
         set_checkpointing(unet, mode)
-        kept.append(kept_bytes(lambda: forward(unet), unet))
+        kept.append(kept_bytes(lambda: forward(unet), unet, [], tmp_path))
         forward(unet).square().sum().backward()
         gradients.append([p.grad.clone() for p in unet.parameters() if p.grad is not None])
         unet.zero_grad()
     assert kept[0] > 1.1 * kept[1] > 2 * kept[2]
     for others in gradients[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
+
+
+# The count on disk
+
+
+class Layers(nn.Module):
+    """Keeps what comes between its two layers; `passes` says how often it was asked."""
+
+    def __init__(self, inner: int = 8) -> None:
+        super().__init__()
+        self.first, self.drop, self.second = nn.Linear(4, inner), nn.Dropout(0.5), nn.Linear(inner, 4)
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.second(self.drop(self.first(x)))
+
+
+def count(layers: Layers, cache: Path, images: int = 1) -> int:
+    return kept_bytes(lambda: layers(torch.ones(images, 4)), layers, [images, 4], cache)
+
+
+def test_a_count_is_found_on_disk_by_the_next_run(tmp_path: Path) -> None:
+    first, second = Layers(), Layers()
+    assert count(first, tmp_path) == count(second, tmp_path) == count(first, tmp_path) > 0
+    assert (first.passes, second.passes) == (1, 0)
+
+
+def frozen(layers: Layers) -> Layers:
+    layers.first.requires_grad_(False)
+    return layers
+
+
+def double(layers: Layers) -> Layers:
+    return layers.double()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("change", [lambda _: Layers(9), nn.Module.eval, frozen, double])
+def test_another_model_or_mode_is_counted_anew(change: Callable[[Layers], Layers], tmp_path: Path) -> None:
+    count(Layers(), tmp_path)
+    changed = change(Layers())
+    images = torch.ones(1, 4, dtype=changed.first.weight.dtype)
+    kept_bytes(lambda: changed(images), changed, [1, 4], tmp_path)
+    assert changed.passes == 1
+
+
+def test_another_shape_is_counted_anew(tmp_path: Path) -> None:
+    layers = Layers()
+    assert count(layers, tmp_path, images=2) == 2 * count(layers, tmp_path)
+    assert layers.passes == 2
+
+
+@pytest.mark.parametrize("text", ["", '{"kept_by', "[]", "7", '{"kept_bytes": "7"}', '{"kept_bytes": -7}'])
+def test_a_damaged_count_is_made_again(tmp_path: Path, text: str) -> None:
+    counted = count(Layers(), tmp_path)
+    (note,) = (tmp_path / "memory").rglob("*.json")
+    note.write_text(text)
+    again, found = Layers(), Layers()
+    assert count(again, tmp_path) == count(found, tmp_path) == counted
+    assert (again.passes, found.passes) == (1, 0)
+
+
+def test_a_disk_that_cannot_be_written_costs_only_the_count(tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    layers = Layers()
+    assert count(layers, tmp_path / "cache") == count(layers, tmp_path / "cache")
+    assert layers.passes == 2
+
+
+def test_captions_decide_the_shapes_only_for_encoders_that_learn(
+    micro_base: SDXLBase, pictures: Path, cache: Path
+) -> None:
+    data = data_of(micro_base, load(pictures), cache)
+    one = data.batch([0], 0, 0, objective(micro_base))
+    other = replace(one, captions=("another caption",))
+    learns = replace(SMALL, text_encoder_learning_rate=1e-4)
+    assert what_decides_shapes(one, SMALL) == what_decides_shapes(other, SMALL)
+    assert what_decides_shapes(one, learns) != what_decides_shapes(other, learns)
+    longer = replace(one, embeds=torch.cat([one.embeds, one.embeds], dim=1))
+    assert what_decides_shapes(one, SMALL) != what_decides_shapes(longer, SMALL)
+
+
+def test_runs_of_one_shape_share_a_count_and_an_adapter_of_another_size_has_its_own(run: Train, tmp_path: Path) -> None:
+    counts = []
+    for where, rank in (("a", 2), ("b", 2), ("c", 3)):
+        run(replace(SMALL, steps=1, rank=rank), where=where, cache=tmp_path / "cache")
+        counts.append(len(list((tmp_path / "cache" / "memory").rglob("*.json"))))
+    assert counts == [1, 1, 2]
 
 
 class Modes(nn.Module):
@@ -114,10 +205,10 @@ def test_the_noise_schedule_is_on_the_device_before_the_plan_looks_for_it(micro_
     assert learner.objective.scheduler.alphas_cumprod.device.type == "meta"
 
 
-def test_a_finished_training_leaves_no_parameter_behind(run: Train) -> None:
+def test_a_finished_training_leaves_no_parameter_behind(run: Train, tmp_path: Path) -> None:
     before = parameters_alive()
     for place in ("a", "b"):
-        run(replace(SMALL, steps=1, rank=3), where=place)  # a rank of its own, so that the first one counts
+        run(replace(SMALL, steps=1), where=place, cache=tmp_path / "cache")  # a new cache, so that the first one counts
     assert not parameters_alive() - before
 
 
