@@ -1,16 +1,17 @@
 """The nodes of the pack, by id. Ids are frozen: saved graphs name them."""
 
 from . import host
+from .apply_lora_stack import ApplyLoRAStack
 from .base_model import LoadSDXLBase
 from .control import AddControlNet
-from .core_lora import ApplyLoRAStack
 from .dataset import LoadCaptionDataset
 from .generation import SDXLGenerateCached
 from .image_cache import SDXLImageCache
-from .lora import LoadLoRA
-from .lora_files import MergeLoRAs, SaveSDXLLoRA
-from .merged_base import SaveMergedBase
-from .options import (
+from .load_lora import LoadLoRA
+from .save_loras import MergeLoRAs, SaveSDXLLoRA
+from .save_merged_base import SaveMergedBase
+from .scoring import CLIPScore
+from .train_options import (
     AdapterOptions,
     CaptionOptions,
     LossOptions,
@@ -18,7 +19,6 @@ from .options import (
     OptimizerOptions,
     WatchOptions,
 )
-from .scoring import CLIPScore
 from .training import TrainSDXLLoRA
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {

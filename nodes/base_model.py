@@ -5,9 +5,10 @@ from typing import Any
 from ..sdxl_lora_core.base_model import describe_base, open_base, quick_fingerprint
 from ..sdxl_lora_core.config import PRECISIONS, TrainConfig
 from ..sdxl_lora_core.vae_files import with_vae
-from . import folders, host
+from . import choices, host
 from .previews import show
-from .wires import CATEGORY, train_widget, widget
+from .widgets import train_widget, widget
+from .wires import CATEGORY
 
 OWN_VAE = "(the base's own)"
 
@@ -34,7 +35,7 @@ class LoadSDXLBase:
         return {
             "required": {
                 "base": (
-                    folders.names("base"),
+                    choices.names("base"),
                     {"tooltip": "An SDXL checkpoint, a diffusers folder, or the bundled tiny model to try things out."},
                 ),
                 "precision": widget(
@@ -45,7 +46,7 @@ class LoadSDXLBase:
             "optional": {
                 "prediction": train_widget("prediction", advanced=True),
                 "zero_terminal_snr": train_widget("zero_terminal_snr", advanced=True),
-                "vae": ([OWN_VAE, *folders.names("vae")], {
+                "vae": ([OWN_VAE, *choices.names("vae")], {
                     "default": OWN_VAE, "advanced": True,
                     "tooltip": "Another VAE than the base's, from the vae folder, for training and generating. It has "
                     "to be one for SDXL: that of Stable Diffusion 1.5 looks alike in a file, and gives wrong colours.",
@@ -55,20 +56,20 @@ class LoadSDXLBase:
 
     @classmethod
     def VALIDATE_INPUTS(cls, base: str | None = None, vae: str | None = None) -> bool | str:
-        found = folders.check("base", base)
-        return folders.check("vae", _chosen(vae)) if found is True else found
+        found = choices.check("base", base)
+        return choices.check("vae", _chosen(vae)) if found is True else found
 
     @classmethod
     def IS_CHANGED(cls, base: str | None = None, vae: str | None = None, **settings: Any) -> str:
-        found = folders.content("base", base, quick_fingerprint)
-        return found + folders.content("vae", _chosen(vae), quick_fingerprint)
+        found = choices.content("base", base, quick_fingerprint)
+        return found + choices.content("vae", _chosen(vae), quick_fingerprint)
 
     def load(
         self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto", vae: str = OWN_VAE
     ) -> dict[str, Any]:
         hashes = host.cache_folder() / "hashes"
         opened = open_base(
-            folders.find("base", base), precision, hashes, prediction=prediction, zero_terminal_snr=zero_terminal_snr
+            choices.find("base", base), precision, hashes, prediction=prediction, zero_terminal_snr=zero_terminal_snr
         )
         if zero_terminal_snr == "on" and opened.prediction_type == "epsilon":
             raise ValueError(
@@ -76,7 +77,7 @@ class LoadSDXLBase:
                 "where there is only noise: set prediction to v_prediction, or zero_terminal_snr to auto"
             )
         if vae != OWN_VAE:
-            opened = with_vae(opened, folders.find("vae", vae), hashes)
+            opened = with_vae(opened, choices.find("vae", vae), hashes)
         info = describe_base(opened)
         return show((opened, info), info)
 

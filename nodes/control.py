@@ -5,9 +5,10 @@ from typing import Any
 from ..sdxl_lora_core.config import CONTROL_TYPES, ControlConfig
 from ..sdxl_lora_core.control_nets import describe_control_net, open_control_net
 from ..sdxl_lora_core.controls import Control
-from . import folders, host
+from . import choices, host
 from .previews import show
-from .wires import CATEGORY, from_image, widget
+from .widgets import widget
+from .wires import CATEGORY, from_image
 
 
 class AddControlNet:
@@ -32,7 +33,7 @@ class AddControlNet:
         return {
             "required": {
                 "control_net": (
-                    folders.names("control_net"),
+                    choices.names("control_net"),
                     {"tooltip": "A ControlNet or ControlNet-Union for SDXL: a file or diffusers folder in controlnet."},
                 ),
                 "image": ("IMAGE", {
@@ -66,11 +67,11 @@ class AddControlNet:
 
     @classmethod
     def VALIDATE_INPUTS(cls, control_net: str | None = None) -> bool | str:
-        return folders.check("control_net", control_net)
+        return choices.check("control_net", control_net)
 
     @classmethod
     def IS_CHANGED(cls, control_net: str | None = None, **settings: Any) -> str:
-        return folders.content("control_net", control_net, folders.stamp)
+        return choices.content("control_net", control_net, choices.stamp)
 
     def add(
         self, control_net: str, image: Any, controls: tuple[Control, ...] | None = None, **settings: Any
@@ -79,7 +80,7 @@ class AddControlNet:
         if not config.strength:
             info = f"{control_net} is off"
             return show((controls or (), info), info)
-        net = open_control_net(folders.find("control_net", control_net), host.cache_folder() / "hashes")
+        net = open_control_net(choices.find("control_net", control_net), host.cache_folder() / "hashes")
         control = Control(net, tuple(from_image(image)), config)
         info = "\n".join([describe_control_net(net), _acts(control)])
         return show(((*(controls or ()), control), info), info)

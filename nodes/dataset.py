@@ -6,9 +6,10 @@ import numpy as np
 
 from ..sdxl_lora_core.config import DatasetConfig
 from ..sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load_caption_dataset, quick_fingerprint
-from . import folders, host
+from . import choices, host
 from .previews import show
-from .wires import CATEGORY, to_image, widget
+from .widgets import widget
+from .wires import CATEGORY, to_image
 
 
 class LoadCaptionDataset:
@@ -35,7 +36,7 @@ class LoadCaptionDataset:
         return {
             "required": {
                 "folder": (
-                    folders.names("dataset"),
+                    choices.names("dataset"),
                     {"tooltip": "A folder inside ComfyUI's input folder, or of models type 'datasets'."},
                 ),
                 "trigger_word": widget(
@@ -90,14 +91,14 @@ class LoadCaptionDataset:
 
     @classmethod
     def VALIDATE_INPUTS(cls, folder: str | None = None) -> bool | str:
-        return folders.check("dataset", folder)
+        return choices.check("dataset", folder)
 
     @classmethod
     def IS_CHANGED(cls, folder: str | None = None, **settings: Any) -> str:
-        return folders.content("dataset", folder, quick_fingerprint)
+        return choices.content("dataset", folder, quick_fingerprint)
 
     def load(self, folder: str, dataset: CaptionDataset | None = None, **settings: Any) -> dict[str, Any]:
-        path = folders.find("dataset", folder)
+        path = choices.find("dataset", folder)
         loaded = load_caption_dataset(
             path, DatasetConfig(**settings), chained=dataset, hash_memo=host.cache_folder() / "hashes"
         )

@@ -21,9 +21,10 @@ from ..sdxl_lora_core.controls import Control
 from ..sdxl_lora_core.generation import GeneratedImage, generate
 from ..sdxl_lora_core.lora_stack import fit_of
 from ..sdxl_lora_core.start_images import StartImage, start_images
-from . import folders, host
+from . import choices, host
 from .previews import show
-from .wires import CATEGORY, Widget, from_image, from_latent, from_mask, read_stack, to_image, to_latent, widget
+from .widgets import Widget, widget
+from .wires import CATEGORY, from_image, from_latent, from_mask, read_stack, to_image, to_latent
 
 _PROMPT = "a red circle on a navy background"  # which the bundled base can draw
 
@@ -129,7 +130,7 @@ class SDXLGenerateCached:
         graph: Any = None, extra_pnginfo: Any = None, **settings: Any,
     ) -> dict[str, Any]:  # fmt: skip
         config = GenerateConfig(**settings)
-        loras = folders.lora_refs(read_stack(lora_stack))
+        loras = choices.lora_refs(read_stack(lora_stack))
         cache = host.cache_folder()
         with host.parts() as parts, host.progress() as progress:
             images = generate(
@@ -137,7 +138,7 @@ class SDXLGenerateCached:
                 starts=_starts(config, image, mask, latent), controls=controls or (),
                 parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
                 graph=host.metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
-                find_embedding=folders.find_embedding, on_step=functools.partial(progress, phase="generating"),
+                find_embedding=choices.find_embedding, on_step=functools.partial(progress, phase="generating"),
                 on_estimate=progress.on_estimate,
             )  # fmt: skip
             fit = [line for part in sorted(parts.borrowed) for line in fit_of(parts.held(part))]
@@ -159,8 +160,8 @@ def _starts(config: GenerateConfig, image: Any, mask: Any, latent: Any) -> list[
 
 def _embeddings(prompts: str) -> str:
     """Changes when an embedding file does that the prompts may name."""
-    found = (folders.find_embedding(name.rstrip(",)")) for name in re.findall(r"embedding:([^\s:]+)", prompts))
-    return " ".join(folders.stamp(path) for path in found if path)
+    found = (choices.find_embedding(name.rstrip(",)")) for name in re.findall(r"embedding:([^\s:]+)", prompts))
+    return " ".join(choices.stamp(path) for path in found if path)
 
 
 def _facts(image: GeneratedImage) -> dict[str, Any]:

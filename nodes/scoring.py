@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..sdxl_lora_core.clip_model import load_clip
 from ..sdxl_lora_core.scoring import annotate, score_images
-from . import folders, host
+from . import choices, host
 from .previews import show
 from .wires import CATEGORY, from_image, to_image
 
@@ -48,7 +48,7 @@ class CLIPScore:
                     },
                 ),
                 "clip_model": (
-                    folders.names("clip"),
+                    choices.names("clip"),
                     {
                         "tooltip": "A CLIP model folder in models/clip_score or models/clip_vision (config.json, "
                         "tokenizer, .safetensors). The bundled one knows only the bundled shapes."
@@ -59,18 +59,18 @@ class CLIPScore:
 
     @classmethod
     def VALIDATE_INPUTS(cls, clip_model: str | None = None) -> bool | str:
-        return folders.check("clip", clip_model)
+        return choices.check("clip", clip_model)
 
     @classmethod
     def IS_CHANGED(cls, clip_model: str | None = None, **settings: Any) -> str:
-        return folders.content("clip", clip_model, folders.stamp)
+        return choices.content("clip", clip_model, choices.stamp)
 
     def score(self, images: Tensor, prompt: str, clip_model: str) -> dict[str, Any]:
         pixels = from_image(images)
         texts = prompt.strip().splitlines() or [""]
-        path = folders.find("clip", clip_model)
+        path = choices.find("clip", clip_model)
         with host.parts() as parts:
-            key = f"{path} {folders.stamp(path)}"
+            key = f"{path} {choices.stamp(path)}"
             report = score_images(
                 pixels,
                 texts,

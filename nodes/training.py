@@ -14,9 +14,10 @@ from ..sdxl_lora_core.presets import PRESETS, Preset
 from ..sdxl_lora_core.progress import StepReport
 from ..sdxl_lora_core.runs import RunFolders
 from ..sdxl_lora_core.training import train
-from . import folders, host
+from . import choices, host
 from .previews import show
-from .wires import CATEGORY, to_image, train_config, train_widget
+from .widgets import train_config, train_widget
+from .wires import CATEGORY, to_image
 
 _FACE = ("lora_name", "steps", "learning_rate", "rank", "alpha", "batch_size", "seed", "sample_prompts")
 _ADVANCED = (
@@ -77,9 +78,9 @@ class TrainSDXLLoRA:
     ) -> dict[str, Any]:  # fmt: skip
         config = train_config(options, settings, preset)
         if config.continue_from:
-            config = replace(config, continue_from=str(folders.find("lora", config.continue_from)))
+            config = replace(config, continue_from=str(choices.find("lora", config.continue_from)))
         if config.clip_model:
-            config = replace(config, clip_model=str(folders.find("clip", config.clip_model)))
+            config = replace(config, clip_model=str(choices.find("clip", config.clip_model)))
         stop_button = host.stop_button.offered()
         with host.training_mode(), host.parts() as parts, host.progress() as progress, stop_button as should_stop:
 
@@ -102,5 +103,5 @@ class TrainSDXLLoRA:
 def _run_folders() -> RunFolders:
     output = host.output_folder()
     return RunFolders(
-        loras=output / "loras", runs=output / "lora_runs", cache=host.cache_folder(), taken=folders.lora_name_taken
+        loras=output / "loras", runs=output / "lora_runs", cache=host.cache_folder(), taken=choices.lora_name_taken
     )

@@ -19,7 +19,7 @@ from tools.run_workflow import ROOT, load_pack
 
 PACK = load_pack()
 NODES: dict[str, Any] = PACK.NODE_CLASS_MAPPINGS
-host, folders, wires = PACK.nodes.host, PACK.nodes.folders, PACK.nodes.wires
+host, choices, wires = PACK.nodes.host, PACK.nodes.choices, PACK.nodes.wires
 
 
 @pytest.fixture
@@ -80,23 +80,23 @@ def test_images_go_in_and_out_without_a_change() -> None:
 
 def test_options_fill_in_and_contradictions_name_both() -> None:
     widgets = {"steps": 20, "seed": 0, "sample_prompts": "one\n\n two "}
-    config = wires.train_config({"weight_decay": 0.1, "seed": 5}, widgets)
+    config = PACK.nodes.widgets.train_config({"weight_decay": 0.1, "seed": 5}, widgets)
     assert (config.steps, config.seed, config.weight_decay, config.sample_prompts) == (20, 5, 0.1, ("one", "two"))
     with pytest.raises(ValueError, match="options sets steps to 30, the widget steps to 20"):
-        wires.train_config({"steps": 30}, widgets)
+        PACK.nodes.widgets.train_config({"steps": 30}, widgets)
     with pytest.raises(ValueError, match="unknown setting stepz"):
-        wires.train_config({"stepz": 30}, widgets)
+        PACK.nodes.widgets.train_config({"stepz": 30}, widgets)
 
 
 def test_names_of_datasets(home: Path) -> None:
     for folder in ("input/photos", "input/photos/nested", "datasets/more", "input/.hidden"):
         (home / folder).mkdir(parents=True)
-    assert folders.names("dataset") == ["more [datasets]", "photos", "sample: 8-bit (bundled)"]
-    assert folders.find("dataset", "more [datasets]") == home / "datasets/more"
-    assert folders.find("dataset", "photos/nested") == home / "input/photos/nested"
-    assert folders.check("dataset", None) is True
-    assert "'../photos' is not a usable relative path" in folders.check("dataset", "../photos")
-    assert "was not found" in folders.check("dataset", "nowhere")
+    assert choices.names("dataset") == ["more [datasets]", "photos", "sample: 8-bit (bundled)"]
+    assert choices.find("dataset", "more [datasets]") == home / "datasets/more"
+    assert choices.find("dataset", "photos/nested") == home / "input/photos/nested"
+    assert choices.check("dataset", None) is True
+    assert "'../photos' is not a usable relative path" in choices.check("dataset", "../photos")
+    assert "was not found" in choices.check("dataset", "nowhere")
 
 
 def test_names_of_models(home: Path) -> None:
@@ -107,9 +107,9 @@ def test_names_of_models(home: Path) -> None:
         path.write_bytes(b"")
     (home / "loras").mkdir()
     (home / "loras/trained.safetensors").write_bytes(b"")
-    assert folders.names("base") == ["a.safetensors", "x", "tiny-sdxl (bundled)"]
-    assert folders.names("lora")[:2] == ["l.safetensors", "trained.safetensors"]
-    assert folders.lora_name_taken("trained.safetensors") and not folders.lora_name_taken("other.safetensors")
+    assert choices.names("base") == ["a.safetensors", "x", "tiny-sdxl (bundled)"]
+    assert choices.names("lora")[:2] == ["l.safetensors", "trained.safetensors"]
+    assert choices.lora_name_taken("trained.safetensors") and not choices.lora_name_taken("other.safetensors")
     assert NODES["LoadLoRA"].VALIDATE_INPUTS(lora_name="(incoming)") is True
     assert "was not found" in NODES["LoadLoRA"].VALIDATE_INPUTS(lora_name="other.safetensors")
 
@@ -120,7 +120,7 @@ def test_embeddings_are_found_by_name_in_any_subfolder(home: Path) -> None:
     for file in files:
         (home / file).parent.mkdir(parents=True, exist_ok=True)
         (home / file).write_bytes(b"")
-    find = folders.find_embedding
+    find = choices.find_embedding
     assert find("cat") == find("cat.safetensors") == home / "embeddings/cat.safetensors"
     assert find("deep/cat") == home / "models/embeddings/deep/cat.safetensors"
     assert find("dog") == home / "embeddings/dog.pt", "so that it can be said why it is not read"
@@ -151,7 +151,7 @@ def test_changes_on_disk_are_seen_and_errors_are_not_raised(home: Path) -> None:
 
 
 def test_incoming_lora_is_weighted_and_can_be_left_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PACK.nodes.lora, "describe_lora", lambda path: path.name)
+    monkeypatch.setattr(PACK.nodes.load_lora, "describe_lora", lambda path: path.name)
     (home / "loras").mkdir()
     for name in ("first.safetensors", "trained.safetensors"):
         (home / "loras" / name).write_bytes(b"")
@@ -167,7 +167,7 @@ def test_incoming_lora_is_weighted_and_can_be_left_out(home: Path, monkeypatch: 
     assert by_block == ("trained.safetensors", 1.0, 1.0) and by_block.blocks == "mid_block=0"
     (again,) = node.load("(incoming)", 0.5, 0.5, True, lora_stack=[by_block])["result"][0]
     assert again == ("trained.safetensors", 0.5, 0.5) and again.blocks == "mid_block=0"
-    assert folders.lora_refs([again])[0].blocks == "mid_block=0"
+    assert choices.lora_refs([again])[0].blocks == "mid_block=0"
     with pytest.raises(ValueError, match="LoRA trained.safetensors: blocks names 'middle'"):
         node.load("trained.safetensors", 1.0, 1.0, True, blocks="middle=0")
     with pytest.raises(ValueError, match="lora_stack brings no LoRA"):

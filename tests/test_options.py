@@ -12,7 +12,7 @@ from tools.make_docs import pages
 from tools.run_workflow import ROOT, load_pack
 
 PACK: Any = load_pack()
-OPTIONS: Any = PACK.nodes.options
+OPTIONS: Any = PACK.nodes.train_options
 NODES = {name: node for name, node in PACK.NODE_CLASS_MAPPINGS.items() if issubclass(node, OPTIONS.TrainOptions)}
 FIELDS = fields_of(TrainConfig)
 
@@ -42,14 +42,14 @@ def test_only_changed_settings_travel_and_the_later_node_wins() -> None:
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
 def test_a_preset_fills_what_stands_at_its_default(preset: Any) -> None:
-    config = PACK.nodes.wires.train_config(None, {"sample_prompts": "a picture"}, preset)
+    config = PACK.nodes.widgets.train_config(None, {"sample_prompts": "a picture"}, preset)
     assert {name: getattr(config, name) for name in PRESETS[preset]} == dict(PRESETS[preset])
     assert any(value != FIELDS[name].default for name, value in PRESETS[preset].items())
 
 
 def test_what_was_changed_wins_over_the_preset() -> None:
     assert with_preset({"rank": 4}, "style")["rank"] == 4
-    assert PACK.nodes.wires.train_config({"noise_offset": 0.1}, {"rank": 4}, "style").noise_offset == 0.1
+    assert PACK.nodes.widgets.train_config({"noise_offset": 0.1}, {"rank": 4}, "style").noise_offset == 0.1
     assert "snr_gamma" not in with_preset({"debiased": True}, "style"), "the two contradict each other"
     assert "lr_warmup_steps" not in with_preset({"steps": 20}, "style")
 

@@ -17,7 +17,7 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     pack: Any = load_pack()
-    options = pack.nodes.options.TrainOptions
+    options = pack.nodes.train_options.TrainOptions
     titles = pack.NODE_DISPLAY_NAME_MAPPINGS
     nodes = {node_id: node for node_id, node in pack.NODE_CLASS_MAPPINGS.items() if issubclass(node, options)}
     return {node_id: page(titles[node_id], node) for node_id, node in nodes.items()}

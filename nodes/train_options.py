@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from ..sdxl_lora_core.settings import fields_of
 from ..sdxl_lora_core.train_config import TrainConfig
-from . import folders
-from .wires import CATEGORY, Widget, lines, train_widget
+from . import choices
+from .widgets import Widget, lines, train_widget
+from .wires import CATEGORY
 
 NO_FILE = "(none)"
 
@@ -20,7 +21,7 @@ class TrainOptions:
     """
 
     GROUP: ClassVar[str]
-    FILES: ClassVar[Mapping[str, folders.Kind]] = {}
+    FILES: ClassVar[Mapping[str, choices.Kind]] = {}
     CATEGORY = f"{CATEGORY}/options"
     RETURN_TYPES = ("TRAIN_OPTIONS",)
     RETURN_NAMES = ("options",)
@@ -44,16 +45,16 @@ class TrainOptions:
         kind, shown = train_widget(name)
         if name not in cls.FILES:
             return kind, shown
-        return [NO_FILE, *folders.names(cls.FILES[name])], {**shown, "default": NO_FILE}
+        return [NO_FILE, *choices.names(cls.FILES[name])], {**shown, "default": NO_FILE}
 
     @classmethod
     def check_file(cls, name: str, value: str | None) -> bool | str:
-        return value in ("", NO_FILE) or folders.check(cls.FILES[name], value)
+        return value in ("", NO_FILE) or choices.check(cls.FILES[name], value)
 
     @classmethod
     def IS_CHANGED(cls, **settings: Any) -> str:
         """Another file under the same name is another setting."""
-        return " ".join(folders.content(kind, settings.get(name), folders.stamp) for name, kind in cls.FILES.items())
+        return " ".join(choices.content(kind, settings.get(name), choices.stamp) for name, kind in cls.FILES.items())
 
     def collect(self, options: Mapping[str, Any] | None = None, **settings: Any) -> tuple[dict[str, Any]]:
         fields = fields_of(TrainConfig)

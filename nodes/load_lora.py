@@ -4,7 +4,7 @@ from typing import Any
 
 from ..sdxl_lora_core.lora_info import describe_lora
 from ..sdxl_lora_core.lora_stack import read_blocks_of
-from . import folders
+from . import choices
 from .previews import show
 from .wires import CATEGORY, BlockStackEntry, read_stack, strengths_by_block
 
@@ -34,7 +34,7 @@ class LoadLoRA:
         return {
             "required": {
                 "lora_name": (
-                    [INCOMING, *folders.names("lora")],
+                    [INCOMING, *choices.names("lora")],
                     {"tooltip": f"A file in the loras folder. {INCOMING}: the last LoRA of the incoming stack."},
                 ),
                 "strength_model": ("FLOAT", {**strength, "tooltip": "Strength on the UNet. 0 turns it off."}),
@@ -60,11 +60,11 @@ class LoadLoRA:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora_name: str | None = None) -> bool | str:
-        return lora_name == INCOMING or folders.check("lora", lora_name)
+        return lora_name == INCOMING or choices.check("lora", lora_name)
 
     @classmethod
     def IS_CHANGED(cls, lora_name: str | None = None, **settings: Any) -> str:
-        return "" if lora_name == INCOMING else folders.content("lora", lora_name, folders.stamp)
+        return "" if lora_name == INCOMING else choices.content("lora", lora_name, choices.stamp)
 
     def load(
         self, lora_name: str, strength_model: float, strength_clip: float, enabled: bool, lora_stack: Any = None,
@@ -80,5 +80,5 @@ class LoadLoRA:
         entry: Any = (lora_name, strength_model, strength_clip)
         if blocks.strip():
             entry = BlockStackEntry(entry, blocks)
-        info = describe_lora(folders.find("lora", lora_name)) if enabled else f"{lora_name} is off"
+        info = describe_lora(choices.find("lora", lora_name)) if enabled else f"{lora_name} is off"
         return show(([*stack, entry] if enabled else stack, info), info)

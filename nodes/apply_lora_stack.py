@@ -4,7 +4,7 @@ from typing import Any
 
 from ..sdxl_lora_core.base_parts import ENCODERS, Part
 from ..sdxl_lora_core.core_loras import core_changes, describe_fit
-from . import folders, host
+from . import choices, host
 from .previews import show
 from .wires import CATEGORY
 
@@ -46,7 +46,7 @@ class ApplyLoRAStack:
         if clip is not None:
             targets["CLIP"] = ENCODERS
         patched = {"MODEL": model, "CLIP": clip}
-        for entry in folders.open_loras(lora_stack):
+        for entry in choices.open_loras(lora_stack):
             found, missing = {}, {}
             for target, parts in targets.items():
                 changes = core_changes(entry, parts)

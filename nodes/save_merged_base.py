@@ -5,9 +5,10 @@ from typing import Any
 from ..sdxl_lora_core.base_model import SDXLBase, open_base, said_to_predict
 from ..sdxl_lora_core.base_saving import save_merged_base
 from ..sdxl_lora_core.config import BASE_LAYOUTS, SAVE_PRECISIONS, SaveBaseConfig
-from . import folders, host
+from . import choices, host
 from .previews import show
-from .wires import CATEGORY, widget
+from .widgets import widget
+from .wires import CATEGORY
 
 
 class SaveMergedBase:
@@ -51,11 +52,11 @@ class SaveMergedBase:
 
     def save(self, base: SDXLBase, lora_stack: Any, **settings: Any) -> dict[str, Any]:
         config = SaveBaseConfig(**settings)
-        stack = folders.open_loras(lora_stack)
+        stack = choices.open_loras(lora_stack)
         kind = "checkpoints" if config.layout == "single_file" else "diffusers"
         with host.progress() as progress:
             path, fit = save_merged_base(
-                base, stack, config, host.output_folder() / kind, folders.base_name_taken,
+                base, stack, config, host.output_folder() / kind, choices.base_name_taken,
                 lambda done, total: progress(done, total, "merging parts"),
             )  # fmt: skip
         merged = open_base(path, base.precision, host.cache_folder() / "hashes", **said_to_predict(base))

@@ -15,9 +15,10 @@ from ..sdxl_lora_core.config import (
 from ..sdxl_lora_core.lora_files import LoRAFile, kohya_state_dict, lora_of_state_dict, read_lora
 from ..sdxl_lora_core.lora_info import describe_lora
 from ..sdxl_lora_core.lora_saving import Source, merge_loras, save_lora, source_of_file, sources_of
-from . import folders, host
+from . import choices, host
 from .previews import show
-from .wires import CATEGORY, widget
+from .widgets import widget
+from .wires import CATEGORY
 
 _STACK = "The LoRAs, from Load LoRA or Train SDXL LoRA. Their strengths become part of what is saved."
 _FORMAT = "kohya: every program reads it. peft: diffusers' own names. comfyui: the names of ComfyUI's modules."
@@ -72,10 +73,10 @@ class SaveSDXLLoRA:  # ComfyUI has a node SaveLoRA of its own
         config = SaveLoRAConfig(**settings)
         if (lora is None) == (lora_stack is None):
             raise ValueError("connect either lora_stack or lora, and not both")
-        sources = sources_of(folders.open_loras(lora_stack)) if lora is None else [_of_wire(lora)]
+        sources = sources_of(choices.open_loras(lora_stack)) if lora is None else [_of_wire(lora)]
         with host.progress() as progress:
             path = save_lora(
-                sources, config, _folder(), folders.lora_name_taken, lambda d, t: progress(d, t, "resizing")
+                sources, config, _folder(), choices.lora_name_taken, lambda d, t: progress(d, t, "resizing")
             )
         return _saved(path, describe_lora(path))
 
@@ -135,7 +136,7 @@ class MergeLoRAs:
         config = MergeLoRAsConfig(**settings)
         with host.progress() as progress:
             path = merge_loras(
-                sources_of(folders.open_loras(lora_stack)), config, _folder(), folders.lora_name_taken,
+                sources_of(choices.open_loras(lora_stack)), config, _folder(), choices.lora_name_taken,
                 lambda done, total: progress(done, total, "merging"),
             )  # fmt: skip
         weights = kohya_state_dict(LoRAFile(unet=read_lora(path).unet), torch.float32)
