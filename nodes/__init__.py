@@ -1,11 +1,12 @@
 """The nodes of the pack, by id. Ids are frozen: saved graphs name them."""
 
-from . import host
 from .apply_lora_stack import ApplyLoRAStack
 from .base_model import LoadSDXLBase
 from .control import AddControlNet
 from .dataset import LoadCaptionDataset
 from .generation import SDXLGenerateCached
+from .host.folders import add_output_folders
+from .host.server import add_routes
 from .image_cache import SDXLImageCache
 from .load_lora import LoadLoRA
 from .save_loras import MergeLoRAs, SaveSDXLLoRA
@@ -63,5 +64,5 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "AddControlNet": "Add ControlNet (SDXL)",
 }
 
-host.add_output_folders()
-host.add_routes()
+add_output_folders()
+add_routes()

@@ -4,7 +4,9 @@ from typing import Any
 
 from ..sdxl_lora_core.base_parts import ENCODERS, Part
 from ..sdxl_lora_core.core_loras import core_changes, describe_fit
-from . import choices, host
+from . import choices
+from .host.comfy import nothing
+from .host.core_models import with_lora
 from .previews import show
 from .wires import CATEGORY
 
@@ -51,7 +53,7 @@ class ApplyLoRAStack:
             for target, parts in targets.items():
                 changes = core_changes(entry, parts)
                 found[target] = sum(len(entry.modules(part)) for part in parts)
-                patched[target], missing[target] = host.with_lora(patched[target], target, changes)
+                patched[target], missing[target] = with_lora(patched[target], target, changes)
             lines.append(describe_fit(entry, found, missing))
         info = "\n".join(lines) or "the stack is empty"
-        return show((patched["MODEL"], host.nothing() if clip is None else patched["CLIP"], info), info)
+        return show((patched["MODEL"], nothing() if clip is None else patched["CLIP"], info), info)

@@ -5,7 +5,8 @@ from typing import Any
 from ..sdxl_lora_core.base_model import describe_base, open_base, quick_fingerprint
 from ..sdxl_lora_core.config import PRECISIONS, TrainConfig
 from ..sdxl_lora_core.vae_files import with_vae
-from . import choices, host
+from . import choices
+from .host.folders import cache_folder
 from .previews import show
 from .widgets import train_widget, widget
 from .wires import CATEGORY
@@ -67,7 +68,7 @@ class LoadSDXLBase:
     def load(
         self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto", vae: str = OWN_VAE
     ) -> dict[str, Any]:
-        hashes = host.cache_folder() / "hashes"
+        hashes = cache_folder() / "hashes"
         opened = open_base(
             choices.find("base", base), precision, hashes, prediction=prediction, zero_terminal_snr=zero_terminal_snr
         )

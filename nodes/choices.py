@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..sdxl_lora_core.files import safe_path
 from ..sdxl_lora_core.lora_stack import LoRARef, StackEntry, open_stack
-from . import host
+from .host.folders import cache_folder, file_names, input_folder, roots
 from .wires import read_stack, strengths_by_block
 
 Kind = Literal["dataset", "base", "vae", "lora", "control_net", "clip"]
@@ -78,18 +78,18 @@ def stamp(path: Path) -> str:
 
 def find_embedding(name: str) -> Path | None:
     """The file that `embedding:name` means: in any subfolder, with its ending or without. The uppermost one wins."""
-    files = sorted(host.file_names("embeddings"), key=lambda file: (len(Path(file).parts), file))
+    files = sorted(file_names("embeddings"), key=lambda file: (len(Path(file).parts), file))
     for spelled in (str, str.casefold):  # as it is written first: then as Windows' folders take it
         for ending in ("", ".safetensors", ".sft", ".pt", ".bin"):
             for file in files:
                 if spelled(f"/{Path(file).as_posix()}").endswith(spelled(f"/{name}{ending}")):
-                    return next(path for root in host.roots("embeddings") if (path := root / file).exists())
+                    return next(path for root in roots("embeddings") if (path := root / file).exists())
     return None
 
 
 def open_loras(lora_stack: Any) -> tuple[StackEntry, ...]:
     """What a LORA_STACK wire brings, opened. Raises as read_stack, lora_refs and open_stack do."""
-    return open_stack(lora_refs(read_stack(lora_stack)), host.cache_folder() / "hashes")
+    return open_stack(lora_refs(read_stack(lora_stack)), cache_folder() / "hashes")
 
 
 def lora_refs(stack: Iterable[Any]) -> list[LoRARef]:
@@ -102,14 +102,14 @@ def base_name_taken(name: str) -> bool:
 
 
 def lora_name_taken(file_name: str) -> bool:
-    return any((root / file_name).exists() for root in host.roots("loras"))
+    return any((root / file_name).exists() for root in roots("loras"))
 
 
 def _found(kind: Kind) -> dict[str, list[Path]]:
     """For each name the roots it may lie in."""
     match kind:
         case "dataset":
-            return _subfolders([host.input_folder()]) | _subfolders(host.roots("datasets"), _DATASETS)
+            return _subfolders([input_folder()]) | _subfolders(roots("datasets"), _DATASETS)
         case "base":
             return _weights("checkpoints") | _folders_with("model_index.json", "diffusers")
         case "vae":
@@ -125,28 +125,28 @@ def _found(kind: Kind) -> dict[str, list[Path]]:
 def _typed(kind: Kind) -> list[Path]:
     match kind:
         case "dataset":
-            return [host.input_folder()]
+            return [input_folder()]
         case "base":
-            return host.roots("checkpoints") + host.roots("diffusers")
+            return roots("checkpoints") + roots("diffusers")
         case "vae":
-            return host.roots("vae")
+            return roots("vae")
         case "lora":
-            return host.roots("loras")
+            return roots("loras")
         case "control_net":
-            return host.roots("controlnet")
+            return roots("controlnet")
         case "clip":
-            return host.roots("clip_score") + host.roots("clip_vision")
+            return roots("clip_score") + roots("clip_vision")
 
 
 def _weights(folder_type: str) -> dict[str, list[Path]]:
-    roots = host.roots(folder_type)
-    return {name: roots for name in host.file_names(folder_type) if name.lower().endswith((".safetensors", ".sft"))}
+    searched = roots(folder_type)
+    return {name: searched for name in file_names(folder_type) if name.lower().endswith((".safetensors", ".sft"))}
 
 
-def _subfolders(roots: list[Path], suffix: str = "") -> dict[str, list[Path]]:
+def _subfolders(searched: list[Path], suffix: str = "") -> dict[str, list[Path]]:
     return {
-        path.name + suffix: roots
-        for root in roots
+        path.name + suffix: searched
+        for root in searched
         if root.is_dir()
         for path in root.iterdir()
         if path.is_dir() and not path.name.startswith(".")
@@ -154,10 +154,10 @@ def _subfolders(roots: list[Path], suffix: str = "") -> dict[str, list[Path]]:
 
 
 def _folders_with(marker: str, folder_type: str) -> dict[str, list[Path]]:
-    roots = host.roots(folder_type)
+    searched = roots(folder_type)
     return {
-        Path(folder).relative_to(root).as_posix(): roots
-        for root in roots
+        Path(folder).relative_to(root).as_posix(): searched
+        for root in searched
         for folder, _, files in os.walk(root, followlinks=True)
         if marker in files and Path(folder) != root
     }

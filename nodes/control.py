@@ -5,7 +5,8 @@ from typing import Any
 from ..sdxl_lora_core.config import CONTROL_TYPES, ControlConfig
 from ..sdxl_lora_core.control_nets import describe_control_net, open_control_net
 from ..sdxl_lora_core.controls import Control
-from . import choices, host
+from . import choices
+from .host.folders import cache_folder
 from .previews import show
 from .widgets import widget
 from .wires import CATEGORY, from_image
@@ -80,7 +81,7 @@ class AddControlNet:
         if not config.strength:
             info = f"{control_net} is off"
             return show((controls or (), info), info)
-        net = open_control_net(choices.find("control_net", control_net), host.cache_folder() / "hashes")
+        net = open_control_net(choices.find("control_net", control_net), cache_folder() / "hashes")
         control = Control(net, tuple(from_image(image)), config)
         info = "\n".join([describe_control_net(net), _acts(control)])
         return show(((*(controls or ()), control), info), info)

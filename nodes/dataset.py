@@ -6,7 +6,8 @@ import numpy as np
 
 from ..sdxl_lora_core.config import DatasetConfig
 from ..sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load_caption_dataset, quick_fingerprint
-from . import choices, host
+from . import choices
+from .host.folders import cache_folder
 from .previews import show
 from .widgets import widget
 from .wires import CATEGORY, to_image
@@ -100,7 +101,7 @@ class LoadCaptionDataset:
     def load(self, folder: str, dataset: CaptionDataset | None = None, **settings: Any) -> dict[str, Any]:
         path = choices.find("dataset", folder)
         loaded = load_caption_dataset(
-            path, DatasetConfig(**settings), chained=dataset, hash_memo=host.cache_folder() / "hashes"
+            path, DatasetConfig(**settings), chained=dataset, hash_memo=cache_folder() / "hashes"
         )
         sheet = np.asarray(contact_sheet(loaded))
         report = describe(loaded)

@@ -21,7 +21,11 @@ from ..sdxl_lora_core.controls import Control
 from ..sdxl_lora_core.generation import GeneratedImage, generate
 from ..sdxl_lora_core.lora_stack import fit_of
 from ..sdxl_lora_core.start_images import StartImage, start_images
-from . import choices, host
+from . import choices
+from .host.comfy import metadata, nothing
+from .host.folders import cache_folder
+from .host.memory import loaded_parts
+from .host.progress import Progress
 from .previews import show
 from .widgets import Widget, widget
 from .wires import CATEGORY, from_image, from_latent, from_mask, read_stack, to_image, to_latent
@@ -131,13 +135,13 @@ class SDXLGenerateCached:
     ) -> dict[str, Any]:  # fmt: skip
         config = GenerateConfig(**settings)
         loras = choices.lora_refs(read_stack(lora_stack))
-        cache = host.cache_folder()
-        with host.parts() as parts, host.progress() as progress:
+        cache = cache_folder()
+        with loaded_parts() as parts, Progress() as progress:
             images = generate(
                 base, config, loras,
                 starts=_starts(config, image, mask, latent), controls=controls or (),
                 parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
-                graph=host.metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
+                graph=metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
                 find_embedding=choices.find_embedding, on_step=functools.partial(progress, phase="generating"),
                 on_estimate=progress.on_estimate,
             )  # fmt: skip
@@ -147,7 +151,7 @@ class SDXLGenerateCached:
         prompts = "\n".join(image.words for image in images)
         texts = [image.texts for image in images]
         latents = [image.latents for image in images if image.latents is not None]
-        latent_out = to_latent(latents) if latents else host.nothing()
+        latent_out = to_latent(latents) if latents else nothing()
         text = "\n".join([_summary(images), *fit])
         return show((to_image(pixels), info, prompts, latent_out), text, pixels, texts)
 

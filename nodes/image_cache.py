@@ -4,7 +4,8 @@ import functools
 from typing import Any
 
 from ..sdxl_lora_core import cache_upkeep
-from . import host
+from .host.folders import cache_folder
+from .host.progress import Progress
 from .previews import show
 from .wires import CATEGORY
 
@@ -52,14 +53,14 @@ class SDXLImageCache:
         return float("nan")  # the cache changes without this node
 
     def run(self, action: str, limit_gb: float) -> dict[str, Any]:
-        images = host.cache_folder() / "images"
+        images = cache_folder() / "images"
         if limit_gb:
             cache_upkeep.set_limit(images, limit_gb)
         done = []
         if action == "prune":
             done.append(str(cache_upkeep.prune(images)))
         if action == "verify":
-            with host.progress() as progress:
+            with Progress() as progress:
                 damaged = cache_upkeep.verify(images, True, functools.partial(progress, phase="reading"))
             done.append(f"{cache_upkeep.damage(damaged)} removed")
         stats = cache_upkeep.stats(images)

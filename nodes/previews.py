@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..sdxl_lora_core.image_metadata import png_info
-from . import host
+from .host.folders import temp_folder
 
 WRITERS = 4
 
@@ -39,7 +39,7 @@ def _preview(pixels: np.ndarray, texts: Mapping[str, str]) -> dict[str, str]:
     chunks = [(kind, data) for kind, data, *_ in png_info(texts).chunks]
     said = hashlib.sha256(b"".join(data for _, data in chunks)).hexdigest()[:8]
     name = f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:24]}_{pixels.shape[1]}x{pixels.shape[0]}_{said}.png"
-    path = host.temp_folder() / "sdxl_lora" / name
+    path = temp_folder() / "sdxl_lora" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(_stored_png(pixels, chunks))

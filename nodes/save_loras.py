@@ -15,7 +15,9 @@ from ..sdxl_lora_core.config import (
 from ..sdxl_lora_core.lora_files import LoRAFile, kohya_state_dict, lora_of_state_dict, read_lora
 from ..sdxl_lora_core.lora_info import describe_lora
 from ..sdxl_lora_core.lora_saving import Source, merge_loras, save_lora, source_of_file, sources_of
-from . import choices, host
+from . import choices
+from .host.folders import output_folder
+from .host.progress import Progress
 from .previews import show
 from .widgets import widget
 from .wires import CATEGORY
@@ -74,7 +76,7 @@ class SaveSDXLLoRA:  # ComfyUI has a node SaveLoRA of its own
         if (lora is None) == (lora_stack is None):
             raise ValueError("connect either lora_stack or lora, and not both")
         sources = sources_of(choices.open_loras(lora_stack)) if lora is None else [_of_wire(lora)]
-        with host.progress() as progress:
+        with Progress() as progress:
             path = save_lora(
                 sources, config, _folder(), choices.lora_name_taken, lambda d, t: progress(d, t, "resizing")
             )
@@ -134,7 +136,7 @@ class MergeLoRAs:
 
     def merge(self, lora_stack: Any, **settings: Any) -> dict[str, Any]:
         config = MergeLoRAsConfig(**settings)
-        with host.progress() as progress:
+        with Progress() as progress:
             path = merge_loras(
                 sources_of(choices.open_loras(lora_stack)), config, _folder(), choices.lora_name_taken,
                 lambda done, total: progress(done, total, "merging"),
@@ -144,7 +146,7 @@ class MergeLoRAs:
 
 
 def _folder() -> Path:
-    return host.output_folder() / "loras"
+    return output_folder() / "loras"
 
 
 def _of_wire(lora: Any) -> Source:

@@ -5,7 +5,9 @@ from typing import Any
 from ..sdxl_lora_core.base_model import SDXLBase, open_base, said_to_predict
 from ..sdxl_lora_core.base_saving import save_merged_base
 from ..sdxl_lora_core.config import BASE_LAYOUTS, SAVE_PRECISIONS, SaveBaseConfig
-from . import choices, host
+from . import choices
+from .host.folders import cache_folder, output_folder
+from .host.progress import Progress
 from .previews import show
 from .widgets import widget
 from .wires import CATEGORY
@@ -54,13 +56,13 @@ class SaveMergedBase:
         config = SaveBaseConfig(**settings)
         stack = choices.open_loras(lora_stack)
         kind = "checkpoints" if config.layout == "single_file" else "diffusers"
-        with host.progress() as progress:
+        with Progress() as progress:
             path, fit = save_merged_base(
-                base, stack, config, host.output_folder() / kind, choices.base_name_taken,
+                base, stack, config, output_folder() / kind, choices.base_name_taken,
                 lambda done, total: progress(done, total, "merging parts"),
             )  # fmt: skip
-        merged = open_base(path, base.precision, host.cache_folder() / "hashes", **said_to_predict(base))
+        merged = open_base(path, base.precision, cache_folder() / "hashes", **said_to_predict(base))
         tokens = [f"new token {name} stays in its LoRA" for entry in stack for name in entry.tokens]
-        name = path.relative_to((host.output_folder() / kind).resolve()).as_posix()
+        name = path.relative_to((output_folder() / kind).resolve()).as_posix()
         report = "\n".join([f"saved as {name} in output/{kind}", *fit, *tokens])
         return show((merged, name, report), report)

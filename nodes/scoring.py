@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..sdxl_lora_core.clip_model import load_clip
 from ..sdxl_lora_core.scoring import annotate, score_images
-from . import choices, host
+from . import choices
+from .host.memory import loaded_parts
 from .previews import show
 from .wires import CATEGORY, from_image, to_image
 
@@ -69,7 +70,7 @@ class CLIPScore:
         pixels = from_image(images)
         texts = prompt.strip().splitlines() or [""]
         path = choices.find("clip", clip_model)
-        with host.parts() as parts:
+        with loaded_parts() as parts:
             key = f"{path} {choices.stamp(path)}"
             report = score_images(
                 pixels,

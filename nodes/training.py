@@ -14,7 +14,12 @@ from ..sdxl_lora_core.presets import PRESETS, Preset
 from ..sdxl_lora_core.progress import StepReport
 from ..sdxl_lora_core.runs import RunFolders
 from ..sdxl_lora_core.training import train
-from . import choices, host
+from . import choices
+from .host.comfy import nothing
+from .host.folders import cache_folder, output_folder
+from .host.memory import device, loaded_parts, training_mode
+from .host.progress import Progress
+from .host.server import stop_button
 from .previews import show
 from .widgets import train_config, train_widget
 from .wires import CATEGORY, to_image
@@ -81,19 +86,18 @@ class TrainSDXLLoRA:
             config = replace(config, continue_from=str(choices.find("lora", config.continue_from)))
         if config.clip_model:
             config = replace(config, clip_model=str(choices.find("clip", config.clip_model)))
-        stop_button = host.stop_button.offered()
-        with host.training_mode(), host.parts() as parts, host.progress() as progress, stop_button as should_stop:
+        with training_mode(), loaded_parts() as parts, Progress() as progress, stop_button.offered() as should_stop:
 
             def on_step(step: StepReport) -> None:
                 progress(step.done, step.total, step.phase, step.detail, step.preview)
 
             result = train(
                 base, dataset, config,
-                folders=_run_folders(), device=host.device(), on_step=on_step, should_stop=should_stop, parts=parts,
+                folders=_run_folders(), device=device(), on_step=on_step, should_stop=should_stop, parts=parts,
                 validation=validation,
             )  # fmt: skip
         chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
-        samples = to_image(result.samples) if result.samples else host.nothing()
+        samples = to_image(result.samples) if result.samples else nothing()
         report = json.dumps(result.report, indent=2)
         stack = [(result.lora_name, 1.0, 1.0)]
         outputs = (stack, result.lora_name, result.state_dict, to_image([chart]), samples, report)
@@ -101,7 +105,7 @@ class TrainSDXLLoRA:
 
 
 def _run_folders() -> RunFolders:
-    output = host.output_folder()
+    output = output_folder()
     return RunFolders(
-        loras=output / "loras", runs=output / "lora_runs", cache=host.cache_folder(), taken=choices.lora_name_taken
+        loras=output / "loras", runs=output / "lora_runs", cache=cache_folder(), taken=choices.lora_name_taken
     )

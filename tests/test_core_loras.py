@@ -14,6 +14,7 @@ from sdxl_lora_core.core_loras import core_changes
 from sdxl_lora_core.lora_files import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_files import write_lora as save_lora
 from sdxl_lora_core.lora_stack import LoRARef, open_stack
+from tests.fake_comfyui import fake_modules
 from tests.micro_images import write_lora
 from tools.run_workflow import load_pack
 
@@ -57,7 +58,7 @@ def core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         },
     )
     monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
-    monkeypatch.setattr(PACK.nodes.host, "_comfy", {"comfy.lora": fake}.get)
+    fake_modules(monkeypatch, {"comfy.lora": fake})
     return keys
 
 
@@ -85,7 +86,7 @@ def test_text_encoders_have_their_own_strength(micro_base: SDXLBase, tmp_path: P
 def test_the_node_says_what_fits_and_leaves_the_model_as_it_was(core: dict[str, str], lora: LoRARef) -> None:
     model, clip, info = apply(("one.safetensors", 0.5, 1.0))
     assert model.patches == (([core[key] for key in sorted(KEYS)], 0.5),)
-    assert isinstance(clip, PACK.nodes.host.Nothing)
+    assert isinstance(clip, PACK.nodes.host.comfy.Nothing)
     assert info == "one.safetensors: 2 of 2 modules on MODEL"
     given = FakePatcher()
     assert apply(("one.safetensors", 0.5, 1.0), clip=given)[1] is not given and given.patches == ()

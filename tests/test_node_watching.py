@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.fake_comfyui import fake_modules
 from tools.run_workflow import ROOT, load_pack
 
 PACK = load_pack()
-host = PACK.nodes.host
+Progress = PACK.nodes.host.progress.Progress
 
 
 class Shown:
@@ -25,6 +26,7 @@ class Shown:
         bar = SimpleNamespace(update_absolute=lambda done, total, picture: self.bars.append((done, total, picture)))
         server = SimpleNamespace(send_progress_text=lambda text, node: self.texts.append((text, node)))
         modules = {
+            "folder_paths": SimpleNamespace(),
             "comfy.utils": SimpleNamespace(ProgressBar=lambda total: bar),
             "comfy.model_management": SimpleNamespace(throw_exception_if_processing_interrupted=lambda: None),
             "comfy_execution.utils": SimpleNamespace(
@@ -32,13 +34,13 @@ class Shown:
             ),
             "server": SimpleNamespace(PromptServer=SimpleNamespace(instance=server)),
         }
-        monkeypatch.setattr(host, "_comfy", modules.get)
+        fake_modules(monkeypatch, modules)
 
 
 def test_the_bar_the_numbers_and_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch)
     pixels = np.zeros((4, 8, 3), np.uint8)
-    with host.progress() as progress:
+    with Progress() as progress:
         progress(1, 5, "training", "loss 0.1")
         progress(2, 5, "training", "loss 0.2, lr 1e-4", pixels)
     assert [bar[:2] for bar in shown.bars] == [(1, 5), (2, 5)]
@@ -49,7 +51,7 @@ def test_the_bar_the_numbers_and_the_picture(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_terminal_counts_on_after_another_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch)
-    with host.progress() as progress:
+    with Progress() as progress:
         progress(40, 100, "training")
         progress(1, 25, "validating")
         progress(41, 100, "training")
@@ -59,7 +61,7 @@ def test_the_terminal_counts_on_after_another_phase(monkeypatch: pytest.MonkeyPa
 
 def test_no_text_where_no_node_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch, node_id=None)
-    with host.progress() as progress:
+    with Progress() as progress:
         progress(1, 5, "training", "loss 0.1")
     assert len(shown.bars) == 1 and shown.texts == []
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.fake_comfyui import fake_modules
 from tools.run_workflow import ROOT, load_pack
 
 PACK = load_pack()
@@ -175,7 +176,7 @@ def test_incoming_lora_is_weighted_and_can_be_left_out(home: Path, monkeypatch: 
 
 
 def test_training_mode_undoes_inference_mode() -> None:
-    with torch.inference_mode(), host.training_mode():
+    with torch.inference_mode(), host.memory.training_mode():
         layer = torch.nn.Linear(2, 1)
         layer(torch.ones(1, 2)).sum().backward()
         assert layer.weight.grad is not None
@@ -207,8 +208,8 @@ def test_a_preview_carries_the_graph_that_shows_it(home: Path, monkeypatch: pyte
     assert [json.loads(info["workflow"])["nodes"] for info in (first, second)] == [[1], [2]]
     assert first["parameters"].startswith("small\nSteps: 1, ") and json.loads(first["prompt"]) == {"1": {}}
     options = SimpleNamespace(args=SimpleNamespace(disable_metadata=True))
-    monkeypatch.setattr(host, "_comfy", {"comfy.cli_args": options}.get)
-    assert host.metadata({"prompt": {"1": {}}}) is None
+    fake_modules(monkeypatch, {"folder_paths": SimpleNamespace(), "comfy.cli_args": options})
+    assert host.comfy.metadata({"prompt": {"1": {}}}) is None
 
 
 class FakeComfy:
@@ -242,14 +243,13 @@ class FakePatcher:
 def comfy(monkeypatch: pytest.MonkeyPatch) -> FakeComfy:
     fake = FakeComfy()
     patching = SimpleNamespace(ModelPatcher=FakePatcher, CallbacksMP=SimpleNamespace(ON_DETACH="on_detach"))
-    modules = {"comfy.model_management": fake, "comfy.model_patcher": patching}
-    monkeypatch.setattr(host, "_comfy", modules.get)
-    host._whole_patcher.cache_clear()
+    fake_modules(monkeypatch, {"comfy.model_management": fake, "comfy.model_patcher": patching})
+    host.memory._whole_patcher.cache_clear()
     return fake
 
 
 def test_parts_in_use_are_loaded_together_and_evicted_ones_are_freed(comfy: FakeComfy) -> None:
-    owner = host.ComfyParts(torch.device("cpu"))
+    owner = host.memory.ComfyParts(torch.device("cpu"))
     first, second = torch.nn.Linear(1, 1), torch.nn.Linear(2, 2)
     owner.borrow("text_encoder", "a", lambda: first)
     owner.borrow("text_encoder_2", "b", lambda: second)
@@ -264,14 +264,14 @@ def test_parts_in_use_are_loaded_together_and_evicted_ones_are_freed(comfy: Fake
 
 
 def test_comfyui_is_told_how_much_room_computing_takes(comfy: FakeComfy) -> None:
-    owner = host.ComfyParts(torch.device("cpu"))
+    owner = host.memory.ComfyParts(torch.device("cpu"))
     with owner.phase("vae", "a", lambda: torch.nn.Linear(1, 1), room=12345):
         assert comfy.rooms == [12345]
 
 
 def test_what_rests_beside_the_device_goes_with_what_comfyui_unloads(comfy: FakeComfy) -> None:
     """A small card holds one part: the others lie in memory, where ComfyUI does not see them."""
-    owner = host.ComfyParts(torch.device("cpu"))
+    owner = host.memory.ComfyParts(torch.device("cpu"))
     for part in ("text_encoders", "unet", "vae"):
         owner.borrow(part, "a", lambda: torch.nn.Linear(1, 1))
         owner.rest(part)
@@ -281,13 +281,13 @@ def test_what_rests_beside_the_device_goes_with_what_comfyui_unloads(comfy: Fake
 
 
 def test_a_part_that_comfyui_does_not_move_is_no_image(comfy: FakeComfy) -> None:
-    owner = host.ComfyParts(torch.device("meta"))
+    owner = host.memory.ComfyParts(torch.device("meta"))
     with pytest.raises(ValueError, match="left the unet off the meta.*--novram: start it without"):
         owner.borrow("unet", "a", lambda: torch.nn.Linear(1, 1))
 
 
 def test_leaving_the_device_is_not_being_evicted(comfy: FakeComfy) -> None:
-    owner = host.ComfyParts(torch.device("cpu"))
+    owner = host.memory.ComfyParts(torch.device("cpu"))
     layer = torch.nn.Linear(1, 1)
     owner.borrow("unet", "a", lambda: layer)
     owner.rest("unet", offload=True)

@@ -257,7 +257,7 @@ def test_the_node_takes_images_masks_and_latents(tmp_path: Path, monkeypatch: py
         return nodes["SDXLGenerateCached"]().generate(base=base, **shared, **size, **inputs)["result"]
 
     image = wires.to_image([picture()])
-    assert isinstance(run()[3], host.Nothing)
+    assert isinstance(run()[3], host.comfy.Nothing)
     first, latent = (run(image=image, denoise=0.1, keep_latents=True)[place] for place in (0, 3))
     assert abs(first - image).mean() < 0.1 and latent["samples"].shape == (1, 4, SIDE // 8, SIDE // 8)
     masked = run(latent={**latent, "noise_mask": torch.from_numpy(half_mask())[None, None]}, keep_latents=True)[3]

@@ -13,7 +13,7 @@ import pytest
 from tools.run_workflow import load_pack
 
 PACK = load_pack()
-host, training = PACK.nodes.host, PACK.nodes.training
+host = PACK.nodes.host.server
 
 
 def test_the_button_stops_what_trains_and_nothing_else() -> None:

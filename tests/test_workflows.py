@@ -166,7 +166,7 @@ def test_what_gets_nothing_does_not_run_and_lists_run_one_by_one(
             return {"required": {}}
 
         def make(self) -> tuple[Any, ...]:
-            return [1, 2, 3], load_pack().nodes.host.nothing()
+            return [1, 2, 3], load_pack().nodes.host.comfy.nothing()
 
     class Double:
         RETURN_TYPES = ("INT",)
@@ -189,7 +189,7 @@ def test_what_gets_nothing_does_not_run_and_lists_run_one_by_one(
     }
     outputs = run(workflow, tmp_path)
     assert outputs["2"] == ([2, 4, 6],)
-    assert isinstance(outputs["3"][0][0], load_pack().nodes.host.Nothing)
+    assert isinstance(outputs["3"][0][0], load_pack().nodes.host.comfy.Nothing)
     assert not (tmp_path / "temp").exists()
 
 

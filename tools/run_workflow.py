@@ -147,8 +147,8 @@ def _inputs(node_id: str, node: dict[str, Any], node_class: Any, outputs: Output
 def _run_node(node_id: str, node_class: Any, inputs: dict[str, list[Any]], pack: Any) -> tuple[list[Any], ...]:
     count = len(node_class.RETURN_TYPES)
     merged: tuple[list[Any], ...] = tuple([] for _ in range(count))
-    if any(isinstance(value, pack.nodes.host.Nothing) for values in inputs.values() for value in values):
-        return tuple([pack.nodes.host.Nothing()] for _ in range(count))
+    if any(isinstance(value, pack.nodes.host.comfy.Nothing) for values in inputs.values() for value in values):
+        return tuple([pack.nodes.host.comfy.Nothing()] for _ in range(count))
     is_list = getattr(node_class, "OUTPUT_IS_LIST", (False,) * count)
     node = node_class()
     for arguments in _calls(inputs):

@@ -1,0 +1,93 @@
+"""ComfyUI's folders, and what stands in for them where it is absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .comfy import running
+
+SAVED = ("loras", "checkpoints", "diffusers", "embeddings")  # what this pack writes into folders of output/
+
+
+def output_folder() -> Path:
+    if not running():
+        return _home()
+    import folder_paths
+
+    return Path(folder_paths.get_output_directory())
+
+
+def input_folder() -> Path:
+    if not running():
+        return _home() / "input"
+    import folder_paths
+
+    return Path(folder_paths.get_input_directory())
+
+
+def temp_folder() -> Path:
+    if not running():
+        return _home() / "temp"
+    import folder_paths
+
+    return Path(folder_paths.get_temp_directory())
+
+
+def roots(folder_type: str) -> list[Path]:
+    """The folders of one of ComfyUI's folder types, or of our own: clip_score, sdxl_lora_cache."""
+    if not running():
+        return _roots_at_home(folder_type)
+    import folder_paths
+
+    # extra_model_paths.yaml was read before: what it names stays.
+    types = folder_paths.folder_names_and_paths
+    types.setdefault("clip_score", ([os.path.join(folder_paths.models_dir, "clip_score")], set()))
+    types.setdefault("sdxl_lora_cache", ([os.path.join(folder_paths.get_user_directory(), "sdxl_lora")], set()))
+    return [Path(folder) for folder in types[folder_type][0]] if folder_type in types else []
+
+
+def file_names(folder_type: str) -> list[str]:
+    """Names of all files in those folders, relative to them."""
+    if not running():
+        return _file_names_at_home(folder_type)
+    import folder_paths
+
+    return folder_paths.get_filename_list(folder_type)  # remembered until a folder changes
+
+
+def cache_folder() -> Path:
+    """Where latents, prompts, images and hashes are kept between runs."""
+    return roots("sdxl_lora_cache")[0]
+
+
+def add_output_folders() -> None:
+    """Where ComfyUI finds what this pack saves, besides the folders of output/ that it knows by itself.
+
+    Its own nodes then read new tokens: a prompt with `embedding:my_lora-ohwx`.
+    """
+    if not running():
+        return
+    import folder_paths
+
+    for kind in ("embeddings", "diffusers"):
+        folder_paths.add_model_folder_path(kind, str(output_folder() / kind))
+
+
+def _home() -> Path:
+    return Path(os.environ.get("SDXL_LORA_HOME", "out")).absolute()
+
+
+def _roots_at_home(folder_type: str) -> list[Path]:
+    home = _home()
+    roots = {
+        "datasets": [home / "datasets"],
+        **{kind: [home / "models" / kind, home / kind] for kind in SAVED},
+        "sdxl_lora_cache": [home / "user/sdxl_lora"],
+    }
+    return roots.get(folder_type, [home / "models" / folder_type])
+
+
+def _file_names_at_home(folder_type: str) -> list[str]:
+    files = ((root, path) for root in _roots_at_home(folder_type) for path in root.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(root)) for root, path in files)

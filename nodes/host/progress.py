@@ -1,0 +1,121 @@
+"""Progress on the node that runs and in the terminal, and the user's cancel."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from .comfy import running
+from .memory import device
+
+if TYPE_CHECKING:
+    from comfy.utils import ProgressBar
+    from latent_preview import LatentPreviewer
+
+PREVIEW_SIDE = 512
+PREVIEWED = 4  # images of a batch
+
+
+class Progress:
+    """Shows progress on the node and in the terminal. Every call is a point where the user's cancel takes effect."""
+
+    def __init__(self) -> None:
+        self._phase: tuple[str, int] | None = None
+        self._terminal: Any = None
+        self._node: ProgressBar | None = None
+        self._marks: deque[tuple[int, float]] = deque(maxlen=20)  # items done, and when
+        self._picture: np.ndarray | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    @functools.cached_property
+    def _previewer(self) -> LatentPreviewer | None:
+        """Makes pictures of latents; None where ComfyUI's user wants no previews."""
+        if not running():
+            return None
+        from comfy.latent_formats import SDXL
+        from latent_preview import get_previewer
+
+        return get_previewer(device(), SDXL())
+
+    def on_estimate(self, latents: Tensor) -> None:
+        """Takes latents [B, 4, h, w] in the UNet's scale, a picture of which the next call shows."""
+        if self._previewer:
+            shown = [np.asarray(self._previewer.decode_latent_to_preview(one[None])) for one in latents[:PREVIEWED]]
+            self._picture = np.concatenate(shown, axis=1)
+
+    def __call__(
+        self, done: int, total: int, phase: str = "", detail: str = "", preview: np.ndarray | None = None
+    ) -> None:
+        """`detail` is a line of numbers, `preview` a picture to show on the node, uint8 [H, W, 3]."""
+        if self._phase != (phase, total):
+            self._begin(done, total, phase)
+        self._terminal.set_postfix_str(detail, refresh=False)
+        self._terminal.update(done - self._terminal.n)
+        if self._node is None:
+            return
+        self._node.update_absolute(done, total, self._shown(preview))
+        if phase:
+            numbers = detail or self._time_left(done, total)
+            _show_text("\n".join([f"{phase}: {done} of {total}", *numbers.split(", ")]).rstrip())
+        _let_the_user_cancel()
+
+    def close(self) -> None:
+        if self._terminal:
+            self._terminal.close()
+
+    def _shown(self, preview: np.ndarray | None) -> tuple[str, Image.Image, int] | None:
+        picture, self._picture = (self._picture if preview is None else preview), None
+        return None if picture is None else ("JPEG", Image.fromarray(picture), PREVIEW_SIDE)
+
+    def _time_left(self, done: int, total: int) -> str:
+        """Estimated from the last 20 items. The time before the first, such as loading, says nothing about speed."""
+        if done and (not self._marks or done > self._marks[-1][0]):
+            self._marks.append((done, time.monotonic()))
+        if len(self._marks) < 2:
+            return ""
+        (first, since), (last, now) = self._marks[0], self._marks[-1]
+        return f"{self._terminal.format_interval((now - since) / (last - first) * (total - done))} left"
+
+    def _begin(self, done: int, total: int, phase: str) -> None:
+        from tqdm import tqdm
+
+        self.close()
+        self._phase = (phase, total)
+        self._marks.clear()
+        self._terminal = tqdm(initial=done, total=total, desc=phase or None, leave=False)
+        self._node = _node_bar(total)
+
+
+def _node_bar(total: int) -> ProgressBar | None:
+    if not running():
+        return None
+    from comfy.utils import ProgressBar
+
+    return ProgressBar(total)
+
+
+def _show_text(text: str) -> None:
+    """Beside the bar of the node that runs."""
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer
+
+    context = get_executing_context()
+    if context and hasattr(PromptServer, "instance"):  # a script may run nodes without the server
+        PromptServer.instance.send_progress_text(text, context.node_id)
+
+
+def _let_the_user_cancel() -> None:
+    from comfy.model_management import throw_exception_if_processing_interrupted
+
+    throw_exception_if_processing_interrupted()
