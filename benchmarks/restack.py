@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from sdxl_lora_core.base_model import SDXLBase, load_part, open_base
-from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, write_lora
+from sdxl_lora_core.lora_files import write_lora
+from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef, StackEntry, load_merged, open_stack, restack
 
 COUNT, RANK = 5, 8

@@ -13,13 +13,12 @@ from ..sdxl_lora_core.config import (
     LONG_PROMPTS,
     OFFLOADS,
     PROMPT_SYNTAXES,
-    SAMPLERS,
-    SCHEDULES,
     GenerateConfig,
 )
 from ..sdxl_lora_core.controls import Control
 from ..sdxl_lora_core.generation import GeneratedImage, generate
 from ..sdxl_lora_core.lora_stack import fit_of
+from ..sdxl_lora_core.samplers import SAMPLERS, SCHEDULES
 from ..sdxl_lora_core.start_images import StartImage, start_images
 from . import choices
 from .host.comfy import metadata, nothing

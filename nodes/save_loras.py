@@ -5,16 +5,12 @@ from typing import Any
 
 import torch
 
-from ..sdxl_lora_core.config import (
-    FILE_FORMATS,
-    MERGE_METHODS,
-    SAVE_PRECISIONS,
-    MergeLoRAsConfig,
-    SaveLoRAConfig,
-)
-from ..sdxl_lora_core.lora_files import LoRAFile, kohya_state_dict, lora_of_state_dict, read_lora
+from ..sdxl_lora_core.config import FILE_FORMATS, MERGE_METHODS, SAVE_PRECISIONS, MergeLoRAsConfig, SaveLoRAConfig
+from ..sdxl_lora_core.lora_files import lora_of_state_dict, read_lora
 from ..sdxl_lora_core.lora_info import describe_lora
+from ..sdxl_lora_core.lora_modules import LoRAFile
 from ..sdxl_lora_core.lora_saving import Source, merge_loras, save_lora, source_of_file, sources_of
+from ..sdxl_lora_core.lora_writing import kohya_state_dict
 from . import choices
 from .host.folders import output_folder
 from .host.progress import Progress

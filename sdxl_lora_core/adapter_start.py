@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .base_parts import ENCODERS, Part
-from .lora_files import LoRAFile
-from .lora_modules import AdapterModule, LoRAModule, with_magnitude
+from .lora_modules import AdapterModule, LoRAFile, LoRAModule, with_magnitude
 from .new_tokens import tokens_of
 from .train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
+
 PISSA = "pissa_niter_16"  # peft's name of the fast decomposition; a full one of every layer takes hours
 
 

@@ -16,8 +16,7 @@ from .adapter_start import continue_from, start_at_principal_parts
 from .base_parts import Part
 from .blocks import read_block_values, read_blocks, value_for
 from .fused_lora import fuse
-from .lora_files import LoRAFile
-from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAModule, with_dora_scale
+from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule, with_dora_scale
 from .optimizers import ParameterGroup
 from .train_config import TrainConfig
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .model_kinds import UNET, kind_of
-from .weights_file import WeightsHeader
+from .safetensors_file import WeightsHeader
 
 PredictionType = Literal["epsilon", "v_prediction"]
 

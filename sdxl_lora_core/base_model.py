@@ -15,10 +15,11 @@ from torch import nn
 from . import base_parts
 from .base_checks import WANTED, Prediction, PredictionType, read_json, require_checkpoint, require_folder
 from .base_parts import PARTS, Part
-from .config import PRECISIONS, Precision
+from .config import PRECISIONS
 from .files import file_sha256, json_sha256
-from .train_config import Override, PredictionOverride
-from .weights_file import DTYPES, read_header
+from .safetensors_file import read_header
+from .train_config import Override, Precision, PredictionOverride
+from .weights_file import DTYPES
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

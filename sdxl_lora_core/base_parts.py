@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .base_checks import PART_CLASSES, read_json
 from .library_logs import quiet_libraries
 from .model_kinds import TEXT, TEXT_2, UNET, VAE
-from .weights_file import read_header, save_tensors
+from .safetensors_file import read_header, save_tensors
 
 Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 Assembled = tuple[nn.Module, list[str]]

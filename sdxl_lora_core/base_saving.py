@@ -22,7 +22,8 @@ from .config import SaveBaseConfig
 from .files import canonical_json, next_names, safe_path
 from .lora_saving import write_once
 from .lora_stack import StackEntry, fit_of, load_merged
-from .weights_file import DTYPES, first_names, read_header, save_tensors
+from .safetensors_file import first_names, read_header, save_tensors
+from .weights_file import DTYPES
 
 OnPart = Callable[[int, int], object]  # parts done, of how many
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .lots import digest, pick
+from .hashed_random import digest, pick
 
 Bucket = tuple[int, int]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .captions import holds_word
-from .lots import share
+from .hashed_random import share
 from .train_config import TrainConfig
 
 

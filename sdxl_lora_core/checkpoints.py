@@ -25,11 +25,12 @@ from torch import Tensor
 
 from .files import file_sha256, flush_to_disk, write_text_atomic
 from .optimizer_state import put_together, take_apart
+from .safetensors_file import save_tensors
 from .train_config import Checkpointing
 from .watching import Look
-from .weights_file import save_tensors
 
 log = logging.getLogger("sdxl_lora")
+
 SCHEMA = 3
 KEPT = 2
 ADAPTER, STATE = "adapter.safetensors", "state.safetensors"

@@ -20,7 +20,7 @@ import torch
 
 from . import cli_cache
 from .base_model import SDXLBase, describe_base, open_base
-from .config import DatasetConfig, TrainConfig, from_mapping
+from .config import DatasetConfig
 from .control_nets import describe_control_net, open_control_net
 from .dataset import CaptionDataset, describe, load_caption_dataset, with_validation
 from .interruption import Interruption, Left
@@ -28,6 +28,8 @@ from .lora_info import describe_lora
 from .processes import FirstFailed
 from .progress import StepReport
 from .runs import RunFolders
+from .settings import from_mapping
+from .train_config import TrainConfig
 from .training import train
 from .training_loop import Diverged
 from .vae_files import with_vae

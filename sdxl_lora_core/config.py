@@ -6,13 +6,12 @@ Those of training are in train_config.py.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 from .samplers import SAMPLERS, SCHEDULES, Sampler, Schedule, require_pair
-from .train_config import Precision, TrainConfig, WeightType
+from .settings import check_choice, check_range
+from .train_config import Precision, WeightType
 
 CacheMode = Literal["use", "refresh", "off", "only"]
 PromptSyntax = Literal["plain", "comfy"]
@@ -48,23 +47,6 @@ LARGEST_SIDE = 8192  # pixels
 BASES_RESCALE = -1.0  # guidance_rescale as the base needs it
 NOISE_LEVELS = 1000
 
-Config = TypeVar(
-    "Config",
-    bound="DatasetConfig|TrainConfig|GenerateConfig|ControlConfig|SaveLoRAConfig|MergeLoRAsConfig|SaveBaseConfig",
-)
-
-
-def _check_range(config: object, option: str, low: float, high: float) -> None:
-    value = getattr(config, option)
-    if not low <= value <= high:
-        raise ValueError(f"{option} is {value}: give a value from {low:g} to {high:g}")
-
-
-def _check_choice(config: object, option: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, option)
-    if value not in choices:
-        raise ValueError(f"{option} is {value!r}: choose one of {', '.join(choices)}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
@@ -86,10 +68,10 @@ class DatasetConfig:
     is_regularisation: bool = False
 
     def __post_init__(self) -> None:
-        _check_range(self, "resolution", 64, 4096)
-        _check_range(self, "validation_percent", 0, 50)
-        _check_range(self, "repeats", 1, 1000)
-        _check_range(self, "random_crops", 0, 64)
+        check_range(self, "resolution", 64, 4096)
+        check_range(self, "validation_percent", 0, 50)
+        check_range(self, "repeats", 1, 1000)
+        check_range(self, "random_crops", 0, 64)
         if self.resolution % 16:
             raise ValueError(f"resolution is {self.resolution}: give a multiple of 16")
         if self.is_regularisation:
@@ -159,30 +141,30 @@ class GenerateConfig:
     hires_steps: int = 0
 
     def __post_init__(self) -> None:
-        _check_range(self, "seed", 0, 2**64 - 1)
-        _check_range(self, "steps", 1, 1000)
-        _check_range(self, "guidance", 0, 100)
-        _check_range(self, "count", 1, 1024)
-        _check_range(self, "batch_size", 1, 64)
+        check_range(self, "seed", 0, 2**64 - 1)
+        check_range(self, "steps", 1, 1000)
+        check_range(self, "guidance", 0, 100)
+        check_range(self, "count", 1, 1024)
+        check_range(self, "batch_size", 1, 64)
         for side in ("width", "height"):
-            _check_range(self, side, 64, LARGEST_SIDE)
+            check_range(self, side, 64, LARGEST_SIDE)
             if getattr(self, side) % 8:
                 value = getattr(self, side)
                 near = round(value / 8) * 8
                 raise ValueError(f"{side} is {value}: give a multiple of 8, {near} for example")
         for option in MICRO_CONDITIONING:
-            _check_range(self, option, 0, LARGEST_SIDE)
-        _check_choice(self, "sampler", SAMPLERS)
-        _check_choice(self, "scheduler", SCHEDULES)
-        _check_choice(self, "cache", CACHE_MODES)
-        _check_choice(self, "prompt_syntax", PROMPT_SYNTAXES)
-        _check_choice(self, "long_prompts", LONG_PROMPTS)
-        _check_choice(self, "attention", ATTENTIONS)
-        _check_choice(self, "offload", OFFLOADS)
+            check_range(self, option, 0, LARGEST_SIDE)
+        check_choice(self, "sampler", SAMPLERS)
+        check_choice(self, "scheduler", SCHEDULES)
+        check_choice(self, "cache", CACHE_MODES)
+        check_choice(self, "prompt_syntax", PROMPT_SYNTAXES)
+        check_choice(self, "long_prompts", LONG_PROMPTS)
+        check_choice(self, "attention", ATTENTIONS)
+        check_choice(self, "offload", OFFLOADS)
         if self.attention == "sdpa" and self.attention_slicing:
             raise ValueError("attention is 'sdpa' with attention_slicing on, which replaces it: turn one of them off")
         require_pair(self.sampler, self.scheduler)
-        _check_range(self, "vae_tiling_from", 0, LARGEST_SIDE)
+        check_range(self, "vae_tiling_from", 0, LARGEST_SIDE)
         self._check_guidance()
         self._check_denoise()
         self._check_hires()
@@ -193,8 +175,8 @@ class GenerateConfig:
                 f"guidance_rescale is {self.guidance_rescale:g}: give a value from 0 to 1, or {BASES_RESCALE:g} for "
                 "what the base needs"
             )
-        _check_range(self, "guidance_start", 0, 1)
-        _check_range(self, "guidance_end", 0, 1)
+        check_range(self, "guidance_start", 0, 1)
+        check_range(self, "guidance_end", 0, 1)
         if self.guidance_start >= self.guidance_end:
             raise ValueError(
                 f"guidance_start is {self.guidance_start:g} and guidance_end {self.guidance_end:g}: the start comes "
@@ -202,7 +184,7 @@ class GenerateConfig:
             )
 
     def _check_denoise(self) -> None:
-        _check_range(self, "denoise", 0.01, 1)
+        check_range(self, "denoise", 0.01, 1)
         if self.schedule_steps > NOISE_LEVELS:
             raise ValueError(
                 f"denoise is {self.denoise:g} with {self.steps} steps, which are the end of a schedule of "
@@ -210,9 +192,9 @@ class GenerateConfig:
             )
 
     def _check_hires(self) -> None:
-        _check_range(self, "hires_scale", 1, 4)
-        _check_range(self, "hires_denoise", 0.01, 1)
-        _check_range(self, "hires_steps", 0, 1000)
+        check_range(self, "hires_scale", 1, 4)
+        check_range(self, "hires_denoise", 0.01, 1)
+        check_range(self, "hires_steps", 0, 1000)
         if self.hires_scale == 1:
             return
         try:
@@ -264,10 +246,10 @@ class ControlConfig:
     control_type: ControlType = "auto"
 
     def __post_init__(self) -> None:
-        _check_range(self, "strength", 0, 10)
-        _check_range(self, "start_percent", 0, 1)
-        _check_range(self, "end_percent", 0, 1)
-        _check_choice(self, "control_type", CONTROL_TYPES)
+        check_range(self, "strength", 0, 10)
+        check_range(self, "start_percent", 0, 1)
+        check_range(self, "end_percent", 0, 1)
+        check_choice(self, "control_type", CONTROL_TYPES)
         if self.start_percent >= self.end_percent:
             raise ValueError(
                 f"start_percent is {self.start_percent:g} and end_percent {self.end_percent:g}: the start comes first; "
@@ -287,10 +269,10 @@ class SaveLoRAConfig:
     energy: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_choice(self, "format", FILE_FORMATS)
-        _check_choice(self, "precision", SAVE_PRECISIONS)
-        _check_range(self, "rank", 0, 4096)
-        _check_range(self, "energy", 0.01, 1)
+        check_choice(self, "format", FILE_FORMATS)
+        check_choice(self, "precision", SAVE_PRECISIONS)
+        check_range(self, "rank", 0, 4096)
+        check_range(self, "energy", 0.01, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,12 +289,12 @@ class MergeLoRAsConfig:
     precision: WeightType = "fp16"
 
     def __post_init__(self) -> None:
-        _check_choice(self, "method", MERGE_METHODS)
-        _check_choice(self, "format", FILE_FORMATS)
-        _check_choice(self, "precision", SAVE_PRECISIONS)
-        _check_range(self, "rank", 1, 4096)
-        _check_range(self, "density", 0.01, 1)
-        _check_range(self, "seed", 0, 2**64 - 1)
+        check_choice(self, "method", MERGE_METHODS)
+        check_choice(self, "format", FILE_FORMATS)
+        check_choice(self, "precision", SAVE_PRECISIONS)
+        check_range(self, "rank", 1, 4096)
+        check_range(self, "density", 0.01, 1)
+        check_range(self, "seed", 0, 2**64 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,35 +306,5 @@ class SaveBaseConfig:
     precision: WeightType = "fp16"
 
     def __post_init__(self) -> None:
-        _check_choice(self, "layout", BASE_LAYOUTS)
-        _check_choice(self, "precision", SAVE_PRECISIONS)
-
-
-def default(config: type[Config], option: str) -> Any:
-    """The one stated default of an option, for widgets."""
-    return {field.name: field.default for field in dataclasses.fields(config)}[option]
-
-
-def to_yaml(path: Path, sections: dict[str, Any]) -> None:
-    """Writes plain values and config dataclasses, a section each."""
-    import yaml
-
-    from .files import write_text_atomic
-
-    plain = json.loads(json.dumps(sections, default=dataclasses.asdict))  # tuples become lists
-    write_text_atomic(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-
-
-def from_mapping(config: type[Config], values: dict[str, Any], where: str) -> Config:
-    """The dataclass with `values`, checked by pydantic. Raises ValueError naming every unknown or wrong setting."""
-    from pydantic import TypeAdapter, ValidationError
-
-    known = {field.name for field in dataclasses.fields(config)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    try:
-        return TypeAdapter(config).validate_python(values)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc'])) or where}: {item['msg']}" for item in error.errors()]
-        raise ValueError(f"{where}: " + "; ".join(lines)) from error
+        check_choice(self, "layout", BASE_LAYOUTS)
+        check_choice(self, "precision", SAVE_PRECISIONS)

@@ -13,7 +13,7 @@ from .base_model import SDXLBase, weights_sha256
 from .base_parts import weight_files
 from .lora_names import diffusers_block_name
 from .model_kinds import CONTROL, SDXL_CONTROL_NETS, kind_of
-from .weights_file import WeightsHeader, read_header
+from .safetensors_file import WeightsHeader, read_header
 
 WANTED = (
     "give an SDXL ControlNet or ControlNet-Union: a .safetensors file, or a diffusers folder with config.json and "

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .base_parts import Part
-from .lora_files import LoRAFile, kohya_state_dict
-from .lora_modules import LoRAModule
+from .lora_modules import LoRAFile, LoRAModule
 from .lora_stack import StackEntry
+from .lora_writing import kohya_state_dict
 
 
 class CoreChange(NamedTuple):

@@ -154,8 +154,8 @@ def describe(dataset: CaptionDataset, limit: int = 40) -> str:
     per_epoch = sum(entry.repeats for entry in dataset.entries)
     resolutions = sorted({entry.resolution for entry in dataset.entries})
     lines = [
-        f"{dataset.name}: {_images(len(dataset.entries))} to train on, {per_epoch} per epoch with repeats",
-        f"validation: {_images(len(dataset.validation))}",
+        f"{dataset.name}: {image_count(len(dataset.entries))} to train on, {per_epoch} per epoch with repeats",
+        f"validation: {image_count(len(dataset.validation))}",
         f"trigger words: {', '.join(dataset.trigger_words) or 'none'}",
         f"resolution: {', '.join(map(str, resolutions))}",
         f"flip: {sum(entry.flip for entry in dataset.entries)} of {len(dataset.entries)}",
@@ -292,7 +292,9 @@ def _nothing_left(name: str, found: int, problems: Sequence[Problem]) -> str:
         files.setdefault(problem.reason, []).append(problem.file)
     reasons = [f"{names[0]}{_others(len(names) - 1)} {reason}" for reason, names in files.items()]
     more = f"; and {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
-    return f"none of the {_images(found)} in the dataset folder {name!r} can be used: {'; '.join(reasons[:5])}{more}"
+    return (
+        f"none of the {image_count(found)} in the dataset folder {name!r} can be used: {'; '.join(reasons[:5])}{more}"
+    )
 
 
 def _extras(dataset: CaptionDataset) -> list[str]:
@@ -300,7 +302,7 @@ def _extras(dataset: CaptionDataset) -> list[str]:
     entries = dataset.entries
     repeats = Counter(entry.repeats for entry in entries)
     counts = {
-        "repeats": ", ".join(f"{_images(repeats[n])} x {n}" for n in sorted(repeats)) if len(repeats) > 1 else "",
+        "repeats": ", ".join(f"{image_count(repeats[n])} x {n}" for n in sorted(repeats)) if len(repeats) > 1 else "",
         "random crops": sum(entry.random_crops for entry in entries),
         "captions": sum(len(entry.captions) for entry in entries) if any(len(e.captions) > 1 for e in entries) else 0,
         "masks (used with masked_loss)": sum(entry.mask is not None for entry in entries),
@@ -343,5 +345,5 @@ def _others(count: int) -> str:
     return f" and {count} others" if count > 1 else " and 1 other" if count else ""
 
 
-def _images(count: int) -> str:
+def image_count(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"

@@ -22,7 +22,7 @@ from .base_parts import ENCODERS, Part
 from .files import file_sha256
 from .lora_dialects import ENCODER_KEYS, bundled_token
 from .new_tokens import Vectors
-from .weights_file import WeightsHeader, first_names, read_header
+from .safetensors_file import WeightsHeader, first_names, read_header
 
 _SPELLINGS: tuple[Mapping[Part, str], ...] = (
     ENCODER_KEYS,

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from . import precompute
 from .checkpoints import LoopState
+from .hashed_random import generator
 from .learner import Learner
 from .learning_encoders import learning_encoders
 from .memory import free_memory, is_out_of_memory, kept_bytes, plan_memory, set_checkpointing
 from .optimizers import state_copies
 from .processes import Processes
 from .train_config import TrainConfig
-from .training_data import Batch, TrainingData, generator
+from .training_data import Batch, TrainingData
 
 log = logging.getLogger("sdxl_lora")
 

@@ -18,6 +18,7 @@ from .train_config import TensorBoard
 from .watching import Look
 
 log = logging.getLogger("sdxl_lora")
+
 CHART_SECONDS = 10  # between two drawings while the run goes on: drawing takes a quarter of a second
 
 

@@ -14,7 +14,8 @@ from .adapters import Adapter, encoder_rate
 from .base_model import SDXLBase
 from .base_parts import ENCODERS, Part
 from .learning_encoders import LearningEncoders, learning_encoders
-from .lora_files import LoRAFile, read_lora
+from .lora_files import read_lora
+from .lora_modules import LoRAFile
 from .losses import Objective
 from .train_config import TrainConfig
 from .training_data import Batch

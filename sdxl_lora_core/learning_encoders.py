@@ -12,7 +12,7 @@ from . import base_model
 from .adapters import Adapter, encoder_rate
 from .base_model import SDXLBase
 from .base_parts import ENCODERS, Part
-from .lora_files import LoRAFile
+from .lora_modules import LoRAFile
 from .new_tokens import TokenEmbedding, add_tokens, start_vectors, tokens_of
 from .optimizers import ParameterGroup
 from .prompts import TokenIds, encode_text, stack_embeds

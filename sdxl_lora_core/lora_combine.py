@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .base_parts import Part
 from .config import MergeMethod
+from .hashed_random import seed_of
 from .lora_merge import Strength
 from .lora_modules import AdapterModule, DiffModule, LoKrModule, LoRAFile, LoRAModule
-from .lots import seed_of
 
 OnModule = Callable[[int, int], object]  # modules done, of how many
 Term = tuple[AdapterModule, float]

@@ -16,19 +16,11 @@ from torch import Tensor
 
 from .config import FileFormat
 from .lora_dialects import SETTINGS_KEY, peft_settings
-from .lora_merge import MergeReport, merge_into, merge_stack
-from .lora_metadata import lora_metadata, tag_counts, trigger_words
-from .lora_modules import AdapterModule, DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule
+from .lora_modules import LoRAFile
 from .lora_reading import lora_of_tensors
-from .lora_writing import kohya_state_dict, peft_state_dict, state_dict
+from .lora_writing import state_dict
 from .model_kinds import foreign_adapter, is_adapter, kind_of, other_adapter
-from .weights_file import WeightsHeader, first_names, pack_weights, read_header, write_weights
-
-__all__ = [
-    "AdapterModule", "DiffModule", "LoHaModule", "LoKrModule", "LoRAFile", "LoRAModule", "MergeReport",
-    "kohya_state_dict", "lora_metadata", "lora_of_state_dict", "merge_into", "merge_stack", "peft_state_dict",
-    "read_lora", "settings_file", "tag_counts", "trigger_words", "write_lora",
-]  # fmt: skip
+from .safetensors_file import WeightsHeader, first_names, pack_weights, read_header, write_weights
 
 WANTED = "give an SDXL LoRA (.safetensors)"
 

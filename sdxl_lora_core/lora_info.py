@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .distilled import advice
-from .lora_files import AdapterModule, LoRAFile, LoRAModule, read_lora, trigger_words
-from .lora_metadata import read_tag_counts
-from .weights_file import first_names
+from .lora_files import read_lora
+from .lora_metadata import read_tag_counts, trigger_words
+from .lora_modules import AdapterModule, LoRAFile, LoRAModule
+from .safetensors_file import first_names
 
 _SHOWN_TAGS = 5
 

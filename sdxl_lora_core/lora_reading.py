@@ -11,15 +11,7 @@ from torch import Tensor
 
 from .base_parts import ENCODERS, Part
 from .lora_dialects import Place, Role, bundled_token, peft_alpha, peft_rank, place_of, role_of
-from .lora_modules import (
-    LOHA_FACTORS,
-    AdapterModule,
-    DiffModule,
-    LoHaModule,
-    LoKrModule,
-    LoRAFile,
-    LoRAModule,
-)
+from .lora_modules import LOHA_FACTORS, AdapterModule, DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule
 from .new_tokens import Vectors
 
 _Roles = dict[Role, Tensor]

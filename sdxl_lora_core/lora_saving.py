@@ -15,8 +15,9 @@ from typing import Any
 from .config import FileFormat, MergeLoRAsConfig, SaveLoRAConfig
 from .files import canonical_json, flush_to_disk, next_names, safe_path
 from .lora_combine import OnModule, Reduction, Share, combine, resize, single
-from .lora_files import LoRAFile, trigger_words, write_lora
-from .lora_metadata import IMPLEMENTATIONS, read_tag_counts
+from .lora_files import write_lora
+from .lora_metadata import IMPLEMENTATIONS, read_tag_counts, trigger_words
+from .lora_modules import LoRAFile
 from .lora_stack import StackEntry
 from .weights_file import DTYPES
 

@@ -22,8 +22,9 @@ from .base_parts import PARTS, Part
 from .base_weights import BaseWeights
 from .blocks import read_block_values, value_for
 from .files import file_sha256, json_sha256
-from .lora_files import AdapterModule, LoRAFile, merge_stack, read_lora, settings_file
-from .lora_merge import Stack, Strength, changes_of, fitting_weights, merge_weight
+from .lora_files import read_lora, settings_file
+from .lora_merge import Stack, Strength, changes_of, fitting_weights, merge_stack, merge_weight
+from .lora_modules import AdapterModule, LoRAFile
 from .new_tokens import Vectors
 
 log = logging.getLogger("sdxl_lora")

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from .base_parts import Part
 from .captions import holds_word
 from .files import write_atomic
+from .hashed_random import seed_of
 from .lora_dialects import ENCODER_KEYS
-from .lots import seed_of
 from .prompts import CHUNK_TOKENS, TokenIds
-from .weights_file import save_tensors
+from .safetensors_file import save_tensors
 
 if TYPE_CHECKING:
     from .dataset import CaptionDataset

@@ -24,9 +24,10 @@ from .files import file_sha256, json_sha256, write_atomic
 from .images import open_alpha, open_image
 from .latents import crop_mask, crop_pixels, encode_posterior, time_ids
 from .prompts import CHUNK_TOKENS, TokenIds, encode_prompt_sdxl, truncated_words
-from .weights_file import save_tensors
+from .safetensors_file import save_tensors
 
 log = logging.getLogger("sdxl_lora")
+
 OnItem = Callable[[str, int, int], None]
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from .base_model import SDXLBase, said_to_predict
 from .checkpoints import Checkpoints
-from .config import DatasetConfig, to_yaml
+from .config import DatasetConfig
 from .dataset import CaptionDataset
 from .files import file_sha256, json_sha256, next_names, write_text_atomic
 from .new_tokens import tokens_of
-from .settings import without_later_defaults
+from .settings import to_yaml, without_later_defaults
 from .train_config import TrainConfig
 from .watching import deciding_looks
 

@@ -27,6 +27,7 @@ from .scoring import score_images
 from .train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
+
 _COLUMNS = ("step", "image", "seed", "prompt", "clip_score")
 
 

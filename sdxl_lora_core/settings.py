@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import typing
 from collections.abc import Container, Mapping
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
+
+MAX_SEED = 2**64 - 1
+MANY = 1_000_000
 
 
 def setting(
@@ -85,3 +90,54 @@ def _check_effect(config: object, field: dataclasses.Field[Any]) -> None:
             f"{field.name} is {value} and does nothing while {other} is {getattr(config, other)!r}: "
             f"change {other}, or set {field.name} back to {field.default}"
         )
+
+
+class IsDataclass(Protocol):
+    """Any dataclass, for which the standard library has no type."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+Config = TypeVar("Config", bound=IsDataclass)
+
+
+def check_range(config: object, option: str, low: float, high: float) -> None:
+    value = getattr(config, option)
+    if not low <= value <= high:
+        raise ValueError(f"{option} is {value}: give a value from {low:g} to {high:g}")
+
+
+def check_choice(config: object, option: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, option)
+    if value not in choices:
+        raise ValueError(f"{option} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def default(config: type[Config], option: str) -> Any:
+    """The one stated default of an option, for widgets."""
+    return {field.name: field.default for field in dataclasses.fields(config)}[option]
+
+
+def to_yaml(path: Path, sections: dict[str, Any]) -> None:
+    """Writes plain values and config dataclasses, a section each."""
+    import yaml
+
+    from .files import write_text_atomic
+
+    plain = json.loads(json.dumps(sections, default=dataclasses.asdict))  # tuples become lists
+    write_text_atomic(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def from_mapping(config: type[Config], values: dict[str, Any], where: str) -> Config:
+    """The dataclass with `values`, checked by pydantic. Raises ValueError naming every unknown or wrong setting."""
+    from pydantic import TypeAdapter, ValidationError
+
+    known = {field.name for field in dataclasses.fields(config)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    try:
+        return TypeAdapter(config).validate_python(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc'])) or where}: {item['msg']}" for item in error.errors()]
+        raise ValueError(f"{where}: " + "; ".join(lines)) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from .buckets import Crop
 from .config import GenerateConfig
+from .files import array_sha256
 from .images import crop_to_bucket
 from .latents import encode_posterior, scaled
 
@@ -257,9 +257,3 @@ def _on_latent_grid(mask: np.ndarray) -> Tensor:
     height, width = mask.shape
     pixels = torch.from_numpy(mask.astype(np.float32))[None, None]
     return interpolate(pixels, size=(height // VAE_SCALE, width // VAE_SCALE))
-
-
-def array_sha256(array: np.ndarray) -> str:
-    """Of type, shape and values."""
-    described = f"{array.dtype.str}{array.shape}".encode()
-    return hashlib.sha256(described + np.ascontiguousarray(array).tobytes()).hexdigest()

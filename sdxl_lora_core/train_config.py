@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .adapter_checks import MAX_RANK, check_adapter, check_what_learns
-from .settings import SOMETHING, check_settings, fields_of, setting
+from .settings import MANY, MAX_SEED, SOMETHING, check_settings, fields_of, setting
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 TargetModules = Literal["attention", "attention+ff", "all-linear", "all-linear+conv"]
@@ -25,9 +25,6 @@ LoRAFormat = Literal["kohya", "peft"]
 WeightType = Literal["fp16", "bf16", "fp32"]
 KeepBest = Literal["off", "validation_loss", "clip_score"]
 TensorBoard = Literal["auto", "off"]
-
-MAX_SEED = 2**64 - 1
-MANY = 1_000_000
 MOMENTUM_OPTIMIZERS = tuple(name for name in get_args(Optimizer) if name != "adafactor")
 ADAM_LIKE_OPTIMIZERS = tuple(name for name in get_args(Optimizer) if name != "lion")
 LAST_TIMESTEP = 999  # SDXL's noise schedule has 1000

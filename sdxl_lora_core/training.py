@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,9 +19,10 @@ from .dataset import CaptionDataset, CaptionEntry, with_validation
 from .files import write_text_atomic
 from .journal import Journal
 from .loaded_parts import LoadedParts
-from .lora_files import LoRAFile, kohya_state_dict, read_lora, write_lora
+from .lora_files import read_lora, write_lora
 from .lora_metadata import FolderFacts, lora_metadata, tag_counts
-from .lora_modules import LoRAModule, with_dora_scale
+from .lora_modules import LoRAFile, LoRAModule, with_dora_scale
+from .lora_writing import kohya_state_dict
 from .losses import as_trained
 from .new_tokens import all_trigger_words, require_shown, write_embedding
 from .optimizers import require_library
@@ -36,8 +36,6 @@ from .train_config import TrainConfig
 from .training_loop import train_adapter
 from .watching import require_lookable
 from .weights_file import DTYPES
-
-log = logging.getLogger("sdxl_lora")
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,16 @@ from .base_parts import ENCODERS
 from .buckets import Crop, epoch_batches
 from .caption_variants import caption_variants
 from .dataset import CaptionDataset, CaptionEntry
+from .hashed_random import generator, pick
 from .learning_encoders import learning_encoders
 from .losses import Objective
-from .lots import digest, pick
 from .new_tokens import all_trigger_words, placeholder_ids
 from .precompute import OnItem, Sample
 from .prompts import stack_embeds
 from .train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
+
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
 
 
@@ -199,8 +200,3 @@ def _latents(sample: Sample, draw: torch.Generator) -> Tensor:
     """A fresh draw from the VAE's posterior, [4, H/8, W/8]."""
     mean, std = sample.posterior()
     return mean + std * torch.randn(mean.shape, generator=draw)
-
-
-def generator(seed: int, step: int, position: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments."""
-    return torch.Generator().manual_seed(int.from_bytes(digest(seed, step, position)[:8], "little", signed=True))

@@ -24,7 +24,7 @@ from .determinism import deterministic_steps
 from .gradients import Gradients, size_of
 from .journal import Journal
 from .learner import Learner
-from .lora_files import LoRAFile
+from .lora_modules import LoRAFile
 from .memory import set_checkpointing
 from .optimizers import make_optimizer, set_learning_rates, state_copies
 from .processes import Processes
@@ -36,6 +36,7 @@ from .training_data import VALIDATION_TIMESTEPS, TrainingData
 from .watching import Look, best_look, converged, samples_due, validation_due
 
 log = logging.getLogger("sdxl_lora")
+
 GIVE_UP_AFTER = 5
 
 

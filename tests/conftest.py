@@ -18,9 +18,9 @@ from torch import Tensor
 
 import sdxl_lora_core
 from sdxl_lora_core.base_model import SDXLBase, open_base
-from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.lora_names import sai_block_name
 from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import TrainResult, train
 from tests.micro_runs import CPU, SMALL, Train, load
 

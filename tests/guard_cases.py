@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from sdxl_lora_core.base_model import SDXLBase, open_base
-from sdxl_lora_core.config import ControlConfig, DatasetConfig, GenerateConfig, TrainConfig
+from sdxl_lora_core.config import ControlConfig, DatasetConfig, GenerateConfig
 from sdxl_lora_core.control_nets import ControlNet
 from sdxl_lora_core.controls import Control
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset, with_validation
@@ -35,6 +35,7 @@ from sdxl_lora_core.losses import as_trained
 from sdxl_lora_core.presets import PRESETS, with_preset
 from sdxl_lora_core.runs import run_fingerprint
 from sdxl_lora_core.start_images import start_images
+from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.vae_files import with_vae
 
 ROOT = Path(__file__).resolve().parent.parent

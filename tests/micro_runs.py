@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from sdxl_lora_core import base_model
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.checkpoints import LoopState
-from sdxl_lora_core.config import DatasetConfig, TrainConfig
+from sdxl_lora_core.config import DatasetConfig
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.gradients import Gradients
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.losses import Objective
+from sdxl_lora_core.progress import StepReport
+from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import TrainResult
 from sdxl_lora_core.training_data import Batch, TrainingData
-from sdxl_lora_core.training_loop import StepReport
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(lora_name="small", steps=4, learning_rate=1e-3, rank=2, alpha=4.0, batch_size=2, save_dtype="fp32")

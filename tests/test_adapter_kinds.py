@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from sdxl_lora_core import base_model
 from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.base_model import SDXLBase
-from sdxl_lora_core.config import TrainConfig
-from sdxl_lora_core.lora_files import LoRAFile, merge_into, peft_state_dict, read_lora, write_lora
+from sdxl_lora_core.lora_files import read_lora, write_lora
 from sdxl_lora_core.lora_info import describe_lora
+from sdxl_lora_core.lora_merge import merge_into
+from sdxl_lora_core.lora_modules import LoRAFile
+from sdxl_lora_core.lora_writing import peft_state_dict
+from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, lora_bytes
 
 KERNELS = {"target_modules": "all-linear+conv"}

@@ -15,10 +15,11 @@ from sdxl_lora_core import base_model
 from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.blocks import BLOCKS, read_block_values, value_for
-from sdxl_lora_core.config import TrainConfig
 from sdxl_lora_core.learner import Learner
-from sdxl_lora_core.lora_files import LoRAFile, read_lora, write_lora
+from sdxl_lora_core.lora_files import read_lora, write_lora
+from sdxl_lora_core.lora_modules import LoRAFile
 from sdxl_lora_core.runs import run_fingerprint
+from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_loras import TEXT, load_parts, random_lora
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 from tools.run_workflow import ROOT, load_pack

@@ -8,8 +8,8 @@ import torch
 from sdxl_lora_core import base_model
 from sdxl_lora_core.adapters import PRESETS, Adapter
 from sdxl_lora_core.base_model import SDXLBase
-from sdxl_lora_core.config import TrainConfig
-from sdxl_lora_core.lora_files import merge_into
+from sdxl_lora_core.lora_merge import merge_into
+from sdxl_lora_core.train_config import TrainConfig
 
 
 def new_unet(base: SDXLBase) -> Any:

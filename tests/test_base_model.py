@@ -17,7 +17,6 @@ from torch import Tensor
 
 import sdxl_lora_core
 from sdxl_lora_core.base_model import (
-    PARTS,
     SDXLBase,
     describe_base,
     load_part,
@@ -27,8 +26,8 @@ from sdxl_lora_core.base_model import (
     resolve_dtype,
     scheduler_config,
 )
-from sdxl_lora_core.base_parts import save_encoder
-from sdxl_lora_core.weights_file import read_header
+from sdxl_lora_core.base_parts import PARTS, save_encoder
+from sdxl_lora_core.safetensors_file import read_header
 
 UNET = "model.diffusion_model."
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from sdxl_lora_core.base_model import DATA, SDXLBase, open_base
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.control_net_loading import load_control_net, load_key
 from sdxl_lora_core.control_nets import describe_control_net, open_control_net, require_control_net, require_fit
-from sdxl_lora_core.weights_file import WeightsHeader
+from sdxl_lora_core.safetensors_file import WeightsHeader
 from tests.conftest import sdxl_config
 from tests.micro_controls import published_names, random_net, save_single
 

@@ -11,8 +11,8 @@ import torch
 
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.core_loras import core_changes
-from sdxl_lora_core.lora_files import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_files import write_lora as save_lora
+from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef, open_stack
 from tests.fake_comfyui import fake_modules
 from tests.micro_images import write_lora

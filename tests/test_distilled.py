@@ -6,10 +6,11 @@ from typing import get_args
 import pytest
 import torch
 
-from sdxl_lora_core import config
+from sdxl_lora_core import samplers
 from sdxl_lora_core.distilled import _KINDS, advice
-from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, write_lora
+from sdxl_lora_core.lora_files import write_lora
 from sdxl_lora_core.lora_info import describe_lora
+from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from tests.micro_loras import Q
 
 # Names under which they are published.
@@ -53,7 +54,7 @@ def test_a_description_may_name_what_it_works_with() -> None:
 
 def test_what_is_advised_can_be_chosen() -> None:
     for _, found in _KINDS:
-        assert found.sampler in get_args(config.Sampler) and found.scheduler in get_args(config.Schedule)
+        assert found.sampler in get_args(samplers.Sampler) and found.scheduler in get_args(samplers.Schedule)
 
 
 def test_the_info_says_it_by_name_or_metadata(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.learner import Learner
-from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, read_lora, write_lora
+from sdxl_lora_core.lora_files import read_lora, write_lora
+from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.training import train
 from sdxl_lora_core.training_data import Batch

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from sdxl_lora_core.base_model import SDXLBase
-from sdxl_lora_core.generation import GeneratedImage, LoadedParts, LoRARef
+from sdxl_lora_core.generation import GeneratedImage
+from sdxl_lora_core.loaded_parts import LoadedParts
+from sdxl_lora_core.lora_stack import LoRARef
 from tests.micro_images import CPU, WatchedParts, draw, hits, pixels, settings, write_lora
 
 REPOSITORY = Path(__file__).parent.parent
@@ -211,7 +213,9 @@ from pathlib import Path
 import torch
 from sdxl_lora_core.base_model import open_base
 from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import LoadedParts, LoRARef, generate
+from sdxl_lora_core.loaded_parts import LoadedParts
+from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.generation import generate
 folder, images, lora = map(Path, sys.argv[1:])
 config = GenerateConfig(prompt="a red circle", width=64, height=64, steps=3, seed=5)
 loras = [LoRARef(lora, "x", 1.0, 1.0)]

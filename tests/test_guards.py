@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 
 from sdxl_lora_core.checkpoints import LoopState
 from sdxl_lora_core.cli import main, read_run
-from sdxl_lora_core.config import TrainConfig, from_mapping
 from sdxl_lora_core.lora_metadata import lora_metadata
 from sdxl_lora_core.progress import StepReport
-from sdxl_lora_core.settings import setting
+from sdxl_lora_core.safetensors_file import read_header
+from sdxl_lora_core.settings import from_mapping, setting
+from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import TrainResult
 from sdxl_lora_core.watching import Look
-from sdxl_lora_core.weights_file import read_header
 from tests.guard_cases import (
     GUARDS,
     base,

@@ -14,9 +14,12 @@ from torch import nn
 from sdxl_lora_core.base_model import SDXLBase, load_part, load_tokenizers, open_base, scheduler_config
 from sdxl_lora_core.base_saving import save_merged_base
 from sdxl_lora_core.config import MergeLoRAsConfig, SaveBaseConfig, SaveLoRAConfig
-from sdxl_lora_core.lora_files import LoRAFile, kohya_state_dict, lora_of_state_dict, merge_into, read_lora, write_lora
+from sdxl_lora_core.lora_files import lora_of_state_dict, read_lora, write_lora
+from sdxl_lora_core.lora_merge import merge_into
+from sdxl_lora_core.lora_modules import LoRAFile
 from sdxl_lora_core.lora_saving import merge_loras, save_lora, source_of_file, sources_of
 from sdxl_lora_core.lora_stack import LoRARef, StackEntry, load_merged, open_stack
+from sdxl_lora_core.lora_writing import kohya_state_dict
 from tests.conftest import published_openclip, published_unet, published_vae
 from tests.micro_loras import CONV, UNET_MODULES, Q, load_parts, random_lora, some_modules
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from sdxl_lora_core import base_model
 from sdxl_lora_core.base_model import SDXLBase, open_base
 from sdxl_lora_core.cli import read_run
+from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.losses import Objective, as_trained
 from sdxl_lora_core.train_config import TrainConfig
-from sdxl_lora_core.training_data import TrainingData, generator
+from sdxl_lora_core.training_data import TrainingData
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2

@@ -14,17 +14,19 @@ from torch import Tensor
 
 from sdxl_lora_core.base_model import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.caption_variants import caption_variants
-from sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig
+from sdxl_lora_core.config import DatasetConfig, GenerateConfig
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.loaded_parts import LoadedParts
-from sdxl_lora_core.lora_files import LoRAFile, LoRAModule, read_lora, write_lora
+from sdxl_lora_core.lora_files import read_lora, write_lora
 from sdxl_lora_core.lora_info import describe_lora
 from sdxl_lora_core.lora_metadata import trigger_words
+from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.new_tokens import TokenEmbedding, add_tokens, all_trigger_words, read_new_tokens
 from sdxl_lora_core.prompts import encode_prompt_sdxl, token_ids, truncated_words
+from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 ALONE: dict[str, Any] = {

@@ -20,10 +20,11 @@ from sdxl_lora_core.config import DatasetConfig
 from sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load_caption_dataset
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.loaded_parts import LoadedParts
+from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.run_length import passes_per_epoch
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import Batch
-from sdxl_lora_core.training_loop import Loop, StepReport
+from sdxl_lora_core.training_loop import Loop
 from tests.micro_runs import (
     CPU,
     SMALL,

@@ -25,16 +25,19 @@ from safetensors.torch import load_file
 from sdxl_lora_core import base_parts, checkpoints, precompute, training, training_loop
 from sdxl_lora_core.base_model import SDXLBase, load_part, open_base
 from sdxl_lora_core.cli import main
-from sdxl_lora_core.config import DatasetConfig, TrainConfig
+from sdxl_lora_core.config import DatasetConfig
 from sdxl_lora_core.dataset import load_caption_dataset
 from sdxl_lora_core.gradients import size_of
+from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora_files import read_lora
 from sdxl_lora_core.optimizers import lr_factor
+from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import train
-from sdxl_lora_core.training_data import Batch, TrainingData, generator
-from sdxl_lora_core.training_loop import Loop, StepReport
+from sdxl_lora_core.training_data import Batch, TrainingData
+from sdxl_lora_core.training_loop import Loop
 from tests.micro_runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes, objective
 
 

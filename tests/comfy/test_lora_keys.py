@@ -18,10 +18,12 @@ import sdxl_lora_core
 from sdxl_lora_core import base_model
 from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.base_model import SDXLBase
-from sdxl_lora_core.config import TrainConfig
-from sdxl_lora_core.lora_files import LoRAFile, merge_into, write_lora
+from sdxl_lora_core.lora_files import write_lora
+from sdxl_lora_core.lora_merge import merge_into
+from sdxl_lora_core.lora_modules import LoRAFile
 from sdxl_lora_core.lora_names import sai_block_name
 from sdxl_lora_core.new_tokens import write_embedding
+from sdxl_lora_core.train_config import TrainConfig
 
 DATA = Path(sdxl_lora_core.__file__).parent / "data"
 EVERY_LAYER = 788  # 722 of the transformers, 66 of the resnets and their samplers

@@ -13,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdxl_lora_core.base_model import SDXLBase
-from sdxl_lora_core.config import DatasetConfig, GenerateConfig, TrainConfig
+from sdxl_lora_core.config import DatasetConfig, GenerateConfig
 from sdxl_lora_core.dataset import load_caption_dataset
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
+
 
 def digest(*lot: object) -> bytes:
     """32 bytes that `lot` decides."""
@@ -23,3 +25,8 @@ def pick(count: int, *lot: object) -> int:
 def share(*lot: object) -> float:
     """A number from 0 to 1, 1 left out, that `lot` decides."""
     return pick(2**53, *lot) / 2**53
+
+
+def generator(seed: int, step: int, position: int) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments."""
+    return torch.Generator().manual_seed(int.from_bytes(digest(seed, step, position)[:8], "little", signed=True))

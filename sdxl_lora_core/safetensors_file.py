@@ -1,0 +1,115 @@
+"""Safetensors files: their header, equal bytes for equal content, and a clear word about everything else."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .files import write_atomic
+
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
+_MAGIC = {b"PK\x03\x04": "a PyTorch pickle", b"\x80": "a Python pickle", b"GGUF": "a GGUF file", b"<": "a web page"}
+
+
+@dataclass(frozen=True)
+class WeightsHeader:
+    """What a safetensors file says of itself: the shape of every tensor by name, and the free-form metadata."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str]
+
+    def has(self, *prefixes: str) -> bool:
+        """Whether every prefix starts some tensor's name."""
+        return all(any(name.startswith(prefix) for name in self.shapes) for prefix in prefixes)
+
+
+def read_header(path: Path) -> WeightsHeader:
+    """Reads no weights. The safetensors library refuses headers over 100 MB and files shorter than they claim.
+
+    Raises FileNotFoundError, or ValueError for pickles (they are never opened), truncated and foreign files.
+    """
+    _require_safetensors(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return WeightsHeader(path, shapes, dict(file.metadata() or {}))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path.name} is not a whole safetensors file ({error}): it is cut off or damaged, fetch or save it again"
+        ) from error
+
+
+def first_names(names: Iterable[str], count: int = 3) -> str:
+    return ", ".join(sorted(names)[:count])
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """Tensors as a safetensors file holds them: the header's entries, and the bytes after the header."""
+
+    entries: Mapping[str, Any]
+    data: memoryview
+
+
+def pack_weights(tensors: Mapping[str, Tensor]) -> PackedWeights:
+    """The tensors have to be contiguous and on the CPU."""
+    whole = safetensors.torch.save(dict(tensors))
+    start = 8 + int.from_bytes(whole[:8], "little")
+    return PackedWeights(json.loads(whole[8:start]), memoryview(whole)[start:])
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Not atomic by itself. Raises OSError where the disk is full; the library has an error of its own for that."""
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(contiguous, path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def write_weights(path: Path, packed: PackedWeights, metadata: Mapping[str, str]) -> None:
+    """Atomic. Equal content gives equal bytes: the safetensors library itself writes metadata in random order."""
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **packed.entries}, separators=(",", ":"))
+    text = header.encode("ascii")
+    text += b" " * (-len(text) % 8)  # tensors start on multiples of 8
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            file.write(packed.data)
+
+    write_atomic(path, write)
+
+
+def _require_safetensors(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is not a file: give a .safetensors file")
+    kind = _foreign_kind(path)
+    if kind is None:
+        return
+    if "pickle" in kind:
+        raise ValueError(
+            f"{path.name} is {kind}, which is not opened because it could run any program:"
+            " convert it to .safetensors, or take the .safetensors file of the same model"
+        )
+    raise ValueError(f"{path.name} is {kind}: give a .safetensors file")
+
+
+def _foreign_kind(path: Path) -> str | None:
+    if path.suffix.lower() in _PICKLES:
+        return "a pickle"
+    with open(path, "rb") as handle:
+        start = handle.read(9)
+    if start[8:] == b"{":  # safetensors: the length of the header, which may be any eight bytes, and its JSON
+        return None
+    return next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)
