@@ -18,7 +18,7 @@ import torch
 from sdxl_lora_core.base_model import open_base
 from sdxl_lora_core.config import CacheMode, GenerateConfig
 from sdxl_lora_core.generation import generate
-from sdxl_lora_core.loaded_parts import LoadedParts
+from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 
 TINY = Path(__file__).resolve().parent.parent / "assets/tiny-sdxl"
 

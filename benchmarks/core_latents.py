@@ -30,10 +30,10 @@ from sdxl_lora_core.base_parts import ENCODERS, Part
 from sdxl_lora_core.base_saving import save_merged_base
 from sdxl_lora_core.config import GenerateConfig, SaveBaseConfig
 from sdxl_lora_core.generation import generate
-from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.lora_files import write_lora
 from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("a lighthouse on a cliff at dusk, oil painting", "blurry")

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from sdxl_lora_core.base_model import open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.generation import generate
-from sdxl_lora_core.loaded_parts import LoadedParts
+from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.samplers import SAMPLERS, SCHEDULES, SOLVERS, Sampler, Schedule
 from tests.plain_diffusers import reference
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .base_checks import PART_CLASSES, read_json
-from .library_logs import quiet_libraries
 from .model_kinds import TEXT, TEXT_2, UNET, VAE
+from .runtime.library_logs import quiet_libraries
 from .safetensors_file import read_header, save_tensors
 
 Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]

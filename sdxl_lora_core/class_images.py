@@ -17,7 +17,7 @@ from .config import GenerateConfig
 from .dataset import CaptionDataset, CaptionEntry
 from .files import file_sha256, write_atomic
 from .generation import generate
-from .loaded_parts import LoadedParts
+from .runtime.loaded_parts import LoadedParts
 from .train_config import TrainConfig
 
 FIRST_SEED = 0  # whatever the run's own seed, so that runs share what they draw

@@ -25,9 +25,9 @@ from .control_nets import describe_control_net, open_control_net
 from .dataset import CaptionDataset, describe, load_caption_dataset, with_validation
 from .interruption import Interruption, Left
 from .lora_info import describe_lora
-from .processes import FirstFailed
 from .progress import StepReport
 from .runs import RunFolders
+from .runtime.distributed import FirstFailed
 from .settings import from_mapping
 from .train_config import TrainConfig
 from .training import train

@@ -9,7 +9,7 @@ from .base_model import SDXLBase
 from .base_parts import align, assembled, read_tensors, require_complete
 from .control_nets import ControlNet, diffusers_name, settings_with
 from .files import json_sha256
-from .library_logs import quiet_libraries
+from .runtime.library_logs import quiet_libraries
 
 
 def load_control_net(net: ControlNet, base: SDXLBase, dtype: torch.dtype) -> nn.Module:

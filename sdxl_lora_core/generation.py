@@ -27,9 +27,9 @@ from .image_cache import ImageCache, key_of
 from .image_keys import KEYED_LIBRARIES, control_settings, image_facts, image_settings, start_settings
 from .image_maker import ImageMaker, offload_choice
 from .image_metadata import graph_texts, image_texts
-from .loaded_parts import LoadedParts
 from .lora_stack import LoRARef, open_stack
 from .prompt_reading import PromptReader
+from .runtime.loaded_parts import LoadedParts
 from .samplers import SOLVERS, require_libraries
 from .start_images import EncodedStart, StartImage, enlarged, require_counts
 from .text_embeds import TextPhase

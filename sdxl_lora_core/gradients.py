@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import precompute
 from .checkpoints import LoopState
 from .hashed_random import generator
 from .learner import Learner
 from .learning_encoders import learning_encoders
-from .memory import free_memory, is_out_of_memory, kept_bytes, plan_memory, set_checkpointing
+from .memory import kept_bytes, plan_memory, set_checkpointing
 from .optimizers import state_copies
-from .processes import Processes
+from .runtime.device import free_memory, is_out_of_memory, release_memory
+from .runtime.distributed import Processes
 from .train_config import TrainConfig
 from .training_data import Batch, TrainingData
 
@@ -80,7 +80,7 @@ class Gradients:
         its masks anew for each pass.
         """
         self.clear()
-        precompute.release_memory(self.data.device)
+        release_memory(self.data.device)
         step, images = state.step + 1, state.images_per_pass
         if images > 1:
             state.images_per_pass = (images + 1) // 2

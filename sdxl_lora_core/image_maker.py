@@ -23,10 +23,10 @@ from .estimates import OnEstimate, tell_estimates
 from .guidance import guidance_interval, guidance_rescale, is_guided
 from .image_keys import attention_backend
 from .latents import unscaled
-from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key, restack
 from .micro_conditioning import micro_conditioning
 from .prompts import stack_embeds
+from .runtime.loaded_parts import LoadedParts
 from .samplers import SOLVERS
 from .schedulers import make_scheduler
 from .start_images import VAE_SCALE, EncodedStart, PutBack, StartImage, begin, encode_start

@@ -67,24 +67,6 @@ def _reason(mode: Checkpointing, images: int, needed: int, free: float) -> str:
     )
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a run may still take on `device`."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it, its libraries and Apple's MPS only words."""
-    words = ("out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
 def kept_bytes(forward: Callable[[], object], model: nn.Module, inputs: Sequence[object], cache: Path) -> int:
     """Bytes that `forward` keeps for its backward pass, the model's own weights left out. Nothing is computed.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from .files import file_sha256, json_sha256, write_atomic
 from .images import open_alpha, open_image
 from .latents import crop_mask, crop_pixels, encode_posterior, time_ids
 from .prompts import CHUNK_TOKENS, TokenIds, encode_prompt_sdxl, truncated_words
+from .runtime.device import release_memory
 from .safetensors_file import save_tensors
 
 log = logging.getLogger("sdxl_lora")
@@ -199,14 +199,6 @@ def _encode(vae: object, sample: Sample) -> dict[str, Tensor]:
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise ValueError(f"{path.name} gives latents that are not finite: the base's VAE may be damaged")
     return {"mean": mean[0], "std": std[0]}
-
-
-def release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
 
 
 def _store(path: Path, tensors: dict[str, Tensor]) -> None:

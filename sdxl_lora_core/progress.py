@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .runtime.device import memory_in_use
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -93,15 +95,6 @@ class Meter:
             memory=memory_in_use(self._device),
             seconds_left=(steps - step) * seconds / len(self._updates),
         )  # fmt: skip
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Bytes: on CUDA the peak of what torch holds since the run began, elsewhere what the process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import psutil
-
-    return psutil.Process().memory_info().rss
 
 
 def _clock(seconds: float) -> str:

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import precompute
 from .base_model import SDXLBase
 from .config import GenerateConfig
 from .files import write_atomic, write_text_atomic
 from .generation import generate
-from .loaded_parts import LoadedParts
 from .lora_stack import LoRARef
-from .memory import is_out_of_memory
 from .progress import OnStep, StepReport
+from .runtime.device import is_out_of_memory, release_memory
+from .runtime.loaded_parts import LoadedParts
 from .scoring import score_images
 from .train_config import TrainConfig
 
@@ -71,7 +70,7 @@ class Sampler:
         finally:
             lora.unlink(missing_ok=True)
             parts.drop_all()
-            precompute.release_memory(device)
+            release_memory(device)
         total = len(pixels) * self.config.sample_steps
         on_step(StepReport("drawing samples", total, total, preview=np.concatenate(pixels[:4], axis=1)))
         return samples

@@ -16,10 +16,10 @@ from . import base_model
 from .base_model import SDXLBase
 from .base_parts import ENCODERS
 from .files import json_sha256
-from .loaded_parts import LoadedParts
 from .lora_stack import StackEntry, load_merged, part_key, restacking
 from .precompute import load_prompt, prompt_file, store_prompt
 from .prompt_reading import PromptReader
+from .runtime.loaded_parts import LoadedParts
 from .text_model import TextEmbeds, TextModel
 
 log = logging.getLogger("sdxl_lora")

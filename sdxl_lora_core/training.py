@@ -18,7 +18,6 @@ from .class_images import with_class_images
 from .dataset import CaptionDataset, CaptionEntry, with_validation
 from .files import write_text_atomic
 from .journal import Journal
-from .loaded_parts import LoadedParts
 from .lora_files import read_lora, write_lora
 from .lora_metadata import FolderFacts, lora_metadata, tag_counts
 from .lora_modules import LoRAFile, LoRAModule, with_dora_scale
@@ -26,11 +25,13 @@ from .lora_writing import kohya_state_dict
 from .losses import as_trained
 from .new_tokens import all_trigger_words, require_shown, write_embedding
 from .optimizers import require_library
-from .processes import Processes, require_work_for_all
+from .processes import require_work_for_all
 from .progress import OnStep, StepReport
 from .report import make_report
 from .run_length import starting_point, with_steps
 from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
+from .runtime.distributed import Processes
+from .runtime.loaded_parts import LoadedParts
 from .sampling import Sampler, Samples
 from .train_config import TrainConfig
 from .training_loop import train_adapter

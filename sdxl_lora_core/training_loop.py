@@ -15,21 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import base_model, precompute
+from . import base_model
 from .averaging import Averaging
 from .base_model import SDXLBase
 from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset import CaptionDataset
-from .determinism import deterministic_steps
 from .gradients import Gradients, size_of
 from .journal import Journal
 from .learner import Learner
 from .lora_modules import LoRAFile
 from .memory import set_checkpointing
 from .optimizers import make_optimizer, set_learning_rates, state_copies
-from .processes import Processes
 from .progress import Meter, OnStep, StepReport
 from .run_length import learning_rate
+from .runtime.determinism import deterministic_steps
+from .runtime.device import release_memory
+from .runtime.distributed import Processes
 from .sampling import Samples
 from .train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, TrainingData
@@ -116,7 +117,7 @@ class Loop:
 
     def __exit__(self, *_: object) -> None:
         del self.learner, self.gradients, self.optimizer, self.averaging, self.parameters
-        precompute.release_memory(self.device)
+        release_memory(self.device)
 
     @property
     def weights(self) -> list[Tensor]:
@@ -202,7 +203,7 @@ class Loop:
         """Meanwhile the model waits in main memory, so that the device is free; it comes back to the bit."""
         learned = self.learned()
         self.learner.to("cpu")
-        precompute.release_memory(self.device)
+        release_memory(self.device)
         try:
             samples = self.sample(learned, self.state.step, on_step)
         finally:

@@ -29,11 +29,11 @@ from sdxl_lora_core.controls import Control
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset, with_validation
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.image_cache import ImageCache
-from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.losses import as_trained
 from sdxl_lora_core.presets import PRESETS, with_preset
 from sdxl_lora_core.runs import run_fingerprint
+from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.start_images import start_images
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.vae_files import with_vae

@@ -44,7 +44,7 @@ from sdxl_lora_core import generation
 from sdxl_lora_core.base_model import open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.image_maker import MadeImage
-from sdxl_lora_core.loaded_parts import LoadedParts
+from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 
 folder, home, number, requests, images = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
 log = os.open(home / "made", os.O_WRONLY | os.O_APPEND | os.O_CREAT)

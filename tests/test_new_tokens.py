@@ -18,7 +18,6 @@ from sdxl_lora_core.config import DatasetConfig, GenerateConfig
 from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.learner import Learner
-from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.lora_files import read_lora, write_lora
 from sdxl_lora_core.lora_info import describe_lora
 from sdxl_lora_core.lora_metadata import trigger_words
@@ -26,6 +25,7 @@ from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.new_tokens import TokenEmbedding, add_tokens, all_trigger_words, read_new_tokens
 from sdxl_lora_core.prompts import encode_prompt_sdxl, token_ids, truncated_words
+from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 

@@ -19,9 +19,9 @@ from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import DatasetConfig
 from sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load_caption_dataset
 from sdxl_lora_core.learner import Learner
-from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.run_length import passes_per_epoch
+from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import Batch
 from sdxl_lora_core.training_loop import Loop

@@ -19,10 +19,10 @@ from sdxl_lora_core.checkpoints import LoopState
 from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.dataset import with_validation
 from sdxl_lora_core.generation import generate
-from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runs import run_fingerprint
+from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sampling import Sampler
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.watching import Look

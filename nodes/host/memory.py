@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...sdxl_lora_core.loaded_parts import LoadedParts
+from ...sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from .comfy import running
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import DatasetConfig, GenerateConfig
 from sdxl_lora_core.dataset import load_caption_dataset
 from sdxl_lora_core.generation import generate
-from sdxl_lora_core.loaded_parts import LoadedParts
 from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import train
 

@@ -1,0 +1,1 @@
+"""The process and its device: memory, determinism, several processes, loaded weights."""

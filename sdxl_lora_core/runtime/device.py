@@ -1,0 +1,42 @@
+"""The memory of the device that computes: how much is free, how much is used, and giving it back."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run may still take on `device`."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it, its libraries and Apple's MPS only words."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: on CUDA the peak of what torch holds since the run began, elsewhere what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss
