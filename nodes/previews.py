@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..sdxl_lora_core.image_metadata import png_info
+from ..sdxl_lora_core.images.png import png_info
 from .host.folders import temp_folder
 
 WRITERS = 4

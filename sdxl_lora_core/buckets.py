@@ -10,23 +10,9 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
-from .hashed_random import digest, pick
-
-Bucket = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Crop:
-    """Resize to resized_w x resized_h, then cut bucket_w x bucket_h out at (left, top). All in pixels."""
-
-    resized_w: int
-    resized_h: int
-    left: int
-    top: int
-    bucket_w: int
-    bucket_h: int
+from .hashed_random import digest
+from .images.crop import Bucket
 
 
 def bucket_for(width: int, height: int, resolution: int) -> Bucket:
@@ -44,24 +30,6 @@ def bucket_for(width: int, height: int, resolution: int) -> Bucket:
         return round(abs(shape - wanted), 9), round(abs(shape), 9)
 
     return min(_buckets(resolution), key=badness)
-
-
-def center_crop(width: int, height: int, bucket: Bucket) -> Crop:
-    """The smallest resize that covers the bucket, enlarging small pictures, and the cut out of its middle."""
-    bucket_w, bucket_h = bucket
-    if width * bucket_h >= height * bucket_w:
-        resized_w, resized_h = _divide_rounded(width * bucket_h, height), bucket_h
-    else:
-        resized_w, resized_h = bucket_w, _divide_rounded(height * bucket_w, width)
-    return Crop(resized_w, resized_h, (resized_w - bucket_w) // 2, (resized_h - bucket_h) // 2, bucket_w, bucket_h)
-
-
-def random_crop(width: int, height: int, bucket: Bucket, *lot: object) -> Crop:
-    """center_crop's resize, and the cut at a place that `lot` decides."""
-    crop = center_crop(width, height, bucket)
-    left = pick(crop.resized_w - crop.bucket_w + 1, *lot, "left")
-    top = pick(crop.resized_h - crop.bucket_h + 1, *lot, "top")
-    return replace(crop, left=left, top=top)
 
 
 def epoch_batches(
@@ -91,10 +59,6 @@ def _buckets(resolution: int) -> list[Bucket]:
     shortest = max(step, resolution // 2 // step * step)
     wide = [(area // side // step * step, side) for side in range(shortest, resolution + 1, step)]
     return [*wide, *((height, width) for width, height in wide)]
-
-
-def _divide_rounded(a: int, b: int) -> int:
-    return (2 * a + b) // (2 * b)
 
 
 def _cut(queue: list[tuple[bytes, int]], size: int) -> list[list[tuple[bytes, int]]]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .config import ControlConfig
 from .controls import type_index
 from .guidance import way_done
-from .start_images import VAE_SCALE, fit_image
+from .images.crop import fit_image
+from .start_images import VAE_SCALE
 
 Residuals = tuple[Sequence[Tensor], Tensor]  # for the UNet's skips on the way down, and for its middle
 

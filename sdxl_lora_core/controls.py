@@ -11,7 +11,7 @@ import numpy as np
 from .config import CONTROL_TYPES, ControlConfig, GenerateConfig
 from .control_nets import ControlNet
 from .files import array_sha256
-from .start_images import fit_image
+from .images.crop import fit_image
 
 HintNumbers = tuple[int, ...]  # for one image, which of each control's hints is its own
 

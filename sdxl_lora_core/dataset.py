@@ -12,12 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from .buckets import Crop, bucket_for, center_crop, random_crop
+from .buckets import bucket_for
 from .captions import FolderFiles, Problem, clean_caption, holds_word, read_captions, scan_folder
 from .config import DatasetConfig
-from .drawing import CELL, fit, sheet
 from .files import file_sha256, json_sha256
-from .images import decode, has_alpha, open_image, strict_pillow
+from .images.crop import Crop, center_crop, random_crop
+from .images.decode import decode, has_alpha, open_image, strict_pillow
+from .images.sheets import CELL, fit, sheet
 
 _FINGERPRINT_VERSION = 1
 # A picture of 64 megapixels takes up to a gigabyte while it is converted, so not one thread per core.

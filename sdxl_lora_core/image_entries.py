@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .files import canonical_json, write_atomic, write_text_atomic
-from .image_metadata import png_info
+from .images.png import png_info
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from PIL.PngImagePlugin import PngInfo
+from .images.png import AI_GENERATED, LONGEST_TEXT, XMP
 
 if TYPE_CHECKING:
     from .base_model import SDXLBase
@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from .embedding_files import EmbeddingFile
     from .lora_stack import StackEntry
 
-XMP = "XML:com.adobe.xmp"  # the keyword under which readers of PNG look for it
-# IPTC's mark: https://cv.iptc.org/newscodes/digitalsourcetype/
-AI_GENERATED = (
-    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
-    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-    'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"><Iptc4xmpExt:DigitalSourceType>'
-    "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-    '</Iptc4xmpExt:DigitalSourceType></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
-)
-LONGEST_TEXT = 1 << 20  # characters; longer texts are left out, so that every reader opens the image
 _SHORT_HASH = 10  # what Civitai and A1111 call AutoV2: the first digits of the file's SHA-256
 _SAMPLERS = {
     "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m": "DPM++ 3M", "dpmpp_sde": "DPM++ SDE",
@@ -33,14 +23,6 @@ _SAMPLERS = {
     "pndm": "PLMS", "lcm": "LCM", "tcd": "TCD",
 }  # fmt: skip
 _SCHEDULES = {"sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM"}
-
-
-def png_info(texts: Mapping[str, str]) -> PngInfo:
-    """The texts as chunks of a PNG."""
-    info = PngInfo()
-    for keyword, text in texts.items():
-        info.add_itxt(keyword, text) if keyword == XMP else info.add_text(keyword, text)
-    return info
 
 
 def graph_texts(graph: Mapping[str, Any]) -> dict[str, str]:

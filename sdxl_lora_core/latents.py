@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from .buckets import Crop
-from .images import crop_to_bucket
+from .images.crop import Crop, crop_to_bucket
 
 
 def crop_pixels(image: Image.Image, crop: Crop, mirrored: bool) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from . import base_model
 from .base_model import SDXLBase
-from .buckets import Crop
 from .dataset import CaptionEntry
 from .files import file_sha256, json_sha256, write_atomic
-from .images import open_alpha, open_image
+from .images.crop import Crop
+from .images.decode import open_alpha, open_image
 from .latents import crop_mask, crop_pixels, encode_posterior, time_ids
 from .prompts import CHUNK_TOKENS, TokenIds, encode_prompt_sdxl, truncated_words
 from .runtime.device import release_memory

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .clip_model import embed_images, embed_text, load_clip, load_processor, load_tokenizer
-from .drawing import text_strip
+from .images.sheets import text_strip
 
 log = logging.getLogger("sdxl_lora")
 

@@ -13,10 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .buckets import Crop
 from .config import GenerateConfig
 from .files import array_sha256
-from .images import crop_to_bucket
+from .images.crop import fit_image
 from .latents import encode_posterior, scaled
 
 VAE_SCALE = 8  # pixels to a latent cell
@@ -116,17 +115,6 @@ def enlarged(pixels: np.ndarray, first: StartImage | None, config: GenerateConfi
     """What a second pass starts from: the first one's image (Lanczos) and, where that had a mask, the mask."""
     mask = None if first is None or first.mask is None else _stretch(first.mask.astype(np.float32), config)
     return StartImage(fit_image(pixels, config.width, config.height), mask)
-
-
-def fit_image(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """uint8 [height, width, ...]: scaled to cover that size (Lanczos) and cut in the middle; unchanged if it has it."""
-    found_height, found_width = pixels.shape[:2]
-    if (found_width, found_height) == (width, height):
-        return pixels
-    scale = max(width / found_width, height / found_height)
-    resized_w, resized_h = max(width, round(found_width * scale)), max(height, round(found_height * scale))
-    crop = Crop(resized_w, resized_h, (resized_w - width) // 2, (resized_h - height) // 2, width, height)
-    return np.asarray(crop_to_bucket(Image.fromarray(pixels), crop))
 
 
 def encode_start(start: StartImage, vae: Any) -> EncodedStart:

@@ -18,10 +18,11 @@ from torch import Tensor
 from . import precompute
 from .base_model import SDXLBase
 from .base_parts import ENCODERS
-from .buckets import Crop, epoch_batches
+from .buckets import epoch_batches
 from .caption_variants import caption_variants
 from .dataset import CaptionDataset, CaptionEntry
 from .hashed_random import generator, pick
+from .images.crop import Crop
 from .learning_encoders import learning_encoders
 from .losses import Objective
 from .new_tokens import all_trigger_words, placeholder_ids

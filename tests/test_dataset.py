@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageFile
 from sdxl_lora_core.captions import decode_text
 from sdxl_lora_core.config import DatasetConfig
 from sdxl_lora_core.dataset import contact_sheet, describe, load_caption_dataset, quick_fingerprint, with_trigger_word
-from sdxl_lora_core.images import open_image
+from sdxl_lora_core.images.decode import open_image
 
 SMALL = DatasetConfig(resolution=64)
 

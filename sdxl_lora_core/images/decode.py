@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from .buckets import Crop
-
 MAX_PIXELS = 64 * 2**20
 MAX_SIDE = 16384
 
@@ -80,21 +78,6 @@ def open_alpha(path: Path) -> Image.Image:
     """The alpha channel (mode L) of a picture that `open_image` takes, turned as EXIF says."""
     with strict_pillow(), Image.open(path, formats=_known_formats()) as image:
         return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-
-
-def crop_to_bucket(image: Image.Image, crop: Crop) -> Image.Image:
-    """Lanczos resize to crop.resized_w x crop.resized_h, then the bucket cut out of it, in one step.
-
-    Only the bucket's own pixels are computed: resizing first would need gigabytes for a very long, thin picture.
-    """
-    scale_x, scale_y = image.width / crop.resized_w, image.height / crop.resized_h
-    box = (
-        crop.left * scale_x,
-        crop.top * scale_y,
-        min((crop.left + crop.bucket_w) * scale_x, image.width),
-        min((crop.top + crop.bucket_h) * scale_y, image.height),
-    )
-    return image.resize((crop.bucket_w, crop.bucket_h), Image.Resampling.LANCZOS, box=box)
 
 
 def _verify(path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Pictures, without any model: decoding, cropping, contact sheets, PNG."""
