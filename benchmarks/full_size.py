@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sdxl_lora_core.base_model import DATA, load_part, open_base
-from sdxl_lora_core.config import DatasetConfig
-from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
+from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.lora_files import read_lora
 from sdxl_lora_core.lora_merge import merge_into
 from sdxl_lora_core.runs import RunFolders

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from ..sdxl_lora_core.config import DatasetConfig
-from ..sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load_caption_dataset, quick_fingerprint
+from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, quick_fingerprint
+from ..sdxl_lora_core.dataset.config import DatasetConfig
+from ..sdxl_lora_core.dataset.report import contact_sheet, describe
 from . import choices
 from .host.folders import cache_folder
 from .previews import show

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..sdxl_lora_core.base_model import SDXLBase
-from ..sdxl_lora_core.dataset import CaptionDataset
+from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset
 from ..sdxl_lora_core.presets import PRESETS, Preset
 from ..sdxl_lora_core.progress import StepReport
 from ..sdxl_lora_core.runs import RunFolders

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .captions import holds_word
+from .dataset.captions import holds_word
 from .hashed_random import share
 from .train_config import TrainConfig
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from .base_model import SDXLBase
 from .config import GenerateConfig
-from .dataset import CaptionDataset, CaptionEntry
+from .dataset.caption_dataset import CaptionDataset, CaptionEntry
 from .files import file_sha256, write_atomic
 from .generation import generate
 from .runtime.loaded_parts import LoadedParts

@@ -20,9 +20,10 @@ import torch
 
 from . import cli_cache
 from .base_model import SDXLBase, describe_base, open_base
-from .config import DatasetConfig
 from .control_nets import describe_control_net, open_control_net
-from .dataset import CaptionDataset, describe, load_caption_dataset, with_validation
+from .dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
+from .dataset.config import DatasetConfig
+from .dataset.report import describe
 from .interruption import Interruption, Left
 from .lora_info import describe_lora
 from .progress import StepReport

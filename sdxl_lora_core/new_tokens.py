@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_parts import Part
-from .captions import holds_word
+from .dataset.captions import holds_word
 from .files import write_atomic
 from .hashed_random import seed_of
 from .lora_dialects import ENCODER_KEYS
@@ -24,7 +24,7 @@ from .prompts import CHUNK_TOKENS, TokenIds
 from .safetensors_file import save_tensors
 
 if TYPE_CHECKING:
-    from .dataset import CaptionDataset
+    from .dataset.caption_dataset import CaptionDataset
     from .train_config import TrainConfig
 
 Vectors = Mapping[Part, Tensor]  # what a token stands for: [n, 768] for the first encoder, [n, 1280] for the second

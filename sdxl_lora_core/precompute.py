@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import base_model
 from .base_model import SDXLBase
-from .dataset import CaptionEntry
+from .dataset.caption_dataset import CaptionEntry
 from .files import file_sha256, json_sha256, write_atomic
 from .images.crop import Crop
 from .images.decode import open_alpha, open_image

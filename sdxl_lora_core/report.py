@@ -8,7 +8,7 @@ from typing import Any
 from .base_model import SDXLBase
 from .charts import smoothed
 from .checkpoints import LoopState
-from .dataset import CaptionDataset
+from .dataset.caption_dataset import CaptionDataset
 from .learning_encoders import learning_encoders
 from .new_tokens import all_trigger_words, placeholder_ids, tokens_of
 from .precompute import cut_captions

@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .buckets import epoch_batches
 from .checkpoints import Checkpoint
 from .class_images import planned_class_images
-from .dataset import CaptionDataset
+from .dataset.buckets import epoch_batches
+from .dataset.caption_dataset import CaptionDataset
 from .optimizers import lr_factor
 from .runs import Run
 from .train_config import TrainConfig

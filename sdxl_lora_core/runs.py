@@ -15,8 +15,8 @@ from typing import Any
 
 from .base_model import SDXLBase, said_to_predict
 from .checkpoints import Checkpoints
-from .config import DatasetConfig
-from .dataset import CaptionDataset
+from .dataset.caption_dataset import CaptionDataset
+from .dataset.config import DatasetConfig
 from .files import file_sha256, json_sha256, next_names, write_text_atomic
 from .new_tokens import tokens_of
 from .settings import to_yaml, without_later_defaults

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .base_model import SDXLBase, load_part, resolve_dtype
 from .class_images import with_class_images
-from .dataset import CaptionDataset, CaptionEntry, with_validation
+from .dataset.caption_dataset import CaptionDataset, CaptionEntry, with_validation
 from .files import write_text_atomic
 from .journal import Journal
 from .lora_files import read_lora, write_lora

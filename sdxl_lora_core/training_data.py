@@ -18,9 +18,9 @@ from torch import Tensor
 from . import precompute
 from .base_model import SDXLBase
 from .base_parts import ENCODERS
-from .buckets import epoch_batches
 from .caption_variants import caption_variants
-from .dataset import CaptionDataset, CaptionEntry
+from .dataset.buckets import epoch_batches
+from .dataset.caption_dataset import CaptionDataset, CaptionEntry
 from .hashed_random import generator, pick
 from .images.crop import Crop
 from .learning_encoders import learning_encoders

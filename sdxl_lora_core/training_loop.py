@@ -19,7 +19,7 @@ from . import base_model
 from .averaging import Averaging
 from .base_model import SDXLBase
 from .checkpoints import Checkpoint, Checkpoints, LoopState
-from .dataset import CaptionDataset
+from .dataset.caption_dataset import CaptionDataset
 from .gradients import Gradients, size_of
 from .journal import Journal
 from .learner import Learner

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .clip_model import clip_fingerprint, require_clip_folder
-from .dataset import CaptionDataset
+from .dataset.caption_dataset import CaptionDataset
 from .train_config import TrainConfig
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from sdxl_lora_core.base_model import SDXLBase, open_base
-from sdxl_lora_core.config import DatasetConfig
-from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset, with_validation
+from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
+from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.losses import as_trained
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runs import Run, RunFolders, run_fingerprint, save_settings

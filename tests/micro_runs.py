@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from sdxl_lora_core import base_model
 from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.checkpoints import LoopState
-from sdxl_lora_core.config import DatasetConfig
-from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.gradients import Gradients
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.losses import Objective

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_lora_core.buckets import bucket_for, epoch_batches
+from sdxl_lora_core.dataset.buckets import bucket_for, epoch_batches
 from sdxl_lora_core.images.crop import Crop, center_crop, crop_to_bucket
 
 RESOLUTIONS = (64, 128, 496, 512, 528, 768, 1024, 1536)

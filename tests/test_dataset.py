@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from sdxl_lora_core.captions import decode_text
-from sdxl_lora_core.config import DatasetConfig
-from sdxl_lora_core.dataset import contact_sheet, describe, load_caption_dataset, quick_fingerprint, with_trigger_word
+from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset, quick_fingerprint, with_trigger_word
+from sdxl_lora_core.dataset.captions import decode_text
+from sdxl_lora_core.dataset.config import DatasetConfig
+from sdxl_lora_core.dataset.report import contact_sheet, describe
 from sdxl_lora_core.images.decode import open_image
 
 SMALL = DatasetConfig(resolution=64)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdxl_lora_core.base_model import SDXLBase
-from sdxl_lora_core.dataset import describe
+from sdxl_lora_core.dataset.report import describe
 from sdxl_lora_core.images.crop import center_crop
 from sdxl_lora_core.latents import crop_pixels
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights

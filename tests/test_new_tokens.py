@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sdxl_lora_core.base_model import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.caption_variants import caption_variants
-from sdxl_lora_core.config import DatasetConfig, GenerateConfig
-from sdxl_lora_core.dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.config import GenerateConfig
+from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora_files import read_lora, write_lora

@@ -63,8 +63,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def test_two_processes_train_as_one_and_resume_when_one_is_killed(
     run: Train, micro_base: SDXLBase, pictures: Path, tmp_path: Path
 ) -> None:
-    from sdxl_lora_core.config import DatasetConfig
-    from sdxl_lora_core.dataset import load_caption_dataset
+    from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
+    from sdxl_lora_core.dataset.config import DatasetConfig
 
     dataset = load_caption_dataset(pictures, DatasetConfig(resolution=64, validation_percent=20))
     alone = run(CONFIG, dataset=dataset)

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from sdxl_lora_core.base_model import SDXLBase
-from sdxl_lora_core.config import DatasetConfig
-from sdxl_lora_core.dataset import CaptionDataset, contact_sheet, describe, load_caption_dataset
+from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.dataset.config import DatasetConfig
+from sdxl_lora_core.dataset.report import contact_sheet, describe
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.run_length import passes_per_epoch

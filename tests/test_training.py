@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from sdxl_lora_core import base_parts, checkpoints, precompute, training, training_loop
 from sdxl_lora_core.base_model import SDXLBase, load_part, open_base
 from sdxl_lora_core.cli import main
-from sdxl_lora_core.config import DatasetConfig
-from sdxl_lora_core.dataset import load_caption_dataset
+from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
+from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.gradients import size_of
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.learner import Learner

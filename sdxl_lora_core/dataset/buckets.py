@@ -11,8 +11,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from .hashed_random import digest
-from .images.crop import Bucket
+from ..hashed_random import digest
+from ..images.crop import Bucket
 
 
 def bucket_for(width: int, height: int, resolution: int) -> Bucket:

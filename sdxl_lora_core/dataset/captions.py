@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .files import safe_path
+from ..files import safe_path
 
 _KOHYA_FOLDER = re.compile(r"([1-9][0-9]{0,2}|1000)_(.+)")
 # With formats that cannot be read here: such a file is then named in the report instead of overlooked.

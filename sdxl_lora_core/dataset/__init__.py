@@ -1,0 +1,1 @@
+"""A folder of captioned images as a training dataset."""
