@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from sdxl_lora_core.base_model import open_base
 from sdxl_lora_core.config import CacheMode, GenerateConfig
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import open_base
 
 TINY = Path(__file__).resolve().parent.parent / "assets/tiny-sdxl"
 

@@ -25,8 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.full_size import write_random_base
-from sdxl_lora_core.base_model import DATA, open_base
-from sdxl_lora_core.base_parts import ENCODERS, Part
 from sdxl_lora_core.base_saving import save_merged_base
 from sdxl_lora_core.config import GenerateConfig, SaveBaseConfig
 from sdxl_lora_core.generation import generate
@@ -34,6 +32,8 @@ from sdxl_lora_core.lora_files import write_lora
 from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import CONFIGS, open_base
+from sdxl_lora_core.sdxl.loading import ENCODERS, Part
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("a lighthouse on a cliff at dusk, oil painting", "blurry")
@@ -155,10 +155,10 @@ def empty_parts() -> dict[Part, nn.Module]:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    first, second = (CLIPTextConfig.from_pretrained(DATA, subfolder=part) for part in ENCODERS)
+    first, second = (CLIPTextConfig.from_pretrained(CONFIGS, subfolder=part) for part in ENCODERS)
     with init_empty_weights():
         return {
-            "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(DATA), subfolder="unet")),
+            "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(CONFIGS), subfolder="unet")),
             "text_encoder": CLIPTextModel(first),
             "text_encoder_2": CLIPTextModelWithProjection(second),
         }

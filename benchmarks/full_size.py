@@ -19,12 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from sdxl_lora_core.base_model import DATA, load_part, open_base
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.lora_files import read_lora
 from sdxl_lora_core.lora_merge import merge_into
 from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.sdxl.base import CONFIGS, load_part, open_base
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import train
 
@@ -69,16 +69,16 @@ def write_random_base(folder: Path, **unet_sizes: Any) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    shutil.copytree(DATA, folder, dirs_exist_ok=True)
+    shutil.copytree(CONFIGS, folder, dirs_exist_ok=True)
     (folder / "model_index.json").unlink()
     makers = {
         "unet": lambda: UNet2DConditionModel.from_config(
-            {**UNet2DConditionModel.load_config(str(DATA), subfolder="unet"), **unet_sizes}
+            {**UNet2DConditionModel.load_config(str(CONFIGS), subfolder="unet"), **unet_sizes}
         ),
-        "vae": lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(str(DATA), subfolder="vae")),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder")),
+        "vae": lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(str(CONFIGS), subfolder="vae")),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(CONFIGS, subfolder="text_encoder")),
         "text_encoder_2": lambda: CLIPTextModelWithProjection(
-            CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder_2")
+            CLIPTextConfig.from_pretrained(CONFIGS, subfolder="text_encoder_2")
         ),
     }
     for part, make in makers.items():
@@ -88,7 +88,7 @@ def write_random_base(folder: Path, **unet_sizes: Any) -> None:
         if part == "unet":
             let_noise_through(module)
         module.save_pretrained(folder / part)
-    shutil.copy(DATA / "model_index.json", folder)
+    shutil.copy(CONFIGS / "model_index.json", folder)
 
 
 def fill(module: nn.Module) -> Any:

@@ -25,11 +25,11 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.full_size import write_random_base
-from sdxl_lora_core.base_model import open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import open_base
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

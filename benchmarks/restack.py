@@ -21,10 +21,10 @@ import psutil
 import torch
 from torch import nn
 
-from sdxl_lora_core.base_model import SDXLBase, load_part, open_base
 from sdxl_lora_core.lora_files import write_lora
 from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef, StackEntry, load_merged, open_stack, restack
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
 
 COUNT, RANK = 5, 8
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")

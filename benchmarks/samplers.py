@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from sdxl_lora_core.base_model import open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.samplers import SAMPLERS, SCHEDULES, SOLVERS, Sampler, Schedule
+from sdxl_lora_core.sdxl.base import open_base
 from tests.plain_diffusers import reference
 
 TINY = Path(__file__).resolve().parents[1] / "assets/tiny-sdxl"

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.base_parts import ENCODERS, Part
 from ..sdxl_lora_core.core_loras import core_changes, describe_fit
+from ..sdxl_lora_core.sdxl.loading import ENCODERS, Part
 from . import choices
 from .host.comfy import nothing
 from .host.core_models import with_lora

@@ -5,7 +5,6 @@ import json
 import re
 from typing import Any
 
-from ..sdxl_lora_core.base_model import SDXLBase
 from ..sdxl_lora_core.config import (
     ATTENTIONS,
     CACHE_MODES,
@@ -19,6 +18,7 @@ from ..sdxl_lora_core.controls import Control
 from ..sdxl_lora_core.generation import GeneratedImage, generate
 from ..sdxl_lora_core.lora_stack import fit_of
 from ..sdxl_lora_core.samplers import SAMPLERS, SCHEDULES
+from ..sdxl_lora_core.sdxl.base import SDXLBase
 from ..sdxl_lora_core.start_images import StartImage, start_images
 from . import choices
 from .host.comfy import metadata, nothing

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.base_model import SDXLBase, open_base, said_to_predict
 from ..sdxl_lora_core.base_saving import save_merged_base
-from ..sdxl_lora_core.config import BASE_LAYOUTS, SAVE_PRECISIONS, SaveBaseConfig
+from ..sdxl_lora_core.config import BASE_LAYOUTS, SaveBaseConfig
+from ..sdxl_lora_core.sdxl.base import SDXLBase, open_base, said_to_predict
+from ..sdxl_lora_core.sdxl.precision import SAVE_PRECISIONS
 from . import choices
 from .host.folders import cache_folder, output_folder
 from .host.progress import Progress

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..sdxl_lora_core.base_model import SDXLBase
 from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset
 from ..sdxl_lora_core.presets import PRESETS, Preset
 from ..sdxl_lora_core.progress import StepReport
 from ..sdxl_lora_core.runs import RunFolders
+from ..sdxl_lora_core.sdxl.base import SDXLBase
 from ..sdxl_lora_core.training import train
 from . import choices
 from .host.comfy import nothing

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .blocks import WITH_ATTENTION, lies_in, read_block_values, read_blocks
 from .new_tokens import tokens_of
+from .sdxl.blocks import WITH_ATTENTION, lies_in, read_block_values, read_blocks
 from .settings import fields_of
 
 if TYPE_CHECKING:

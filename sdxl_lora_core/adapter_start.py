@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base_parts import ENCODERS, Part
 from .lora_modules import AdapterModule, LoRAFile, LoRAModule, with_magnitude
 from .new_tokens import tokens_of
+from .sdxl.loading import ENCODERS, Part
 from .train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_start import continue_from, start_at_principal_parts
-from .base_parts import Part
-from .blocks import read_block_values, read_blocks, value_for
 from .fused_lora import fuse
 from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule, with_dora_scale
 from .optimizers import ParameterGroup
+from .sdxl.blocks import read_block_values, read_blocks, value_for
+from .sdxl.loading import Part
 from .train_config import TrainConfig
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import base_model
-from .base_checks import PART_CLASSES, PIPELINE
-from .base_model import TOKENIZERS, SDXLBase
-from .base_parts import ENCODERS, PARTS, Part, save_encoder
-from .checkpoint_names import published_names
 from .config import SaveBaseConfig
 from .files import canonical_json, next_names, safe_path
 from .lora_saving import write_once
 from .lora_stack import StackEntry, fit_of, load_merged
 from .safetensors_file import first_names, read_header, save_tensors
-from .weights_file import DTYPES
+from .sdxl.base import TOKENIZERS, SDXLBase, scheduler_config
+from .sdxl.checkpoint_names import published_names
+from .sdxl.detection import PART_CLASSES, PIPELINE
+from .sdxl.loading import ENCODERS, PARTS, Part, save_encoder
+from .sdxl.precision import DTYPES
 
 OnPart = Callable[[int, int], object]  # parts done, of how many
 
@@ -92,7 +91,7 @@ def _write_folder(
                 module.save_pretrained(temporary / part, safe_serialization=True)
         for name in TOKENIZERS:
             shutil.copytree(base.configs / name, temporary / name)
-        scheduler = {"_class_name": "EulerDiscreteScheduler", **base_model.scheduler_config(base)}
+        scheduler = {"_class_name": "EulerDiscreteScheduler", **scheduler_config(base)}
         _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(temporary / "sdxl_lora.json", _recipe(stack))
         _write_json(temporary / "model_index.json", _index())

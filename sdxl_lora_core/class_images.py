@@ -12,12 +12,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from .base_model import SDXLBase
 from .config import GenerateConfig
 from .dataset.caption_dataset import CaptionDataset, CaptionEntry
 from .files import file_sha256, write_atomic
 from .generation import generate
 from .runtime.loaded_parts import LoadedParts
+from .sdxl.base import SDXLBase
 from .train_config import TrainConfig
 
 FIRST_SEED = 0  # whatever the run's own seed, so that runs share what they draw

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from . import cli_cache
-from .base_model import SDXLBase, describe_base, open_base
 from .control_nets import describe_control_net, open_control_net
 from .dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from .dataset.config import DatasetConfig
@@ -29,11 +28,12 @@ from .lora_info import describe_lora
 from .progress import StepReport
 from .runs import RunFolders
 from .runtime.distributed import FirstFailed
+from .sdxl.base import SDXLBase, describe_base, open_base
+from .sdxl.vae_override import with_vae
 from .settings import from_mapping
 from .train_config import TrainConfig
 from .training import train
 from .training_loop import Diverged
-from .vae_files import with_vae
 
 HOME = Path("output/sdxl_lora")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .samplers import SAMPLERS, SCHEDULES, Sampler, Schedule, require_pair
+from .sdxl.precision import SAVE_PRECISIONS, WeightType
 from .settings import check_choice, check_range
-from .train_config import Precision, WeightType
 
 CacheMode = Literal["use", "refresh", "off", "only"]
 PromptSyntax = Literal["plain", "comfy"]
@@ -27,15 +27,12 @@ ControlType = Literal[
     "auto", "openpose", "depth", "hed/pidi/scribble/ted", "canny/lineart/anime_lineart/mlsd", "normal", "segment",
     "tile", "repaint",
 ]  # fmt: skip
-
-PRECISIONS = get_args(Precision)
 CACHE_MODES = get_args(CacheMode)
 PROMPT_SYNTAXES = get_args(PromptSyntax)
 LONG_PROMPTS = get_args(LongPrompts)
 ATTENTIONS = get_args(Attention)
 OFFLOADS = get_args(Offload)
 FILE_FORMATS = get_args(FileFormat)
-SAVE_PRECISIONS = get_args(WeightType)
 MERGE_METHODS = get_args(MergeMethod)
 BASE_LAYOUTS = get_args(BaseLayout)
 CONTROL_TYPES = get_args(ControlType)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base_model import SDXLBase
-from .base_parts import align, assembled, read_tensors, require_complete
 from .control_nets import ControlNet, diffusers_name, settings_with
 from .files import json_sha256
 from .runtime.library_logs import quiet_libraries
+from .sdxl.base import SDXLBase
+from .sdxl.loading import align, assembled, read_tensors, require_complete
 
 
 def load_control_net(net: ControlNet, base: SDXLBase, dtype: torch.dtype) -> nn.Module:

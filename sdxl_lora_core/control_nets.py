@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .base_checks import read_json
-from .base_model import SDXLBase, weights_sha256
-from .base_parts import weight_files
-from .lora_names import diffusers_block_name
-from .model_kinds import CONTROL, SDXL_CONTROL_NETS, kind_of
 from .safetensors_file import WeightsHeader, read_header
+from .sdxl.base import SDXLBase, weights_sha256
+from .sdxl.detection import read_json
+from .sdxl.file_kinds import CONTROL, SDXL_CONTROL_NETS, kind_of
+from .sdxl.loading import weight_files
+from .sdxl.unet_names import diffusers_block_name
 
 WANTED = (
     "give an SDXL ControlNet or ControlNet-Union: a .safetensors file, or a diffusers folder with config.json and "

@@ -15,7 +15,7 @@ from .config import ControlConfig
 from .controls import type_index
 from .guidance import way_done
 from .images.crop import fit_image
-from .start_images import VAE_SCALE
+from .sdxl.latents import VAE_SCALE
 
 Residuals = tuple[Sequence[Tensor], Tensor]  # for the UNet's skips on the way down, and for its middle
 

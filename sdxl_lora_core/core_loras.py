@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base_parts import Part
 from .lora_modules import LoRAFile, LoRAModule
 from .lora_stack import StackEntry
 from .lora_writing import kohya_state_dict
+from .sdxl.loading import Part
 
 
 class CoreChange(NamedTuple):

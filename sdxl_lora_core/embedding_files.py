@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .base_parts import ENCODERS, Part
 from .files import file_sha256
 from .lora_dialects import ENCODER_KEYS, bundled_token
 from .new_tokens import Vectors
 from .safetensors_file import WeightsHeader, first_names, read_header
+from .sdxl.loading import ENCODERS, Part
 
 _SPELLINGS: tuple[Mapping[Part, str], ...] = (
     ENCODER_KEYS,

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base_model import SDXLBase, resolve_dtype
 from .config import GenerateConfig
 from .control_nets import require_fit
 from .controls import Control, HintNumbers, active_controls, hint_numbers
@@ -31,6 +30,8 @@ from .lora_stack import LoRARef, open_stack
 from .prompt_reading import PromptReader
 from .runtime.loaded_parts import LoadedParts
 from .samplers import SOLVERS, require_libraries
+from .sdxl.base import SDXLBase
+from .sdxl.precision import resolve_dtype
 from .start_images import EncodedStart, StartImage, enlarged, require_counts
 from .text_embeds import TextPhase
 from .text_model import TextEmbeds

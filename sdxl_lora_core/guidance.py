@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base_model import SDXLBase
 from .config import BASES_RESCALE, GenerateConfig
+from .sdxl.base import SDXLBase
 
 _ZERO_SNR_RESCALE = 0.7  # phi of Lin et al., arXiv 2305.08891, section 3.4
 

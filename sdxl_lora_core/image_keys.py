@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from .base_model import SDXLBase
 from .config import GenerateConfig
 from .controls import Control, HintNumbers
 from .guidance import guidance_settings, is_guided
@@ -18,6 +17,7 @@ from .lora_merge import MERGE_VERSION
 from .micro_conditioning import is_own_size, micro_conditioning
 from .prompt_reading import PARSER_VERSIONS, reading_facts
 from .schedulers import scheduler_settings
+from .sdxl.base import SDXLBase
 
 KEYED_LIBRARIES = ("torch", "diffusers")
 

@@ -12,9 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import base_model
-from .base_model import SDXLBase
-from .base_parts import Part
 from .config import LARGEST_SIDE, GenerateConfig
 from .control_net_loading import load_control_net, load_key
 from .controlled_unet import ActiveControl, controlled
@@ -22,14 +19,16 @@ from .controls import Control, HintNumbers
 from .estimates import OnEstimate, tell_estimates
 from .guidance import guidance_interval, guidance_rescale, is_guided
 from .image_keys import attention_backend
-from .latents import unscaled
 from .lora_stack import StackEntry, load_merged, part_key, restack
 from .micro_conditioning import micro_conditioning
 from .prompts import stack_embeds
 from .runtime.loaded_parts import LoadedParts
 from .samplers import SOLVERS
 from .schedulers import make_scheduler
-from .start_images import VAE_SCALE, EncodedStart, PutBack, StartImage, begin, encode_start
+from .sdxl.base import SDXLBase, load_part
+from .sdxl.latents import VAE_SCALE, unscaled
+from .sdxl.loading import Part
+from .start_images import EncodedStart, PutBack, StartImage, begin, encode_start
 from .text_model import TextEmbeds
 
 OnStep = Callable[[int], object]
@@ -169,8 +168,8 @@ class ImageMaker:
         if part != "vae":
             return load_merged(self.base, part, self.dtype, self.stack)
         if self.dtype != torch.float16:
-            return base_model.load_part(self.base, part, self.dtype)
-        vae: Any = base_model.load_part(self.base, part, torch.float32)
+            return load_part(self.base, part, self.dtype)
+        vae: Any = load_part(self.base, part, torch.float32)
         return vae if vae.config.force_upcast else vae.half()  # SDXL's own VAE overflows in fp16
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from .images.png import AI_GENERATED, LONGEST_TEXT, XMP
 
 if TYPE_CHECKING:
-    from .base_model import SDXLBase
     from .config import GenerateConfig
     from .controls import Control
     from .embedding_files import EmbeddingFile
     from .lora_stack import StackEntry
+    from .sdxl.base import SDXLBase
 
 _SHORT_HASH = 10  # what Civitai and A1111 call AutoV2: the first digits of the file's SHA-256
 _SAMPLERS = {

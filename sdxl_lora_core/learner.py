@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import base_model
 from .adapter_start import require_same_parts
 from .adapters import Adapter, encoder_rate
-from .base_model import SDXLBase
-from .base_parts import ENCODERS, Part
 from .learning_encoders import LearningEncoders, learning_encoders
 from .lora_files import read_lora
 from .lora_modules import LoRAFile
 from .losses import Objective
+from .sdxl.base import SDXLBase, load_part, scheduler_config
+from .sdxl.loading import ENCODERS, Part
 from .train_config import TrainConfig
 from .training_data import Batch
 
@@ -33,12 +32,12 @@ class Learner(nn.Module):
 
         super().__init__()
         self.dtype = dtype
-        self.objective = Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), config)
+        self.objective = Objective(DDPMScheduler.from_config(scheduler_config(base)), config)
         self.objective.to(device)
         start = read_lora(Path(config.continue_from)) if config.continue_from else None
         if start:
             require_same_parts(start, config, [part for part in ENCODERS if encoder_rate(config, part)])
-        self.unet: Any = base_model.load_part(base, "unet", dtype, device)
+        self.unet: Any = load_part(base, "unet", dtype, device)
         self.adapters: dict[Part, Adapter] = {}
         if config.train_unet:
             self.adapters["unet"] = Adapter(self.unet, config, "unet", start)

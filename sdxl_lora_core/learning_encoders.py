@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import base_model
 from .adapters import Adapter, encoder_rate
-from .base_model import SDXLBase
-from .base_parts import ENCODERS, Part
 from .lora_modules import LoRAFile
 from .new_tokens import TokenEmbedding, add_tokens, start_vectors, tokens_of
 from .optimizers import ParameterGroup
 from .prompts import TokenIds, encode_text, stack_embeds
+from .sdxl.base import SDXLBase, load_part, load_tokenizers
+from .sdxl.loading import ENCODERS, Part
 from .train_config import TrainConfig
 
 
@@ -32,13 +31,13 @@ class LearningEncoders(nn.Module):
     ) -> None:
         super().__init__()
         self.chunks = config.caption_chunks
-        self.tokenizers: dict[Part, Any] = dict(zip(ENCODERS, base_model.load_tokenizers(base), strict=True))
+        self.tokenizers: dict[Part, Any] = dict(zip(ENCODERS, load_tokenizers(base), strict=True))
         self.encoders: dict[Part, Any] = {}
         self.adapters: dict[Part, Adapter] = {}
         self.embeddings: dict[Part, TokenEmbedding] = {}
         self.token_ids: TokenIds = {}
         for part in learning_encoders(config):
-            self.encoders[part] = base_model.load_part(base, part, dtype, device)
+            self.encoders[part] = load_part(base, part, dtype, device)
             self.add_module(part, self.encoders[part])
             if encoder_rate(config, part):
                 self.adapters[part] = Adapter(self.encoders[part], config, part, start)

@@ -19,8 +19,8 @@ from .lora_dialects import SETTINGS_KEY, peft_settings
 from .lora_modules import LoRAFile
 from .lora_reading import lora_of_tensors
 from .lora_writing import state_dict
-from .model_kinds import foreign_adapter, is_adapter, kind_of, other_adapter
 from .safetensors_file import WeightsHeader, first_names, pack_weights, read_header, write_weights
+from .sdxl.file_kinds import foreign_adapter, is_adapter, kind_of, other_adapter
 
 WANTED = "give an SDXL LoRA (.safetensors)"
 

@@ -14,7 +14,8 @@ from .config import FileFormat
 from .files import canonical_json
 from .optimizers import CLASSES, optimizer_settings
 from .prompts import CHUNK_TOKENS
-from .train_config import Precision, TrainConfig
+from .sdxl.precision import Precision
+from .train_config import TrainConfig
 
 IMPLEMENTATIONS: dict[FileFormat, str] = {
     "kohya": "https://github.com/Stability-AI/generative-models",  # ModelSpec's name for SAI's block names

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base_parts import ENCODERS, Part
 from .lora_dialects import Place, Role, bundled_token, peft_alpha, peft_rank, place_of, role_of
 from .lora_modules import LOHA_FACTORS, AdapterModule, DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule
 from .new_tokens import Vectors
+from .sdxl.loading import ENCODERS, Part
 
 _Roles = dict[Role, Tensor]
 

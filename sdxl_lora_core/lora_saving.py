@@ -19,7 +19,7 @@ from .lora_files import write_lora
 from .lora_metadata import IMPLEMENTATIONS, read_tag_counts, trigger_words
 from .lora_modules import LoRAFile
 from .lora_stack import StackEntry
-from .weights_file import DTYPES
+from .sdxl.precision import DTYPES
 
 _RECIPE = "sdxl_lora.recipe"
 _OF_ONE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "modelspec.thumbnail", _RECIPE)

@@ -16,16 +16,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from . import base_model
-from .base_model import SDXLBase
-from .base_parts import PARTS, Part
-from .base_weights import BaseWeights
-from .blocks import read_block_values, value_for
 from .files import file_sha256, json_sha256
 from .lora_files import read_lora, settings_file
 from .lora_merge import Stack, Strength, changes_of, fitting_weights, merge_stack, merge_weight
 from .lora_modules import AdapterModule, LoRAFile
 from .new_tokens import Vectors
+from .sdxl.base import SDXLBase, load_part
+from .sdxl.blocks import read_block_values, value_for
+from .sdxl.loading import PARTS, Part
+from .sdxl.weight_reader import BaseWeights
 
 log = logging.getLogger("sdxl_lora")
 
@@ -154,7 +153,7 @@ def load_merged(base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[
 
     Raises ValueError for a LoRA of which nothing fits; what does not fit of the others is warned about.
     """
-    module = base_model.load_part(base, part, dtype)
+    module = load_part(base, part, dtype)
     _MERGED[module] = _Merged(_source(base, part, dtype), {}, ())
     if not restack(module, base, part, dtype, stack):  # its file has other matrices: from those that were rounded once
         acting = [entry for entry in stack if entry.modules(part)]

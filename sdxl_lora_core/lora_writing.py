@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .base_parts import Part
 from .config import FileFormat
 from .lora_dialects import bundled_key
 from .lora_modules import DiffModule, LoRAFile, LoRAModule
-from .lora_names import sai_block_name
+from .sdxl.loading import Part
+from .sdxl.unet_names import sai_block_name
 
 _KOHYA_PREFIXES: dict[Part, str] = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 _COMFYUI_PREFIXES: dict[Part, str] = {

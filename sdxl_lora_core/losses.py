@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss, interpolate, mse_loss, smooth_l1_loss
 
-from .base_model import SDXLBase, predicting
+from .sdxl.base import SDXLBase, predicting
 from .train_config import LAST_TIMESTEP, TrainConfig
 
 

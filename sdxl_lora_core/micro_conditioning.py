@@ -5,17 +5,8 @@ Source: Podell et al., SDXL (arXiv 2307.01952), section 2.2.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from .config import GenerateConfig
-
-
-class MicroConditioning(NamedTuple):
-    """In pixels, height and top first. The fields are named as the arguments of diffusers' pipelines."""
-
-    original_size: tuple[int, int]
-    crops_coords_top_left: tuple[int, int]
-    target_size: tuple[int, int]
+from .sdxl.micro_conditioning import MicroConditioning
 
 
 def micro_conditioning(config: GenerateConfig) -> MicroConditioning:

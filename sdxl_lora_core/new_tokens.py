@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .base_parts import Part
 from .dataset.captions import holds_word
 from .files import write_atomic
 from .hashed_random import seed_of
 from .lora_dialects import ENCODER_KEYS
 from .prompts import CHUNK_TOKENS, TokenIds
 from .safetensors_file import save_tensors
+from .sdxl.loading import Part
 
 if TYPE_CHECKING:
     from .dataset.caption_dataset import CaptionDataset

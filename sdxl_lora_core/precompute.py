@@ -15,16 +15,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import base_model
-from .base_model import SDXLBase
 from .dataset.caption_dataset import CaptionEntry
 from .files import file_sha256, json_sha256, write_atomic
 from .images.crop import Crop
 from .images.decode import open_alpha, open_image
-from .latents import crop_mask, crop_pixels, encode_posterior, time_ids
 from .prompts import CHUNK_TOKENS, TokenIds, encode_prompt_sdxl, truncated_words
 from .runtime.device import release_memory
 from .safetensors_file import save_tensors
+from .sdxl.base import SDXLBase, load_part, load_tokenizers
+from .sdxl.latents import crop_mask, crop_pixels, encode_posterior
+from .sdxl.micro_conditioning import time_ids
 
 log = logging.getLogger("sdxl_lora")
 
@@ -120,8 +120,8 @@ def cache_prompts(
     missing = {prompt: path for prompt, path in prompts.items() if not _readable(path)}
     if not missing:
         return
-    tokenizers = base_model.load_tokenizers(base)
-    encoders = [base_model.load_part(base, part, dtype, device) for part in ("text_encoder", "text_encoder_2")]
+    tokenizers = load_tokenizers(base)
+    encoders = [load_part(base, part, dtype, device) for part in ("text_encoder", "text_encoder_2")]
     for done, (prompt, path) in enumerate(missing.items()):
         on_item("encoding captions", done, len(missing))
         with torch.no_grad():
@@ -140,7 +140,7 @@ def cut_captions(
     long = [(e, c) for e, c in captions if new_tokens or len(c.encode()) > chunks * CHUNK_TOKENS]
     if not long:
         return []
-    tokenizer = base_model.load_tokenizers(base)[0]
+    tokenizer = load_tokenizers(base)[0]
     unseen = [(entry.image.name, truncated_words(caption, tokenizer, chunks, new_tokens)) for entry, caption in long]
     return [(name, words) for name, words in unseen if words]
 
@@ -153,7 +153,7 @@ def cache_latents(base: SDXLBase, samples: Sequence[Sample], device: torch.devic
     missing = [sample for sample in samples if not _readable(sample.latents_file)]
     if not missing:
         return
-    vae = base_model.load_part(base, "vae", torch.float32, device)
+    vae = load_part(base, "vae", torch.float32, device)
     for done, sample in enumerate(missing):
         on_item("encoding images", done, len(missing))
         _store(sample.latents_file, _encode(vae, sample))

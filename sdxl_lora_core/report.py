@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .base_model import SDXLBase
 from .charts import smoothed
 from .checkpoints import LoopState
 from .dataset.caption_dataset import CaptionDataset
@@ -14,6 +13,7 @@ from .new_tokens import all_trigger_words, placeholder_ids, tokens_of
 from .precompute import cut_captions
 from .run_length import passes_per_epoch
 from .runs import Run
+from .sdxl.base import SDXLBase
 from .train_config import TrainConfig
 from .training_loop import Trained
 

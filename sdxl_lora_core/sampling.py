@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .base_model import SDXLBase
 from .config import GenerateConfig
 from .files import write_atomic, write_text_atomic
 from .generation import generate
@@ -23,6 +22,7 @@ from .progress import OnStep, StepReport
 from .runtime.device import is_out_of_memory, release_memory
 from .runtime.loaded_parts import LoadedParts
 from .scoring import score_images
+from .sdxl.base import SDXLBase
 from .train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from . import base_model
-from .base_model import SDXLBase
 from .config import GenerateConfig
 from .samplers import SOLVERS, Solver
+from .sdxl.base import SDXLBase, scheduler_config
 
 _SPACINGS = {
     "karras": "use_karras_sigmas",  # Karras et al., arXiv 2206.00364
@@ -28,7 +27,7 @@ def scheduler_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]
     Raises ValueError for what cannot start from the zero SNR of the base.
     """
     solver = SOLVERS[config.sampler]
-    noise = base_model.scheduler_config(base)
+    noise = scheduler_config(base)
     if base.zero_terminal_snr:
         _require_zero_snr(config)
     eta = {"eta": solver.eta} if solver.eta else {}

@@ -16,10 +16,7 @@ from torch.nn.functional import interpolate
 from .config import GenerateConfig
 from .files import array_sha256
 from .images.crop import fit_image
-from .latents import encode_posterior, scaled
-
-VAE_SCALE = 8  # pixels to a latent cell
-LATENT_CHANNELS = 4
+from .sdxl.latents import LATENT_CHANNELS, VAE_SCALE, encode_posterior, scaled
 
 Draws = Sequence[torch.Generator]
 PutBack = Callable[[Any, int, Tensor], Tensor]

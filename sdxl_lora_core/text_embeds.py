@@ -12,14 +12,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from . import base_model
-from .base_model import SDXLBase
-from .base_parts import ENCODERS
 from .files import json_sha256
 from .lora_stack import StackEntry, load_merged, part_key, restacking
 from .precompute import load_prompt, prompt_file, store_prompt
 from .prompt_reading import PromptReader
 from .runtime.loaded_parts import LoadedParts
+from .sdxl.base import TOKENIZERS, SDXLBase, load_tokenizers
+from .sdxl.loading import ENCODERS
 from .text_model import TextEmbeds, TextModel
 
 log = logging.getLogger("sdxl_lora")
@@ -64,11 +63,11 @@ class TextPhase:
         return json_sha256([encoders, *self._tokenizers()])
 
     def _tokenizers(self) -> tuple[str, ...]:
-        return tuple(dict(self.base.part_hashes)[name] for name in base_model.TOKENIZERS)
+        return tuple(dict(self.base.part_hashes)[name] for name in TOKENIZERS)
 
     def _load(self) -> nn.Module:
         encoders = [load_merged(self.base, part, self.dtype, self.stack) for part in ENCODERS]
-        return TextModel(base_model.load_tokenizers(self.base), encoders, self._tokenizers())
+        return TextModel(load_tokenizers(self.base), encoders, self._tokenizers())
 
     def _restack(self, held: nn.Module) -> bool:
         model = cast(TextModel, held)

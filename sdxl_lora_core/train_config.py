@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .adapter_checks import MAX_RANK, check_adapter, check_what_learns
+from .sdxl.base import Override, PredictionOverride
+from .sdxl.precision import Precision, WeightType
 from .settings import MANY, MAX_SEED, SOMETHING, check_settings, fields_of, setting
 
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
 TargetModules = Literal["attention", "attention+ff", "all-linear", "all-linear+conv"]
 AdapterKind = Literal["lora", "dora", "loha", "lokr"]
 AdapterInit = Literal["kaiming", "gaussian", "pissa"]
@@ -17,12 +18,9 @@ Optimizer = Literal[
     "adamw", "adamw_fused", "adamw8bit", "adafactor", "lion", "prodigy", "came", "schedule_free"
 ]  # fmt: skip
 Checkpointing = Literal["auto", "off", "selective", "on"]
-PredictionOverride = Literal["auto", "epsilon", "v_prediction"]
-Override = Literal["auto", "on", "off"]
 Loss = Literal["mse", "huber", "smooth_l1"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 LoRAFormat = Literal["kohya", "peft"]
-WeightType = Literal["fp16", "bf16", "fp32"]
 KeepBest = Literal["off", "validation_loss", "clip_score"]
 TensorBoard = Literal["auto", "off"]
 MOMENTUM_OPTIMIZERS = tuple(name for name in get_args(Optimizer) if name != "adafactor")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base_model import SDXLBase, load_part, resolve_dtype
 from .class_images import with_class_images
 from .dataset.caption_dataset import CaptionDataset, CaptionEntry, with_validation
 from .files import write_text_atomic
@@ -33,10 +32,11 @@ from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, sav
 from .runtime.distributed import Processes
 from .runtime.loaded_parts import LoadedParts
 from .sampling import Sampler, Samples
+from .sdxl.base import SDXLBase, load_part
+from .sdxl.precision import DTYPES, resolve_dtype
 from .train_config import TrainConfig
 from .training_loop import train_adapter
 from .watching import require_lookable
-from .weights_file import DTYPES
 
 
 @dataclass(frozen=True)

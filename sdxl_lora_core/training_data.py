@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from . import precompute
-from .base_model import SDXLBase
-from .base_parts import ENCODERS
 from .caption_variants import caption_variants
 from .dataset.buckets import epoch_batches
 from .dataset.caption_dataset import CaptionDataset, CaptionEntry
@@ -28,6 +26,8 @@ from .losses import Objective
 from .new_tokens import all_trigger_words, placeholder_ids
 from .precompute import OnItem, Sample
 from .prompts import stack_embeds
+from .sdxl.base import SDXLBase
+from .sdxl.loading import ENCODERS
 from .train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")

@@ -15,9 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import base_model
 from .averaging import Averaging
-from .base_model import SDXLBase
 from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset.caption_dataset import CaptionDataset
 from .gradients import Gradients, size_of
@@ -32,6 +30,8 @@ from .runtime.determinism import deterministic_steps
 from .runtime.device import release_memory
 from .runtime.distributed import Processes
 from .sampling import Samples
+from .sdxl.base import SDXLBase
+from .sdxl.precision import resolve_dtype
 from .train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, TrainingData
 from .watching import Look, best_look, converged, samples_due, validation_due
@@ -81,7 +81,7 @@ def train_adapter(
     Diverged when losses are not finite, torch.OutOfMemoryError when nothing more can be saved, OSError when a cache
     or checkpoint cannot be written.
     """
-    dtype = base_model.resolve_dtype(config.precision, device)
+    dtype = resolve_dtype(config.precision, device)
     data = TrainingData(base, dataset, config, cache, device, dtype)
     with processes.one_after_the_other():
         data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdxl_lora_core
-from sdxl_lora_core.base_model import SDXLBase, open_base
-from sdxl_lora_core.lora_names import sai_block_name
 from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.sdxl.base import SDXLBase, open_base
+from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import TrainResult, train
 from tests.micro_runs import CPU, SMALL, Train, load
 
-DATA = Path(sdxl_lora_core.__file__).parent / "data"
+CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
 
 # SDXL in every respect but size. No two widths that a mistake could swap are equal.
 MICRO_UNET: dict[str, Any] = {
@@ -59,28 +59,28 @@ MICRO_TEXT_2: dict[str, Any] = {
 
 
 def sdxl_config(config_class: Any, part: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    return {**config_class.load_config(str(DATA), subfolder=part, local_files_only=True), **sizes}
+    return {**config_class.load_config(str(CONFIGS), subfolder=part, local_files_only=True), **sizes}
 
 
 def write_micro_sdxl(folder: Path) -> None:
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    text = CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder", **MICRO_TEXT)
-    text_2 = CLIPTextConfig.from_pretrained(DATA, subfolder="text_encoder_2", **MICRO_TEXT_2)
+    text = CLIPTextConfig.from_pretrained(CONFIGS, subfolder="text_encoder", **MICRO_TEXT)
+    text_2 = CLIPTextConfig.from_pretrained(CONFIGS, subfolder="text_encoder_2", **MICRO_TEXT_2)
     StableDiffusionXLPipeline(
         vae=AutoencoderKL.from_config(sdxl_config(AutoencoderKL, "vae", MICRO_VAE)),
         text_encoder=CLIPTextModel(text),
         text_encoder_2=CLIPTextModelWithProjection(text_2),
-        tokenizer=CLIPTokenizer.from_pretrained(DATA / "tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(DATA / "tokenizer_2"),
+        tokenizer=CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer_2"),
         unet=UNet2DConditionModel.from_config(sdxl_config(UNet2DConditionModel, "unet", MICRO_UNET)),
-        scheduler=EulerDiscreteScheduler.from_pretrained(DATA, subfolder="scheduler"),
+        scheduler=EulerDiscreteScheduler.from_pretrained(CONFIGS, subfolder="scheduler"),
         add_watermarker=False,
     ).save_pretrained(folder)
     for tokenizer in ("tokenizer", "tokenizer_2"):  # as published, instead of transformers' one-file form of 4 MB each
         shutil.rmtree(folder / tokenizer)
-        shutil.copytree(DATA / tokenizer, folder / tokenizer)
+        shutil.copytree(CONFIGS / tokenizer, folder / tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +127,9 @@ def empty_sdxl() -> dict[str, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    text, text_2 = (CLIPTextConfig.from_pretrained(DATA, subfolder=part) for part in ("text_encoder", "text_encoder_2"))
+    text, text_2 = (
+        CLIPTextConfig.from_pretrained(CONFIGS, subfolder=part) for part in ("text_encoder", "text_encoder_2")
+    )
     with init_empty_weights():
         return {
             "unet": UNet2DConditionModel.from_config(sdxl_config(UNet2DConditionModel, "unet", {})),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sdxl_lora_core
 from tests.conftest import MICRO_TEXT, MICRO_TEXT_2, MICRO_UNET, sdxl_config
 
-DATA = Path(sdxl_lora_core.__file__).parent / "data"
+CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 RANK = 2
 
@@ -90,7 +90,7 @@ def deep_parts() -> dict[str, Any]:
     sizes["transformer_layers_per_block"] = real["transformer_layers_per_block"]
     texts = [
         CLIPTextConfig.from_pretrained(
-            DATA, subfolder=part, **{**micro, "num_hidden_layers": TEXT_LAYERS[part], "vocab_size": 50}
+            CONFIGS, subfolder=part, **{**micro, "num_hidden_layers": TEXT_LAYERS[part], "vocab_size": 50}
         )
         for part, micro in (("text_encoder", MICRO_TEXT), ("text_encoder_2", MICRO_TEXT_2))
     ]

@@ -22,7 +22,6 @@ from unittest import mock
 import numpy as np
 import torch
 
-from sdxl_lora_core.base_model import SDXLBase, open_base
 from sdxl_lora_core.config import ControlConfig, GenerateConfig
 from sdxl_lora_core.control_nets import ControlNet
 from sdxl_lora_core.controls import Control
@@ -35,9 +34,10 @@ from sdxl_lora_core.losses import as_trained
 from sdxl_lora_core.presets import PRESETS, with_preset
 from sdxl_lora_core.runs import run_fingerprint
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import SDXLBase, open_base
+from sdxl_lora_core.sdxl.vae_override import with_vae
 from sdxl_lora_core.start_images import start_images
 from sdxl_lora_core.train_config import TrainConfig
-from sdxl_lora_core.vae_files import with_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 GUARDS = ROOT / "tests/guards"

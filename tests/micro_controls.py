@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdxl_lora_core.base_model import SDXLBase, load_part
 from sdxl_lora_core.config import ControlConfig
 from sdxl_lora_core.control_nets import open_control_net
 from sdxl_lora_core.controls import Control
-from sdxl_lora_core.lora_names import sai_block_name
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part
+from sdxl_lora_core.sdxl.unet_names import sai_block_name
 
 SIDE = 64
 UNION_TYPES = 8

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sdxl_lora_core.base_model import SDXLBase, load_part
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.generation import GeneratedImage, generate
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import Change, LoadedParts
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 
 CPU = torch.device("cpu")
 TRAINED = {"unet": ("to_q", "to_v"), "text_encoder": ("q_proj", "fc1"), "text_encoder_2": ("q_proj", "fc1")}

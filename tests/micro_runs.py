@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_lora_core import base_model
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.checkpoints import LoopState
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
@@ -20,6 +18,7 @@ from sdxl_lora_core.gradients import Gradients
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.progress import StepReport
+from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import TrainResult
 from sdxl_lora_core.training_data import Batch, TrainingData
@@ -75,7 +74,7 @@ def lora_bytes(result: TrainResult) -> bytes:
 def objective(base: SDXLBase) -> Objective:
     from diffusers import DDPMScheduler
 
-    return Objective(DDPMScheduler.from_config(base_model.scheduler_config(base)), SMALL)
+    return Objective(DDPMScheduler.from_config(scheduler_config(base)), SMALL)
 
 
 def data_of(base: SDXLBase, dataset: CaptionDataset, cache: Path, **settings: Any) -> TrainingData:

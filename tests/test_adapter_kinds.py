@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_lora_core import base_model
 from sdxl_lora_core.adapters import Adapter
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.lora_files import read_lora, write_lora
 from sdxl_lora_core.lora_info import describe_lora
 from sdxl_lora_core.lora_merge import merge_into
 from sdxl_lora_core.lora_modules import LoRAFile
 from sdxl_lora_core.lora_writing import peft_state_dict
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, lora_bytes
 
@@ -37,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def new_unet(base: SDXLBase, dtype: torch.dtype = torch.float32) -> Any:
-    return base_model.load_part(base, "unet", dtype)
+    return load_part(base, "unet", dtype)
 
 
 def moved(adapter: Adapter) -> Adapter:

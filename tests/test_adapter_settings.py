@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_lora_core import base_model
 from sdxl_lora_core.adapters import Adapter
-from sdxl_lora_core.base_model import SDXLBase
-from sdxl_lora_core.blocks import BLOCKS, read_block_values, value_for
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora_files import read_lora, write_lora
 from sdxl_lora_core.lora_modules import LoRAFile
 from sdxl_lora_core.runs import run_fingerprint
+from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
+from sdxl_lora_core.sdxl.blocks import BLOCKS, read_block_values, value_for
 from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_loras import TEXT, load_parts, random_lora
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, load, lora_bytes
@@ -32,7 +31,7 @@ def adapter(micro_base: SDXLBase) -> Any:
     def make(**settings: Any) -> Adapter:
         config = TrainConfig(**settings)
         start = read_lora(Path(config.continue_from)) if config.continue_from else None
-        return Adapter(base_model.load_part(micro_base, "unet", torch.float32), config, "unet", start)
+        return Adapter(load_part(micro_base, "unet", torch.float32), config, "unet", start)
 
     return make
 
@@ -41,7 +40,7 @@ def full_size_unet() -> Any:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        config = UNet2DConditionModel.load_config(str(base_model.DATA), subfolder="unet")
+        config = UNet2DConditionModel.load_config(str(CONFIGS), subfolder="unet")
         return UNet2DConditionModel.from_config(config)
 
 
@@ -61,7 +60,7 @@ def test_a_gaussian_start_has_a_deviation_of_one_over_the_rank(adapter: Any) -> 
 
 
 def test_pissa_starts_with_the_largest_singular_parts(adapter: Any, micro_base: SDXLBase) -> None:
-    base = base_model.load_part(micro_base, "unet", torch.float32)
+    base = load_part(micro_base, "unet", torch.float32)
     split = adapter(rank=3, alpha=5.0, init="pissa")
     for name, layer in split.layers.items():
         weight = base.get_submodule(name).weight.detach()

@@ -5,15 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_lora_core import base_model
 from sdxl_lora_core.adapters import PRESETS, Adapter
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.lora_merge import merge_into
+from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
 from sdxl_lora_core.train_config import TrainConfig
 
 
 def new_unet(base: SDXLBase) -> Any:
-    return base_model.load_part(base, "unet", torch.float32)
+    return load_part(base, "unet", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +35,7 @@ def test_the_full_size_model_has_560_and_722_modules() -> None:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        config = UNet2DConditionModel.load_config(str(base_model.DATA), subfolder="unet")
+        config = UNet2DConditionModel.load_config(str(CONFIGS), subfolder="unet")
         unet: Any = UNet2DConditionModel.from_config(config)
     names = [name for name, _ in unet.named_modules()]
     counts = {p: sum(any(n.endswith("." + end) for end in ends) for n in names) for p, ends in PRESETS.items()}
@@ -46,7 +45,7 @@ def test_the_full_size_model_has_560_and_722_modules() -> None:
 
 
 def test_only_fp32_matrices_are_trained_and_they_change_nothing_at_the_start(micro_base: SDXLBase) -> None:
-    unet = base_model.load_part(micro_base, "unet", torch.bfloat16)
+    unet = load_part(micro_base, "unet", torch.bfloat16)
     adapter = Adapter(unet, TrainConfig(rank=2))
     (group,) = adapter.groups
     parameters = group.parameters

@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdxl_lora_core
-from sdxl_lora_core.base_model import (
+from sdxl_lora_core.safetensors_file import read_header
+from sdxl_lora_core.sdxl.base import (
     SDXLBase,
     describe_base,
     load_part,
     load_tokenizers,
     open_base,
     quick_fingerprint,
-    resolve_dtype,
     scheduler_config,
 )
-from sdxl_lora_core.base_parts import PARTS, save_encoder
-from sdxl_lora_core.safetensors_file import read_header
+from sdxl_lora_core.sdxl.loading import PARTS, save_encoder
+from sdxl_lora_core.sdxl.precision import resolve_dtype
 
 UNET = "model.diffusion_model."
 CPU = torch.device("cpu")
@@ -180,7 +180,7 @@ def test_reading_holds_no_file_beside_the_weights(tmp_path: Path) -> None:
     code = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from sdxl_lora_core.base_parts import read_tensors\n"
+        "from sdxl_lora_core.sdxl.loading import read_tensors\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "tensors = read_tensors(Path(sys.argv[1]), 'unet.', torch.float32)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -485,7 +485,7 @@ def test_loading_is_silent_and_leaves_the_libraries_talkative(
 
 
 def test_importing_loads_nothing_heavy() -> None:
-    code = "import sys, sdxl_lora_core.base_model, sdxl_lora_core.lora_files; print(sorted(sys.modules))"
+    code = "import sys, sdxl_lora_core.sdxl.base, sdxl_lora_core.lora_files; print(sorted(sys.modules))"
     root = Path(sdxl_lora_core.__file__).parents[1]
     loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     for heavy in ("diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib"):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from sdxl_lora_core import cache_upkeep
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.image_cache import ImageCache, key_of
 from sdxl_lora_core.image_entries import entry_folder
+from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_images import draw, hits, settings
 
 REPOSITORY = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sdxl_lora_core import generation
-from sdxl_lora_core.base_model import open_base
+from sdxl_lora_core.sdxl.base import open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.image_maker import MadeImage
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts

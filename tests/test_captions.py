@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_lora_core import base_model, precompute
-from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core import precompute
 from sdxl_lora_core.caption_variants import caption_variants
 from sdxl_lora_core.prompts import encode_prompt_sdxl, stack_embeds, truncated_words
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import TrainingData
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
@@ -193,7 +193,7 @@ def test_a_cancelled_run_with_all_of_it_continues_to_the_same_bytes(run: Train, 
 
 def models(base: SDXLBase) -> tuple[list[Any], list[Any]]:
     parts: tuple[Any, ...] = ("text_encoder", "text_encoder_2")
-    return list(base_model.load_tokenizers(base)), [base_model.load_part(base, part, torch.float32) for part in parts]
+    return list(load_tokenizers(base)), [load_part(base, part, torch.float32) for part in parts]
 
 
 @torch.no_grad()
@@ -250,7 +250,7 @@ def test_a_batch_holds_short_and_long_captions(
 
 
 def test_words_beyond_the_chunks_are_named(micro_base: SDXLBase) -> None:
-    tokenizer, _ = base_model.load_tokenizers(micro_base)
+    tokenizer, _ = load_tokenizers(micro_base)
     left = [truncated_words(LONG, tokenizer, chunks) for chunks in (1, 2, 3)]
     lengths = [len(tokenizer(words, add_special_tokens=False).input_ids) for words in left]
     total = len(tokenizer(LONG, add_special_tokens=False).input_ids)

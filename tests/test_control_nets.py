@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdxl_lora_core.base_checks import read_json
-from sdxl_lora_core.base_model import DATA, SDXLBase, open_base
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.control_net_loading import load_control_net, load_key
 from sdxl_lora_core.control_nets import describe_control_net, open_control_net, require_control_net, require_fit
 from sdxl_lora_core.safetensors_file import WeightsHeader
+from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, open_base
+from sdxl_lora_core.sdxl.detection import read_json
 from tests.conftest import sdxl_config
 from tests.micro_controls import published_names, random_net, save_single
 
@@ -144,7 +144,7 @@ def test_full_size_headers_are_taken_and_their_layout_is_read(name: str, publish
     assert types == FULL_SIZES[name].get("union", 0)
     model_class: Any = diffusers.ControlNetUnionModel if types else diffusers.ControlNetModel
     with init_empty_weights():
-        made = model_class.from_config({**read_json(DATA / "unet/config.json"), **layout})
+        made = model_class.from_config({**read_json(CONFIGS / "unet/config.json"), **layout})
     assert {key: value.shape for key, value in made.state_dict().items()} == {
         key: value.shape for key, value in tensors.items()
     }

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import CONTROL_TYPES, ControlConfig, GenerateConfig
 from sdxl_lora_core.controls import Control
 from sdxl_lora_core.image_keys import control_settings
 from sdxl_lora_core.images.crop import fit_image
 from sdxl_lora_core.samplers import SOLVERS, Sampler
+from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.start_images import start_images
 from tests import plain_diffusers
 from tests.micro_controls import SIDE, control, hint, random_net, save_single

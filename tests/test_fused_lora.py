@@ -11,8 +11,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from sdxl_lora_core.adapters import Adapter
-from sdxl_lora_core.base_model import SDXLBase, load_part
 from sdxl_lora_core.fused_lora import LoRALinear, fuse
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.train_config import TrainConfig
 
 

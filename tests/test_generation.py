@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_lora_core.base_model import SDXLBase, open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from tests.micro_images import CPU, TRAINED, WatchedParts, draw, edit_json, pixels, settings, weighted, write_lora
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.generation import GeneratedImage
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_images import CPU, WatchedParts, draw, hits, pixels, settings, write_lora
 
 REPOSITORY = Path(__file__).parent.parent
@@ -211,7 +211,7 @@ HIT = """
 import sys
 from pathlib import Path
 import torch
-from sdxl_lora_core.base_model import open_base
+from sdxl_lora_core.sdxl.base import open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.lora_stack import LoRARef

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_lora_core.base_model import SDXLBase, open_base
+from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from tests.micro_images import WatchedParts, draw, edit_json, pixels, settings
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_lora_core.base_model import SDXLBase, open_base
+from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from tests.micro_images import WatchedParts, cancel_at, pixels, settings
 
 TINY = Path(__file__).resolve().parents[1] / "assets/tiny-sdxl"  # the micro model does not care about its prompt

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from sdxl_lora_core import image_keys
-from sdxl_lora_core.base_model import SDXLBase, scheduler_config
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.image_keys import image_key, image_settings
 from sdxl_lora_core.lora_stack import LoRARef, open_stack
 from sdxl_lora_core.samplers import SOLVERS
+from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
 
 REPOSITORY = Path(__file__).parent.parent
 LORAS = (("a" * 64, 1.0, 0.5), ("b" * 64, 0.8, 0.8))
@@ -267,7 +267,7 @@ KEY = """
 import sys
 from pathlib import Path
 import torch
-from sdxl_lora_core.base_model import open_base
+from sdxl_lora_core.sdxl.base import open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.image_keys import image_key, image_settings
 from sdxl_lora_core.samplers import SOLVERS

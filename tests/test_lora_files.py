@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdxl_lora_core.adapters import PRESETS, Adapter
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.lora_files import read_lora, write_lora
 from sdxl_lora_core.lora_info import describe_lora
 from sdxl_lora_core.lora_merge import merge_into
 from sdxl_lora_core.lora_metadata import FolderFacts, lora_metadata, tag_counts, trigger_words
 from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora_names import sai_block_name
 from sdxl_lora_core.lora_writing import kohya_state_dict, peft_state_dict
+from sdxl_lora_core.sdxl.base import SDXLBase
+from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_loras import (
     ATTENTION,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_lora_core.lora_names import diffusers_block_name, dotted, sai_block_name
+from sdxl_lora_core.sdxl.unet_names import diffusers_block_name, dotted, sai_block_name
 from tests.micro_loras import ATTENTION, OUT, Q
 
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sdxl_lora_core.base_model import SDXLBase, load_part, load_tokenizers, open_base, scheduler_config
 from sdxl_lora_core.base_saving import save_merged_base
 from sdxl_lora_core.config import MergeLoRAsConfig, SaveBaseConfig, SaveLoRAConfig
 from sdxl_lora_core.lora_files import lora_of_state_dict, read_lora, write_lora
@@ -20,6 +19,7 @@ from sdxl_lora_core.lora_modules import LoRAFile
 from sdxl_lora_core.lora_saving import merge_loras, save_lora, source_of_file, sources_of
 from sdxl_lora_core.lora_stack import LoRARef, StackEntry, load_merged, open_stack
 from sdxl_lora_core.lora_writing import kohya_state_dict
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers, open_base, scheduler_config
 from tests.conftest import published_openclip, published_unet, published_vae
 from tests.micro_loras import CONV, UNET_MODULES, Q, load_parts, random_lora, some_modules
 
@@ -211,7 +211,7 @@ def test_values_too_large_for_fp16_are_not_written(parts: dict[str, Any], micro_
 
 def test_the_names_are_those_of_the_tests(micro_base: SDXLBase) -> None:
     """Both lists of names were written on their own."""
-    from sdxl_lora_core.checkpoint_names import published_names
+    from sdxl_lora_core.sdxl.checkpoint_names import published_names
 
     for part, by_hand in (("unet", published_unet), ("vae", published_vae), ("text_encoder_2", published_openclip)):
         state = load_part(micro_base, part, torch.float32).state_dict()  # type: ignore[arg-type]

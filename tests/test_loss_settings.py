@@ -13,11 +13,10 @@ from diffusers import DDPMScheduler
 from safetensors import safe_open
 from torch import Tensor
 
-from sdxl_lora_core import base_model
-from sdxl_lora_core.base_model import SDXLBase, open_base
 from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.losses import Objective, as_trained
+from sdxl_lora_core.sdxl.base import SDXLBase, open_base, scheduler_config
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import TrainingData
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
@@ -30,7 +29,7 @@ SOME = torch.tensor([0, 1, 250, 500, 750, 998])
 
 def objective(base: SDXLBase, **settings: Any) -> Objective:
     config = TrainConfig(**settings)
-    return Objective(DDPMScheduler.from_config(base_model.scheduler_config(as_trained(base, config))), config)
+    return Objective(DDPMScheduler.from_config(scheduler_config(as_trained(base, config))), config)
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -7,15 +7,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdxl_lora_core import base_model
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.charts import smoothed
 from sdxl_lora_core.losses import Objective
+from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
 from sdxl_lora_core.train_config import TrainConfig
 
 
 def objective(base: SDXLBase, prediction_type: str = "epsilon", **settings: Any) -> Objective:
-    scheduler = DDPMScheduler.from_config(base_model.scheduler_config(base), prediction_type=prediction_type)
+    scheduler = DDPMScheduler.from_config(scheduler_config(base), prediction_type=prediction_type)
     return Objective(scheduler, TrainConfig(**settings))
 
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.dataset.report import describe
 from sdxl_lora_core.images.crop import center_crop
-from sdxl_lora_core.latents import crop_pixels
+from sdxl_lora_core.sdxl.base import SDXLBase
+from sdxl_lora_core.sdxl.latents import crop_pixels
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
 
 SHORT = replace(SMALL, steps=2)

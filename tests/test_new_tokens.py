@@ -12,7 +12,6 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdxl_lora_core.base_model import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.caption_variants import caption_variants
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
@@ -27,6 +26,7 @@ from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.new_tokens import TokenEmbedding, add_tokens, all_trigger_words, read_new_tokens
 from sdxl_lora_core.prompts import encode_prompt_sdxl, token_ids, truncated_words
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 

@@ -4,19 +4,18 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from sdxl_lora_core import base_model
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.prompts import encode_prompt_sdxl, truncated_words
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 
 LONG = " ".join(f"word{number}" for number in range(90))
 
 
 @pytest.mark.parametrize("prompt", ["a red heart", "", LONG, "naïve café, 猫!"])
 def test_embeddings_equal_the_librarys_own(micro_base: SDXLBase, prompt: str) -> None:
-    tokenizers = base_model.load_tokenizers(micro_base)
+    tokenizers = load_tokenizers(micro_base)
     encoders = [
-        base_model.load_part(micro_base, "text_encoder", torch.float32),
-        base_model.load_part(micro_base, "text_encoder_2", torch.float32),
+        load_part(micro_base, "text_encoder", torch.float32),
+        load_part(micro_base, "text_encoder_2", torch.float32),
     ]
     with torch.no_grad():
         embeds, pooled = encode_prompt_sdxl([prompt, "another"], tokenizers, encoders)
@@ -28,7 +27,7 @@ def test_embeddings_equal_the_librarys_own(micro_base: SDXLBase, prompt: str) ->
 
 
 def test_the_words_beyond_77_tokens_are_named(micro_base: SDXLBase) -> None:
-    tokenizer, _ = base_model.load_tokenizers(micro_base)
+    tokenizer, _ = load_tokenizers(micro_base)
     assert truncated_words("a red heart", tokenizer) == ""
     kept = tokenizer(LONG, truncation=True, max_length=77).input_ids
     rest = truncated_words(LONG, tokenizer)

@@ -15,7 +15,6 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.dataset.report import contact_sheet, describe
@@ -23,6 +22,7 @@ from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.run_length import passes_per_epoch
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import Batch
 from sdxl_lora_core.training_loop import Loop

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdxl_lora_core import base_weights
-from sdxl_lora_core.base_model import SDXLBase, load_part, open_base
-from sdxl_lora_core.base_parts import ENCODERS, Part
 from sdxl_lora_core.lora_files import write_lora
 from sdxl_lora_core.lora_modules import DiffModule, LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef, StackEntry, fit_of, load_merged, open_stack, restack
+from sdxl_lora_core.sdxl import weight_reader
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
+from sdxl_lora_core.sdxl.loading import ENCODERS, Part
 from tests.micro_loras import CONV, OUT, UNET_MODULES, Q, find, load_parts, random_lora
 
 BF16 = torch.bfloat16
@@ -102,8 +102,8 @@ def test_only_weights_that_change_are_read_again(
     base: SDXLBase, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    reader = base_weights.BaseWeights.read  # type: ignore[attr-defined]
-    monkeypatch.setattr(base_weights.BaseWeights, "read", lambda own, name: read.append(name) or reader(own, name))
+    reader = weight_reader.BaseWeights.read  # type: ignore[attr-defined]
+    monkeypatch.setattr(weight_reader.BaseWeights, "read", lambda own, name: read.append(name) or reader(own, name))
     unet = load_merged(base, "unet", BF16, stack(files, 1.0, 1.0))
     restack(unet, base, "unet", BF16, stack(files, 1.0, 1.0))
     assert sorted(set(read)) == sorted(UNET_MODULES)

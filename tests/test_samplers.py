@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from sdxl_lora_core import samplers
-from sdxl_lora_core.base_model import SDXLBase, open_base
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.samplers import SOLVERS, Sampler, Schedule
 from sdxl_lora_core.schedulers import make_scheduler, normal_sigmas
+from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from tests.micro_images import CPU, WatchedParts, draw, edit_json, pixels, settings
 from tests.plain_diffusers import reference
 

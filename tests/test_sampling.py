@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from sdxl_lora_core import sampling, training_loop
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.charts import draw_loss_chart
 from sdxl_lora_core.checkpoints import LoopState
 from sdxl_lora_core.cli import read_run
@@ -24,6 +23,7 @@ from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runs import run_fingerprint
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sampling import Sampler
+from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.watching import Look
 from tests.micro_images import settings

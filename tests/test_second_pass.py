@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.image_metadata import parameters
+from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.start_images import start_images
 from tests.micro_images import WatchedParts, cancel_at, draw, hits, pixels, settings
 

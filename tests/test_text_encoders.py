@@ -13,7 +13,6 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdxl_lora_core.base_model import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.learner import Learner
@@ -23,6 +22,7 @@ from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.prompts import encode_prompt_sdxl
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import Batch
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes

@@ -22,8 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_lora_core import base_parts, checkpoints, precompute, training, training_loop
-from sdxl_lora_core.base_model import SDXLBase, load_part, open_base
+from sdxl_lora_core import checkpoints, precompute, training, training_loop
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
@@ -34,6 +33,8 @@ from sdxl_lora_core.lora_files import read_lora
 from sdxl_lora_core.optimizers import lr_factor
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runs import RunFolders
+from sdxl_lora_core.sdxl import loading
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import train
 from sdxl_lora_core.training_data import Batch, TrainingData
@@ -346,7 +347,7 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_loa
 ) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "loras").write_text("a file where the folder should be")
-    monkeypatch.setattr(base_parts, "from_folder", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr(loading, "from_folder", lambda *_: pytest.fail("loaded a model"))
     with pytest.raises(OSError, match="cannot write to .*training has not started"):
         run()
 
@@ -364,7 +365,7 @@ def test_validation_is_reported_and_does_not_move_the_training(run: Train, pictu
 def test_text_encoders_and_vae_are_gone_before_the_unet_comes(
     run: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, micro_base: SDXLBase, pictures: Path
 ) -> None:
-    original, alive = base_parts.from_folder, {}
+    original, alive = loading.from_folder, {}
 
     def from_folder(folder: Path, part: Any, dtype: torch.dtype) -> Any:
         if part == "unet":
@@ -373,7 +374,7 @@ def test_text_encoders_and_vae_are_gone_before_the_unet_comes(
         alive[part] = weakref.ref(module)
         return module
 
-    monkeypatch.setattr(base_parts, "from_folder", from_folder)
+    monkeypatch.setattr(loading, "from_folder", from_folder)
     folders = RunFolders(tmp_path / "l", tmp_path / "r", tmp_path / "fresh cache", lambda name: False)
     train(micro_base, load(pictures), SMALL, folders=folders, device=CPU)
     assert set(alive) == {"text_encoder", "text_encoder_2", "vae", "unet"}
@@ -381,13 +382,13 @@ def test_text_encoders_and_vae_are_gone_before_the_unet_comes(
 
 def test_a_second_run_encodes_nothing_again(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
-    original = base_parts.from_folder
+    original = loading.from_folder
 
     def from_folder(folder: Path, part: Any, dtype: torch.dtype) -> Any:
         assert part == "unet"
         return original(folder, part, dtype)
 
-    monkeypatch.setattr(base_parts, "from_folder", from_folder)
+    monkeypatch.setattr(loading, "from_folder", from_folder)
     assert run(replace(SMALL, seed=3)).report["steps"] == 4
 
 

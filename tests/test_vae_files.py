@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdxl_lora_core.base_model import SDXLBase, describe_base, load_part, open_base
-from sdxl_lora_core.checkpoint_names import published_names
 from sdxl_lora_core.cli import read_run
-from sdxl_lora_core.vae_files import with_vae
+from sdxl_lora_core.sdxl.base import SDXLBase, describe_base, load_part, open_base
+from sdxl_lora_core.sdxl.checkpoint_names import published_names
+from sdxl_lora_core.sdxl.vae_override import with_vae
 from tests.micro_images import draw, edit_json, pixels, settings
 from tests.micro_runs import Train, weights
 from tools.run_workflow import load_pack

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core.base_model import SDXLBase
+from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_controls import random_net, save_single
 from tests.micro_images import write_lora
 from tools.make_workflows import NOTES, ui_graph

@@ -1,4 +1,4 @@
-"""Writes the CLIP tokenizer files of `sdxl_lora_core/data` from CLIP's published merge list.
+"""Writes the CLIP tokenizer files of `sdxl_lora_core/sdxl/configs` from CLIP's published merge list.
 
 python -m pip download --no-deps open_clip_torch
 unzip open_clip_torch-*.whl 'open_clip/bpe_simple_vocab_16e6.txt.gz'
@@ -13,7 +13,7 @@ import hashlib
 import json
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parents[1] / "sdxl_lora_core" / "data"
+CONFIGS = Path(__file__).resolve().parents[1] / "sdxl_lora_core/sdxl/configs"
 MERGE_LIST_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 VOCABULARY = 49408
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("merge_list", type=Path, help="bpe_simple_vocab_16e6.txt.gz")
     merges = read_merges(parser.parse_args().merge_list)
     vocab = vocabulary(merges)
-    write_tokenizer(DATA / "tokenizer", vocab, merges, pad=END)
-    write_tokenizer(DATA / "tokenizer_2", vocab, merges, pad="!")
+    write_tokenizer(CONFIGS / "tokenizer", vocab, merges, pad=END)
+    write_tokenizer(CONFIGS / "tokenizer_2", vocab, merges, pad="!")
 
 
 if __name__ == "__main__":

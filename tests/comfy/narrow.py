@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.full_size import write_random_base
-from sdxl_lora_core.base_model import DATA, open_base
 from sdxl_lora_core.base_saving import save_merged_base
 from sdxl_lora_core.config import SaveBaseConfig
+from sdxl_lora_core.sdxl.base import CONFIGS, open_base
 from tests.conftest import sdxl_config
 from tests.deep_micro import TEXT_LAYERS, layer, random_factors, resnet_layers, text_layers, transformer_layers
 
@@ -54,7 +54,7 @@ def empty_parts() -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    first, second = (CLIPTextConfig.from_pretrained(DATA, subfolder=part) for part in ENCODERS)
+    first, second = (CLIPTextConfig.from_pretrained(CONFIGS, subfolder=part) for part in ENCODERS)
     with torch.device("meta"):
         return {
             "unet": UNet2DConditionModel.from_config(sdxl_config(UNet2DConditionModel, "unet", NARROW)),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdxl_lora_core.base_model import open_base
+from sdxl_lora_core.sdxl.base import open_base
 from tests.comfy.test_server import picture, seen_in
 from tests.micro_controls import random_net, save_single
 

@@ -15,17 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdxl_lora_core
-from sdxl_lora_core import base_model
 from sdxl_lora_core.adapters import Adapter
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.lora_files import write_lora
 from sdxl_lora_core.lora_merge import merge_into
 from sdxl_lora_core.lora_modules import LoRAFile
-from sdxl_lora_core.lora_names import sai_block_name
 from sdxl_lora_core.new_tokens import write_embedding
+from sdxl_lora_core.sdxl.base import SDXLBase, load_part
+from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.train_config import TrainConfig
 
-DATA = Path(sdxl_lora_core.__file__).parent / "data"
+CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
 EVERY_LAYER = 788  # 722 of the transformers, 66 of the resnets and their samplers
 EVERY_TEXT_LAYER = 6 * (12 + 32)
 TENSORS = {"lora": 3, "dora": 4, "loha": 5}
@@ -93,12 +92,12 @@ def test_comfyui_changes_the_weights_as_we_do(
     settings: dict[str, Any], ask_comfyui: Callable[..., Any], micro_base: SDXLBase, tmp_path: Path
 ) -> None:
     config = TrainConfig(**{"alpha": 5.0, "target_modules": "all-linear+conv", **settings})
-    adapter = Adapter(base_model.load_part(micro_base, "unet", torch.float32), config)
+    adapter = Adapter(load_part(micro_base, "unet", torch.float32), config)
     with torch.no_grad():
         for number, parameter in enumerate(adapter.groups[0].parameters):
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
     modules = adapter.modules()
-    base, ours = (base_model.load_part(micro_base, "unet", torch.float32) for _ in range(2))
+    base, ours = (load_part(micro_base, "unet", torch.float32) for _ in range(2))
     merge_into(ours, modules, 1.0)
     lora, before, after = (tmp_path / f"{name}.safetensors" for name in ("lora", "before", "after"))
     write_lora(lora, LoRAFile(unet=modules), torch.float32)

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_lora_core.base_model import SDXLBase
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
+from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training import train
 

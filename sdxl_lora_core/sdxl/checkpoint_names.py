@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .base_parts import Part
-from .lora_names import sai_block_name
-from .model_kinds import TEXT, TEXT_2, UNET, VAE
+from .file_kinds import TEXT, TEXT_2, UNET, VAE
+from .loading import Part
+from .unet_names import sai_block_name
 
 _VAE_STAGES = 4
 _VAE_NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (

@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .base_checks import PART_CLASSES, read_json
-from .model_kinds import TEXT, TEXT_2, UNET, VAE
-from .runtime.library_logs import quiet_libraries
-from .safetensors_file import read_header, save_tensors
+from ..runtime.library_logs import quiet_libraries
+from ..safetensors_file import read_header, save_tensors
+from .detection import PART_CLASSES, read_json
+from .file_kinds import TEXT, TEXT_2, UNET, VAE
 
 Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 Assembled = tuple[nn.Module, list[str]]

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from . import base_parts
-from .base_checks import WANTED, Prediction, PredictionType, read_json, require_checkpoint, require_folder
-from .base_parts import PARTS, Part
-from .config import PRECISIONS
-from .files import file_sha256, json_sha256
-from .safetensors_file import read_header
-from .train_config import Override, Precision, PredictionOverride
-from .weights_file import DTYPES
+from ..files import file_sha256, json_sha256
+from ..safetensors_file import read_header
+from . import loading
+from .detection import WANTED, Prediction, PredictionType, read_json, require_checkpoint, require_folder
+from .loading import PARTS, Part
+from .precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-DATA = Path(__file__).parent / "data"
+CONFIGS = Path(__file__).parent / "configs"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PredictionOverride = Literal["auto", "epsilon", "v_prediction"]
+Override = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SDXLBase:
     """A handle without weights. `part_hashes` are (part, SHA-256) for the four parts and the two tokenizers.
 
     `fingerprint` is content only: the same files elsewhere, at another precision, or said to predict something else,
-    have the same one. `configs` is the folder with each part's settings: the model's own, or the pack's `data` for a
+    have the same one. `configs` is the folder with each part's settings: the model's own, or CONFIGS for a
     single file. `vae` is what stands in for the base's own (see vae_files).
     """
 
@@ -52,7 +52,7 @@ class SDXLBase:
 
 def open_base(
     path: Path, precision: Precision = "auto", hash_memo: Path | None = None, *,
-    prediction: PredictionOverride = "auto", zero_terminal_snr: Override = "auto", configs: Path = DATA,
+    prediction: PredictionOverride = "auto", zero_terminal_snr: Override = "auto", configs: Path = CONFIGS,
 ) -> SDXLBase:  # fmt: skip
     """Checks and hashes a base. `hash_memo` is a folder that remembers hashes of large files (see file_sha256).
 
@@ -113,11 +113,11 @@ def load_part(base: SDXLBase, part: Part, dtype: torch.dtype, device: torch.devi
     if part not in PARTS:
         raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}")
     if part == "vae" and base.vae:
-        module = base_parts.vae_alone(base.vae, base.configs, dtype)
+        module = loading.vae_alone(base.vae, base.configs, dtype)
     elif base.layout == "diffusers":
-        module = base_parts.from_folder(base.path / part, part, dtype)
+        module = loading.from_folder(base.path / part, part, dtype)
     else:
-        module = base_parts.from_single_file(base.path, base.configs, part, dtype)
+        module = loading.from_single_file(base.path, base.configs, part, dtype)
     return module.to(device).eval().requires_grad_(False)
 
 
@@ -131,23 +131,10 @@ def scheduler_config(base: SDXLBase) -> dict[str, Any]:
     return settings
 
 
-def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """What weights are computed in. auto: bf16 on CUDA that has it, fp16 on other CUDA and on MPS, fp32 on the CPU.
-
-    Raises ValueError for bf16 on a CUDA device without it.
-    """
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
-    if precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ValueError("precision is 'bf16', which this GPU does not have: choose 'fp16' or 'auto'")
-    return DTYPES[precision]
-
-
 def describe_base(base: SDXLBase) -> str:
     """Three lines for a person: what it is, how it predicts, its fingerprint."""
     single = base.layout == "single_file"
-    files = [base.path] if single else [file for part in PARTS for file in base_parts.find_weights(base.path / part)[1]]
+    files = [base.path] if single else [file for part in PARTS for file in loading.find_weights(base.path / part)[1]]
     size = sum(file.stat().st_size for file in files)
     layout = "single-file checkpoint" if single else "diffusers folder"
     snr = ", zero terminal SNR" if base.zero_terminal_snr else ""
@@ -193,7 +180,7 @@ def weights_sha256(path: Path, part: str, memo: Path | None) -> str:
 
 def _folder_part_hash(folder: Path, part: str, memo: Path | None) -> str:
     """Over settings and weights, so that either one's change is seen. Every weight file is checked to be whole."""
-    _, files = base_parts.find_weights(folder)
+    _, files = loading.find_weights(folder)
     for file in files:
         read_header(file)
     settings = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .model_kinds import UNET, kind_of
-from .safetensors_file import WeightsHeader
+from ..safetensors_file import WeightsHeader
+from .file_kinds import UNET, kind_of
 
 PredictionType = Literal["epsilon", "v_prediction"]
 

@@ -10,7 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from .images.crop import Crop, crop_to_bucket
+from ..images.crop import Crop, crop_to_bucket
+
+VAE_SCALE = 8  # pixels to a latent cell
+LATENT_CHANNELS = 4
 
 
 def crop_pixels(image: Image.Image, crop: Crop, mirrored: bool) -> Tensor:
@@ -59,13 +62,3 @@ def _shift_and_scale(like: Tensor, vae_config: Any) -> tuple[Tensor | float, Ten
         return 0.0, vae_config.scaling_factor
     mean, spread = (like.new_tensor(vae_config[name]).view(-1, 1, 1) for name in ("latents_mean", "latents_std"))
     return mean, vae_config.scaling_factor / spread
-
-
-def time_ids(original: tuple[int, int], crop: Crop, mirrored: bool) -> Tensor:
-    """SDXL's micro-conditioning, float32 [6]: original h, w, crop top, left, target h, w (all in pixels, h first).
-
-    float32, because bfloat16 holds whole numbers only up to 256. Source: arXiv 2307.01952, section 2.2.
-    """
-    width, height = original
-    left = crop.resized_w - crop.bucket_w - crop.left if mirrored else crop.left
-    return torch.tensor([height, width, crop.top, left, crop.bucket_h, crop.bucket_w], dtype=torch.float32)

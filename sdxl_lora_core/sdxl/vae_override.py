@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .base_checks import PART_CLASSES, read_json
-from .base_model import SDXLBase, weights_sha256
-from .base_parts import weight_files
-from .files import json_sha256
-from .model_kinds import VAE, kind_of
-from .safetensors_file import WeightsHeader, read_header
+from ..files import json_sha256
+from ..safetensors_file import WeightsHeader, read_header
+from .base import SDXLBase, weights_sha256
+from .detection import PART_CLASSES, read_json
+from .file_kinds import VAE, kind_of
+from .loading import weight_files
 
 _WANTED = "give a VAE made for SDXL: a .safetensors file, or a diffusers folder with config.json"
 _WIDTHS = {"encoder.conv_in": 0, "decoder.conv_in": -1}  # convolutions, and whose of the block_out_channels they give

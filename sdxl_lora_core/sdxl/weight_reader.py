@@ -10,11 +10,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from .base_model import SDXLBase
-from .base_parts import Part, find_weights
+from .base import SDXLBase
 from .checkpoint_names import openclip_place
-from .lora_names import sai_block_name
-from .model_kinds import TEXT, UNET
+from .file_kinds import TEXT, UNET
+from .loading import Part, find_weights
+from .unet_names import sai_block_name
 
 
 class BaseWeights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .safetensors_file import WeightsHeader, first_names
+from ..safetensors_file import WeightsHeader, first_names
 
 UNET = "model.diffusion_model."
 TEXT = "conditioner.embedders.0.transformer."

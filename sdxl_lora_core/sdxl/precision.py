@@ -1,0 +1,28 @@
+"""Number formats of weights, by the names that settings give them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+PRECISIONS = get_args(Precision)
+WeightType = Literal["fp16", "bf16", "fp32"]
+SAVE_PRECISIONS = get_args(WeightType)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # by the name that settings give
+
+
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """What weights are computed in. auto: bf16 on CUDA that has it, fp16 on other CUDA and on MPS, fp32 on the CPU.
+
+    Raises ValueError for bf16 on a CUDA device without it.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ValueError("precision is 'bf16', which this GPU does not have: choose 'fp16' or 'auto'")
+    return DTYPES[precision]
