@@ -3,7 +3,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ..sdxl_lora_core import cache_upkeep
+from ..sdxl_lora_core.cache import maintenance
 from .host.folders import cache_folder
 from .host.progress import Progress
 from .previews import show
@@ -55,14 +55,14 @@ class SDXLImageCache:
     def run(self, action: str, limit_gb: float) -> dict[str, Any]:
         images = cache_folder() / "images"
         if limit_gb:
-            cache_upkeep.set_limit(images, limit_gb)
+            maintenance.set_limit(images, limit_gb)
         done = []
         if action == "prune":
-            done.append(str(cache_upkeep.prune(images)))
+            done.append(str(maintenance.prune(images)))
         if action == "verify":
             with Progress() as progress:
-                damaged = cache_upkeep.verify(images, True, functools.partial(progress, phase="reading"))
-            done.append(f"{cache_upkeep.damage(damaged)} removed")
-        stats = cache_upkeep.stats(images)
+                damaged = maintenance.verify(images, True, functools.partial(progress, phase="reading"))
+            done.append(f"{maintenance.damage(damaged)} removed")
+        stats = maintenance.stats(images)
         report = "\n".join([*done, str(stats)])
-        return show((report, stats.images, stats.size / cache_upkeep.GB), report)
+        return show((report, stats.images, stats.size / maintenance.GB), report)

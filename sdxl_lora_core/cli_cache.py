@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import cache_upkeep
+from .cache import maintenance
 
 
 def add_commands(commands: Any, home: Path) -> None:
@@ -31,28 +31,28 @@ def add_commands(commands: Any, home: Path) -> None:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    print(cache_upkeep.stats(_images(options)))
+    print(maintenance.stats(_images(options)))
 
 
 def _verify(options: argparse.Namespace) -> None:
     images = _images(options)
-    damaged = cache_upkeep.verify(images, options.remove)
+    damaged = maintenance.verify(images, options.remove)
     if damaged and not options.remove:
-        raise ValueError("\n".join([f"{cache_upkeep.damage(damaged)}; --remove removes them:", *damaged]))
-    print(f"{cache_upkeep.damage(damaged)} removed")
-    print(cache_upkeep.stats(images))
+        raise ValueError("\n".join([f"{maintenance.damage(damaged)}; --remove removes them:", *damaged]))
+    print(f"{maintenance.damage(damaged)} removed")
+    print(maintenance.stats(images))
 
 
 def _prune(options: argparse.Namespace) -> None:
     images = _images(options)
     if options.limit_gb is not None:
-        cache_upkeep.set_limit(images, options.limit_gb)
-    print(cache_upkeep.prune(images))
-    print(cache_upkeep.stats(images))
+        maintenance.set_limit(images, options.limit_gb)
+    print(maintenance.prune(images))
+    print(maintenance.stats(images))
 
 
 def _clear(options: argparse.Namespace) -> None:
-    print(cache_upkeep.clear(_images(options)))
+    print(maintenance.clear(_images(options)))
 
 
 def _images(options: argparse.Namespace) -> Path:

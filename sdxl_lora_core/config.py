@@ -36,7 +36,6 @@ FILE_FORMATS = get_args(FileFormat)
 MERGE_METHODS = get_args(MergeMethod)
 BASE_LAYOUTS = get_args(BaseLayout)
 CONTROL_TYPES = get_args(ControlType)
-CACHE_LIMIT_GB = 10.0  # of the image cache, where its own folder says nothing else
 MICRO_CONDITIONING = (
     "original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height",
 )  # fmt: skip

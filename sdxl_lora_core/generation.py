@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cache.image_cache import ImageCache
 from .config import GenerateConfig
 from .control_nets import require_fit
 from .controls import Control, HintNumbers, active_controls, hint_numbers
 from .embedding_files import EmbeddingFile
 from .estimates import OnEstimate
 from .guidance import is_guided
-from .image_cache import ImageCache, key_of
+from .image_cache import key_of
 from .image_keys import KEYED_LIBRARIES, control_settings, image_facts, image_settings, start_settings
 from .image_maker import ImageMaker, offload_choice
 from .image_metadata import graph_texts, image_texts

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache.tensor_cache import minor_version
 from .files import json_sha256, write_text_atomic
-from .precompute import minor_version
 from .train_config import Checkpointing
 
 _OVERHEAD = 1.15  # of what a pass keeps: the tensors that the backward pass makes on its way

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .cache.tensor_cache import OnItem, is_readable, minor_version, store_tensors
 from .dataset.caption_dataset import CaptionEntry
-from .files import file_sha256, json_sha256, write_atomic
+from .files import file_sha256, json_sha256
 from .images.crop import Crop
 from .images.decode import open_alpha, open_image
 from .prompts import CHUNK_TOKENS, TokenIds, encode_prompt_sdxl, truncated_words
 from .runtime.device import release_memory
-from .safetensors_file import save_tensors
 from .sdxl.base import SDXLBase, load_part, load_tokenizers
 from .sdxl.latents import crop_mask, crop_pixels, encode_posterior
 from .sdxl.micro_conditioning import time_ids
-
-log = logging.getLogger("sdxl_lora")
-
-OnItem = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ def load_prompt(path: Path) -> tuple[Tensor, Tensor]:
 
 def store_prompt(path: Path, embeds: Tensor, pooled: Tensor) -> None:
     """Writes what `load_prompt` reads."""
-    _store(path, {"embeds": embeds, "pooled": pooled})
+    store_tensors(path, {"embeds": embeds, "pooled": pooled})
 
 
 def make_sample(base: SDXLBase, entry: CaptionEntry, crop: Crop, mirrored: bool, cache: Path) -> Sample:
@@ -117,7 +110,7 @@ def cache_prompts(
     base: SDXLBase, prompts: Mapping[str, Path], device: torch.device, dtype: torch.dtype, chunks: int, on_item: OnItem
 ) -> None:
     """Encodes what is not on disk yet, each to its prompt_file. The text encoders are gone from memory on return."""
-    missing = {prompt: path for prompt, path in prompts.items() if not _readable(path)}
+    missing = {prompt: path for prompt, path in prompts.items() if not is_readable(path)}
     if not missing:
         return
     tokenizers = load_tokenizers(base)
@@ -150,13 +143,13 @@ def cache_latents(base: SDXLBase, samples: Sequence[Sample], device: torch.devic
 
     Raises ValueError with the file's name if an image changed since it was listed or its latents are not finite.
     """
-    missing = [sample for sample in samples if not _readable(sample.latents_file)]
+    missing = [sample for sample in samples if not is_readable(sample.latents_file)]
     if not missing:
         return
     vae = load_part(base, "vae", torch.float32, device)
     for done, sample in enumerate(missing):
         on_item("encoding images", done, len(missing))
-        _store(sample.latents_file, _encode(vae, sample))
+        store_tensors(sample.latents_file, _encode(vae, sample))
     del vae
     release_memory(device)
 
@@ -164,9 +157,9 @@ def cache_latents(base: SDXLBase, samples: Sequence[Sample], device: torch.devic
 def cache_masks(samples: Sequence[Sample], on_item: OnItem) -> None:
     """Cuts the masks that are not on disk yet. Raises ValueError for one that changed since it was listed."""
     for done, sample in enumerate(samples):
-        if sample.mask_file is not None and not _readable(sample.mask_file):
+        if sample.mask_file is not None and not is_readable(sample.mask_file):
             on_item("reading masks", done, len(samples))
-            _store(sample.mask_file, {"mask": crop_mask(_open_mask(sample.entry), sample.crop, sample.mirrored)})
+            store_tensors(sample.mask_file, {"mask": crop_mask(_open_mask(sample.entry), sample.crop, sample.mirrored)})
 
 
 def _open_mask(entry: CaptionEntry) -> Image.Image:
@@ -199,24 +192,3 @@ def _encode(vae: object, sample: Sample) -> dict[str, Tensor]:
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise ValueError(f"{path.name} gives latents that are not finite: the base's VAE may be damaged")
     return {"mean": mean[0], "std": std[0]}
-
-
-def _store(path: Path, tensors: dict[str, Tensor]) -> None:
-    write_atomic(path, lambda temporary: save_tensors(temporary, tensors))
-
-
-def _readable(path: Path) -> bool:
-    """Whether the cached file is there and whole; a damaged one is made again."""
-    if not path.exists():
-        return False
-    try:
-        load_file(path)
-    except SafetensorError:
-        log.warning("the cached file %s is damaged and will be made again", path.name)
-        return False
-    return True
-
-
-def minor_version(library: str) -> str:
-    """What a cached value depends on of a library: patches change no number."""
-    return ".".join(version(library).split(".")[:2])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import precompute
+from .cache.tensor_cache import OnItem
 from .caption_variants import caption_variants
 from .dataset.buckets import epoch_batches
 from .dataset.caption_dataset import CaptionDataset, CaptionEntry
@@ -24,7 +25,7 @@ from .images.crop import Crop
 from .learning_encoders import learning_encoders
 from .losses import Objective
 from .new_tokens import all_trigger_words, placeholder_ids
-from .precompute import OnItem, Sample
+from .precompute import Sample
 from .prompts import stack_embeds
 from .sdxl.base import SDXLBase
 from .sdxl.loading import ENCODERS

@@ -22,13 +22,13 @@ from unittest import mock
 import numpy as np
 import torch
 
+from sdxl_lora_core.cache.image_cache import ImageCache
 from sdxl_lora_core.config import ControlConfig, GenerateConfig
 from sdxl_lora_core.control_nets import ControlNet
 from sdxl_lora_core.controls import Control
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation import generate
-from sdxl_lora_core.image_cache import ImageCache
 from sdxl_lora_core.lora_stack import LoRARef
 from sdxl_lora_core.losses import as_trained
 from sdxl_lora_core.presets import PRESETS, with_preset

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdxl_lora_core import cache_upkeep
-from sdxl_lora_core.image_cache import ImageCache, key_of
-from sdxl_lora_core.image_entries import entry_folder
+from sdxl_lora_core.cache import maintenance
+from sdxl_lora_core.cache.image_cache import ImageCache
+from sdxl_lora_core.cache.image_entries import entry_folder
+from sdxl_lora_core.image_cache import key_of
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_images import draw, hits, settings
 
@@ -87,8 +88,8 @@ def test_four_servers_and_1000_requests_make_each_image_once(micro_sdxl: Path, t
     assert sorted(map(int, made)) == list(range(images)), "no image was made twice"
     assert sum(int(out) for out, _ in answers) == 1000 - images
     assert "".join(err for _, err in answers) == "", "nobody had to be warned"
-    found = cache_upkeep.stats(tmp_path / "images")
-    assert found.images == images and cache_upkeep.verify(tmp_path / "images") == []
+    found = maintenance.stats(tmp_path / "images")
+    assert found.images == images and maintenance.verify(tmp_path / "images") == []
     total = int((tmp_path / "images/size.txt").read_text())  # servers that begin together may count an image twice
     assert found.size <= total <= found.size + 4 * max(file.stat().st_size for file in tmp_path.rglob("image.png")) * 2
     assert {file.name for file in (tmp_path / "images").rglob("*") if file.is_file()} == {
@@ -102,7 +103,7 @@ WRITE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from sdxl_lora_core.image_cache import ImageCache
+from sdxl_lora_core.cache.image_cache import ImageCache
 
 root, key, file, moment = Path(sys.argv[1]), *sys.argv[2:]
 replace, write_bytes = os.replace, Path.write_bytes
@@ -150,7 +151,7 @@ def test_killed_while_writing(tmp_path: Path, file: str, moment: str, was_there:
     with cache.locked([KEY], lambda: pytest.fail("the dead process still holds it")):
         cache.store(KEY, noise(1), {})
     np.testing.assert_array_equal(ImageCache(tmp_path).load(KEY), noise(1))
-    cache_upkeep.prune(tmp_path)
+    maintenance.prune(tmp_path)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"image.png", "manifest.json", "size.txt"}
 
 
@@ -160,7 +161,7 @@ FULL = """
 import logging, resource, sys
 from pathlib import Path
 import numpy as np
-from sdxl_lora_core.image_cache import ImageCache
+from sdxl_lora_core.cache.image_cache import ImageCache
 
 logging.basicConfig(format="%(message)s")
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file gets longer

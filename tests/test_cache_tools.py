@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_lora_core import cache_upkeep
+from sdxl_lora_core.cache import maintenance
+from sdxl_lora_core.cache.image_cache import ImageCache
 from sdxl_lora_core.cli import main
-from sdxl_lora_core.image_cache import ImageCache, key_of
+from sdxl_lora_core.image_cache import key_of
 from tools.run_workflow import ROOT, load_pack
 
 NODE: Any = load_pack().NODE_CLASS_MAPPINGS["SDXLImageCache"]
@@ -36,7 +37,7 @@ def damage(home: Path) -> str:
 
 def two_and_a_half(home: Path) -> float:
     """Room for two of the three images, in GB."""
-    return cache_upkeep.stats(home / "user/sdxl_lora/images").size / 3 * 2.5 / cache_upkeep.GB
+    return maintenance.stats(home / "user/sdxl_lora/images").size / 3 * 2.5 / maintenance.GB
 
 
 def cache(home: Path, *arguments: str) -> None:
@@ -106,7 +107,7 @@ def test_the_node_is_whole() -> None:
 
 def test_the_node_shows_the_cache(home: Path) -> None:
     report, images, gigabytes = run()
-    assert images == 3 and gigabytes == cache_upkeep.stats(home / "user/sdxl_lora/images").size / 1e9
+    assert images == 3 and gigabytes == maintenance.stats(home / "user/sdxl_lora/images").size / 1e9
     assert report.startswith("3 images, 0.00 GB of 10 GB\n")
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdxl_lora_core import cache_upkeep
-from sdxl_lora_core.image_cache import ImageCache, key_of
-from sdxl_lora_core.image_entries import entry_folder
+from sdxl_lora_core.cache import maintenance
+from sdxl_lora_core.cache.image_cache import ImageCache
+from sdxl_lora_core.cache.image_entries import entry_folder
+from sdxl_lora_core.image_cache import key_of
 
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 KEYS = [key_of({"number": number}) for number in range(10)]
@@ -45,24 +46,24 @@ def size_of(cache: ImageCache) -> int:
 
 def limit_to(cache: ImageCache, images: float) -> None:
     """As many images of `filled` as that."""
-    cache_upkeep.set_limit(cache.root, images * size_of(cache) / len(here(cache)) / cache_upkeep.GB)
+    maintenance.set_limit(cache.root, images * size_of(cache) / len(here(cache)) / maintenance.GB)
 
 
 # The limit
 
 
 def test_ten_gigabytes_unless_the_folder_says_otherwise(cache: ImageCache) -> None:
-    assert cache_upkeep.limit(cache.root) == 10 * 10**9
-    cache_upkeep.set_limit(cache.root, 2.5)
-    assert cache_upkeep.limit(cache.root) == 2_500_000_000
+    assert maintenance.limit(cache.root) == 10 * 10**9
+    maintenance.set_limit(cache.root, 2.5)
+    assert maintenance.limit(cache.root) == 2_500_000_000
     (cache.root / "limit_gb.txt").write_text("lots")
-    assert cache_upkeep.limit(cache.root) == 10 * 10**9
+    assert maintenance.limit(cache.root) == 10 * 10**9
 
 
 @pytest.mark.parametrize("gigabytes", [0, -1, float("nan"), float("inf")])
 def test_a_limit_is_a_size(cache: ImageCache, gigabytes: float) -> None:
     with pytest.raises(ValueError, match="limit_gb is .*: give a size above 0"):
-        cache_upkeep.set_limit(cache.root, gigabytes)
+        maintenance.set_limit(cache.root, gigabytes)
 
 
 def test_what_was_not_used_for_longest_goes_first(filled: ImageCache) -> None:
@@ -70,11 +71,11 @@ def test_what_was_not_used_for_longest_goes_first(filled: ImageCache) -> None:
     assert filled.load(KEYS[0]) is not None  # now it was used last
     filled.store(key_of({"number": 10}), PIXELS, {})
     assert here(filled) == [0, 3, 4, 5, 6, 7, 8, 9]  # and number 10: 90 % of the limit
-    assert size_of(filled) <= 0.9 * cache_upkeep.limit(filled.root)
+    assert size_of(filled) <= 0.9 * maintenance.limit(filled.root)
 
 
 def test_below_the_limit_nothing_is_looked_through(filled: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_upkeep, "entries", lambda root: pytest.fail("looked through the cache"))
+    monkeypatch.setattr(maintenance, "entries", lambda root: pytest.fail("looked through the cache"))
     filled.store(KEYS[3], PIXELS, {})
     assert int((filled.root / "size.txt").read_text()) == size_of(filled) * 11 // 10  # it errs upwards
 
@@ -92,12 +93,12 @@ def test_a_lost_count_is_counted_anew(filled: ImageCache, text: str | None) -> N
 def test_an_image_that_somebody_makes_is_not_dropped(filled: ImageCache) -> None:
     limit_to(filled, 2.5)
     with ImageCache(filled.root).locked([KEYS[0]]):
-        cache_upkeep.prune(filled.root)
+        maintenance.prune(filled.root)
     assert here(filled) == [0, 8, 9]
 
 
 def test_the_image_just_made_stays_however_small_the_limit(cache: ImageCache) -> None:
-    cache_upkeep.set_limit(cache.root, 1e-9)
+    maintenance.set_limit(cache.root, 1e-9)
     for key in KEYS[:3]:
         with cache.locked([key]):
             cache.store(key, PIXELS, {})
@@ -106,7 +107,7 @@ def test_the_image_just_made_stays_however_small_the_limit(cache: ImageCache) ->
 
 def test_limit_holds_among_threads(filled: ImageCache) -> None:
     limit_to(filled, 5)
-    allowed = cache_upkeep.limit(filled.root)
+    allowed = maintenance.limit(filled.root)
     largest = []
 
     def work(number: int) -> None:
@@ -137,11 +138,11 @@ def test_a_cache_that_cannot_be_counted_costs_one_warning(filled: ImageCache, ca
 
 
 def test_stats(filled: ImageCache, tmp_path: Path) -> None:
-    found = cache_upkeep.stats(filled.root)
+    found = maintenance.stats(filled.root)
     assert (found.images, found.size, found.limit) == (10, size_of(filled), 10 * 10**9)
     assert found.oldest is not None and found.newest is not None
     assert found.newest - found.oldest == pytest.approx(540, abs=1)
-    assert cache_upkeep.stats(tmp_path / "nowhere") == cache_upkeep.Stats(0, 0, 10 * 10**9, None, None)
+    assert maintenance.stats(tmp_path / "nowhere") == maintenance.Stats(0, 0, 10 * 10**9, None, None)
 
 
 def test_prune_drops_what_the_limit_does_not_hold_and_what_killed_processes_left(filled: ImageCache) -> None:
@@ -151,20 +152,20 @@ def test_prune_drops_what_the_limit_does_not_hold_and_what_killed_processes_left
     half.with_suffix(".lock").touch()
     before = size_of(filled)
     limit_to(filled, 8.2)
-    freed = cache_upkeep.prune(filled.root)
+    freed = maintenance.prune(filled.root)
     assert here(filled) == [2, 3, 4, 5, 6, 7, 8, 9] and not half.exists()
     assert not list(filled.root.rglob("*.lock"))
     assert (freed.images, freed.size, freed.left) == (2, before - size_of(filled), size_of(filled))
 
 
 def test_clear_leaves_nothing_but_the_limit(filled: ImageCache, tmp_path: Path) -> None:
-    cache_upkeep.set_limit(filled.root, 3)
-    assert cache_upkeep.clear(filled.root).images == 10
+    maintenance.set_limit(filled.root, 3)
+    assert maintenance.clear(filled.root).images == 10
     assert here(filled) == [] and size_of(filled) == 0
-    assert cache_upkeep.limit(filled.root) == 3 * 10**9
+    assert maintenance.limit(filled.root) == 3 * 10**9
     filled.store(KEYS[0], PIXELS, {})
     assert filled.load(KEYS[0]) is not None
-    assert cache_upkeep.clear(tmp_path / "nowhere") == cache_upkeep.Freed(0, 0, 0)
+    assert maintenance.clear(tmp_path / "nowhere") == maintenance.Freed(0, 0, 0)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -176,7 +177,7 @@ def test_links_and_foreign_files_are_left_alone(filled: ImageCache, tmp_path: Pa
     (filled.root / "v1" / "ab" / ("ab" * 32)).symlink_to(elsewhere)
     (filled.root / "v1" / "notes").mkdir()
     (filled.root / "v1" / "notes" / "mine.txt").touch()
-    cache_upkeep.clear(filled.root)
+    maintenance.clear(filled.root)
     assert (elsewhere / "photo.png").exists() and (filled.root / "v1" / "notes" / "mine.txt").exists()
 
 
@@ -184,8 +185,8 @@ def test_verify_names_the_damaged_and_removes_them_when_told(filled: ImageCache)
     image = entry_folder(filled.root, KEYS[4]) / "image.png"
     image.write_bytes(image.read_bytes()[:-1])
     seen = []
-    assert cache_upkeep.verify(filled.root, on_image=lambda done, total: seen.append((done, total))) == [KEYS[4]]
+    assert maintenance.verify(filled.root, on_image=lambda done, total: seen.append((done, total))) == [KEYS[4]]
     assert seen == [(number, 10) for number in range(1, 11)]
-    assert cache_upkeep.verify(filled.root, remove=True) == [KEYS[4]]
+    assert maintenance.verify(filled.root, remove=True) == [KEYS[4]]
     assert here(filled) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    assert cache_upkeep.verify(filled.root) == []
+    assert maintenance.verify(filled.root) == []

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_lora_core import image_cache
-from sdxl_lora_core.image_cache import ImageCache, key_of
+from sdxl_lora_core.cache import image_cache
+from sdxl_lora_core.cache.image_cache import ImageCache
+from sdxl_lora_core.image_cache import key_of
 
 REPOSITORY = Path(__file__).parent.parent
 KEY = key_of({"prompt": "a red circle"})
@@ -201,7 +202,7 @@ MAKE_ONCE = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from sdxl_lora_core.image_cache import ImageCache
+from sdxl_lora_core.cache.image_cache import ImageCache
 cache, log, key = ImageCache(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
 with cache.locked([key]):
     if cache.load(key) is None:
@@ -215,7 +216,7 @@ sys.exit(cache.load(key) is None)
 HOLD = """
 import sys, time
 from pathlib import Path
-from sdxl_lora_core.image_cache import ImageCache
+from sdxl_lora_core.cache.image_cache import ImageCache
 with ImageCache(Path(sys.argv[1])).locked([sys.argv[2]]):
     print("held", flush=True)
     time.sleep(60)

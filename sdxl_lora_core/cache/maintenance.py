@@ -9,14 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import CACHE_LIMIT_GB
-from .files import write_text_atomic
+from ..files import write_text_atomic
 from .image_entries import DAMAGE, Entry, entries, held, read_entry, read_latents, remove_entry, shelves
 
 LIMIT, SIZE = "limit_gb.txt", "size.txt"
 GB = 10**9
 KEPT_SHARE = 0.9  # of the limit when it is passed, or every further image would look through the whole cache
 _PATIENCE = 10.0  # seconds, while another process makes room
+CACHE_LIMIT_GB = 10.0  # of the image cache, where its own folder says nothing else
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .files import canonical_json, write_atomic, write_text_atomic
-from .images.png import png_info
+from ..files import canonical_json, write_atomic, write_text_atomic
+from ..images.png import png_info
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

@@ -1,0 +1,116 @@
+"""Generated images on disk: each is made once, checked whenever it is read, and never the reason a generation fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from . import maintenance
+from .image_entries import DAMAGE, entry_folder, lock_of, mark_used, read_entry, read_latents, release, write_entry
+
+log = logging.getLogger("sdxl_lora")
+
+LOCK_SECONDS = 600.0
+POLL_SECONDS = 0.2
+CANNOT_WRITE = "the image cache cannot be written, so images are not kept: %s"
+CANNOT_COUNT = "the image cache cannot be counted, so it may outgrow its limit: %s"
+
+
+class ImageCache:
+    """A folder with an entry for each key, see image_entries. What was not used for longest goes at the size limit.
+
+    A damaged entry counts as missing and is replaced by the next `store`. A disk that is full or read-only costs the
+    cache, not the image. Either is said once for each ImageCache.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._warned: set[str] = set()
+
+    def load(self, key: str) -> np.ndarray | None:
+        """The pixels stored under `key` (uint8 [H, W, 3]), or None."""
+        folder = entry_folder(self.root, key)
+        try:
+            pixels = read_entry(folder)
+        except FileNotFoundError:
+            return None
+        except DAMAGE as error:
+            self._warn_once("read", "a cached image is damaged and will be made again (%s): %s", key[:12], error)
+            return None
+        mark_used(folder)
+        return pixels
+
+    def load_latents(self, key: str) -> Tensor | None:
+        """The latents that were stored with the image under `key`, [4, H/8, W/8], or None."""
+        try:
+            return read_latents(entry_folder(self.root, key))
+        except FileNotFoundError:
+            return None
+        except DAMAGE as error:
+            self._warn_once("read", "cached latents are damaged and will be made again (%s): %s", key[:12], error)
+            return None
+
+    def store(
+        self,
+        key: str,
+        pixels: np.ndarray,
+        manifest: Mapping[str, Any],
+        texts: Mapping[str, str] | None = None,
+        latents: Tensor | None = None,
+    ) -> np.ndarray:
+        """Keeps `pixels` (uint8 [H, W, 3]) under `key` and returns what a later `load` will return.
+
+        `texts` become text chunks of the PNG, `latents` lie beside it.
+        """
+        try:
+            written = write_entry(entry_folder(self.root, key), pixels, manifest, texts or {}, latents)
+        except OSError as error:
+            self._warn_once("write", CANNOT_WRITE, error)
+            return pixels
+        try:
+            maintenance.count_in(self.root, written)
+        except (OSError, NotImplementedError) as error:
+            self._warn_once("count", CANNOT_COUNT, error)
+        return pixels
+
+    @contextmanager
+    def locked(self, keys: Iterable[str], waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Keeps other processes and threads from making the same images meanwhile.
+
+        `waiting` is called several times a second while another one holds a lock; it may raise to give up. After
+        LOCK_SECONDS, or where locks cannot be made, the block runs without: work may be done twice, no file is torn.
+        """
+        with ExitStack() as held:
+            for key in sorted(set(keys)):  # one order for all, or two processes could wait for each other
+                self._lock(held, key, waiting)
+            yield
+
+    def _lock(self, held: ExitStack, key: str, waiting: Callable[[], object]) -> None:
+        from filelock import Timeout
+
+        lock = lock_of(entry_folder(self.root, key))
+        deadline = time.monotonic() + LOCK_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=POLL_SECONDS, poll_interval=POLL_SECONDS / 4)
+            except Timeout:  # an OSError as well: it has to stand first
+                waiting()
+            except (OSError, NotImplementedError) as error:
+                return self._warn_once("write", CANNOT_WRITE, error)
+            else:
+                held.callback(release, lock)
+                return None
+        return self._warn_once("lock", "waited %.0f s for another process and go on without it", LOCK_SECONDS)
+
+    def _warn_once(self, kind: str, message: str, *details: object) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log.warning(message, *details)
