@@ -20,7 +20,6 @@ from .cache.image_cache import ImageCache
 from .config import GenerateConfig
 from .control_nets import require_fit
 from .controls import Control, HintNumbers, active_controls, hint_numbers
-from .embedding_files import EmbeddingFile
 from .estimates import OnEstimate
 from .guidance import is_guided
 from .image_cache import key_of
@@ -34,8 +33,9 @@ from .samplers import SOLVERS, require_libraries
 from .sdxl.base import SDXLBase
 from .sdxl.precision import resolve_dtype
 from .start_images import EncodedStart, StartImage, enlarged, require_counts
+from .text.embedding_files import EmbeddingFile
+from .text.text_model import TextEmbeds
 from .text_embeds import TextPhase
-from .text_model import TextEmbeds
 
 OnStep = Callable[[int, int], None]
 READERS = 4  # images read from the cache at a time; most of a reading is unpacking, which leaves Python to others

@@ -21,7 +21,6 @@ from .guidance import guidance_interval, guidance_rescale, is_guided
 from .image_keys import attention_backend
 from .lora_stack import StackEntry, load_merged, part_key, restack
 from .micro_conditioning import micro_conditioning
-from .prompts import stack_embeds
 from .runtime.loaded_parts import LoadedParts
 from .samplers import SOLVERS
 from .schedulers import make_scheduler
@@ -29,7 +28,8 @@ from .sdxl.base import SDXLBase, load_part
 from .sdxl.latents import VAE_SCALE, unscaled
 from .sdxl.loading import Part
 from .start_images import EncodedStart, PutBack, StartImage, begin, encode_start
-from .text_model import TextEmbeds
+from .text.encoding import stack_embeds
+from .text.text_model import TextEmbeds
 
 OnStep = Callable[[int], object]
 

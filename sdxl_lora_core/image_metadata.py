@@ -12,9 +12,9 @@ from .images.png import AI_GENERATED, LONGEST_TEXT, XMP
 if TYPE_CHECKING:
     from .config import GenerateConfig
     from .controls import Control
-    from .embedding_files import EmbeddingFile
     from .lora_stack import StackEntry
     from .sdxl.base import SDXLBase
+    from .text.embedding_files import EmbeddingFile
 
 _SHORT_HASH = 10  # what Civitai and A1111 call AutoV2: the first digits of the file's SHA-256
 _SAMPLERS = {

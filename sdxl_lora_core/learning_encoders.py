@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, encoder_rate
 from .lora_modules import LoRAFile
-from .new_tokens import TokenEmbedding, add_tokens, start_vectors, tokens_of
+from .new_tokens import tokens_of
 from .optimizers import ParameterGroup
-from .prompts import TokenIds, encode_text, stack_embeds
 from .sdxl.base import SDXLBase, load_part, load_tokenizers
 from .sdxl.loading import ENCODERS, Part
+from .text.encoding import TokenIds, encode_text, stack_embeds
+from .text.new_tokens import TokenEmbedding, add_tokens, start_vectors
 from .train_config import TrainConfig
 
 

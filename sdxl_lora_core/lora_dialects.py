@@ -59,9 +59,6 @@ _PARTS: tuple[tuple[str, Part, bool], ...] = (  # the prefix, its part, whether 
     ("model.diffusion_model.", "unet", False),
     ("diffusion_model.", "unet", False),
 )
-ENCODER_KEYS: Mapping[Part, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-_ENCODERS: Mapping[str, Part] = {key: part for part, key in ENCODER_KEYS.items()}
-_BUNDLED = re.compile(rf"bundle_emb\.(.+)\.({'|'.join(_ENCODERS)})")
 _PEFT_WRAPPER = "base_model.model."
 _DIFFUSERS_UNET = re.compile(
     r"(down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)(\.|$)"
@@ -98,24 +95,6 @@ def place_of(key: str) -> Place | None:
     path = dotted(name) if flat else name
     module = _unet_module(path) if part == "unet" else _text_module(path)
     return None if module is None else Place(part, module)
-
-
-class Token(NamedTuple):
-    """Whose vectors a tensor holds: a new token's, for one text encoder."""
-
-    name: str
-    part: Part
-
-
-def bundled_token(key: str) -> Token | None:
-    """The new token whose vectors lie under a key; the spelling is OneTrainer's, and A1111 and ComfyUI read it."""
-    found = _BUNDLED.fullmatch(key)
-    return Token(found[1], _ENCODERS[found[2]]) if found else None
-
-
-def bundled_key(name: str, part: Part) -> str:
-    """The way back from bundled_token."""
-    return f"bundle_emb.{name}.{ENCODER_KEYS[part]}"
 
 
 def peft_alpha(settings: Mapping[str, Any], place: Place, rank: int) -> float:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from .config import FileFormat
 from .files import canonical_json
 from .optimizers import CLASSES, optimizer_settings
-from .prompts import CHUNK_TOKENS
 from .sdxl.precision import Precision
+from .text.encoding import CHUNK_TOKENS
 from .train_config import TrainConfig
 
 IMPLEMENTATIONS: dict[FileFormat, str] = {

@@ -20,11 +20,11 @@ from .files import file_sha256, json_sha256
 from .lora_files import read_lora, settings_file
 from .lora_merge import Stack, Strength, changes_of, fitting_weights, merge_stack, merge_weight
 from .lora_modules import AdapterModule, LoRAFile
-from .new_tokens import Vectors
 from .sdxl.base import SDXLBase, load_part
 from .sdxl.blocks import read_block_values, value_for
 from .sdxl.loading import PARTS, Part
 from .sdxl.weight_reader import BaseWeights
+from .text.embedding_files import Vectors
 
 log = logging.getLogger("sdxl_lora")
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .config import FileFormat
-from .lora_dialects import bundled_key
 from .lora_modules import DiffModule, LoRAFile, LoRAModule
 from .sdxl.loading import Part
 from .sdxl.unet_names import sai_block_name
+from .text.embedding_files import bundled_key
 
 _KOHYA_PREFIXES: dict[Part, str] = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 _COMFYUI_PREFIXES: dict[Part, str] = {

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import GenerateConfig
-from .embedding_files import EmbeddingFile, open_embedding
-from .prompt_syntax import Piece, Reading, read_comfy
+from .text.embedding_files import EmbeddingFile, open_embedding
+from .text.prompt_syntax import Piece, Reading, read_comfy
 
 # Raised when a prompt syntax is read in another way, so that images made the old way are not found.
 PARSER_VERSIONS = {"plain": 1, "comfy": 1}

@@ -14,12 +14,12 @@ from torch import nn
 
 from .files import json_sha256
 from .lora_stack import StackEntry, load_merged, part_key, restacking
-from .precompute import load_prompt, prompt_file, store_prompt
 from .prompt_reading import PromptReader
 from .runtime.loaded_parts import LoadedParts
 from .sdxl.base import TOKENIZERS, SDXLBase, load_tokenizers
 from .sdxl.loading import ENCODERS
-from .text_model import TextEmbeds, TextModel
+from .text.prompt_cache import load_prompt, prompt_file, store_prompt
+from .text.text_model import TextEmbeds, TextModel
 
 log = logging.getLogger("sdxl_lora")
 

@@ -22,7 +22,7 @@ from .lora_metadata import FolderFacts, lora_metadata, tag_counts
 from .lora_modules import LoRAFile, LoRAModule, with_dora_scale
 from .lora_writing import kohya_state_dict
 from .losses import as_trained
-from .new_tokens import all_trigger_words, require_shown, write_embedding
+from .new_tokens import all_trigger_words, require_shown
 from .optimizers import require_library
 from .processes import require_work_for_all
 from .progress import OnStep, StepReport
@@ -34,6 +34,7 @@ from .runtime.loaded_parts import LoadedParts
 from .sampling import Sampler, Samples
 from .sdxl.base import SDXLBase, load_part
 from .sdxl.precision import DTYPES, resolve_dtype
+from .text.embedding_files import write_embedding
 from .train_config import TrainConfig
 from .training_loop import train_adapter
 from .watching import require_lookable

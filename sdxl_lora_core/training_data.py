@@ -26,9 +26,10 @@ from .learning_encoders import learning_encoders
 from .losses import Objective
 from .new_tokens import all_trigger_words, placeholder_ids
 from .precompute import Sample
-from .prompts import stack_embeds
 from .sdxl.base import SDXLBase
 from .sdxl.loading import ENCODERS
+from .text.encoding import stack_embeds
+from .text.prompt_cache import cache_prompts, load_prompt, prompt_file
 from .train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
@@ -118,7 +119,7 @@ class TrainingData:
 
     def _prompt_file(self, caption: str) -> Path:
         chunks = self.config.caption_chunks
-        return precompute.prompt_file(self.base, caption, self.cache_folder, self.dtype, self.device, chunks)
+        return prompt_file(self.base, caption, self.cache_folder, self.dtype, self.device, chunks)
 
     def cache(self, on_item: OnItem) -> None:
         """Makes every tensor that is not on disk yet. Says in the log which captions are cut, or read in every step."""
@@ -130,7 +131,7 @@ class TrainingData:
             log.warning("the caption of %s is too long for caption_chunks, not seen: %s", name, words)
         samples = [sample for variants in self.variants for sample in variants] + self.validation
         chunks = self.config.caption_chunks
-        precompute.cache_prompts(self.base, self.prompt_files, self.device, self.dtype, chunks, on_item)
+        cache_prompts(self.base, self.prompt_files, self.device, self.dtype, chunks, on_item)
         precompute.cache_latents(self.base, samples, self.device, on_item)
         if self.config.masked_loss:
             precompute.cache_masks(samples, on_item)
@@ -182,7 +183,7 @@ class TrainingData:
                 yield self._stack([Row(sample, sample.entry.caption, latents, noise, noise, timestep)])
 
     def _stack(self, rows: Sequence[Row]) -> Batch:
-        prompts = [precompute.load_prompt(self.prompt_files[row.caption]) for row in rows if self.reads_prompts]
+        prompts = [load_prompt(self.prompt_files[row.caption]) for row in rows if self.reads_prompts]
         masks = torch.stack([row.sample.mask() for row in rows]) if self.config.masked_loss else None
         return Batch(
             latents=torch.stack([row.latents for row in rows]).to(self.device),

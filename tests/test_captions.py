@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_lora_core import precompute
 from sdxl_lora_core.caption_variants import caption_variants
-from sdxl_lora_core.prompts import encode_prompt_sdxl, stack_embeds, truncated_words
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
+from sdxl_lora_core.text.encoding import encode_prompt_sdxl, stack_embeds, truncated_words
+from sdxl_lora_core.text.prompt_cache import load_prompt
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import TrainingData
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
@@ -122,7 +122,7 @@ def test_a_list_in_metadata_holds_several_captions(pictures: Path, tmp_path: Pat
 
 def shown_with(data: TrainingData, base: SDXLBase, index: int, steps: int) -> list[int]:
     """Which of the image's captions each step has, found by its embeddings."""
-    embeds = [precompute.load_prompt(data.prompt_files[caption])[0] for caption in data.captions[index]]
+    embeds = [load_prompt(data.prompt_files[caption])[0] for caption in data.captions[index]]
     drawn = [data.batch([index], step, 0, objective(base)).embeds[0] for step in range(steps)]
     return [next(n for n, known in enumerate(embeds) if torch.equal(known, shown)) for shown in drawn]
 

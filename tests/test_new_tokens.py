@@ -23,10 +23,11 @@ from sdxl_lora_core.lora_info import describe_lora
 from sdxl_lora_core.lora_metadata import trigger_words
 from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef
-from sdxl_lora_core.new_tokens import TokenEmbedding, add_tokens, all_trigger_words, read_new_tokens
-from sdxl_lora_core.prompts import encode_prompt_sdxl, token_ids, truncated_words
+from sdxl_lora_core.new_tokens import all_trigger_words, read_new_tokens
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
+from sdxl_lora_core.text.encoding import encode_prompt_sdxl, token_ids, truncated_words
+from sdxl_lora_core.text.new_tokens import TokenEmbedding, add_tokens
 from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdxl_lora_core.embedding_files import EmbeddingFile, open_embedding
-from sdxl_lora_core.prompt_syntax import Piece, Reading, chunked, read_comfy
-from sdxl_lora_core.prompts import encode_prompt_sdxl
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
-from sdxl_lora_core.text_model import TextModel
+from sdxl_lora_core.text.embedding_files import EmbeddingFile, open_embedding
+from sdxl_lora_core.text.encoding import encode_prompt_sdxl
+from sdxl_lora_core.text.prompt_syntax import Piece, Reading, chunked, read_comfy
+from sdxl_lora_core.text.text_model import TextModel
 from tests.micro_images import WatchedParts, draw, hits, pixels, settings
 
 CAT = EmbeddingFile("cat", Path("cat.safetensors"), "0" * 64)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from sdxl_lora_core.prompts import encode_prompt_sdxl, truncated_words
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
+from sdxl_lora_core.text.encoding import encode_prompt_sdxl, truncated_words
 
 LONG = " ".join(f"word{number}" for number in range(90))
 

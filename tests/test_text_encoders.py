@@ -20,9 +20,9 @@ from sdxl_lora_core.lora_files import read_lora, write_lora
 from sdxl_lora_core.lora_merge import merge_into
 from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora_stack import LoRARef
-from sdxl_lora_core.prompts import encode_prompt_sdxl
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
+from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.train_config import TrainConfig
 from sdxl_lora_core.training_data import Batch
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes

@@ -19,9 +19,9 @@ from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.lora_files import write_lora
 from sdxl_lora_core.lora_merge import merge_into
 from sdxl_lora_core.lora_modules import LoRAFile
-from sdxl_lora_core.new_tokens import write_embedding
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
+from sdxl_lora_core.text.embedding_files import write_embedding
 from sdxl_lora_core.train_config import TrainConfig
 
 CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.prompt_reading import PromptReader
-from sdxl_lora_core.prompt_syntax import chunked
-from sdxl_lora_core.prompts import token_ids
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.sdxl.loading import ENCODERS
-from sdxl_lora_core.text_model import TextModel
+from sdxl_lora_core.text.encoding import token_ids
+from sdxl_lora_core.text.prompt_syntax import chunked
+from sdxl_lora_core.text.text_model import TextModel
 
 WIDTHS = {"clip_l": 64, "clip_g": 96}  # of tiny-sdxl
 LONG = "a very long prompt, " * 20

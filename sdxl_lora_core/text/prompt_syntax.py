@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .prompts import CHUNK_TOKENS
+from .encoding import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from .embedding_files import EmbeddingFile

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .embedding_files import EmbeddingFile
-from .lora_dialects import ENCODER_KEYS
-from .new_tokens import Vectors, added_tokens
+from ..sdxl.loading import ENCODERS, Part
+from .embedding_files import ENCODER_KEYS, EmbeddingFile, Vectors
+from .encoding import TokenIds, encode_weighted, token_ids
+from .new_tokens import added_tokens
 from .prompt_syntax import Piece, Reading, Token, chunked
-from .prompts import TokenIds, encode_weighted, token_ids
-from .sdxl.loading import ENCODERS, Part
 
 log = logging.getLogger("sdxl_lora")
 

@@ -10,25 +10,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import file_sha256
-from .lora_dialects import ENCODER_KEYS, bundled_token
-from .new_tokens import Vectors
-from .safetensors_file import WeightsHeader, first_names, read_header
-from .sdxl.loading import ENCODERS, Part
+from ..files import file_sha256, write_atomic
+from ..safetensors_file import WeightsHeader, first_names, read_header, save_tensors
+from ..sdxl.loading import ENCODERS, Part
+
+ENCODER_KEYS: Mapping[Part, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 _SPELLINGS: tuple[Mapping[Part, str], ...] = (
     ENCODER_KEYS,
     {"text_encoder": "text_encoders_0", "text_encoder_2": "text_encoders_1"},
 )
 _OTHERS = {768: "for Stable Diffusion 1.x", 1024: "for Stable Diffusion 2.x"}  # by the length of a vector
+_ENCODERS: Mapping[str, Part] = {key: part for part, key in ENCODER_KEYS.items()}
+_BUNDLED = re.compile(rf"bundle_emb\.(.+)\.({'|'.join(_ENCODERS)})")
+
+Vectors = Mapping[Part, Tensor]  # what a token stands for: [n, 768] for the first encoder, [n, 1280] for the second
 
 
 @dataclass(frozen=True)
@@ -95,3 +101,27 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _count(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) > 1 else 1
+
+
+class Token(NamedTuple):
+    """Whose vectors a tensor holds: a new token's, for one text encoder."""
+
+    name: str
+    part: Part
+
+
+def bundled_token(key: str) -> Token | None:
+    """The new token whose vectors lie under a key; the spelling is OneTrainer's, and A1111 and ComfyUI read it."""
+    found = _BUNDLED.fullmatch(key)
+    return Token(found[1], _ENCODERS[found[2]]) if found else None
+
+
+def bundled_key(name: str, part: Part) -> str:
+    """The way back from bundled_token."""
+    return f"bundle_emb.{name}.{ENCODER_KEYS[part]}"
+
+
+def write_embedding(path: Path, vectors: Vectors) -> None:
+    """One token alone, as ComfyUI and A1111 read it from their folder `embeddings`: float32 clip_l and clip_g."""
+    tensors = {ENCODER_KEYS[part]: tensor.float() for part, tensor in vectors.items()}
+    write_atomic(path, lambda file: save_tensors(file, tensors))
