@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.config import CONTROL_TYPES, ControlConfig
-from ..sdxl_lora_core.control_nets import describe_control_net, open_control_net
-from ..sdxl_lora_core.controls import Control
+from ..sdxl_lora_core.control.config import CONTROL_TYPES, ControlConfig
+from ..sdxl_lora_core.control.control import Control
+from ..sdxl_lora_core.control.control_net import describe_control_net, open_control_net
 from . import choices
 from .host.folders import cache_folder
 from .previews import show

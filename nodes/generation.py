@@ -14,7 +14,7 @@ from ..sdxl_lora_core.config import (
     PROMPT_SYNTAXES,
     GenerateConfig,
 )
-from ..sdxl_lora_core.controls import Control
+from ..sdxl_lora_core.control.control import Control
 from ..sdxl_lora_core.generation import GeneratedImage, generate
 from ..sdxl_lora_core.lora_stack import fit_of
 from ..sdxl_lora_core.samplers import SAMPLERS, SCHEDULES

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import cli_cache
-from .control_nets import describe_control_net, open_control_net
+from .control.control_net import describe_control_net, open_control_net
 from .dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from .dataset.config import DatasetConfig
 from .dataset.report import describe

@@ -21,12 +21,6 @@ Offload = Literal["auto", "none", "phase"]
 FileFormat = Literal["kohya", "peft", "comfyui"]
 MergeMethod = Literal["concatenate", "linear", "svd", "ties", "dare", "dare_ties"]
 BaseLayout = Literal["single_file", "diffusers"]
-
-# As a ControlNet-Union numbers them, in ComfyUI's words; auto is for nets that take one kind of picture.
-ControlType = Literal[
-    "auto", "openpose", "depth", "hed/pidi/scribble/ted", "canny/lineart/anime_lineart/mlsd", "normal", "segment",
-    "tile", "repaint",
-]  # fmt: skip
 CACHE_MODES = get_args(CacheMode)
 PROMPT_SYNTAXES = get_args(PromptSyntax)
 LONG_PROMPTS = get_args(LongPrompts)
@@ -35,7 +29,6 @@ OFFLOADS = get_args(Offload)
 FILE_FORMATS = get_args(FileFormat)
 MERGE_METHODS = get_args(MergeMethod)
 BASE_LAYOUTS = get_args(BaseLayout)
-CONTROL_TYPES = get_args(ControlType)
 MICRO_CONDITIONING = (
     "original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height",
 )  # fmt: skip
@@ -185,30 +178,6 @@ class GenerateConfig:
         if not self.prompt_per_line:
             return (self.prompt,)
         return tuple(line.strip() for line in self.prompt.splitlines() if line.strip()) or ("",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlConfig:
-    """How a ControlNet acts: from start_percent to end_percent, shares of the way from the noisiest of the base's noise
-    levels to the cleanest (ComfyUI's words; 0 to 1). control_type is what the picture shows, for a ControlNet-Union.
-    """
-
-    strength: float = 1.0
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-
-    control_type: ControlType = "auto"
-
-    def __post_init__(self) -> None:
-        check_range(self, "strength", 0, 10)
-        check_range(self, "start_percent", 0, 1)
-        check_range(self, "end_percent", 0, 1)
-        check_choice(self, "control_type", CONTROL_TYPES)
-        if self.start_percent >= self.end_percent:
-            raise ValueError(
-                f"start_percent is {self.start_percent:g} and end_percent {self.end_percent:g}: the start comes first; "
-                "to turn the ControlNet off, set strength to 0"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

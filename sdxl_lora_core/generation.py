@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .cache.image_cache import ImageCache
 from .config import GenerateConfig
-from .control_nets import require_fit
-from .controls import Control, HintNumbers, active_controls, hint_numbers
+from .control.control import Control, HintNumbers, active_controls
+from .control.control_net import require_fit
+from .controls import hint_numbers
 from .estimates import OnEstimate
 from .guidance import is_guided
 from .image_cache import key_of

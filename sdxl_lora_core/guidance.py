@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import BASES_RESCALE, GenerateConfig
+from .control.controlled_unet import way_done
 from .sdxl.base import SDXLBase
 
 _ZERO_SNR_RESCALE = 0.7  # phi of Lin et al., arXiv 2305.08891, section 3.4
@@ -35,11 +36,6 @@ def guidance_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]:
         **({"guidance_rescale": float(rescale)} if rescale else {}),
         **({"guidance_interval": interval} if interval != [0, 1] else {}),
     }
-
-
-def way_done(timestep: Tensor, noise_levels: int) -> float:
-    """The share of the way from the noisiest of the training's `noise_levels` to the cleanest, 0 to 1."""
-    return 1 - float(timestep) / (noise_levels - 1)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .config import GenerateConfig
-from .controls import Control, HintNumbers
+from .control.control import Control, HintNumbers
 from .guidance import guidance_settings, is_guided
 from .image_cache import key_of
 from .lora_merge import MERGE_VERSION

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import LARGEST_SIDE, GenerateConfig
-from .control_net_loading import load_control_net, load_key
-from .controlled_unet import ActiveControl, controlled
-from .controls import Control, HintNumbers
+from .control.control import Control, HintNumbers
+from .control.control_net import load_control_net, load_key
+from .control.controlled_unet import ActiveControl, controlled
 from .estimates import OnEstimate, tell_estimates
 from .guidance import guidance_interval, guidance_rescale, is_guided
 from .image_keys import attention_backend

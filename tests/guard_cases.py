@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from sdxl_lora_core.cache.image_cache import ImageCache
-from sdxl_lora_core.config import ControlConfig, GenerateConfig
-from sdxl_lora_core.control_nets import ControlNet
-from sdxl_lora_core.controls import Control
+from sdxl_lora_core.config import GenerateConfig
+from sdxl_lora_core.control.config import ControlConfig
+from sdxl_lora_core.control.control import Control
+from sdxl_lora_core.control.control_net import ControlNet
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation import generate

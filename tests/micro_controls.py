@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdxl_lora_core.config import ControlConfig
-from sdxl_lora_core.control_nets import open_control_net
-from sdxl_lora_core.controls import Control
+from sdxl_lora_core.control.config import ControlConfig
+from sdxl_lora_core.control.control import Control
+from sdxl_lora_core.control.control_net import open_control_net
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 

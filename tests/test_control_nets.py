@@ -11,8 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from sdxl_lora_core.cli import main
-from sdxl_lora_core.control_net_loading import load_control_net, load_key
-from sdxl_lora_core.control_nets import describe_control_net, open_control_net, require_control_net, require_fit
+from sdxl_lora_core.control.control_net import (
+    describe_control_net,
+    load_control_net,
+    load_key,
+    open_control_net,
+    require_control_net,
+    require_fit,
+)
 from sdxl_lora_core.safetensors_file import WeightsHeader
 from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, open_base
 from sdxl_lora_core.sdxl.detection import read_json

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core.config import CONTROL_TYPES, ControlConfig, GenerateConfig
-from sdxl_lora_core.controls import Control
+from sdxl_lora_core.config import GenerateConfig
+from sdxl_lora_core.control.config import CONTROL_TYPES, ControlConfig
+from sdxl_lora_core.control.control import Control
 from sdxl_lora_core.image_keys import control_settings
 from sdxl_lora_core.images.crop import fit_image
 from sdxl_lora_core.samplers import SOLVERS, Sampler

@@ -1,4 +1,4 @@
-"""A ControlNet for SDXL (Zhang et al., arXiv 2302.05543): what is it, and which bases does it fit. Reads no weights."""
+"""The weights of a ControlNet as diffusers' ControlNetModel or ControlNetUnionModel, offline."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .safetensors_file import WeightsHeader, read_header
-from .sdxl.base import SDXLBase, weights_sha256
-from .sdxl.detection import read_json
-from .sdxl.file_kinds import CONTROL, SDXL_CONTROL_NETS, kind_of
-from .sdxl.loading import weight_files
-from .sdxl.unet_names import diffusers_block_name
+import torch
+from torch import Tensor, nn
+
+from ..files import json_sha256
+from ..runtime.library_logs import quiet_libraries
+from ..safetensors_file import WeightsHeader, read_header
+from ..sdxl.base import SDXLBase, weights_sha256
+from ..sdxl.detection import read_json
+from ..sdxl.file_kinds import CONTROL, SDXL_CONTROL_NETS, kind_of
+from ..sdxl.loading import align, assembled, read_tensors, require_complete, weight_files
+from ..sdxl.unet_names import diffusers_block_name
 
 WANTED = (
     "give an SDXL ControlNet or ControlNet-Union: a .safetensors file, or a diffusers folder with config.json and "
@@ -176,3 +181,22 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def _several(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
+
+
+def load_control_net(net: ControlNet, base: SDXLBase, dtype: torch.dtype) -> nn.Module:
+    """On the CPU, in eval mode, without gradients. Raises ValueError if tensors are missing, unknown or misshapen."""
+    import diffusers
+
+    tensors: dict[str, Tensor] = {}
+    for file in net.files:
+        tensors |= {diffusers_name(name): tensor for name, tensor in read_tensors(file, "", dtype).items()}
+    model_class = diffusers.ControlNetUnionModel if net.control_types else diffusers.ControlNetModel
+    with quiet_libraries():
+        module, wrong = assembled(model_class, settings_with(net, base), tensors)
+    require_complete(wrong, "ControlNet", net.path.name)
+    return align(module).eval().requires_grad_(False)
+
+
+def load_key(net: ControlNet, base: SDXLBase, dtype: torch.dtype) -> str:
+    """Another key means that load_control_net gives another module."""
+    return json_sha256([net.sha256, settings_with(net, base), str(dtype)])

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..images.crop import fit_image
+from ..sdxl.latents import VAE_SCALE
 from .config import ControlConfig
-from .controls import type_index
-from .guidance import way_done
-from .images.crop import fit_image
-from .sdxl.latents import VAE_SCALE
+from .control import type_index
 
 Residuals = tuple[Sequence[Tensor], Tensor]  # for the UNet's skips on the way down, and for its middle
 
@@ -96,3 +95,8 @@ def _added(answers: Sequence[Residuals]) -> dict[str, Any]:
         "down_block_additional_residuals": [sum(residuals[1:], residuals[0]) for residuals in zip(*downs, strict=True)],
         "mid_block_additional_residual": sum(mids[1:], mids[0]),
     }
+
+
+def way_done(timestep: Tensor, noise_levels: int) -> float:
+    """The share of the way from the noisiest of the training's `noise_levels` to the cleanest, 0 to 1."""
+    return 1 - float(timestep) / (noise_levels - 1)
