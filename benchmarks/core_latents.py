@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.full_size import write_random_base
-from sdxl_lora_core.base_saving import save_merged_base
-from sdxl_lora_core.config import GenerateConfig, SaveBaseConfig
+from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.generation import generate
-from sdxl_lora_core.lora_files import write_lora
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.lora.config import SaveBaseConfig
+from sdxl_lora_core.lora.files import write_lora
+from sdxl_lora_core.lora.merged_base import save_merged_base
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import CONFIGS, open_base
 from sdxl_lora_core.sdxl.loading import ENCODERS, Part

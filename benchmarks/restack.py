@@ -21,9 +21,9 @@ import psutil
 import torch
 from torch import nn
 
-from sdxl_lora_core.lora_files import write_lora
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora_stack import LoRARef, StackEntry, load_merged, open_stack, restack
+from sdxl_lora_core.lora.files import write_lora
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.stack import LoRARef, StackEntry, load_merged, open_stack, restack
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
 
 COUNT, RANK = 5, 8

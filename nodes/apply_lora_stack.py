@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.core_loras import core_changes, describe_fit
+from ..sdxl_lora_core.lora.patches import core_changes, describe_fit
 from ..sdxl_lora_core.sdxl.loading import ENCODERS, Part
 from . import choices
 from .host.comfy import nothing

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..sdxl_lora_core.files import safe_path
-from ..sdxl_lora_core.lora_stack import LoRARef, StackEntry, open_stack
+from ..sdxl_lora_core.lora.stack import LoRARef, StackEntry, open_stack
 from .host.folders import cache_folder, file_names, input_folder, roots
 from .wires import read_stack, strengths_by_block
 

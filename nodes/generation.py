@@ -16,7 +16,7 @@ from ..sdxl_lora_core.config import (
 )
 from ..sdxl_lora_core.control.control import Control
 from ..sdxl_lora_core.generation import GeneratedImage, generate
-from ..sdxl_lora_core.lora_stack import fit_of
+from ..sdxl_lora_core.lora.stack import fit_of
 from ..sdxl_lora_core.samplers import SAMPLERS, SCHEDULES
 from ..sdxl_lora_core.sdxl.base import SDXLBase
 from ..sdxl_lora_core.start_images import StartImage, start_images

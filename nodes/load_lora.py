@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.lora_info import describe_lora
-from ..sdxl_lora_core.lora_stack import read_blocks_of
+from ..sdxl_lora_core.lora.describe import describe_lora
+from ..sdxl_lora_core.lora.stack import read_blocks_of
 from . import choices
 from .previews import show
 from .wires import CATEGORY, BlockStackEntry, read_stack, strengths_by_block

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from ..sdxl_lora_core.config import FILE_FORMATS, MERGE_METHODS, MergeLoRAsConfig, SaveLoRAConfig
-from ..sdxl_lora_core.lora_files import lora_of_state_dict, read_lora
-from ..sdxl_lora_core.lora_info import describe_lora
-from ..sdxl_lora_core.lora_modules import LoRAFile
-from ..sdxl_lora_core.lora_saving import Source, merge_loras, save_lora, source_of_file, sources_of
-from ..sdxl_lora_core.lora_writing import kohya_state_dict
+from ..sdxl_lora_core.lora.config import FILE_FORMATS, MERGE_METHODS, MergeLoRAsConfig, SaveLoRAConfig
+from ..sdxl_lora_core.lora.describe import describe_lora
+from ..sdxl_lora_core.lora.files import lora_of_state_dict, read_lora
+from ..sdxl_lora_core.lora.modules import LoRAFile
+from ..sdxl_lora_core.lora.saving import Source, merge_loras, save_lora, source_of_file, sources_of
+from ..sdxl_lora_core.lora.writing import kohya_state_dict
 from ..sdxl_lora_core.sdxl.precision import SAVE_PRECISIONS
 from . import choices
 from .host.folders import output_folder

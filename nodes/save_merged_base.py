@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.base_saving import save_merged_base
-from ..sdxl_lora_core.config import BASE_LAYOUTS, SaveBaseConfig
+from ..sdxl_lora_core.lora.config import BASE_LAYOUTS, SaveBaseConfig
+from ..sdxl_lora_core.lora.merged_base import save_merged_base
 from ..sdxl_lora_core.sdxl.base import SDXLBase, open_base, said_to_predict
 from ..sdxl_lora_core.sdxl.precision import SAVE_PRECISIONS
 from . import choices

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_modules import AdapterModule, LoRAFile, LoRAModule, with_magnitude
+from .lora.modules import AdapterModule, LoRAFile, LoRAModule, with_magnitude
 from .new_tokens import tokens_of
 from .sdxl.loading import ENCODERS, Part
 from .train_config import TrainConfig

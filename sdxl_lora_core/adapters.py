@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .adapter_start import continue_from, start_at_principal_parts
 from .fused_lora import fuse
-from .lora_modules import AdapterModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule, with_dora_scale
+from .lora.modules import AdapterModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule, with_dora_scale
 from .optimizers import ParameterGroup
 from .sdxl.blocks import read_block_values, read_blocks, value_for
 from .sdxl.loading import Part

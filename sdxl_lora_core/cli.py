@@ -24,7 +24,7 @@ from .dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_
 from .dataset.config import DatasetConfig
 from .dataset.report import describe
 from .interruption import Interruption, Left
-from .lora_info import describe_lora
+from .lora.describe import describe_lora
 from .progress import StepReport
 from .runs import RunFolders
 from .runtime.distributed import FirstFailed

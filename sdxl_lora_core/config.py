@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .samplers import SAMPLERS, SCHEDULES, Sampler, Schedule, require_pair
-from .sdxl.precision import SAVE_PRECISIONS, WeightType
 from .settings import check_choice, check_range
 
 CacheMode = Literal["use", "refresh", "off", "only"]
@@ -18,17 +17,11 @@ PromptSyntax = Literal["plain", "comfy"]
 LongPrompts = Literal["cut", "chunks"]
 Attention = Literal["auto", "sdpa", "math"]
 Offload = Literal["auto", "none", "phase"]
-FileFormat = Literal["kohya", "peft", "comfyui"]
-MergeMethod = Literal["concatenate", "linear", "svd", "ties", "dare", "dare_ties"]
-BaseLayout = Literal["single_file", "diffusers"]
 CACHE_MODES = get_args(CacheMode)
 PROMPT_SYNTAXES = get_args(PromptSyntax)
 LONG_PROMPTS = get_args(LongPrompts)
 ATTENTIONS = get_args(Attention)
 OFFLOADS = get_args(Offload)
-FILE_FORMATS = get_args(FileFormat)
-MERGE_METHODS = get_args(MergeMethod)
-BASE_LAYOUTS = get_args(BaseLayout)
 MICRO_CONDITIONING = (
     "original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height",
 )  # fmt: skip
@@ -178,56 +171,3 @@ class GenerateConfig:
         if not self.prompt_per_line:
             return (self.prompt,)
         return tuple(line.strip() for line in self.prompt.splitlines() if line.strip()) or ("",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveLoRAConfig:
-    """How a LoRA is written. rank is the most that a module may have (0: as it is), energy the share that is kept."""
-
-    lora_name: str = "my_lora"
-    format: FileFormat = "kohya"
-    precision: WeightType = "fp16"
-
-    rank: int = 0
-    energy: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_choice(self, "format", FILE_FORMATS)
-        check_choice(self, "precision", SAVE_PRECISIONS)
-        check_range(self, "rank", 0, 4096)
-        check_range(self, "energy", 0.01, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeLoRAsConfig:
-    """How LoRAs become one. rank is for svd, ties and dare, density and seed for ties and dare."""
-
-    lora_name: str = "merged_lora"
-    method: MergeMethod = "concatenate"
-    rank: int = 32
-
-    density: float = 0.5
-    seed: int = 0
-    format: FileFormat = "kohya"
-    precision: WeightType = "fp16"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "method", MERGE_METHODS)
-        check_choice(self, "format", FILE_FORMATS)
-        check_choice(self, "precision", SAVE_PRECISIONS)
-        check_range(self, "rank", 1, 4096)
-        check_range(self, "density", 0.01, 1)
-        check_range(self, "seed", 0, 2**64 - 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveBaseConfig:
-    """How a base with LoRAs in its weights is written."""
-
-    base_name: str = "my_model"
-    layout: BaseLayout = "single_file"
-    precision: WeightType = "fp16"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "layout", BASE_LAYOUTS)
-        check_choice(self, "precision", SAVE_PRECISIONS)

@@ -27,7 +27,7 @@ from .image_cache import key_of
 from .image_keys import KEYED_LIBRARIES, control_settings, image_facts, image_settings, start_settings
 from .image_maker import ImageMaker, offload_choice
 from .image_metadata import graph_texts, image_texts
-from .lora_stack import LoRARef, open_stack
+from .lora.stack import LoRARef, open_stack
 from .prompt_reading import PromptReader
 from .runtime.loaded_parts import LoadedParts
 from .samplers import SOLVERS, require_libraries

@@ -13,7 +13,7 @@ from .config import GenerateConfig
 from .control.control import Control, HintNumbers
 from .guidance import guidance_settings, is_guided
 from .image_cache import key_of
-from .lora_merge import MERGE_VERSION
+from .lora.merge_into_weights import MERGE_VERSION
 from .micro_conditioning import is_own_size, micro_conditioning
 from .prompt_reading import PARSER_VERSIONS, reading_facts
 from .schedulers import scheduler_settings

@@ -19,7 +19,7 @@ from .control.controlled_unet import ActiveControl, controlled
 from .estimates import OnEstimate, tell_estimates
 from .guidance import guidance_interval, guidance_rescale, is_guided
 from .image_keys import attention_backend
-from .lora_stack import StackEntry, load_merged, part_key, restack
+from .lora.stack import StackEntry, load_merged, part_key, restack
 from .micro_conditioning import micro_conditioning
 from .runtime.loaded_parts import LoadedParts
 from .samplers import SOLVERS

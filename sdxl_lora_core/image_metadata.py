@@ -12,7 +12,7 @@ from .images.png import AI_GENERATED, LONGEST_TEXT, XMP
 if TYPE_CHECKING:
     from .config import GenerateConfig
     from .control.control import Control
-    from .lora_stack import StackEntry
+    from .lora.stack import StackEntry
     from .sdxl.base import SDXLBase
     from .text.embedding_files import EmbeddingFile
 

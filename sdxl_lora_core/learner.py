@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .adapter_start import require_same_parts
 from .adapters import Adapter, encoder_rate
 from .learning_encoders import LearningEncoders, learning_encoders
-from .lora_files import read_lora
-from .lora_modules import LoRAFile
+from .lora.files import read_lora
+from .lora.modules import LoRAFile
 from .losses import Objective
 from .sdxl.base import SDXLBase, load_part, scheduler_config
 from .sdxl.loading import ENCODERS, Part

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, encoder_rate
-from .lora_modules import LoRAFile
+from .lora.modules import LoRAFile
 from .new_tokens import tokens_of
 from .optimizers import ParameterGroup
 from .sdxl.base import SDXLBase, load_part, load_tokenizers

@@ -5,23 +5,15 @@ Only what follows from the run's settings and data: no clock, path, host or dura
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .config import FileFormat
 from .files import canonical_json
+from .lora.metadata import IMPLEMENTATIONS
 from .optimizers import CLASSES, optimizer_settings
 from .sdxl.precision import Precision
 from .text.encoding import CHUNK_TOKENS
 from .train_config import TrainConfig
-
-IMPLEMENTATIONS: dict[FileFormat, str] = {
-    "kohya": "https://github.com/Stability-AI/generative-models",  # ModelSpec's name for SAI's block names
-    "peft": "diffusers",
-    "comfyui": "https://github.com/comfyanonymous/ComfyUI",
-}
 
 
 @dataclass(frozen=True)
@@ -69,27 +61,6 @@ def lora_metadata(
     if trigger_words:
         values["modelspec.trigger_phrase"] = ", ".join(trigger_words)
     return {key: str(value) for key, value in values.items()}
-
-
-def tag_counts(captions: Iterable[str]) -> dict[str, int]:
-    """How often each comma-separated part of the captions occurs, as `ss_tag_frequency` counts."""
-    tags = (tag.strip() for caption in captions for tag in caption.split(","))
-    return dict(Counter(tag for tag in tags if tag))
-
-
-def read_tag_counts(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """`ss_tag_frequency` by folder. Others' metadata, too: what is not what it should be says nothing."""
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
-    except ValueError:
-        return {}
-    known = folders.items() if isinstance(folders, dict) else ()
-    return {folder: counts for folder, counts in known if isinstance(counts, dict)}
-
-
-def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The trigger words a file names, empty if it names none."""
-    return tuple(word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip())
 
 
 def _training_values(config: TrainConfig) -> dict[str, object]:

@@ -17,7 +17,7 @@ from PIL import Image
 from .config import GenerateConfig
 from .files import write_atomic, write_text_atomic
 from .generation import generate
-from .lora_stack import LoRARef
+from .lora.stack import LoRARef
 from .progress import OnStep, StepReport
 from .runtime.device import is_out_of_memory, release_memory
 from .runtime.loaded_parts import LoadedParts

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .files import json_sha256
-from .lora_stack import StackEntry, load_merged, part_key, restacking
+from .lora.stack import StackEntry, load_merged, part_key, restacking
 from .prompt_reading import PromptReader
 from .runtime.loaded_parts import LoadedParts
 from .sdxl.base import TOKENIZERS, SDXLBase, load_tokenizers

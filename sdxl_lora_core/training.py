@@ -17,10 +17,11 @@ from .class_images import with_class_images
 from .dataset.caption_dataset import CaptionDataset, CaptionEntry, with_validation
 from .files import write_text_atomic
 from .journal import Journal
-from .lora_files import read_lora, write_lora
-from .lora_metadata import FolderFacts, lora_metadata, tag_counts
-from .lora_modules import LoRAFile, LoRAModule, with_dora_scale
-from .lora_writing import kohya_state_dict
+from .lora.files import read_lora, write_lora
+from .lora.metadata import tag_counts
+from .lora.modules import LoRAFile, LoRAModule, with_dora_scale
+from .lora.writing import kohya_state_dict
+from .lora_metadata import FolderFacts, lora_metadata
 from .losses import as_trained
 from .new_tokens import all_trigger_words, require_shown
 from .optimizers import require_library

@@ -21,7 +21,7 @@ from .dataset.caption_dataset import CaptionDataset
 from .gradients import Gradients, size_of
 from .journal import Journal
 from .learner import Learner
-from .lora_modules import LoRAFile
+from .lora.modules import LoRAFile
 from .memory import set_checkpointing
 from .optimizers import make_optimizer, set_learning_rates, state_copies
 from .progress import Meter, OnStep, StepReport

@@ -30,7 +30,7 @@ from sdxl_lora_core.control.control_net import ControlNet
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation import generate
-from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.losses import as_trained
 from sdxl_lora_core.presets import PRESETS, with_preset
 from sdxl_lora_core.runs import run_fingerprint

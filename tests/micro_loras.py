@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from sdxl_lora_core.adapters import Adapter
-from sdxl_lora_core.lora_files import read_lora, write_lora
-from sdxl_lora_core.lora_info import describe_lora
-from sdxl_lora_core.lora_merge import merge_into
-from sdxl_lora_core.lora_modules import LoRAFile
-from sdxl_lora_core.lora_writing import peft_state_dict
+from sdxl_lora_core.lora.describe import describe_lora
+from sdxl_lora_core.lora.files import read_lora, write_lora
+from sdxl_lora_core.lora.merge_into_weights import merge_into
+from sdxl_lora_core.lora.modules import LoRAFile
+from sdxl_lora_core.lora.writing import peft_state_dict
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.train_config import TrainConfig
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, lora_bytes
@@ -193,7 +193,7 @@ def test_kernels_factored_once_more_are_merged_as_peft_does() -> None:
     from peft import LoHaConfig, LoKrConfig, inject_adapter_in_model
 
     from sdxl_lora_core.adapters import _factors
-    from sdxl_lora_core.lora_modules import LoHaModule, LoKrModule
+    from sdxl_lora_core.lora.modules import LoHaModule, LoKrModule
 
     for config, kind in ((LoHaConfig, LoHaModule), (LoKrConfig, LoKrModule)):
         settings = config(r=2, alpha=3, target_modules=["0"], use_effective_conv2d=True, init_weights=False)

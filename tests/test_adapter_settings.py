@@ -13,8 +13,8 @@ import torch
 
 from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.learner import Learner
-from sdxl_lora_core.lora_files import read_lora, write_lora
-from sdxl_lora_core.lora_modules import LoRAFile
+from sdxl_lora_core.lora.files import read_lora, write_lora
+from sdxl_lora_core.lora.modules import LoRAFile
 from sdxl_lora_core.runs import run_fingerprint
 from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
 from sdxl_lora_core.sdxl.blocks import BLOCKS, read_block_values, value_for

@@ -485,7 +485,7 @@ def test_loading_is_silent_and_leaves_the_libraries_talkative(
 
 
 def test_importing_loads_nothing_heavy() -> None:
-    code = "import sys, sdxl_lora_core.sdxl.base, sdxl_lora_core.lora_files; print(sorted(sys.modules))"
+    code = "import sys, sdxl_lora_core.sdxl.base, sdxl_lora_core.lora.files; print(sorted(sys.modules))"
     root = Path(sdxl_lora_core.__file__).parents[1]
     loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     for heavy in ("diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib"):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_lora_core.core_loras import core_changes
-from sdxl_lora_core.lora_files import write_lora as save_lora
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora_stack import LoRARef, open_stack
+from sdxl_lora_core.lora.files import write_lora as save_lora
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.patches import core_changes
+from sdxl_lora_core.lora.stack import LoRARef, open_stack
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.fake_comfyui import fake_modules
 from tests.micro_images import write_lora

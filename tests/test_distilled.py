@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sdxl_lora_core import samplers
-from sdxl_lora_core.distilled import _KINDS, advice
-from sdxl_lora_core.lora_files import write_lora
-from sdxl_lora_core.lora_info import describe_lora
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.describe import describe_lora
+from sdxl_lora_core.lora.few_step import _KINDS, advice
+from sdxl_lora_core.lora.files import write_lora
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from tests.micro_loras import Q
 
 # Names under which they are published.

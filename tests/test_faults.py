@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from sdxl_lora_core.learner import Learner
-from sdxl_lora_core.lora_files import read_lora, write_lora
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.files import read_lora, write_lora
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training import train

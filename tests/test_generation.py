@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from tests.micro_images import CPU, TRAINED, WatchedParts, draw, edit_json, pixels, settings, weighted, write_lora

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sdxl_lora_core.generation import GeneratedImage
-from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_images import CPU, WatchedParts, draw, hits, pixels, settings, write_lora
@@ -214,7 +214,7 @@ import torch
 from sdxl_lora_core.sdxl.base import open_base
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
-from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.generation import generate
 folder, images, lora = map(Path, sys.argv[1:])
 config = GenerateConfig(prompt="a red circle", width=64, height=64, steps=3, seed=5)

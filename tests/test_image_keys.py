@@ -13,7 +13,7 @@ import torch
 from sdxl_lora_core import image_keys
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.image_keys import image_key, image_settings
-from sdxl_lora_core.lora_stack import LoRARef, open_stack
+from sdxl_lora_core.lora.stack import LoRARef, open_stack
 from sdxl_lora_core.samplers import SOLVERS
 from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
 

@@ -14,7 +14,7 @@ from PIL import Image
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.image_metadata import graph_texts, parameters, without_paths
 from sdxl_lora_core.images.png import AI_GENERATED
-from sdxl_lora_core.lora_stack import LoRARef, StackEntry
+from sdxl_lora_core.lora.stack import LoRARef, StackEntry
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_images import draw, hits, settings, write_lora
 

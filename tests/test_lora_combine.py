@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdxl_lora_core.lora_combine import Reduction, Share, combine, resize, single
-from sdxl_lora_core.lora_merge import merge_into, merge_stack
-from sdxl_lora_core.lora_modules import DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule
+from sdxl_lora_core.lora.merge_into_weights import merge_into, merge_stack
+from sdxl_lora_core.lora.merge_loras import Reduction, Share, combine, resize, single
+from sdxl_lora_core.lora.modules import DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from tests.micro_loras import CONV, OUT, SHORTCUT, TEXT, Q, load_parts, random_lora, some_modules
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdxl_lora_core.lora_files import read_lora
-from sdxl_lora_core.lora_merge import merge_into
+from sdxl_lora_core.lora.files import read_lora
+from sdxl_lora_core.lora.merge_into_weights import merge_into
 from tests.deep_micro import (
     PARTS,
     changed,

@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdxl_lora_core.adapters import PRESETS, Adapter
-from sdxl_lora_core.lora_files import read_lora, write_lora
-from sdxl_lora_core.lora_info import describe_lora
-from sdxl_lora_core.lora_merge import merge_into
-from sdxl_lora_core.lora_metadata import FolderFacts, lora_metadata, tag_counts, trigger_words
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora_writing import kohya_state_dict, peft_state_dict
+from sdxl_lora_core.lora.describe import describe_lora
+from sdxl_lora_core.lora.files import read_lora, write_lora
+from sdxl_lora_core.lora.merge_into_weights import merge_into
+from sdxl_lora_core.lora.metadata import tag_counts, trigger_words
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.writing import kohya_state_dict, peft_state_dict
+from sdxl_lora_core.lora_metadata import FolderFacts, lora_metadata
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.train_config import TrainConfig
@@ -293,8 +294,8 @@ def test_the_keys_are_the_ones_others_read(lora: LoRAFile) -> None:
 WRITE = """
 import sys, torch
 from pathlib import Path
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora_files import write_lora
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.files import write_lora
 names = [f"down_blocks.1.attentions.{i}.proj_in" for i in (0, 1)]
 modules = {name: LoRAModule(torch.arange(6.0).reshape(2, 3), torch.ones(3, 2), 1.0) for name in set(names)}
 metadata = {f"ss_{letter}": letter for letter in {*"abcdefghijkl"}}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from sdxl_lora_core.lora_files import read_lora, write_lora
-from sdxl_lora_core.lora_info import describe_lora
-from sdxl_lora_core.lora_merge import merge_into, merge_stack
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule, with_dora_scale, with_magnitude
-from sdxl_lora_core.lora_writing import kohya_state_dict, peft_state_dict
+from sdxl_lora_core.lora.describe import describe_lora
+from sdxl_lora_core.lora.files import read_lora, write_lora
+from sdxl_lora_core.lora.merge_into_weights import merge_into, merge_stack
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule, with_dora_scale, with_magnitude
+from sdxl_lora_core.lora.writing import kohya_state_dict, peft_state_dict
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_loras import CONV, OUT, SHORTCUT, UNET_MODULES, Q, change, load_parts, same_effect, some_modules
 

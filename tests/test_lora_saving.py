@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sdxl_lora_core.base_saving import save_merged_base
-from sdxl_lora_core.config import MergeLoRAsConfig, SaveBaseConfig, SaveLoRAConfig
-from sdxl_lora_core.lora_files import lora_of_state_dict, read_lora, write_lora
-from sdxl_lora_core.lora_merge import merge_into
-from sdxl_lora_core.lora_modules import LoRAFile
-from sdxl_lora_core.lora_saving import merge_loras, save_lora, source_of_file, sources_of
-from sdxl_lora_core.lora_stack import LoRARef, StackEntry, load_merged, open_stack
-from sdxl_lora_core.lora_writing import kohya_state_dict
+from sdxl_lora_core.lora.config import MergeLoRAsConfig, SaveBaseConfig, SaveLoRAConfig
+from sdxl_lora_core.lora.files import lora_of_state_dict, read_lora, write_lora
+from sdxl_lora_core.lora.merge_into_weights import merge_into
+from sdxl_lora_core.lora.merged_base import save_merged_base
+from sdxl_lora_core.lora.modules import LoRAFile
+from sdxl_lora_core.lora.saving import merge_loras, save_lora, source_of_file, sources_of
+from sdxl_lora_core.lora.stack import LoRARef, StackEntry, load_merged, open_stack
+from sdxl_lora_core.lora.writing import kohya_state_dict
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers, open_base, scheduler_config
 from tests.conftest import published_openclip, published_unet, published_vae
 from tests.micro_loras import CONV, UNET_MODULES, Q, load_parts, random_lora, some_modules

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdxl_lora_core.lora_stack import LoRARef, fit_of
+from sdxl_lora_core.lora.stack import LoRARef, fit_of
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_images import TRAINED, WatchedParts, draw, hits, pixels, settings, weighted, write_lora
 

@@ -18,11 +18,11 @@ from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.learner import Learner
-from sdxl_lora_core.lora_files import read_lora, write_lora
-from sdxl_lora_core.lora_info import describe_lora
-from sdxl_lora_core.lora_metadata import trigger_words
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.lora.describe import describe_lora
+from sdxl_lora_core.lora.files import read_lora, write_lora
+from sdxl_lora_core.lora.metadata import trigger_words
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.new_tokens import all_trigger_words, read_new_tokens
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers

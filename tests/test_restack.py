@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdxl_lora_core.lora_files import write_lora
-from sdxl_lora_core.lora_modules import DiffModule, LoRAFile, LoRAModule
-from sdxl_lora_core.lora_stack import LoRARef, StackEntry, fit_of, load_merged, open_stack, restack
+from sdxl_lora_core.lora.files import write_lora
+from sdxl_lora_core.lora.modules import DiffModule, LoRAFile, LoRAModule
+from sdxl_lora_core.lora.stack import LoRARef, StackEntry, fit_of, load_merged, open_stack, restack
 from sdxl_lora_core.sdxl import weight_reader
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
 from sdxl_lora_core.sdxl.loading import ENCODERS, Part

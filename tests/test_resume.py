@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from sdxl_lora_core.lora_files import read_lora
+from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.run_length import learning_rate, passes_per_epoch, with_steps
 from sdxl_lora_core.sdxl.base import SDXLBase

@@ -18,7 +18,7 @@ from sdxl_lora_core.checkpoints import LoopState
 from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.dataset.caption_dataset import with_validation
 from sdxl_lora_core.generation import generate
-from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runs import run_fingerprint
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts

@@ -16,10 +16,10 @@ from torch import Tensor
 from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.generation import generate
 from sdxl_lora_core.learner import Learner
-from sdxl_lora_core.lora_files import read_lora, write_lora
-from sdxl_lora_core.lora_merge import merge_into
-from sdxl_lora_core.lora_modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora_stack import LoRARef
+from sdxl_lora_core.lora.files import read_lora, write_lora
+from sdxl_lora_core.lora.merge_into_weights import merge_into
+from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
+from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl

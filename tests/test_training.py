@@ -29,7 +29,7 @@ from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.gradients import size_of
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.learner import Learner
-from sdxl_lora_core.lora_files import read_lora
+from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.optimizers import lr_factor
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runs import RunFolders

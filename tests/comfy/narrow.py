@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.full_size import write_random_base
-from sdxl_lora_core.base_saving import save_merged_base
-from sdxl_lora_core.config import SaveBaseConfig
+from sdxl_lora_core.lora.config import SaveBaseConfig
+from sdxl_lora_core.lora.merged_base import save_merged_base
 from sdxl_lora_core.sdxl.base import CONFIGS, open_base
 from tests.conftest import sdxl_config
 from tests.deep_micro import TEXT_LAYERS, layer, random_factors, resnet_layers, text_layers, transformer_layers

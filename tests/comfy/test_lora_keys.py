@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import sdxl_lora_core
 from sdxl_lora_core.adapters import Adapter
-from sdxl_lora_core.lora_files import write_lora
-from sdxl_lora_core.lora_merge import merge_into
-from sdxl_lora_core.lora_modules import LoRAFile
+from sdxl_lora_core.lora.files import write_lora
+from sdxl_lora_core.lora.merge_into_weights import merge_into
+from sdxl_lora_core.lora.modules import LoRAFile
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.text.embedding_files import write_embedding

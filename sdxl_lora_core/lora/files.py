@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..safetensors_file import WeightsHeader, first_names, pack_weights, read_header, write_weights
+from ..sdxl.file_kinds import foreign_adapter, is_adapter, kind_of, other_adapter
 from .config import FileFormat
-from .lora_dialects import SETTINGS_KEY, peft_settings
-from .lora_modules import LoRAFile
-from .lora_reading import lora_of_tensors
-from .lora_writing import state_dict
-from .safetensors_file import WeightsHeader, first_names, pack_weights, read_header, write_weights
-from .sdxl.file_kinds import foreign_adapter, is_adapter, kind_of, other_adapter
+from .dialects import SETTINGS_KEY, peft_settings
+from .modules import LoRAFile
+from .reading import lora_of_tensors
+from .writing import state_dict
 
 WANTED = "give an SDXL LoRA (.safetensors)"
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import canonical_json, next_names, safe_path
+from ..safetensors_file import first_names, read_header, save_tensors
+from ..sdxl.base import TOKENIZERS, SDXLBase, scheduler_config
+from ..sdxl.checkpoint_names import published_names
+from ..sdxl.detection import PART_CLASSES, PIPELINE
+from ..sdxl.loading import ENCODERS, PARTS, Part, save_encoder
+from ..sdxl.precision import DTYPES
 from .config import SaveBaseConfig
-from .files import canonical_json, next_names, safe_path
-from .lora_saving import write_once
-from .lora_stack import StackEntry, fit_of, load_merged
-from .safetensors_file import first_names, read_header, save_tensors
-from .sdxl.base import TOKENIZERS, SDXLBase, scheduler_config
-from .sdxl.checkpoint_names import published_names
-from .sdxl.detection import PART_CLASSES, PIPELINE
-from .sdxl.loading import ENCODERS, PARTS, Part, save_encoder
-from .sdxl.precision import DTYPES
+from .saving import write_once
+from .stack import StackEntry, fit_of, load_merged
 
 OnPart = Callable[[int, int], object]  # parts done, of how many
 

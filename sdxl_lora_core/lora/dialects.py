@@ -24,8 +24,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .sdxl.loading import Part
-from .sdxl.unet_names import diffusers_block_name, dotted
+from ..sdxl.loading import Part
+from ..sdxl.unet_names import diffusers_block_name, dotted
 
 # down, mid, up, up_bias, alpha, dora_scale, magnitude, diff (of the weight), diff_b (of the bias), or LyCORIS' own name
 # of a factor: hada_w1_a, lokr_w2, ...

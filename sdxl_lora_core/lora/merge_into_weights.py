@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from .lora_modules import AdapterModule, LoRAModule, row_lengths
+from .modules import AdapterModule, LoRAModule, row_lengths
 
 Modules = Mapping[str, AdapterModule]
 Strength = Callable[[str], float]  # by the path of the changed weight

@@ -16,15 +16,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .files import file_sha256, json_sha256
-from .lora_files import read_lora, settings_file
-from .lora_merge import Stack, Strength, changes_of, fitting_weights, merge_stack, merge_weight
-from .lora_modules import AdapterModule, LoRAFile
-from .sdxl.base import SDXLBase, load_part
-from .sdxl.blocks import read_block_values, value_for
-from .sdxl.loading import PARTS, Part
-from .sdxl.weight_reader import BaseWeights
-from .text.embedding_files import Vectors
+from ..files import file_sha256, json_sha256
+from ..sdxl.base import SDXLBase, load_part
+from ..sdxl.blocks import read_block_values, value_for
+from ..sdxl.loading import PARTS, Part
+from ..sdxl.weight_reader import BaseWeights
+from ..text.embedding_files import Vectors
+from .files import read_lora, settings_file
+from .merge_into_weights import Stack, Strength, changes_of, fitting_weights, merge_stack, merge_weight
+from .modules import AdapterModule, LoRAFile
 
 log = logging.getLogger("sdxl_lora")
 

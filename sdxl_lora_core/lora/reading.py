@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_dialects import Place, Role, peft_alpha, peft_rank, place_of, role_of
-from .lora_modules import LOHA_FACTORS, AdapterModule, DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule
-from .sdxl.loading import ENCODERS, Part
-from .text.embedding_files import Vectors, bundled_token
+from ..sdxl.loading import ENCODERS, Part
+from ..text.embedding_files import Vectors, bundled_token
+from .dialects import Place, Role, peft_alpha, peft_rank, place_of, role_of
+from .modules import LOHA_FACTORS, AdapterModule, DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule
 
 _Roles = dict[Role, Tensor]
 

@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .sdxl.loading import Part
-from .text.embedding_files import Vectors
+from ..sdxl.loading import Part
+from ..text.embedding_files import Vectors
 
 LOHA_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 

@@ -16,11 +16,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..hashed_random import seed_of
+from ..sdxl.loading import Part
 from .config import MergeMethod
-from .hashed_random import seed_of
-from .lora_merge import Strength
-from .lora_modules import AdapterModule, DiffModule, LoKrModule, LoRAFile, LoRAModule
-from .sdxl.loading import Part
+from .merge_into_weights import Strength
+from .modules import AdapterModule, DiffModule, LoKrModule, LoRAFile, LoRAModule
 
 OnModule = Callable[[int, int], object]  # modules done, of how many
 Term = tuple[AdapterModule, float]

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import canonical_json, flush_to_disk, next_names, safe_path
+from ..sdxl.precision import DTYPES
 from .config import FileFormat, MergeLoRAsConfig, SaveLoRAConfig
-from .files import canonical_json, flush_to_disk, next_names, safe_path
-from .lora_combine import OnModule, Reduction, Share, combine, resize, single
-from .lora_files import write_lora
-from .lora_metadata import IMPLEMENTATIONS, read_tag_counts, trigger_words
-from .lora_modules import LoRAFile
-from .lora_stack import StackEntry
-from .sdxl.precision import DTYPES
+from .files import write_lora
+from .merge_loras import OnModule, Reduction, Share, combine, resize, single
+from .metadata import IMPLEMENTATIONS, read_tag_counts, trigger_words
+from .modules import LoRAFile
+from .stack import StackEntry
 
 _RECIPE = "sdxl_lora.recipe"
 _OF_ONE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "modelspec.thumbnail", _RECIPE)

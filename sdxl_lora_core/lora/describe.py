@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .distilled import advice
-from .lora_files import read_lora
-from .lora_metadata import read_tag_counts, trigger_words
-from .lora_modules import AdapterModule, LoRAFile, LoRAModule
-from .safetensors_file import first_names
+from ..safetensors_file import first_names
+from .few_step import advice
+from .files import read_lora
+from .metadata import read_tag_counts, trigger_words
+from .modules import AdapterModule, LoRAFile, LoRAModule
 
 _SHOWN_TAGS = 5
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lora_modules import LoRAFile, LoRAModule
-from .lora_stack import StackEntry
-from .lora_writing import kohya_state_dict
-from .sdxl.loading import Part
+from ..sdxl.loading import Part
+from .modules import LoRAFile, LoRAModule
+from .stack import StackEntry
+from .writing import kohya_state_dict
 
 
 class CoreChange(NamedTuple):

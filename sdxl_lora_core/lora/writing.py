@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..sdxl.loading import Part
+from ..sdxl.unet_names import sai_block_name
+from ..text.embedding_files import bundled_key
 from .config import FileFormat
-from .lora_modules import DiffModule, LoRAFile, LoRAModule
-from .sdxl.loading import Part
-from .sdxl.unet_names import sai_block_name
-from .text.embedding_files import bundled_key
+from .modules import DiffModule, LoRAFile, LoRAModule
 
 _KOHYA_PREFIXES: dict[Part, str] = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 _COMFYUI_PREFIXES: dict[Part, str] = {

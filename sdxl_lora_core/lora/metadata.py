@@ -1,0 +1,36 @@
+"""What LoRA files of this pack and of kohya's trainers say of their training."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from .config import FileFormat
+
+IMPLEMENTATIONS: dict[FileFormat, str] = {
+    "kohya": "https://github.com/Stability-AI/generative-models",  # ModelSpec's name for SAI's block names
+    "peft": "diffusers",
+    "comfyui": "https://github.com/comfyanonymous/ComfyUI",
+}
+
+
+def tag_counts(captions: Iterable[str]) -> dict[str, int]:
+    """How often each comma-separated part of the captions occurs, as `ss_tag_frequency` counts."""
+    tags = (tag.strip() for caption in captions for tag in caption.split(","))
+    return dict(Counter(tag for tag in tags if tag))
+
+
+def read_tag_counts(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """`ss_tag_frequency` by folder. Others' metadata, too: what is not what it should be says nothing."""
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+    except ValueError:
+        return {}
+    known = folders.items() if isinstance(folders, dict) else ()
+    return {folder: counts for folder, counts in known if isinstance(counts, dict)}
+
+
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The trigger words a file names, empty if it names none."""
+    return tuple(word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip())
