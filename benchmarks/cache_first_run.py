@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from sdxl_lora_core.config import CacheMode, GenerateConfig
-from sdxl_lora_core.generation import generate
+from sdxl_lora_core.generation.config import CacheMode, GenerateConfig
+from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import open_base
 

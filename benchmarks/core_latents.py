@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.full_size import write_random_base
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import generate
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.lora.config import SaveBaseConfig
 from sdxl_lora_core.lora.files import write_lora
 from sdxl_lora_core.lora.merged_base import save_merged_base

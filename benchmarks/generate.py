@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.full_size import write_random_base
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import generate
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import open_base

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import generate
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.samplers import SAMPLERS, SCHEDULES, SOLVERS, Sampler, Schedule
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
-from sdxl_lora_core.samplers import SAMPLERS, SCHEDULES, SOLVERS, Sampler, Schedule
 from sdxl_lora_core.sdxl.base import open_base
 from tests.plain_diffusers import reference
 

@@ -5,7 +5,8 @@ import json
 import re
 from typing import Any
 
-from ..sdxl_lora_core.config import (
+from ..sdxl_lora_core.control.control import Control
+from ..sdxl_lora_core.generation.config import (
     ATTENTIONS,
     CACHE_MODES,
     LARGEST_SIDE,
@@ -14,12 +15,11 @@ from ..sdxl_lora_core.config import (
     PROMPT_SYNTAXES,
     GenerateConfig,
 )
-from ..sdxl_lora_core.control.control import Control
-from ..sdxl_lora_core.generation import GeneratedImage, generate
+from ..sdxl_lora_core.generation.generate import GeneratedImage, generate
+from ..sdxl_lora_core.generation.init_images import StartImage, start_images
+from ..sdxl_lora_core.generation.samplers import SAMPLERS, SCHEDULES
 from ..sdxl_lora_core.lora.stack import fit_of
-from ..sdxl_lora_core.samplers import SAMPLERS, SCHEDULES
 from ..sdxl_lora_core.sdxl.base import SDXLBase
-from ..sdxl_lora_core.start_images import StartImage, start_images
 from . import choices
 from .host.comfy import metadata, nothing
 from .host.folders import cache_folder

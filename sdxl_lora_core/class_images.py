@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from .config import GenerateConfig
 from .dataset.caption_dataset import CaptionDataset, CaptionEntry
 from .files import file_sha256, write_atomic
-from .generation import generate
+from .generation.config import GenerateConfig
+from .generation.generate import generate
 from .runtime.loaded_parts import LoadedParts
 from .sdxl.base import SDXLBase
 from .train_config import TrainConfig

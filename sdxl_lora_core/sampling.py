@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .config import GenerateConfig
 from .files import write_atomic, write_text_atomic
-from .generation import generate
+from .generation.config import GenerateConfig
+from .generation.generate import generate
 from .lora.stack import LoRARef
 from .progress import OnStep, StepReport
 from .runtime.device import is_out_of_memory, release_memory

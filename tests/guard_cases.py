@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 from sdxl_lora_core.cache.image_cache import ImageCache
-from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.control.config import ControlConfig
 from sdxl_lora_core.control.control import Control
 from sdxl_lora_core.control.control_net import ControlNet
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from sdxl_lora_core.dataset.config import DatasetConfig
-from sdxl_lora_core.generation import generate
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.init_images import start_images
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.losses import as_trained
 from sdxl_lora_core.presets import PRESETS, with_preset
@@ -37,7 +38,6 @@ from sdxl_lora_core.runs import run_fingerprint
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from sdxl_lora_core.sdxl.vae_override import with_vae
-from sdxl_lora_core.start_images import start_images
 from sdxl_lora_core.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import GeneratedImage, generate
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.generate import GeneratedImage, generate
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import Change, LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.samplers import Sampler, Schedule
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.samplers import Sampler, Schedule
 
 MULTISTEP = {"scheduler": "DPMSolverMultistepScheduler"}
 REFERENCES: dict[Sampler, dict[str, Any]] = {

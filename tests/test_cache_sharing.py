@@ -17,7 +17,7 @@ import pytest
 from sdxl_lora_core.cache import maintenance
 from sdxl_lora_core.cache.image_cache import ImageCache
 from sdxl_lora_core.cache.image_entries import entry_folder
-from sdxl_lora_core.image_cache import key_of
+from sdxl_lora_core.generation.image_keys import key_of
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_images import draw, hits, settings
 
@@ -41,10 +41,10 @@ import json, os, random, sys, time
 from pathlib import Path
 import numpy as np
 import torch
-from sdxl_lora_core import generation
+from sdxl_lora_core.generation import generate as generation
 from sdxl_lora_core.sdxl.base import open_base
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.image_maker import MadeImage
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.image_maker import MadeImage
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 
 folder, home, number, requests, images = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])

@@ -11,7 +11,7 @@ import pytest
 from sdxl_lora_core.cache import maintenance
 from sdxl_lora_core.cache.image_cache import ImageCache
 from sdxl_lora_core.cache.image_entries import entry_folder
-from sdxl_lora_core.image_cache import key_of
+from sdxl_lora_core.generation.image_keys import key_of
 
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 KEYS = [key_of({"number": number}) for number in range(10)]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.dataset.config import DatasetConfig
+from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.settings import default, from_mapping, to_yaml
 from sdxl_lora_core.train_config import TrainConfig
 

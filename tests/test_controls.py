@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.control.config import CONTROL_TYPES, ControlConfig
 from sdxl_lora_core.control.control import Control
-from sdxl_lora_core.image_keys import control_settings
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.image_keys import control_settings
+from sdxl_lora_core.generation.init_images import start_images
+from sdxl_lora_core.generation.samplers import SOLVERS, Sampler
 from sdxl_lora_core.images.crop import fit_image
-from sdxl_lora_core.samplers import SOLVERS, Sampler
 from sdxl_lora_core.sdxl.base import SDXLBase
-from sdxl_lora_core.start_images import start_images
 from tests import plain_diffusers
 from tests.micro_controls import SIDE, control, hint, random_net, save_single
 from tests.micro_images import WatchedParts, cancel_at, draw, hits, pixels, settings

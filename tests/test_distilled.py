@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from sdxl_lora_core import samplers
+from sdxl_lora_core.generation import samplers
 from sdxl_lora_core.lora.describe import describe_lora
 from sdxl_lora_core.lora.few_step import _KINDS, advice
 from sdxl_lora_core.lora.files import write_lora

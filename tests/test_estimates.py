@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxl_lora_core.estimates import clean_estimate
-from sdxl_lora_core.samplers import SOLVERS, Sampler
-from sdxl_lora_core.schedulers import make_scheduler
+from sdxl_lora_core.generation.samplers import SOLVERS, Sampler
+from sdxl_lora_core.generation.schedulers import make_scheduler
+from sdxl_lora_core.generation.x0_estimate import clean_estimate
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.sdxl.latents import scaled
 from tests.micro_images import SHARED, draw, settings

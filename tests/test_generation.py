@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_lora_core.config import GenerateConfig
+from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_lora_core.generation import GeneratedImage
+from sdxl_lora_core.generation.generate import GeneratedImage
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
@@ -212,10 +212,10 @@ import sys
 from pathlib import Path
 import torch
 from sdxl_lora_core.sdxl.base import open_base
-from sdxl_lora_core.config import GenerateConfig
+from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.lora.stack import LoRARef
-from sdxl_lora_core.generation import generate
+from sdxl_lora_core.generation.generate import generate
 folder, images, lora = map(Path, sys.argv[1:])
 config = GenerateConfig(prompt="a red circle", width=64, height=64, steps=3, seed=5)
 loras = [LoRARef(lora, "x", 1.0, 1.0)]

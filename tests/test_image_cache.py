@@ -18,7 +18,7 @@ from PIL import Image
 
 from sdxl_lora_core.cache import image_cache
 from sdxl_lora_core.cache.image_cache import ImageCache
-from sdxl_lora_core.image_cache import key_of
+from sdxl_lora_core.generation.image_keys import key_of
 
 REPOSITORY = Path(__file__).parent.parent
 KEY = key_of({"prompt": "a red circle"})

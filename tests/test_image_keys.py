@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_lora_core import image_keys
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.image_keys import image_key, image_settings
+from sdxl_lora_core.generation import image_keys
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.image_keys import image_key, image_settings
+from sdxl_lora_core.generation.samplers import SOLVERS
 from sdxl_lora_core.lora.stack import LoRARef, open_stack
-from sdxl_lora_core.samplers import SOLVERS
 from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -268,9 +268,9 @@ import sys
 from pathlib import Path
 import torch
 from sdxl_lora_core.sdxl.base import open_base
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.image_keys import image_key, image_settings
-from sdxl_lora_core.samplers import SOLVERS
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.image_keys import image_key, image_settings
+from sdxl_lora_core.generation.samplers import SOLVERS
 config = GenerateConfig(prompt="a red circle", negative_prompt="blurry")
 loras = (("a" * 64, 1.0, 0.5), ("b" * 64, 0.8, 0.8))
 settings = image_settings(open_base(Path(sys.argv[1])), config, loras, torch.bfloat16, torch.device("cuda:0"))

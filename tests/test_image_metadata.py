@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.image_metadata import graph_texts, parameters, without_paths
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.png_metadata import graph_texts, parameters, without_paths
 from sdxl_lora_core.images.png import AI_GENERATED
 from sdxl_lora_core.lora.stack import LoRARef, StackEntry
 from sdxl_lora_core.sdxl.base import SDXLBase

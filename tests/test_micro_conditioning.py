@@ -9,8 +9,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.micro_conditioning import micro_conditioning
+from sdxl_lora_core.generation.config import GenerateConfig, micro_conditioning
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro_images import WatchedParts, pixels, settings
 

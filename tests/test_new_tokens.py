@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdxl_lora_core.caption_variants import caption_variants
-from sdxl_lora_core.config import GenerateConfig
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
-from sdxl_lora_core.generation import generate
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora.describe import describe_lora
 from sdxl_lora_core.lora.files import read_lora, write_lora

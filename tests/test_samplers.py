@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_lora_core import samplers
+from sdxl_lora_core.generation import samplers
+from sdxl_lora_core.generation.samplers import SOLVERS, Sampler, Schedule
+from sdxl_lora_core.generation.schedulers import make_scheduler, normal_sigmas
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
-from sdxl_lora_core.samplers import SOLVERS, Sampler, Schedule
-from sdxl_lora_core.schedulers import make_scheduler, normal_sigmas
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from tests.micro_images import CPU, WatchedParts, draw, edit_json, pixels, settings
 from tests.plain_diffusers import reference

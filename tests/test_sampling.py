@@ -17,7 +17,7 @@ from sdxl_lora_core.charts import draw_loss_chart
 from sdxl_lora_core.checkpoints import LoopState
 from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.dataset.caption_dataset import with_validation
-from sdxl_lora_core.generation import generate
+from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runs import run_fingerprint

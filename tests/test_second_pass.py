@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_lora_core.image_metadata import parameters
+from sdxl_lora_core.generation.init_images import start_images
+from sdxl_lora_core.generation.png_metadata import parameters
 from sdxl_lora_core.sdxl.base import SDXLBase
-from sdxl_lora_core.start_images import start_images
 from tests.micro_images import WatchedParts, cancel_at, draw, hits, pixels, settings
 
 TWICE = settings(hires_scale=1.75, hires_denoise=0.4, hires_steps=2)

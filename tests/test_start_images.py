@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import generate
-from sdxl_lora_core.image_keys import start_settings
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.image_keys import start_settings
+from sdxl_lora_core.generation.init_images import StartImage, start_images
 from sdxl_lora_core.images.crop import fit_image
 from sdxl_lora_core.sdxl.base import SDXLBase
-from sdxl_lora_core.start_images import StartImage, start_images
 from tests.micro_images import WatchedParts, draw, hits, settings
 from tools.run_workflow import load_pack
 

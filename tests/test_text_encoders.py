@@ -13,8 +13,8 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.generation import generate
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into

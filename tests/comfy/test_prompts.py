@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdxl_lora_core.config import GenerateConfig
-from sdxl_lora_core.prompt_reading import PromptReader
+from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.generation.prompt_reader import PromptReader
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.sdxl.loading import ENCODERS
 from sdxl_lora_core.text.encoding import token_ids

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from .config import GenerateConfig
-from .control.control import Control, HintNumbers
+from ..cache.image_entries import SCHEMA
+from ..control.control import Control, HintNumbers
+from ..files import json_sha256
+from ..lora.merge_into_weights import MERGE_VERSION
+from ..sdxl.base import SDXLBase
+from .config import GenerateConfig, attention_backend, is_own_size, micro_conditioning
 from .guidance import guidance_settings, is_guided
-from .image_cache import key_of
-from .lora.merge_into_weights import MERGE_VERSION
-from .micro_conditioning import is_own_size, micro_conditioning
-from .prompt_reading import PARSER_VERSIONS, reading_facts
+from .prompt_reader import PARSER_VERSIONS, reading_facts
 from .schedulers import scheduler_settings
-from .sdxl.base import SDXLBase
 
 KEYED_LIBRARIES = ("torch", "diffusers")
 
@@ -88,6 +88,6 @@ def image_key(settings: dict[str, Any], prompt: str, seed: int, *more: Any) -> s
     return key_of(image_facts(settings, prompt, seed, *more))
 
 
-def attention_backend(config: GenerateConfig) -> str:
-    """ "sdpa": the fastest kernel that torch has here; "math": the plain formula."""
-    return "math" if config.attention == "math" else "sdpa"
+def key_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of the settings as canonical JSON."""
+    return json_sha256({"schema": SCHEMA, **settings})

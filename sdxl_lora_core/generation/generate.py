@@ -16,27 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache.image_cache import ImageCache
+from ..cache.image_cache import ImageCache
+from ..control.control import Control, HintNumbers, active_controls
+from ..control.control_net import require_fit
+from ..lora.stack import LoRARef, open_stack
+from ..runtime.loaded_parts import LoadedParts
+from ..sdxl.base import SDXLBase
+from ..sdxl.precision import resolve_dtype
+from ..text.embedding_files import EmbeddingFile
+from ..text.text_model import TextEmbeds
 from .config import GenerateConfig
-from .control.control import Control, HintNumbers, active_controls
-from .control.control_net import require_fit
-from .controls import hint_numbers
-from .estimates import OnEstimate
 from .guidance import is_guided
-from .image_cache import key_of
-from .image_keys import KEYED_LIBRARIES, control_settings, image_facts, image_settings, start_settings
+from .image_keys import KEYED_LIBRARIES, control_settings, image_facts, image_settings, key_of, start_settings
 from .image_maker import ImageMaker, offload_choice
-from .image_metadata import graph_texts, image_texts
-from .lora.stack import LoRARef, open_stack
-from .prompt_reading import PromptReader
-from .runtime.loaded_parts import LoadedParts
+from .init_images import EncodedStart, StartImage, enlarged, require_counts
+from .png_metadata import graph_texts, image_texts
+from .prompt_encoder import TextPhase
+from .prompt_reader import PromptReader
 from .samplers import SOLVERS, require_libraries
-from .sdxl.base import SDXLBase
-from .sdxl.precision import resolve_dtype
-from .start_images import EncodedStart, StartImage, enlarged, require_counts
-from .text.embedding_files import EmbeddingFile
-from .text.text_model import TextEmbeds
-from .text_embeds import TextPhase
+from .x0_estimate import OnEstimate
 
 OnStep = Callable[[int, int], None]
 READERS = 4  # images read from the cache at a time; most of a reading is unpacking, which leaves Python to others
@@ -330,3 +328,18 @@ def _not_cached(missing: Sequence[_Request], found: int) -> str:
         f"cache is 'only' and {len(missing)} of {len(missing) + found} images are not in the cache: {names}{more}; "
         "set cache to 'use' to make them"
     )
+
+
+def hint_numbers(controls: Sequence[Control], config: GenerateConfig) -> list[HintNumbers]:
+    """For each image of the request, in order.
+
+    Raises ValueError unless a control has one hint for all images or one for each.
+    """
+    wanted = len(config.prompts) * config.count
+    for control in controls:
+        if len(control.hints) not in (1, wanted):
+            raise ValueError(
+                f"ControlNet {control.net.name} has {len(control.hints)} images to steer by, but {wanted} images are "
+                f"asked for (prompts x count): give 1 for all of them, or {wanted}"
+            )
+    return [tuple(image % len(control.hints) for control in controls) for image in range(wanted)]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..control.controlled_unet import way_done
+from ..sdxl.base import SDXLBase
 from .config import BASES_RESCALE, GenerateConfig
-from .control.controlled_unet import way_done
-from .sdxl.base import SDXLBase
 
 _ZERO_SNR_RESCALE = 0.7  # phi of Lin et al., arXiv 2305.08891, section 3.4
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..files import array_sha256
+from ..images.crop import fit_image
+from ..sdxl.latents import LATENT_CHANNELS, VAE_SCALE, encode_posterior, scaled
 from .config import GenerateConfig
-from .files import array_sha256
-from .images.crop import fit_image
-from .sdxl.latents import LATENT_CHANNELS, VAE_SCALE, encode_posterior, scaled
 
 Draws = Sequence[torch.Generator]
 PutBack = Callable[[Any, int, Tensor], Tensor]

@@ -12,24 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import LARGEST_SIDE, GenerateConfig
-from .control.control import Control, HintNumbers
-from .control.control_net import load_control_net, load_key
-from .control.controlled_unet import ActiveControl, controlled
-from .estimates import OnEstimate, tell_estimates
+from ..control.control import Control, HintNumbers
+from ..control.control_net import load_control_net, load_key
+from ..control.controlled_unet import ActiveControl, controlled
+from ..lora.stack import StackEntry, load_merged, part_key, restack
+from ..runtime.loaded_parts import LoadedParts
+from ..sdxl.base import SDXLBase, load_part
+from ..sdxl.latents import VAE_SCALE, unscaled
+from ..sdxl.loading import Part
+from ..text.encoding import stack_embeds
+from ..text.text_model import TextEmbeds
+from .config import LARGEST_SIDE, GenerateConfig, attention_backend, micro_conditioning
 from .guidance import guidance_interval, guidance_rescale, is_guided
-from .image_keys import attention_backend
-from .lora.stack import StackEntry, load_merged, part_key, restack
-from .micro_conditioning import micro_conditioning
-from .runtime.loaded_parts import LoadedParts
+from .init_images import EncodedStart, PutBack, StartImage, begin, encode_start
 from .samplers import SOLVERS
 from .schedulers import make_scheduler
-from .sdxl.base import SDXLBase, load_part
-from .sdxl.latents import VAE_SCALE, unscaled
-from .sdxl.loading import Part
-from .start_images import EncodedStart, PutBack, StartImage, begin, encode_start
-from .text.encoding import stack_embeds
-from .text.text_model import TextEmbeds
+from .x0_estimate import OnEstimate, tell_estimates
 
 OnStep = Callable[[int], object]
 

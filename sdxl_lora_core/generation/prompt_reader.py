@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..text.embedding_files import EmbeddingFile, open_embedding
+from ..text.prompt_syntax import Piece, Reading, read_comfy
 from .config import GenerateConfig
-from .text.embedding_files import EmbeddingFile, open_embedding
-from .text.prompt_syntax import Piece, Reading, read_comfy
 
 # Raised when a prompt syntax is read in another way, so that images made the old way are not found.
 PARSER_VERSIONS = {"plain": 1, "comfy": 1}

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..sdxl.base import SDXLBase, scheduler_config
 from .config import GenerateConfig
 from .samplers import SOLVERS, Solver
-from .sdxl.base import SDXLBase, scheduler_config
 
 _SPACINGS = {
     "karras": "use_karras_sigmas",  # Karras et al., arXiv 2206.00364

@@ -9,8 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..sdxl.micro_conditioning import MicroConditioning
+from ..settings import check_choice, check_range
 from .samplers import SAMPLERS, SCHEDULES, Sampler, Schedule, require_pair
-from .settings import check_choice, check_range
 
 CacheMode = Literal["use", "refresh", "off", "only"]
 PromptSyntax = Literal["plain", "comfy"]
@@ -171,3 +172,23 @@ class GenerateConfig:
         if not self.prompt_per_line:
             return (self.prompt,)
         return tuple(line.strip() for line in self.prompt.splitlines() if line.strip()) or ("",)
+
+
+def attention_backend(config: GenerateConfig) -> str:
+    """ "sdpa": the fastest kernel that torch has here; "math": the plain formula."""
+    return "math" if config.attention == "math" else "sdpa"
+
+
+def micro_conditioning(config: GenerateConfig) -> MicroConditioning:
+    """What a request asks for. A size of 0 is the image's own."""
+    return MicroConditioning(
+        (config.original_height or config.height, config.original_width or config.width),
+        (config.crop_top, config.crop_left),
+        (config.target_height or config.height, config.target_width or config.width),
+    )
+
+
+def is_own_size(config: GenerateConfig) -> bool:
+    """Whether the model is told of a picture of the image's size that nothing was cut from: the usual case."""
+    own = (config.height, config.width)
+    return micro_conditioning(config) == MicroConditioning(own, (0, 0), own)

@@ -7,14 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .images.png import AI_GENERATED, LONGEST_TEXT, XMP
+from ..images.png import AI_GENERATED, LONGEST_TEXT, XMP
 
 if TYPE_CHECKING:
+    from ..control.control import Control
+    from ..lora.stack import StackEntry
+    from ..sdxl.base import SDXLBase
+    from ..text.embedding_files import EmbeddingFile
     from .config import GenerateConfig
-    from .control.control import Control
-    from .lora.stack import StackEntry
-    from .sdxl.base import SDXLBase
-    from .text.embedding_files import EmbeddingFile
 
 _SHORT_HASH = 10  # what Civitai and A1111 call AutoV2: the first digits of the file's SHA-256
 _SAMPLERS = {

@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .files import json_sha256
-from .lora.stack import StackEntry, load_merged, part_key, restacking
-from .prompt_reading import PromptReader
-from .runtime.loaded_parts import LoadedParts
-from .sdxl.base import TOKENIZERS, SDXLBase, load_tokenizers
-from .sdxl.loading import ENCODERS
-from .text.prompt_cache import load_prompt, prompt_file, store_prompt
-from .text.text_model import TextEmbeds, TextModel
+from ..files import json_sha256
+from ..lora.stack import StackEntry, load_merged, part_key, restacking
+from ..runtime.loaded_parts import LoadedParts
+from ..sdxl.base import TOKENIZERS, SDXLBase, load_tokenizers
+from ..sdxl.loading import ENCODERS
+from ..text.prompt_cache import load_prompt, prompt_file, store_prompt
+from ..text.text_model import TextEmbeds, TextModel
+from .prompt_reader import PromptReader
 
 log = logging.getLogger("sdxl_lora")
 
