@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..sdxl_lora_core.clip_model import load_clip
-from ..sdxl_lora_core.scoring import annotate, score_images
+from ..sdxl_lora_core.evaluation.clip_model import load_clip
+from ..sdxl_lora_core.evaluation.clip_score import annotate, score_images
 from . import choices
 from .host.memory import loaded_parts
 from .previews import show

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .evaluation.clip_score import score_images
 from .files import write_atomic, write_text_atomic
 from .generation.config import GenerateConfig
 from .generation.generate import generate
@@ -21,7 +22,6 @@ from .lora.stack import LoRARef
 from .progress import OnStep, StepReport
 from .runtime.device import is_out_of_memory, release_memory
 from .runtime.loaded_parts import LoadedParts
-from .scoring import score_images
 from .sdxl.base import SDXLBase
 from .train_config import TrainConfig
 

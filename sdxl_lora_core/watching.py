@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .clip_model import clip_fingerprint, require_clip_folder
 from .dataset.caption_dataset import CaptionDataset
+from .evaluation.clip_model import clip_fingerprint, require_clip_folder
 from .train_config import TrainConfig
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core.clip_model import embed_text, load_clip, load_processor, load_tokenizer
-from sdxl_lora_core.scoring import Score, ScoreReport, annotate, plain_text, rank, score_images
+from sdxl_lora_core.evaluation.clip_model import embed_text, load_clip, load_processor, load_tokenizer
+from sdxl_lora_core.evaluation.clip_score import Score, ScoreReport, annotate, plain_text, rank, score_images
 
 LENGTH, SIDE = 16, 32
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..images.sheets import text_strip
 from .clip_model import embed_images, embed_text, load_clip, load_processor, load_tokenizer
-from .images.sheets import text_strip
 
 log = logging.getLogger("sdxl_lora")
 

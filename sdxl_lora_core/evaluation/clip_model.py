@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .files import file_sha256, json_sha256
-from .runtime.library_logs import quiet_libraries
+from ..files import file_sha256, json_sha256
+from ..runtime.library_logs import quiet_libraries
 
 _IMAGES_AT_ONCE = 8
 _LEGACY_EOS = 2  # in configs from before transformers 4.31: the model then pools at the highest token id
