@@ -25,8 +25,8 @@ from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl.base import CONFIGS, load_part, open_base
-from sdxl_lora_core.train_config import TrainConfig
-from sdxl_lora_core.training import train
+from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.train import train
 
 NOVELTY = 0.3
 

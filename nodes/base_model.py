@@ -5,7 +5,7 @@ from typing import Any
 from ..sdxl_lora_core.sdxl.base import describe_base, open_base, quick_fingerprint
 from ..sdxl_lora_core.sdxl.precision import PRECISIONS
 from ..sdxl_lora_core.sdxl.vae_override import with_vae
-from ..sdxl_lora_core.train_config import TrainConfig
+from ..sdxl_lora_core.training.config.train_config import TrainConfig
 from . import choices
 from .host.folders import cache_folder
 from .previews import show

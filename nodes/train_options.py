@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ..sdxl_lora_core.settings import fields_of
-from ..sdxl_lora_core.train_config import TrainConfig
+from ..sdxl_lora_core.training.config.train_config import TrainConfig
 from . import choices
 from .widgets import Widget, lines, train_widget
 from .wires import CATEGORY

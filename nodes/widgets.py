@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..sdxl_lora_core.presets import Preset, with_preset
 from ..sdxl_lora_core.settings import Config, choices_of, default, fields_of, from_mapping, types_of
-from ..sdxl_lora_core.train_config import TrainConfig
+from ..sdxl_lora_core.training.config.presets import Preset, with_preset
+from ..sdxl_lora_core.training.config.train_config import TrainConfig
 
 Widget = tuple[str | list[str], dict[str, Any]]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .lora.modules import AdapterModule, LoRAFile, LoRAModule, with_magnitude
-from .new_tokens import tokens_of
 from .sdxl.loading import ENCODERS, Part
-from .train_config import TrainConfig
+from .training.config.captions import tokens_of
+from .training.config.train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
 

@@ -18,7 +18,8 @@ from .lora.modules import AdapterModule, LoHaModule, LoKrModule, LoRAFile, LoRAM
 from .optimizers import ParameterGroup
 from .sdxl.blocks import read_block_values, read_blocks, value_for
 from .sdxl.loading import Part
-from .train_config import TrainConfig
+from .training.config.adapter import encoder_rate
+from .training.config.train_config import TrainConfig
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -101,11 +102,6 @@ class Adapter:
 def _file_path(name: str, part: Part) -> str:
     """CLIP's text model lies within `text_model` or, from transformers 5.6 on, is the part itself; files say it."""
     return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-
-
-def encoder_rate(config: TrainConfig, part: Part) -> float:
-    """The learning rate of a text encoder's adapter; 0: it has none."""
-    return config.text_encoder_learning_rate if part == "text_encoder" else config.text_encoder_2_learning_rate
 
 
 def _peft_config(config: TrainConfig, part: Part) -> Any:

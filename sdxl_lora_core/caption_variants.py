@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .dataset.captions import holds_word
 from .hashed_random import share
-from .train_config import TrainConfig
+from .training.config.train_config import TrainConfig
 
 
 def caption_variants(

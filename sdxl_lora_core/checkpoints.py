@@ -26,7 +26,7 @@ from torch import Tensor
 from .files import file_sha256, flush_to_disk, write_text_atomic
 from .optimizer_state import put_together, take_apart
 from .safetensors_file import save_tensors
-from .train_config import Checkpointing
+from .training.config.memory import Checkpointing
 from .watching import Look
 
 log = logging.getLogger("sdxl_lora")

@@ -18,7 +18,7 @@ from .generation.config import GenerateConfig
 from .generation.generate import generate
 from .runtime.loaded_parts import LoadedParts
 from .sdxl.base import SDXLBase
-from .train_config import TrainConfig
+from .training.config.train_config import TrainConfig
 
 FIRST_SEED = 0  # whatever the run's own seed, so that runs share what they draw
 

@@ -31,8 +31,8 @@ from .runtime.distributed import FirstFailed
 from .sdxl.base import SDXLBase, describe_base, open_base
 from .sdxl.vae_override import with_vae
 from .settings import from_mapping
-from .train_config import TrainConfig
-from .training import train
+from .training.config.train_config import TrainConfig
+from .training.train import train
 from .training_loop import Diverged
 
 HOME = Path("output/sdxl_lora")

@@ -12,12 +12,11 @@ from torch import Tensor
 from .checkpoints import LoopState
 from .hashed_random import generator
 from .learner import Learner
-from .learning_encoders import learning_encoders
 from .memory import kept_bytes, plan_memory, set_checkpointing
 from .optimizers import state_copies
 from .runtime.device import free_memory, is_out_of_memory, release_memory
 from .runtime.distributed import Processes
-from .train_config import TrainConfig
+from .training.config.train_config import TrainConfig, learning_encoders
 from .training_data import Batch, TrainingData
 
 log = logging.getLogger("sdxl_lora")

@@ -14,7 +14,7 @@ from .charts import draw_loss_chart
 from .checkpoints import LoopState
 from .metrics import Metrics, Row
 from .progress import Smoothing, StepReport
-from .train_config import TensorBoard
+from .training.config.watch import TensorBoard
 from .watching import Look
 
 log = logging.getLogger("sdxl_lora")

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_start import require_same_parts
-from .adapters import Adapter, encoder_rate
-from .learning_encoders import LearningEncoders, learning_encoders
+from .adapters import Adapter
+from .learning_encoders import LearningEncoders
 from .lora.files import read_lora
 from .lora.modules import LoRAFile
 from .losses import Objective
 from .sdxl.base import SDXLBase, load_part, scheduler_config
 from .sdxl.loading import ENCODERS, Part
-from .train_config import TrainConfig
+from .training.config.adapter import encoder_rate
+from .training.config.train_config import TrainConfig, learning_encoders
 from .training_data import Batch
 
 

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, encoder_rate
+from .adapters import Adapter
 from .lora.modules import LoRAFile
-from .new_tokens import tokens_of
 from .optimizers import ParameterGroup
 from .sdxl.base import SDXLBase, load_part, load_tokenizers
 from .sdxl.loading import ENCODERS, Part
 from .text.encoding import TokenIds, encode_text, stack_embeds
 from .text.new_tokens import TokenEmbedding, add_tokens, start_vectors
-from .train_config import TrainConfig
-
-
-def learning_encoders(config: TrainConfig) -> tuple[Part, ...]:
-    """Those with a learning rate of their own; both where there are new tokens, which both have to know."""
-    return tuple(part for part in ENCODERS if config.new_tokens or encoder_rate(config, part))
+from .training.config.adapter import encoder_rate
+from .training.config.captions import tokens_of
+from .training.config.train_config import TrainConfig, learning_encoders
 
 
 class LearningEncoders(nn.Module):

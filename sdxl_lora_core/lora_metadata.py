@@ -13,7 +13,7 @@ from .lora.metadata import IMPLEMENTATIONS
 from .optimizers import CLASSES, optimizer_settings
 from .sdxl.precision import Precision
 from .text.encoding import CHUNK_TOKENS
-from .train_config import TrainConfig
+from .training.config.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

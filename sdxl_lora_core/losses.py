@@ -8,24 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss, interpolate, mse_loss, smooth_l1_loss
 
-from .sdxl.base import SDXLBase, predicting
-from .train_config import LAST_TIMESTEP, TrainConfig
-
-
-def as_trained(base: SDXLBase, config: TrainConfig) -> SDXLBase:
-    """The base with the prediction type and the noise schedule of `config`, where that overrides the base's own.
-
-    Raises ValueError for epsilon at zero terminal SNR (Lin et al., arXiv 2305.08891, section 3.1): at the last timestep
-    the input is the noise itself, so nothing of the image can be learned there, nor drawn from there.
-    """
-    base = predicting(base, config.prediction, config.zero_terminal_snr)
-    if base.prediction_type == "epsilon" and base.zero_terminal_snr and config.timestep_max == LAST_TIMESTEP:
-        raise ValueError(
-            f"prediction is {config.prediction!r} and zero_terminal_snr is {config.zero_terminal_snr!r}, so "
-            f"{base.name} would predict epsilon where there is only noise: set prediction to v_prediction if the base "
-            f"was trained so, else zero_terminal_snr to off or timestep_max to {LAST_TIMESTEP - 1}"
-        )
-    return base
+from .training.config.train_config import TrainConfig
 
 
 class Objective:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .files import write_text_atomic
-from .train_config import TensorBoard
+from .training.config.watch import TensorBoard
 
 log = logging.getLogger("sdxl_lora")
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .train_config import Optimizer, TrainConfig
+from .training.config.optimizer import Optimizer
+from .training.config.train_config import TrainConfig
 
 CLASSES: dict[Optimizer, str] = {
     "adamw": "torch.optim.AdamW",

@@ -13,7 +13,7 @@ from .dataset.buckets import epoch_batches
 from .dataset.caption_dataset import CaptionDataset
 from .optimizers import lr_factor
 from .runs import Run
-from .train_config import TrainConfig
+from .training.config.train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
 

@@ -17,10 +17,10 @@ from .checkpoints import Checkpoints
 from .dataset.caption_dataset import CaptionDataset
 from .dataset.config import DatasetConfig
 from .files import file_sha256, json_sha256, next_names, write_text_atomic
-from .new_tokens import tokens_of
 from .sdxl.base import SDXLBase, said_to_predict
 from .settings import to_yaml, without_later_defaults
-from .train_config import TrainConfig
+from .training.config.captions import tokens_of
+from .training.config.train_config import TrainConfig
 from .watching import deciding_looks
 
 _UUID = "[0-9a-f]" * 32

@@ -23,7 +23,7 @@ from .progress import OnStep, StepReport
 from .runtime.device import is_out_of_memory, release_memory
 from .runtime.loaded_parts import LoadedParts
 from .sdxl.base import SDXLBase
-from .train_config import TrainConfig
+from .training.config.train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
 

@@ -22,15 +22,15 @@ from .dataset.buckets import epoch_batches
 from .dataset.caption_dataset import CaptionDataset, CaptionEntry
 from .hashed_random import generator, pick
 from .images.crop import Crop
-from .learning_encoders import learning_encoders
 from .losses import Objective
-from .new_tokens import all_trigger_words, placeholder_ids
+from .new_tokens import all_trigger_words
 from .precompute import Sample
 from .sdxl.base import SDXLBase
 from .sdxl.loading import ENCODERS
 from .text.encoding import stack_embeds
 from .text.prompt_cache import cache_prompts, load_prompt, prompt_file
-from .train_config import TrainConfig
+from .training.config.captions import placeholder_ids
+from .training.config.train_config import TrainConfig, learning_encoders
 
 log = logging.getLogger("sdxl_lora")
 

@@ -32,7 +32,7 @@ from .runtime.distributed import Processes
 from .sampling import Samples
 from .sdxl.base import SDXLBase
 from .sdxl.precision import resolve_dtype
-from .train_config import TrainConfig
+from .training.config.train_config import TrainConfig
 from .training_data import VALIDATION_TIMESTEPS, TrainingData
 from .watching import Look, best_look, converged, samples_due, validation_due
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .dataset.caption_dataset import CaptionDataset
 from .evaluation.clip_model import clip_fingerprint, require_clip_folder
-from .train_config import TrainConfig
+from .training.config.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import sdxl_lora_core
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
-from sdxl_lora_core.train_config import TrainConfig
-from sdxl_lora_core.training import TrainResult, train
+from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.train import TrainResult, train
 from tests.micro_runs import CPU, SMALL, Train, load
 
 CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"

@@ -15,7 +15,7 @@ import torch
 
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl.base import open_base
-from sdxl_lora_core.training import train
+from sdxl_lora_core.training.train import train
 from tests.micro_runs import CPU, SMALL, load
 
 STEPS = 10

@@ -19,8 +19,8 @@ from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
-from sdxl_lora_core.train_config import TrainConfig
-from sdxl_lora_core.training import TrainResult
+from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.train import TrainResult
 from sdxl_lora_core.training_data import Batch, TrainingData
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.lora.modules import LoRAFile
 from sdxl_lora_core.lora.writing import peft_state_dict
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, lora_bytes
 
 KERNELS = {"target_modules": "all-linear+conv"}

@@ -8,7 +8,7 @@ import torch
 from sdxl_lora_core.adapters import PRESETS, Adapter
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 
 
 def new_unet(base: SDXLBase) -> Any:

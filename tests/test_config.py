@@ -9,7 +9,7 @@ import yaml
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.settings import default, from_mapping, to_yaml
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 
 
 @pytest.mark.parametrize(

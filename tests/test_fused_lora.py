@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.fused_lora import LoRALinear, fuse
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 
 
 def lora_layer(dtype: torch.dtype, **settings: Any) -> Any:

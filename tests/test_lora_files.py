@@ -28,7 +28,7 @@ from sdxl_lora_core.lora.writing import kohya_state_dict, peft_state_dict
 from sdxl_lora_core.lora_metadata import FolderFacts, lora_metadata
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 from tests.micro_loras import (
     ATTENTION,
     CONV,

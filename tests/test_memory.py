@@ -16,7 +16,8 @@ from sdxl_lora_core.gradients import what_decides_shapes
 from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.memory import kept_bytes, plan_memory, set_checkpointing
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
-from sdxl_lora_core.train_config import Checkpointing, TrainConfig
+from sdxl_lora_core.training.config.memory import Checkpointing
+from sdxl_lora_core.training.config.train_config import TrainConfig
 from tests.micro_runs import SMALL, Train, change_losses, data_of, load, objective
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")

@@ -23,12 +23,13 @@ from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.metadata import trigger_words
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora.stack import LoRARef
-from sdxl_lora_core.new_tokens import all_trigger_words, read_new_tokens
+from sdxl_lora_core.new_tokens import all_trigger_words
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl, token_ids, truncated_words
 from sdxl_lora_core.text.new_tokens import TokenEmbedding, add_tokens
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.captions import read_new_tokens
+from sdxl_lora_core.training.config.train_config import TrainConfig
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 ALONE: dict[str, Any] = {

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sdxl_lora_core.presets import PRESETS, with_preset
 from sdxl_lora_core.settings import fields_of
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.presets import PRESETS, with_preset
+from sdxl_lora_core.training.config.train_config import TrainConfig
 from tools.make_docs import pages
 from tools.run_workflow import ROOT, load_pack
 

@@ -16,7 +16,7 @@ from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.run_length import learning_rate, passes_per_epoch, with_steps
 from sdxl_lora_core.sdxl.base import SDXLBase
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training_data import TrainingData
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 

@@ -24,7 +24,7 @@ from sdxl_lora_core.runs import run_fingerprint
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sampling import Sampler
 from sdxl_lora_core.sdxl.base import SDXLBase
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.watching import Look
 from tests.micro_images import settings
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes

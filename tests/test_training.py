@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_lora_core import checkpoints, precompute, training, training_loop
+from sdxl_lora_core import checkpoints, precompute, training_loop
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
@@ -35,8 +35,9 @@ from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl import loading
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
-from sdxl_lora_core.train_config import TrainConfig
-from sdxl_lora_core.training import train
+from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.train import train
+from sdxl_lora_core.training.train import train as training
 from sdxl_lora_core.training_data import Batch, TrainingData
 from sdxl_lora_core.training_loop import Loop
 from tests.micro_runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes, objective

@@ -15,7 +15,7 @@ from PIL import Image
 from sdxl_lora_core.checkpoints import Checkpoints
 from sdxl_lora_core.progress import Meter, Smoothing, StepReport
 from sdxl_lora_core.runs import run_fingerprint
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training_loop import Loop
 from sdxl_lora_core.watching import Look, best_look, converged
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 # Without the checks of the settings, which would fail for those that need the forced one.
 PLUGIN = """
 import dataclasses, os
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 FIELD = os.environ["FORCED_FIELD"]
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 def forced(self):
@@ -36,7 +36,7 @@ TrainConfig.__post_init__ = forced
 
 def main() -> int:
     from sdxl_lora_core.settings import fields_of
-    from sdxl_lora_core.train_config import TrainConfig
+    from sdxl_lora_core.training.config.train_config import TrainConfig
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fields", nargs="*", default=list(fields_of(TrainConfig)))

@@ -20,8 +20,8 @@ def train_style(style: str, assets: Path, work: Path, settings: dict) -> None:
     from sdxl_lora_core.dataset.config import DatasetConfig
     from sdxl_lora_core.runs import RunFolders
     from sdxl_lora_core.sdxl.base import open_base
-    from sdxl_lora_core.train_config import TrainConfig
-    from sdxl_lora_core.training import train
+    from sdxl_lora_core.training.config.train_config import TrainConfig
+    from sdxl_lora_core.training.train import train
 
     images = work / "samples" / NAMES[style]
     write_samples(images, style)

@@ -22,7 +22,7 @@ from sdxl_lora_core.lora.modules import LoRAFile
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.text.embedding_files import write_embedding
-from sdxl_lora_core.train_config import TrainConfig
+from sdxl_lora_core.training.config.train_config import TrainConfig
 
 CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
 EVERY_LAYER = 788  # 722 of the transformers, 66 of the resnets and their samplers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from .settings import fields_of
+from ...settings import fields_of
 from .train_config import TrainConfig
 
 Preset = Literal["none", "character", "style", "object", "low memory (8 GB)", "fast test"]

@@ -13,32 +13,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .class_images import with_class_images
-from .dataset.caption_dataset import CaptionDataset, CaptionEntry, with_validation
-from .files import write_text_atomic
-from .journal import Journal
-from .lora.files import read_lora, write_lora
-from .lora.metadata import tag_counts
-from .lora.modules import LoRAFile, LoRAModule, with_dora_scale
-from .lora.writing import kohya_state_dict
-from .lora_metadata import FolderFacts, lora_metadata
-from .losses import as_trained
-from .new_tokens import all_trigger_words, require_shown
-from .optimizers import require_library
-from .processes import require_work_for_all
-from .progress import OnStep, StepReport
-from .report import make_report
-from .run_length import starting_point, with_steps
-from .runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
-from .runtime.distributed import Processes
-from .runtime.loaded_parts import LoadedParts
-from .sampling import Sampler, Samples
-from .sdxl.base import SDXLBase, load_part
-from .sdxl.precision import DTYPES, resolve_dtype
-from .text.embedding_files import write_embedding
-from .train_config import TrainConfig
-from .training_loop import train_adapter
-from .watching import require_lookable
+from ..class_images import with_class_images
+from ..dataset.caption_dataset import CaptionDataset, CaptionEntry, with_validation
+from ..files import write_text_atomic
+from ..journal import Journal
+from ..lora.files import read_lora, write_lora
+from ..lora.metadata import tag_counts
+from ..lora.modules import LoRAFile, LoRAModule, with_dora_scale
+from ..lora.writing import kohya_state_dict
+from ..lora_metadata import FolderFacts, lora_metadata
+from ..new_tokens import all_trigger_words, require_shown
+from ..optimizers import require_library
+from ..progress import OnStep, StepReport
+from ..report import make_report
+from ..run_length import starting_point, with_steps
+from ..runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
+from ..runtime.distributed import Processes
+from ..runtime.loaded_parts import LoadedParts
+from ..sampling import Sampler, Samples
+from ..sdxl.base import SDXLBase, load_part, predicting
+from ..sdxl.precision import DTYPES, resolve_dtype
+from ..text.embedding_files import write_embedding
+from ..training_loop import train_adapter
+from ..watching import require_lookable
+from .config.loss import LAST_TIMESTEP
+from .config.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -219,3 +218,29 @@ def _final_samples(
     on_step: OnStep,
 ) -> Samples:  # fmt: skip
     return _sampler(run, base, dataset, config, folders).of_file(run.lora_path, parts, on_step)
+
+
+def as_trained(base: SDXLBase, config: TrainConfig) -> SDXLBase:
+    """The base with the prediction type and the noise schedule of `config`, where that overrides the base's own.
+
+    Raises ValueError for epsilon at zero terminal SNR (Lin et al., arXiv 2305.08891, section 3.1): at the last timestep
+    the input is the noise itself, so nothing of the image can be learned there, nor drawn from there.
+    """
+    base = predicting(base, config.prediction, config.zero_terminal_snr)
+    if base.prediction_type == "epsilon" and base.zero_terminal_snr and config.timestep_max == LAST_TIMESTEP:
+        raise ValueError(
+            f"prediction is {config.prediction!r} and zero_terminal_snr is {config.zero_terminal_snr!r}, so "
+            f"{base.name} would predict epsilon where there is only noise: set prediction to v_prediction if the base "
+            f"was trained so, else zero_terminal_snr to off or timestep_max to {LAST_TIMESTEP - 1}"
+        )
+    return base
+
+
+def require_work_for_all(config: TrainConfig, processes: Processes) -> None:
+    """Raises ValueError if an update has fewer images than there are processes."""
+    images = config.batch_size * config.gradient_accumulation
+    if images < processes.count:
+        raise ValueError(
+            f"an update has {images} images (batch_size {config.batch_size}, gradient_accumulation "
+            f"{config.gradient_accumulation}) and there are {processes.count} processes: raise one of the two"
+        )

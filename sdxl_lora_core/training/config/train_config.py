@@ -1,0 +1,135 @@
+"""Every setting of a training run. The nodes' widgets, the command line and run.yaml all read them from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...sdxl.loading import ENCODERS, Part
+from ...settings import MANY, MAX_SEED, check_settings, fields_of, setting
+from .adapter import AdapterSettings, check_adapter, encoder_rate
+from .captions import CaptionSettings, check_captions, tokens_of
+from .loss import LossSettings, check_loss
+from .memory import MemorySettings, check_memory
+from .optimizer import OptimizerSettings, check_optimizer
+from .watch import WatchSettings, check_watching
+
+_OF_LORAS = (
+    "rank", "alpha", "target_modules", "dropout", "adapter", "use_rslora", "rank_dropout", "module_dropout", "init",
+    "lora_plus_ratio", "save_dtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a run is called, how long it is, and what all its random numbers follow from."""
+
+    lora_name: str = setting(
+        "my_lora", "File name of the LoRA. If another LoRA has it, a number is appended; nothing is overwritten."
+    )
+    steps: int = setting(
+        1000, "Number of weight updates. About 50 to 100 per image is a usual start.", low=1, high=MANY
+    )
+    seed: int = setting(
+        0, "Decides the start values, the order of images and the noise. The same seed repeats a run.",
+        low=0, high=MAX_SEED,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    MemorySettings, WatchSettings, CaptionSettings, OptimizerSettings, LossSettings, AdapterSettings, RunSettings
+):
+    """One training run. `steps` are optimizer updates; each sees batch_size x gradient_accumulation images.
+
+    The settings are those of the groups, under one name each: a function that reads one group takes that group's type.
+    dataclasses lists the fields of the last base first.
+    """
+
+    # What a run is called, how long it lasts and what is shown of it does not change a single step.
+    OUTSIDE_FINGERPRINT = (
+        "lora_name", "steps", "epochs", "sample_prompts", "sample_steps", "sample_guidance",
+        "checkpoint_every", "save_format", "save_dtype",
+        "validate_every", "early_stopping", "keep_best", "sample_every", "clip_model", "tensorboard",
+    )  # fmt: skip
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates that something learns at, by setting."""
+        rates = {
+            "learning_rate": self.learning_rate if self.train_unet else 0,
+            "text_encoder_learning_rate": self.text_encoder_learning_rate,
+            "text_encoder_2_learning_rate": self.text_encoder_2_learning_rate,
+            "token_learning_rate": self.token_learning_rate if self.new_tokens else 0,
+        }
+        return {option: rate for option, rate in rates.items() if rate}
+
+    @property
+    def leading_rate(self) -> float:
+        """The one that is shown and scheduled; all others are factors of it."""
+        return next(iter(self.rates.values()))
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_adapter(self)
+        check_what_learns(self)
+        check_loss(self)
+        check_optimizer(self)
+        check_captions(self)
+        check_watching(self)
+        check_memory(self)
+        if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
+            raise ValueError(
+                f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end before"
+            )
+        if (
+            not self.lora_name
+            or set(self.lora_name) & set('/\\<>:"|?*')
+            or self.lora_name.strip(" .") != self.lora_name
+        ):
+            raise ValueError(
+                f'lora_name is {self.lora_name!r}: give a plain file name without slashes or any of <>:"|?*'
+            )
+
+
+def check_what_learns(config: TrainConfig) -> None:
+    """Raises ValueError if nothing learns, if new tokens cannot be read, or if Prodigy is to find several rates."""
+    tokens_of(config)
+    if not config.rates:
+        raise ValueError(
+            "train_unet is off and nothing else learns: turn it on, give a text encoder a learning rate, or name "
+            "new_tokens"
+        )
+    if list(config.rates) == ["token_learning_rate"]:
+        _refuse_settings_of_loras(config)
+    if config.optimizer == "prodigy":
+        _check_prodigy(config)
+
+
+def _check_prodigy(config: TrainConfig) -> None:
+    if config.leading_rate < 0.1:
+        raise ValueError(
+            f"optimizer is 'prodigy' and {next(iter(config.rates))} is {config.leading_rate}: it finds its own rate "
+            "and multiplies it with this one, so set it to 1"
+        )
+    own_rates = config.block_learning_rates or config.lora_plus_ratio != 1
+    if own_rates or len(set(config.rates.values())) > 1:
+        shown = ", ".join(f"{option} {rate:g}" for option, rate in config.rates.items())
+        raise ValueError(
+            f"optimizer is 'prodigy', which finds one rate for all, and there are several ({shown}, "
+            f"block_learning_rates {config.block_learning_rates!r}, lora_plus_ratio {config.lora_plus_ratio:g}): "
+            "make them equal, or choose another optimizer"
+        )
+
+
+def _refuse_settings_of_loras(config: TrainConfig) -> None:
+    for name, field in fields_of(config).items():
+        if name in _OF_LORAS and getattr(config, name) != field.default:
+            raise ValueError(
+                f"{name} is {getattr(config, name)} and only new_tokens learn, without a LoRA: set it back to "
+                f"{field.default}, or let the UNet or a text encoder learn"
+            )
+
+
+def learning_encoders(config: TrainConfig) -> tuple[Part, ...]:
+    """Those with a learning rate of their own; both where there are new tokens, which both have to know."""
+    return tuple(part for part in ENCODERS if config.new_tokens or encoder_rate(config, part))
