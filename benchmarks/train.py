@@ -29,7 +29,7 @@ from sdxl_lora_core.runtime.distributed import Processes
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers, open_base, scheduler_config
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training_data import TrainingData
+from sdxl_lora_core.training.data.batches import TrainingData
 from sdxl_lora_core.training_loop import Loop
 
 CPU = torch.device("cpu")

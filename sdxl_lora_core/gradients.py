@@ -17,7 +17,7 @@ from .optimizers import state_copies
 from .runtime.device import free_memory, is_out_of_memory, release_memory
 from .runtime.distributed import Processes
 from .training.config.train_config import TrainConfig, learning_encoders
-from .training_data import Batch, TrainingData
+from .training.data.batches import Batch, TrainingData
 
 log = logging.getLogger("sdxl_lora")
 

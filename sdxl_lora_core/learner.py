@@ -18,7 +18,7 @@ from .sdxl.base import SDXLBase, load_part, scheduler_config
 from .sdxl.loading import ENCODERS, Part
 from .training.config.adapter import encoder_rate
 from .training.config.train_config import TrainConfig, learning_encoders
-from .training_data import Batch
+from .training.data.batches import Batch
 
 
 class Learner(nn.Module):

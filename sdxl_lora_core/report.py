@@ -8,13 +8,13 @@ from typing import Any
 from .charts import smoothed
 from .checkpoints import LoopState
 from .dataset.caption_dataset import CaptionDataset
-from .new_tokens import all_trigger_words
-from .precompute import cut_captions
 from .run_length import passes_per_epoch
 from .runs import Run
 from .sdxl.base import SDXLBase
 from .training.config.captions import placeholder_ids, tokens_of
 from .training.config.train_config import TrainConfig, learning_encoders
+from .training.data.batches import all_trigger_words
+from .training.data.caption_variants import cut_captions
 from .training_loop import Trained
 
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .checkpoints import Checkpoint
-from .class_images import planned_class_images
 from .dataset.buckets import epoch_batches
 from .dataset.caption_dataset import CaptionDataset
 from .optimizers import lr_factor
 from .runs import Run
 from .training.config.train_config import TrainConfig
+from .training.data.class_images import planned_class_images
 
 log = logging.getLogger("sdxl_lora")
 

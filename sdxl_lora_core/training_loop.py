@@ -33,7 +33,7 @@ from .sampling import Samples
 from .sdxl.base import SDXLBase
 from .sdxl.precision import resolve_dtype
 from .training.config.train_config import TrainConfig
-from .training_data import VALIDATION_TIMESTEPS, TrainingData
+from .training.data.batches import VALIDATION_TIMESTEPS, TrainingData
 from .watching import Look, best_look, converged, samples_due, validation_due
 
 log = logging.getLogger("sdxl_lora")

@@ -20,8 +20,8 @@ from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.data.batches import Batch, TrainingData
 from sdxl_lora_core.training.train import TrainResult
-from sdxl_lora_core.training_data import Batch, TrainingData
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(lora_name="small", steps=4, learning_rate=1e-3, rank=2, alpha=4.0, batch_size=2, save_dtype="fp32")

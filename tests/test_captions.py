@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_lora_core.caption_variants import caption_variants
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl, stack_embeds, truncated_words
 from sdxl_lora_core.text.prompt_cache import load_prompt
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training_data import TrainingData
+from sdxl_lora_core.training.data.batches import TrainingData
+from sdxl_lora_core.training.data.caption_variants import caption_variants
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
 
 TAGS = "zxq, one, two, three, four, five"

@@ -18,8 +18,8 @@ from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base, scheduler_config
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.data.batches import TrainingData
 from sdxl_lora_core.training.train import as_trained
-from sdxl_lora_core.training_data import TrainingData
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2

@@ -12,7 +12,6 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdxl_lora_core.caption_variants import caption_variants
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
@@ -23,13 +22,14 @@ from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.metadata import trigger_words
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora.stack import LoRARef
-from sdxl_lora_core.new_tokens import all_trigger_words
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl, token_ids, truncated_words
 from sdxl_lora_core.text.new_tokens import TokenEmbedding, add_tokens
 from sdxl_lora_core.training.config.captions import read_new_tokens
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.data.batches import all_trigger_words
+from sdxl_lora_core.training.data.caption_variants import caption_variants
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 ALONE: dict[str, Any] = {

@@ -24,7 +24,7 @@ from sdxl_lora_core.run_length import passes_per_epoch
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training_data import Batch
+from sdxl_lora_core.training.data.batches import Batch
 from sdxl_lora_core.training_loop import Loop
 from tests.micro_runs import (
     CPU,

@@ -24,7 +24,7 @@ from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training_data import Batch
+from sdxl_lora_core.training.data.batches import Batch
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes
 
 FIRST = replace(SMALL, text_encoder_learning_rate=2e-3)

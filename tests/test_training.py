@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_lora_core import checkpoints, precompute, training_loop
+from sdxl_lora_core import checkpoints, training_loop
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
@@ -36,9 +36,10 @@ from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl import loading
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.data.batches import Batch, TrainingData
+from sdxl_lora_core.training.data.latent_cache import make_sample
 from sdxl_lora_core.training.train import train
 from sdxl_lora_core.training.train import train as training
-from sdxl_lora_core.training_data import Batch, TrainingData
 from sdxl_lora_core.training_loop import Loop
 from tests.micro_runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes, objective
 
@@ -488,7 +489,7 @@ def test_a_mirrored_crop_has_mirrored_coordinates(micro_base: SDXLBase, tmp_path
     Image.new("RGB", (101, 64)).save(tmp_path / "wide.png")
     (tmp_path / "wide.txt").write_text("wide")
     (entry,) = load(tmp_path, flip=True).entries
-    plain, mirrored = (precompute.make_sample(micro_base, entry, entry.center, flip, cache) for flip in (False, True))
+    plain, mirrored = (make_sample(micro_base, entry, entry.center, flip, cache) for flip in (False, True))
     crop = plain.crop
     assert plain.time_ids().tolist() == [64, 101, crop.top, crop.left, crop.bucket_h, crop.bucket_w]
     assert mirrored.time_ids()[3] == crop.resized_w - crop.bucket_w - crop.left

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..class_images import with_class_images
 from ..dataset.caption_dataset import CaptionDataset, CaptionEntry, with_validation
 from ..files import write_text_atomic
 from ..journal import Journal
@@ -22,7 +21,6 @@ from ..lora.metadata import tag_counts
 from ..lora.modules import LoRAFile, LoRAModule, with_dora_scale
 from ..lora.writing import kohya_state_dict
 from ..lora_metadata import FolderFacts, lora_metadata
-from ..new_tokens import all_trigger_words, require_shown
 from ..optimizers import require_library
 from ..progress import OnStep, StepReport
 from ..report import make_report
@@ -38,6 +36,8 @@ from ..training_loop import train_adapter
 from ..watching import require_lookable
 from .config.loss import LAST_TIMESTEP
 from .config.train_config import TrainConfig
+from .data.batches import all_trigger_words, require_shown
+from .data.class_images import with_class_images
 
 
 @dataclass(frozen=True)

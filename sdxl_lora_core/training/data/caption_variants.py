@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .dataset.captions import holds_word
-from .hashed_random import share
-from .training.config.train_config import TrainConfig
+from ...dataset.caption_dataset import CaptionEntry
+from ...dataset.captions import holds_word
+from ...hashed_random import share
+from ...sdxl.base import SDXLBase, load_tokenizers
+from ...text.encoding import CHUNK_TOKENS, TokenIds, truncated_words
+from ..config.train_config import TrainConfig
 
 
 def caption_variants(
@@ -46,3 +49,17 @@ def _variant(caption: str, trigger_words: Sequence[str], config: TrainConfig, lo
 
 def _split(text: str, separator: str) -> list[str]:
     return [tag for part in text.split(separator) if (tag := part.strip())]
+
+
+def cut_captions(
+    base: SDXLBase, entries: Sequence[CaptionEntry], chunks: int, new_tokens: TokenIds | None = None
+) -> list[tuple[str, str]]:
+    """The images with a caption too long for `chunks`: file name, and the words that are not seen."""
+    # A known token is at least a byte, so most captions need no tokenizer to be found short.
+    captions = [(entry, caption) for entry in entries for caption in entry.captions]
+    long = [(e, c) for e, c in captions if new_tokens or len(c.encode()) > chunks * CHUNK_TOKENS]
+    if not long:
+        return []
+    tokenizer = load_tokenizers(base)[0]
+    unseen = [(entry.image.name, truncated_words(caption, tokenizer, chunks, new_tokens)) for entry, caption in long]
+    return [(name, words) for name, words in unseen if words]

@@ -15,22 +15,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import precompute
-from .cache.tensor_cache import OnItem
-from .caption_variants import caption_variants
-from .dataset.buckets import epoch_batches
-from .dataset.caption_dataset import CaptionDataset, CaptionEntry
-from .hashed_random import generator, pick
-from .images.crop import Crop
-from .losses import Objective
-from .new_tokens import all_trigger_words
-from .precompute import Sample
-from .sdxl.base import SDXLBase
-from .sdxl.loading import ENCODERS
-from .text.encoding import stack_embeds
-from .text.prompt_cache import cache_prompts, load_prompt, prompt_file
-from .training.config.captions import placeholder_ids
-from .training.config.train_config import TrainConfig, learning_encoders
+from ...cache.tensor_cache import OnItem
+from ...dataset.buckets import epoch_batches
+from ...dataset.caption_dataset import CaptionDataset, CaptionEntry
+from ...dataset.captions import holds_word
+from ...hashed_random import generator, pick
+from ...images.crop import Crop
+from ...losses import Objective
+from ...sdxl.base import SDXLBase
+from ...sdxl.loading import ENCODERS
+from ...text.encoding import stack_embeds
+from ...text.prompt_cache import cache_prompts, load_prompt, prompt_file
+from ..config.captions import placeholder_ids, tokens_of
+from ..config.train_config import TrainConfig, learning_encoders
+from .caption_variants import caption_variants, cut_captions
+from .latent_cache import Sample, cache_latents, cache_masks, make_sample
 
 log = logging.getLogger("sdxl_lora")
 
@@ -107,7 +106,7 @@ class TrainingData:
         return [self._sample(entry, crop, mirrored) for crop in entry.crops for mirrored in orientations]
 
     def _sample(self, entry: CaptionEntry, crop: Crop, mirrored: bool) -> Sample:
-        return precompute.make_sample(self.base, entry, crop, mirrored, self.cache_folder)
+        return make_sample(self.base, entry, crop, mirrored, self.cache_folder)
 
     def _captions(self, entry: CaptionEntry, trigger_words: Sequence[str]) -> tuple[str, ...]:
         return caption_variants(entry.captions, entry.sha256, trigger_words, self.config)
@@ -125,16 +124,16 @@ class TrainingData:
         """Makes every tensor that is not on disk yet. Says in the log which captions are cut, or read in every step."""
         for part in learning_encoders(self.config):
             log.info("%s learns: it reads the captions in every step, their embeddings are not cached", part)
-        for name, words in precompute.cut_captions(
+        for name, words in cut_captions(
             self.base, self.entries, self.config.caption_chunks, placeholder_ids(self.config)
         ):
             log.warning("the caption of %s is too long for caption_chunks, not seen: %s", name, words)
         samples = [sample for variants in self.variants for sample in variants] + self.validation
         chunks = self.config.caption_chunks
         cache_prompts(self.base, self.prompt_files, self.device, self.dtype, chunks, on_item)
-        precompute.cache_latents(self.base, samples, self.device, on_item)
+        cache_latents(self.base, samples, self.device, on_item)
         if self.config.masked_loss:
-            precompute.cache_masks(samples, on_item)
+            cache_masks(samples, on_item)
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """The image indices of each forward pass of this optimizer update."""
@@ -203,3 +202,18 @@ def _latents(sample: Sample, draw: torch.Generator) -> Tensor:
     """A fresh draw from the VAE's posterior, [4, H/8, W/8]."""
     mean, std = sample.posterior()
     return mean + std * torch.randn(mean.shape, generator=draw)
+
+
+def all_trigger_words(dataset: CaptionDataset, config: TrainConfig) -> list[str]:
+    """What calls for the LoRA in a prompt: the dataset's words and the new tokens."""
+    return list(dict.fromkeys([*dataset.trigger_words, *tokens_of(config)]))
+
+
+def require_shown(config: TrainConfig, captions: Sequence[str]) -> None:
+    """Raises ValueError for a new token that none of the training captions holds."""
+    for name in tokens_of(config):
+        if not any(holds_word(caption, name) for caption in captions):
+            raise ValueError(
+                f"new_tokens names {name} and no caption holds it: give {name} as the dataset's trigger_word, or write "
+                "it into the captions"
+            )

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from .dataset.caption_dataset import CaptionDataset, CaptionEntry
-from .files import file_sha256, write_atomic
-from .generation.config import GenerateConfig
-from .generation.generate import generate
-from .runtime.loaded_parts import LoadedParts
-from .sdxl.base import SDXLBase
-from .training.config.train_config import TrainConfig
+from ...dataset.caption_dataset import CaptionDataset, CaptionEntry
+from ...files import file_sha256, write_atomic
+from ...generation.config import GenerateConfig
+from ...generation.generate import generate
+from ...runtime.loaded_parts import LoadedParts
+from ...sdxl.base import SDXLBase
+from ..config.train_config import TrainConfig
 
 FIRST_SEED = 0  # whatever the run's own seed, so that runs share what they draw
 

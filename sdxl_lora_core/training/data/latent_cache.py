@@ -11,16 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .cache.tensor_cache import OnItem, is_readable, minor_version, store_tensors
-from .dataset.caption_dataset import CaptionEntry
-from .files import file_sha256, json_sha256
-from .images.crop import Crop
-from .images.decode import open_alpha, open_image
-from .runtime.device import release_memory
-from .sdxl.base import SDXLBase, load_part, load_tokenizers
-from .sdxl.latents import crop_mask, crop_pixels, encode_posterior
-from .sdxl.micro_conditioning import time_ids
-from .text.encoding import CHUNK_TOKENS, TokenIds, truncated_words
+from ...cache.tensor_cache import OnItem, is_readable, minor_version, store_tensors
+from ...dataset.caption_dataset import CaptionEntry
+from ...files import file_sha256, json_sha256
+from ...images.crop import Crop
+from ...images.decode import open_alpha, open_image
+from ...runtime.device import release_memory
+from ...sdxl.base import SDXLBase, load_part
+from ...sdxl.latents import crop_mask, crop_pixels, encode_posterior
+from ...sdxl.micro_conditioning import time_ids
 
 
 @dataclass(frozen=True)
@@ -69,20 +68,6 @@ def make_sample(base: SDXLBase, entry: CaptionEntry, crop: Crop, mirrored: bool,
         latents_file=_latents_path(cache, key),
         mask_file=_latents_path(cache, json_sha256({"mask": _mask_sha256(entry), **cut})) if entry.mask else None,
     )
-
-
-def cut_captions(
-    base: SDXLBase, entries: Sequence[CaptionEntry], chunks: int, new_tokens: TokenIds | None = None
-) -> list[tuple[str, str]]:
-    """The images with a caption too long for `chunks`: file name, and the words that are not seen."""
-    # A known token is at least a byte, so most captions need no tokenizer to be found short.
-    captions = [(entry, caption) for entry in entries for caption in entry.captions]
-    long = [(e, c) for e, c in captions if new_tokens or len(c.encode()) > chunks * CHUNK_TOKENS]
-    if not long:
-        return []
-    tokenizer = load_tokenizers(base)[0]
-    unseen = [(entry.image.name, truncated_words(caption, tokenizer, chunks, new_tokens)) for entry, caption in long]
-    return [(name, words) for name, words in unseen if words]
 
 
 def cache_latents(base: SDXLBase, samples: Sequence[Sample], device: torch.device, on_item: OnItem) -> None:
