@@ -23,9 +23,9 @@ from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
-from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl.base import CONFIGS, load_part, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
 
 NOVELTY = 0.3

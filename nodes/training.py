@@ -10,9 +10,9 @@ from PIL import Image
 
 from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset
 from ..sdxl_lora_core.progress import StepReport
-from ..sdxl_lora_core.runs import RunFolders
 from ..sdxl_lora_core.sdxl.base import SDXLBase
 from ..sdxl_lora_core.training.config.presets import PRESETS, Preset
+from ..sdxl_lora_core.training.run.runs import RunFolders
 from ..sdxl_lora_core.training.train import train
 from . import choices
 from .host.comfy import nothing

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .checkpoints import LoopState
 from .hashed_random import generator
 from .learner import Learner
 from .memory import kept_bytes, plan_memory, set_checkpointing
@@ -18,6 +17,7 @@ from .runtime.device import free_memory, is_out_of_memory, release_memory
 from .runtime.distributed import Processes
 from .training.config.train_config import TrainConfig, learning_encoders
 from .training.data.batches import Batch, TrainingData
+from .training.run.loop_state import LoopState
 
 log = logging.getLogger("sdxl_lora")
 

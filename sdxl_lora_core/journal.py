@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from .charts import draw_loss_chart
-from .checkpoints import LoopState
 from .metrics import Metrics, Row
 from .progress import Smoothing, StepReport
 from .training.config.watch import TensorBoard
-from .watching import Look
+from .training.run.loop_state import Look, LoopState
 
 log = logging.getLogger("sdxl_lora")
 

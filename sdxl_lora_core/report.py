@@ -6,16 +6,15 @@ import math
 from typing import Any
 
 from .charts import smoothed
-from .checkpoints import LoopState
 from .dataset.caption_dataset import CaptionDataset
 from .run_length import passes_per_epoch
-from .runs import Run
 from .sdxl.base import SDXLBase
 from .training.config.captions import placeholder_ids, tokens_of
 from .training.config.train_config import TrainConfig, learning_encoders
 from .training.data.batches import all_trigger_words
 from .training.data.caption_variants import cut_captions
-from .training_loop import Trained
+from .training.run.loop_state import LoopState, Trained
+from .training.run.runs import Run
 
 
 def make_report(

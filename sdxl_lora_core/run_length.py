@@ -7,13 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .checkpoints import Checkpoint
 from .dataset.buckets import epoch_batches
 from .dataset.caption_dataset import CaptionDataset
 from .optimizers import lr_factor
-from .runs import Run
 from .training.config.train_config import TrainConfig
 from .training.data.class_images import planned_class_images
+from .training.run.checkpoints import Checkpoint
+from .training.run.runs import Run
 
 log = logging.getLogger("sdxl_lora")
 

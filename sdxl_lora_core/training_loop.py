@@ -9,14 +9,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .averaging import Averaging
-from .checkpoints import Checkpoint, Checkpoints, LoopState
 from .dataset.caption_dataset import CaptionDataset
 from .gradients import Gradients, size_of
 from .journal import Journal
@@ -34,7 +33,9 @@ from .sdxl.base import SDXLBase
 from .sdxl.precision import resolve_dtype
 from .training.config.train_config import TrainConfig
 from .training.data.batches import VALIDATION_TIMESTEPS, TrainingData
-from .watching import Look, best_look, converged, samples_due, validation_due
+from .training.run.checkpoints import Checkpoint, Checkpoints
+from .training.run.loop_state import Look, LoopState, Trained
+from .watching import best_look, converged, samples_due, validation_due
 
 log = logging.getLogger("sdxl_lora")
 
@@ -47,25 +48,6 @@ class Diverged(RuntimeError):
 
 WriteAdapter = Callable[[Path, LoRAFile, int], None]
 Sample = Callable[[LoRAFile, int, OnStep], Samples]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished loop: what was learned, as a file without metadata, and how it went.
-
-    `kept` is the look that `keep_best` chose the adapter for; None: it is that of the last step. `stopped_early` says
-    that `should_stop` ended the run.
-    """
-
-    learned: LoRAFile
-    state: LoopState
-    kept: Look | None
-    stopped_early: bool
-
-    @property
-    def step(self) -> int:
-        """The number of updates that made the adapter."""
-        return self.kept.step if self.kept else self.state.step
 
 
 def train_adapter(

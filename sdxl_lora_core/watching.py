@@ -7,28 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .dataset.caption_dataset import CaptionDataset
-from .evaluation.clip_model import clip_fingerprint, require_clip_folder
+from .evaluation.clip_model import require_clip_folder
 from .training.config.train_config import TrainConfig
-
-
-@dataclass(frozen=True)
-class Look:
-    """What was seen after `step` updates: the held-out loss, and each sample's CLIP score (None: unknown)."""
-
-    step: int
-    validation_loss: float | None = None
-    clip_scores: Sequence[float | None] = ()
-
-    @property
-    def clip_score(self) -> float | None:
-        """The mean, 0 to 100, if every sample has a score."""
-        known = [score for score in self.clip_scores if score is not None]
-        return sum(known) / len(known) if known and len(known) == len(self.clip_scores) else None
+from .training.run.loop_state import Look
 
 
 def validation_due(config: TrainConfig, step: int) -> bool:
@@ -64,25 +48,6 @@ def require_lookable(config: TrainConfig, dataset: CaptionDataset) -> None:
                 f"{name} is {value} and no image is held out to validate with: raise the dataset's validation_percent, "
                 f"or set {name} to 0"
             )
-
-
-def deciding_looks(config: TrainConfig, dataset: CaptionDataset) -> dict[str, Any]:
-    """What decides which step ends the run or is kept, as JSON values; empty where nothing but `steps` does."""
-    if not config.early_stopping and config.keep_best == "off":
-        return {}
-    deciding = {
-        "early_stopping": config.early_stopping,
-        "keep_best": config.keep_best,
-        "validate_every": config.validate_every,
-        "validation": [[entry.sha256, entry.caption, entry.resolution] for entry in dataset.validation],
-    }
-    if config.keep_best != "clip_score":
-        return deciding
-    return deciding | {
-        "sample_every": config.sample_every,
-        "samples": [config.sample_prompts, config.sample_steps, config.sample_guidance],
-        "clip_model": clip_fingerprint(Path(config.clip_model)),
-    }
 
 
 def _rating(config: TrainConfig, look: Look) -> float:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdxl_lora_core
-from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import TrainResult, train
 from tests.micro_runs import CPU, SMALL, Train, load
 

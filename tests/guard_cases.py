@@ -32,12 +32,12 @@ from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.generation.init_images import start_images
 from sdxl_lora_core.lora.stack import LoRARef
-from sdxl_lora_core.runs import run_fingerprint
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from sdxl_lora_core.sdxl.vae_override import with_vae
 from sdxl_lora_core.training.config.presets import PRESETS, with_preset
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.run.runs import run_fingerprint
 from sdxl_lora_core.training.train import as_trained
 
 ROOT = Path(__file__).resolve().parent.parent

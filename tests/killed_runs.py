@@ -13,8 +13,8 @@ import diffusers.models.unets.unet_2d_condition  # noqa: F401 - this and the nex
 import peft  # noqa: F401
 import torch
 
-from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl.base import open_base
+from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
 from tests.micro_runs import CPU, SMALL, load
 

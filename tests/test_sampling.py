@@ -14,18 +14,17 @@ from PIL import Image
 
 from sdxl_lora_core import sampling, training_loop
 from sdxl_lora_core.charts import draw_loss_chart
-from sdxl_lora_core.checkpoints import LoopState
 from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.dataset.caption_dataset import with_validation
 from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.progress import StepReport
-from sdxl_lora_core.runs import run_fingerprint
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sampling import Sampler
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.watching import Look
+from sdxl_lora_core.training.run.loop_state import Look, LoopState
+from sdxl_lora_core.training.run.runs import run_fingerprint
 from tests.micro_images import settings
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 from tools.run_workflow import ROOT

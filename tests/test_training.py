@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_lora_core import checkpoints, training_loop
+from sdxl_lora_core import training_loop
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
@@ -32,12 +32,13 @@ from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.optimizers import lr_factor
 from sdxl_lora_core.progress import StepReport
-from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.sdxl import loading
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch, TrainingData
 from sdxl_lora_core.training.data.latent_cache import make_sample
+from sdxl_lora_core.training.run import checkpoints
+from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
 from sdxl_lora_core.training.train import train as training
 from sdxl_lora_core.training_loop import Loop

@@ -18,9 +18,9 @@ NAMES = {"8-bit": "8bit_style", "line": "line_style"}
 def train_style(style: str, assets: Path, work: Path, settings: dict) -> None:
     from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
     from sdxl_lora_core.dataset.config import DatasetConfig
-    from sdxl_lora_core.runs import RunFolders
     from sdxl_lora_core.sdxl.base import open_base
     from sdxl_lora_core.training.config.train_config import TrainConfig
+    from sdxl_lora_core.training.run.runs import RunFolders
     from sdxl_lora_core.training.train import train
 
     images = work / "samples" / NAMES[style]

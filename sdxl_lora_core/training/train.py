@@ -25,7 +25,6 @@ from ..optimizers import require_library
 from ..progress import OnStep, StepReport
 from ..report import make_report
 from ..run_length import starting_point, with_steps
-from ..runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
 from ..runtime.distributed import Processes
 from ..runtime.loaded_parts import LoadedParts
 from ..sampling import Sampler, Samples
@@ -38,6 +37,7 @@ from .config.loss import LAST_TIMESTEP
 from .config.train_config import TrainConfig
 from .data.batches import all_trigger_words, require_shown
 from .data.class_images import with_class_images
+from .run.runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
-from sdxl_lora_core.runs import RunFolders
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

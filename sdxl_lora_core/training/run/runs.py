@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...dataset.caption_dataset import CaptionDataset
+from ...dataset.config import DatasetConfig
+from ...evaluation.clip_model import clip_fingerprint
+from ...files import file_sha256, json_sha256, next_names, write_text_atomic
+from ...sdxl.base import SDXLBase, said_to_predict
+from ...settings import to_yaml, without_later_defaults
+from ..config.captions import tokens_of
+from ..config.train_config import TrainConfig
 from .checkpoints import Checkpoints
-from .dataset.caption_dataset import CaptionDataset
-from .dataset.config import DatasetConfig
-from .files import file_sha256, json_sha256, next_names, write_text_atomic
-from .sdxl.base import SDXLBase, said_to_predict
-from .settings import to_yaml, without_later_defaults
-from .training.config.captions import tokens_of
-from .training.config.train_config import TrainConfig
-from .watching import deciding_looks
 
 _UUID = "[0-9a-f]" * 32
 RANDOMNESS_VERSION = 1  # raised when noise, order or initialisation change: old runs are then not continued
@@ -206,3 +206,22 @@ def _check_writable(folders: RunFolders, config: TrainConfig) -> None:
             raise OSError(
                 error.errno, f"cannot write to {folder}: {error.strerror}; training has not started"
             ) from error
+
+
+def deciding_looks(config: TrainConfig, dataset: CaptionDataset) -> dict[str, Any]:
+    """What decides which step ends the run or is kept, as JSON values; empty where nothing but `steps` does."""
+    if not config.early_stopping and config.keep_best == "off":
+        return {}
+    deciding = {
+        "early_stopping": config.early_stopping,
+        "keep_best": config.keep_best,
+        "validate_every": config.validate_every,
+        "validation": [[entry.sha256, entry.caption, entry.resolution] for entry in dataset.validation],
+    }
+    if config.keep_best != "clip_score":
+        return deciding
+    return deciding | {
+        "sample_every": config.sample_every,
+        "samples": [config.sample_prompts, config.sample_steps, config.sample_guidance],
+        "clip_model": clip_fingerprint(Path(config.clip_model)),
+    }

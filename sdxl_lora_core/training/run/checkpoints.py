@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import file_sha256, flush_to_disk, write_text_atomic
+from ...files import file_sha256, flush_to_disk, write_text_atomic
+from ...safetensors_file import save_tensors
+from .loop_state import LoopState
 from .optimizer_state import put_together, take_apart
-from .safetensors_file import save_tensors
-from .training.config.memory import Checkpointing
-from .watching import Look
 
 log = logging.getLogger("sdxl_lora")
 
@@ -35,37 +34,6 @@ SCHEMA = 3
 KEPT = 2
 ADAPTER, STATE = "adapter.safetensors", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
-
-
-@dataclass
-class LoopState:
-    """What a run needs to go on as if it had never stopped. Randomness depends on the step only, so it is not in it."""
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    learning_rates: list[float] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
-    looks: list[Look] = field(default_factory=list)
-    checkpoints: list[int] = field(default_factory=list)
-    images_per_pass: int = 0  # at most the batch; fewer where memory is short
-    gradient_checkpointing: Checkpointing = "off"
-    memory: str = ""  # why these two
-    schedule_start: int = 0  # the step from which the learning rate's schedule counts
-    continued_from: str | None = None  # the run that took the first steps
-    seconds: float = 0.0  # of training, samples and validation included, over all sessions
-    resumed: int = 0  # how often the run went on from a checkpoint
-
-    def rewind(self, steps: int) -> None:
-        """Forgets the last `steps`, none of which was taken."""
-        self.step -= steps
-        del self.losses[self.step :], self.learning_rates[self.step :]
-        self.skipped = [step for step in self.skipped if step <= self.step]
-        self.looks = [look for look in self.looks if look.step <= self.step]
-        self.checkpoints = [step for step in self.checkpoints if step <= self.step]
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> LoopState:
-        return cls(**{**values, "looks": [Look(**look) for look in values["looks"]]})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""A run on disk: its name, folder, state and checkpoints."""
