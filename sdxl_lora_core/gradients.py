@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .hashed_random import generator
-from .learner import Learner
 from .memory import kept_bytes, plan_memory, set_checkpointing
 from .optimizers import state_copies
 from .runtime.device import free_memory, is_out_of_memory, release_memory
 from .runtime.distributed import Processes
 from .training.config.train_config import TrainConfig, learning_encoders
 from .training.data.batches import Batch, TrainingData
+from .training.model.trainable import Learner
 from .training.run.loop_state import LoopState
 
 log = logging.getLogger("sdxl_lora")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from .training.config.optimizer import Optimizer
 from .training.config.train_config import TrainConfig
+from .training.model.adapters import ParameterGroup
 
 CLASSES: dict[Optimizer, str] = {
     "adamw": "torch.optim.AdamW",
@@ -25,14 +25,6 @@ CLASSES: dict[Optimizer, str] = {
     "schedule_free": "pytorch_optimizer.ScheduleFreeAdamW",
 }
 _PIP = {"pytorch_optimizer": "pytorch-optimizer", "bitsandbytes": "bitsandbytes"}
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters, float32, in a fixed order, that learn at `rate_factor` times the run's learning rate."""
-
-    parameters: list[nn.Parameter]
-    rate_factor: float = 1.0
 
 
 def optimizer_settings(config: TrainConfig) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from .averaging import Averaging
 from .dataset.caption_dataset import CaptionDataset
 from .gradients import Gradients, size_of
 from .journal import Journal
-from .learner import Learner
 from .lora.modules import LoRAFile
 from .memory import set_checkpointing
 from .optimizers import make_optimizer, set_learning_rates, state_copies
@@ -33,6 +32,7 @@ from .sdxl.base import SDXLBase
 from .sdxl.precision import resolve_dtype
 from .training.config.train_config import TrainConfig
 from .training.data.batches import VALIDATION_TIMESTEPS, TrainingData
+from .training.model.trainable import Learner
 from .training.run.checkpoints import Checkpoint, Checkpoints
 from .training.run.loop_state import Look, LoopState, Trained
 from .watching import best_look, converged, samples_due, validation_due

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.lora.describe import describe_lora
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
@@ -18,6 +17,7 @@ from sdxl_lora_core.lora.modules import LoRAFile
 from sdxl_lora_core.lora.writing import peft_state_dict
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.model.adapters import Adapter
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, lora_bytes
 
 KERNELS = {"target_modules": "all-linear+conv"}
@@ -192,8 +192,8 @@ def test_kernels_factored_once_more_are_merged_as_peft_does() -> None:
     """Files of other trainers hold them; peft makes them with use_effective_conv2d."""
     from peft import LoHaConfig, LoKrConfig, inject_adapter_in_model
 
-    from sdxl_lora_core.adapters import _factors
     from sdxl_lora_core.lora.modules import LoHaModule, LoKrModule
+    from sdxl_lora_core.training.model.adapters import _factors
 
     for config, kind in ((LoHaConfig, LoHaModule), (LoKrConfig, LoKrModule)):
         settings = config(r=2, alpha=3, target_modules=["0"], use_effective_conv2d=True, init_weights=False)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_lora_core.adapters import Adapter
-from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.modules import LoRAFile
 from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
 from sdxl_lora_core.sdxl.blocks import BLOCKS, read_block_values, value_for
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.model.adapters import Adapter
+from sdxl_lora_core.training.model.trainable import Learner
 from sdxl_lora_core.training.run.runs import run_fingerprint
 from tests.micro_loras import TEXT, load_parts, random_lora
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, load, lora_bytes

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_lora_core.adapters import PRESETS, Adapter
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.model.adapters import PRESETS, Adapter
 
 
 def new_unet(base: SDXLBase) -> Any:

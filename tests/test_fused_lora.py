@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from sdxl_lora_core.adapters import Adapter
-from sdxl_lora_core.fused_lora import LoRALinear, fuse
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.model.adapters import Adapter
+from sdxl_lora_core.training.model.lora_linear import LoRALinear, fuse
 
 
 def lora_layer(dtype: torch.dtype, **settings: Any) -> Any:

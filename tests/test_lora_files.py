@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdxl_lora_core.adapters import PRESETS, Adapter
 from sdxl_lora_core.lora.describe import describe_lora
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
@@ -29,6 +28,7 @@ from sdxl_lora_core.lora_metadata import FolderFacts, lora_metadata
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.model.adapters import PRESETS, Adapter
 from tests.micro_loras import (
     ATTENTION,
     CONV,

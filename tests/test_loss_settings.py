@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.hashed_random import generator
-from sdxl_lora_core.losses import Objective
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base, scheduler_config
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import TrainingData
+from sdxl_lora_core.training.model.objective import Objective
 from sdxl_lora_core.training.train import as_trained
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 

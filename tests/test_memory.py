@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.gradients import what_decides_shapes
-from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.memory import kept_bytes, plan_memory, set_checkpointing
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.memory import Checkpointing
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.model.adapters import Adapter
+from sdxl_lora_core.training.model.trainable import Learner
 from tests.micro_runs import SMALL, Train, change_losses, data_of, load, objective
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")

@@ -16,7 +16,6 @@ from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
-from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora.describe import describe_lora
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.metadata import trigger_words
@@ -30,6 +29,7 @@ from sdxl_lora_core.training.config.captions import read_new_tokens
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import all_trigger_words
 from sdxl_lora_core.training.data.caption_variants import caption_variants
+from sdxl_lora_core.training.model.trainable import Learner
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 ALONE: dict[str, Any] = {

@@ -20,9 +20,10 @@ from sdxl_lora_core import gradients
 from sdxl_lora_core.averaging import Averaging
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.memory import plan_memory
-from sdxl_lora_core.optimizers import CLASSES, ParameterGroup, lr_factor, make_optimizer, set_learning_rates
+from sdxl_lora_core.optimizers import CLASSES, lr_factor, make_optimizer, set_learning_rates
 from sdxl_lora_core.training.config.optimizer import Optimizer
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.model.adapters import ParameterGroup
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
 from sdxl_lora_core.training.run.loop_state import LoopState
 from sdxl_lora_core.training.train import TrainResult

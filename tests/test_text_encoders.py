@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
-from sdxl_lora_core.learner import Learner
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
@@ -25,6 +24,7 @@ from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch
+from sdxl_lora_core.training.model.trainable import Learner
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes
 
 FIRST = replace(SMALL, text_encoder_learning_rate=2e-3)

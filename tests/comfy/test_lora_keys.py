@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdxl_lora_core
-from sdxl_lora_core.adapters import Adapter
 from sdxl_lora_core.lora.files import write_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.lora.modules import LoRAFile
@@ -23,6 +22,7 @@ from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.text.embedding_files import write_embedding
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.model.adapters import Adapter
 
 CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
 EVERY_LAYER = 788  # 722 of the transformers, 66 of the resnets and their samplers

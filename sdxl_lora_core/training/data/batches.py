@@ -21,13 +21,13 @@ from ...dataset.caption_dataset import CaptionDataset, CaptionEntry
 from ...dataset.captions import holds_word
 from ...hashed_random import generator, pick
 from ...images.crop import Crop
-from ...losses import Objective
 from ...sdxl.base import SDXLBase
 from ...sdxl.loading import ENCODERS
 from ...text.encoding import stack_embeds
 from ...text.prompt_cache import cache_prompts, load_prompt, prompt_file
 from ..config.captions import placeholder_ids, tokens_of
 from ..config.train_config import TrainConfig, learning_encoders
+from ..model.objective import Objective
 from .caption_variants import caption_variants, cut_captions
 from .latent_cache import Sample, cache_latents, cache_masks, make_sample
 

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter
-from .lora.modules import LoRAFile
-from .optimizers import ParameterGroup
-from .sdxl.base import SDXLBase, load_part, load_tokenizers
-from .sdxl.loading import ENCODERS, Part
-from .text.encoding import TokenIds, encode_text, stack_embeds
-from .text.new_tokens import TokenEmbedding, add_tokens, start_vectors
-from .training.config.adapter import encoder_rate
-from .training.config.captions import tokens_of
-from .training.config.train_config import TrainConfig, learning_encoders
+from ...lora.modules import LoRAFile
+from ...sdxl.base import SDXLBase, load_part, load_tokenizers
+from ...sdxl.loading import ENCODERS, Part
+from ...text.encoding import TokenIds, encode_text, stack_embeds
+from ...text.new_tokens import TokenEmbedding, add_tokens, start_vectors
+from ..config.adapter import encoder_rate
+from ..config.captions import tokens_of
+from ..config.train_config import TrainConfig, learning_encoders
+from .adapters import Adapter, ParameterGroup
 
 
 class LearningEncoders(nn.Module):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora.modules import AdapterModule, LoRAFile, LoRAModule, with_magnitude
-from .sdxl.loading import ENCODERS, Part
-from .training.config.captions import tokens_of
-from .training.config.train_config import TrainConfig
+from ...lora.modules import AdapterModule, LoRAFile, LoRAModule, with_magnitude
+from ...sdxl.loading import ENCODERS, Part
+from ..config.captions import tokens_of
+from ..config.train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss, interpolate, mse_loss, smooth_l1_loss
 
-from .training.config.train_config import TrainConfig
+from ..config.train_config import TrainConfig
 
 
 class Objective:

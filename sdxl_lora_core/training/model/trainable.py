@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_start import require_same_parts
+from ...lora.files import read_lora
+from ...lora.modules import LoRAFile
+from ...sdxl.base import SDXLBase, load_part, scheduler_config
+from ...sdxl.loading import ENCODERS, Part
+from ..config.adapter import encoder_rate
+from ..config.train_config import TrainConfig, learning_encoders
+from ..data.batches import Batch
+from .adapter_init import require_same_parts
 from .adapters import Adapter
-from .learning_encoders import LearningEncoders
-from .lora.files import read_lora
-from .lora.modules import LoRAFile
-from .losses import Objective
-from .sdxl.base import SDXLBase, load_part, scheduler_config
-from .sdxl.loading import ENCODERS, Part
-from .training.config.adapter import encoder_rate
-from .training.config.train_config import TrainConfig, learning_encoders
-from .training.data.batches import Batch
+from .objective import Objective
+from .text_encoders import LearningEncoders
 
 
 class Learner(nn.Module):

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter_start import continue_from, start_at_principal_parts
-from .fused_lora import fuse
-from .lora.modules import AdapterModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule, with_dora_scale
-from .optimizers import ParameterGroup
-from .sdxl.blocks import read_block_values, read_blocks, value_for
-from .sdxl.loading import Part
-from .training.config.adapter import encoder_rate
-from .training.config.train_config import TrainConfig
+from ...lora.modules import AdapterModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule, with_dora_scale
+from ...sdxl.blocks import read_block_values, read_blocks, value_for
+from ...sdxl.loading import Part
+from ..config.adapter import encoder_rate
+from ..config.train_config import TrainConfig
+from .adapter_init import continue_from, start_at_principal_parts
+from .lora_linear import fuse
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -178,3 +178,11 @@ def _factors(layer: Any) -> dict[str, Tensor]:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters, float32, in a fixed order, that learn at `rate_factor` times the run's learning rate."""
+
+    parameters: list[nn.Parameter]
+    rate_factor: float = 1.0

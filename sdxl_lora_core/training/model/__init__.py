@@ -1,0 +1,1 @@
+"""What learns, and the objective that it learns by."""
