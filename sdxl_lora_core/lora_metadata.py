@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from .files import canonical_json
 from .lora.metadata import IMPLEMENTATIONS
-from .optimizers import CLASSES, optimizer_settings
 from .sdxl.precision import Precision
 from .text.encoding import CHUNK_TOKENS
 from .training.config.train_config import TrainConfig
+from .training.optim.optimizers import CLASSES, optimizer_settings
 
 
 @dataclass(frozen=True)

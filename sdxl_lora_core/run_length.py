@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from .dataset.buckets import epoch_batches
 from .dataset.caption_dataset import CaptionDataset
-from .optimizers import lr_factor
 from .training.config.train_config import TrainConfig
 from .training.data.class_images import planned_class_images
+from .training.optim.lr_schedule import learning_rate
 from .training.run.checkpoints import Checkpoint
 from .training.run.runs import Run
 
@@ -61,12 +61,3 @@ def starting_point(related: Sequence[Run], config: TrainConfig) -> Checkpoint | 
         state.continued_from = run.name
         starts.append(checkpoint)
     return max(starts, key=lambda start: start.state.step, default=None)
-
-
-def learning_rate(config: TrainConfig, step: int, schedule_start: int = 0) -> float:
-    """The learning rate at 0-based `step`, when the schedule counts from `schedule_start` to the last step."""
-    if schedule_start == 0:
-        return config.leading_rate * lr_factor(config, step)
-    left = config.steps - schedule_start
-    rest = replace(config, steps=left, lr_warmup_steps=min(config.lr_warmup_steps, left - 1))
-    return config.leading_rate * lr_factor(rest, step - schedule_start)

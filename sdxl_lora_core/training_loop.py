@@ -15,15 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .averaging import Averaging
 from .dataset.caption_dataset import CaptionDataset
-from .gradients import Gradients, size_of
 from .journal import Journal
 from .lora.modules import LoRAFile
-from .memory import set_checkpointing
-from .optimizers import make_optimizer, set_learning_rates, state_copies
 from .progress import Meter, OnStep, StepReport
-from .run_length import learning_rate
 from .runtime.determinism import deterministic_steps
 from .runtime.device import release_memory
 from .runtime.distributed import Processes
@@ -33,6 +28,11 @@ from .sdxl.precision import resolve_dtype
 from .training.config.train_config import TrainConfig
 from .training.data.batches import VALIDATION_TIMESTEPS, TrainingData
 from .training.model.trainable import Learner
+from .training.optim.accumulation import Gradients, size_of
+from .training.optim.lr_schedule import learning_rate
+from .training.optim.memory_plan import set_checkpointing
+from .training.optim.optimizers import make_optimizer, set_learning_rates, state_copies
+from .training.optim.weight_average import Averaging
 from .training.run.checkpoints import Checkpoint, Checkpoints
 from .training.run.loop_state import Look, LoopState, Trained
 from .watching import best_look, converged, samples_due, validation_due

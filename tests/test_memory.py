@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdxl_lora_core.gradients import what_decides_shapes
-from sdxl_lora_core.memory import kept_bytes, plan_memory, set_checkpointing
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.memory import Checkpointing
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.optim.accumulation import what_decides_shapes
+from sdxl_lora_core.training.optim.memory_plan import kept_bytes, plan_memory, set_checkpointing
 from tests.micro_runs import SMALL, Train, change_losses, data_of, load, objective
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")
@@ -165,7 +165,10 @@ def planned(free_gb: float, wanted: Checkpointing = "auto", batch: int = 4) -> t
     unet = Modes()
     sizes = {"off": 4 * GB, "selective": 2 * GB, "on": 1 * GB}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdxl_lora_core.memory.set_checkpointing", lambda unet, mode: setattr(unet, "mode", mode))
+        patch.setattr(
+            "sdxl_lora_core.training.optim.memory_plan.set_checkpointing",
+            lambda unet, mode: setattr(unet, "mode", mode),
+        )
         plan = plan_memory(lambda: sizes[unet.mode], unet, wanted, batch, 0, free_gb * GB)
     return plan.checkpointing, plan.images_per_pass, plan.tight
 

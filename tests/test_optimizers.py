@@ -16,14 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdxl_lora_core import gradients
-from sdxl_lora_core.averaging import Averaging
 from sdxl_lora_core.hashed_random import generator
-from sdxl_lora_core.memory import plan_memory
-from sdxl_lora_core.optimizers import CLASSES, lr_factor, make_optimizer, set_learning_rates
 from sdxl_lora_core.training.config.optimizer import Optimizer
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import ParameterGroup
+from sdxl_lora_core.training.optim import accumulation
+from sdxl_lora_core.training.optim.lr_schedule import lr_factor
+from sdxl_lora_core.training.optim.memory_plan import plan_memory
+from sdxl_lora_core.training.optim.optimizers import CLASSES, make_optimizer, set_learning_rates
+from sdxl_lora_core.training.optim.weight_average import Averaging
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
 from sdxl_lora_core.training.run.loop_state import LoopState
 from sdxl_lora_core.training.train import TrainResult
@@ -189,7 +190,7 @@ def test_a_cancelled_run_continues_to_the_same_bytes(run: Train, name: Any) -> N
 
 def test_the_memory_plan_counts_the_state(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(gradients, "plan_memory", lambda *args: asked.append(args[4]) or plan_memory(*args))
+    monkeypatch.setattr(accumulation, "plan_memory", lambda *args: asked.append(args[4]) or plan_memory(*args))
     run(replace(SMALL, steps=1))
     run(with_optimizer("prodigy", steps=1, ema_decay=0.9), where="b")
     assert asked[1] / asked[0] == (1 + 4 + 1) / (1 + 2)

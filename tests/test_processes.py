@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_lora_core.gradients import passes
 from sdxl_lora_core.runtime.distributed import Processes
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.settings import to_yaml
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.optim.accumulation import passes
 from sdxl_lora_core.training.train import require_work_for_all
 from tests.micro_runs import SMALL, Train
 

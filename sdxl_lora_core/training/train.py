@@ -21,7 +21,6 @@ from ..lora.metadata import tag_counts
 from ..lora.modules import LoRAFile, LoRAModule, with_dora_scale
 from ..lora.writing import kohya_state_dict
 from ..lora_metadata import FolderFacts, lora_metadata
-from ..optimizers import require_library
 from ..progress import OnStep, StepReport
 from ..report import make_report
 from ..run_length import starting_point, with_steps
@@ -37,6 +36,7 @@ from .config.loss import LAST_TIMESTEP
 from .config.train_config import TrainConfig
 from .data.batches import all_trigger_words, require_shown
 from .data.class_images import with_class_images
+from .optim.optimizers import require_library
 from .run.runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache.tensor_cache import minor_version
-from .files import json_sha256, write_text_atomic
-from .training.config.memory import Checkpointing
+from ...cache.tensor_cache import minor_version
+from ...files import json_sha256, write_text_atomic
+from ..config.memory import Checkpointing
 
 _OVERHEAD = 1.15  # of what a pass keeps: the tensors that the backward pass makes on its way
 _RESERVE = 512 * 2**20  # bytes for the libraries' own workspace

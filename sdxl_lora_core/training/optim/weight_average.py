@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .training.config.train_config import TrainConfig
+from ..config.train_config import TrainConfig
 
 
 class Averaging:

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .hashed_random import generator
-from .memory import kept_bytes, plan_memory, set_checkpointing
+from ...hashed_random import generator
+from ...runtime.device import free_memory, is_out_of_memory, release_memory
+from ...runtime.distributed import Processes
+from ..config.train_config import TrainConfig, learning_encoders
+from ..data.batches import Batch, TrainingData
+from ..model.trainable import Learner
+from ..run.loop_state import LoopState
+from .memory_plan import kept_bytes, plan_memory, set_checkpointing
 from .optimizers import state_copies
-from .runtime.device import free_memory, is_out_of_memory, release_memory
-from .runtime.distributed import Processes
-from .training.config.train_config import TrainConfig, learning_encoders
-from .training.data.batches import Batch, TrainingData
-from .training.model.trainable import Learner
-from .training.run.loop_state import LoopState
 
 log = logging.getLogger("sdxl_lora")
 

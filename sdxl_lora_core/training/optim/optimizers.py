@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .training.config.optimizer import Optimizer
-from .training.config.train_config import TrainConfig
-from .training.model.adapters import ParameterGroup
+from ..config.optimizer import Optimizer
+from ..config.train_config import TrainConfig
+from ..model.adapters import ParameterGroup
 
 CLASSES: dict[Optimizer, str] = {
     "adamw": "torch.optim.AdamW",
@@ -94,19 +93,3 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, groups: Sequence[Parame
     """Each group learns at `rate` times its own factor."""
     for settings, group in zip(optimizer.param_groups, groups, strict=True):
         settings["lr"] = rate * group.rate_factor
-
-
-def lr_factor(config: TrainConfig, step: int) -> float:
-    """The learning rate at 0-based `step` as a share of `config.learning_rate`: warm-up, then the schedule."""
-    if step < config.lr_warmup_steps:
-        return (step + 1) / config.lr_warmup_steps
-    progress = (step - config.lr_warmup_steps) / (config.steps - config.lr_warmup_steps)
-    if config.lr_schedule == "linear":
-        return 1 - progress
-    if config.lr_schedule == "polynomial":
-        return (1 - progress) ** config.lr_power
-    if config.lr_schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    if config.lr_schedule == "cosine_with_restarts":
-        return 0.5 * (1 + math.cos(math.pi * (config.lr_cycles * progress % 1)))
-    return 1.0

@@ -1,0 +1,1 @@
+"""Gradients, memory, optimizers, learning rates."""
