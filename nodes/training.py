@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset
-from ..sdxl_lora_core.progress import StepReport
 from ..sdxl_lora_core.sdxl.base import SDXLBase
 from ..sdxl_lora_core.training.config.presets import PRESETS, Preset
+from ..sdxl_lora_core.training.monitor.progress import StepReport
 from ..sdxl_lora_core.training.run.runs import RunFolders
 from ..sdxl_lora_core.training.train import train
 from . import choices

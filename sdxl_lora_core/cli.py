@@ -25,12 +25,12 @@ from .dataset.config import DatasetConfig
 from .dataset.report import describe
 from .interruption import Interruption, Left
 from .lora.describe import describe_lora
-from .progress import StepReport
 from .runtime.distributed import FirstFailed
 from .sdxl.base import SDXLBase, describe_base, open_base
 from .sdxl.vae_override import with_vae
 from .settings import from_mapping
 from .training.config.train_config import TrainConfig
+from .training.monitor.progress import StepReport
 from .training.run.runs import RunFolders
 from .training.train import train
 from .training_loop import Diverged

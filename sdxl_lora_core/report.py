@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .charts import smoothed
 from .dataset.caption_dataset import CaptionDataset
 from .run_length import passes_per_epoch
 from .sdxl.base import SDXLBase
@@ -13,6 +12,7 @@ from .training.config.captions import placeholder_ids, tokens_of
 from .training.config.train_config import TrainConfig, learning_encoders
 from .training.data.batches import all_trigger_words
 from .training.data.caption_variants import cut_captions
+from .training.monitor.charts import smoothed
 from .training.run.loop_state import LoopState, Trained
 from .training.run.runs import Run
 

@@ -18,10 +18,10 @@ import torch
 
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from sdxl_lora_core.dataset.config import DatasetConfig
-from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from sdxl_lora_core.sdxl.vae_override import with_vae
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.run.runs import Run, RunFolders, run_fingerprint, save_settings
 from sdxl_lora_core.training.train import TrainResult, as_trained, train
 from tools.run_workflow import run

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
-from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch, TrainingData
 from sdxl_lora_core.training.model.objective import Objective
 from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.optim.accumulation import Gradients
 from sdxl_lora_core.training.run.loop_state import LoopState
 from sdxl_lora_core.training.train import TrainResult

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdxl_lora_core.charts import smoothed
 from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.objective import Objective
+from sdxl_lora_core.training.monitor.charts import smoothed
 
 
 def objective(base: SDXLBase, prediction_type: str = "epsilon", **settings: Any) -> Objective:

@@ -12,17 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core import sampling, training_loop
-from sdxl_lora_core.charts import draw_loss_chart
+from sdxl_lora_core import training_loop
 from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.dataset.caption_dataset import with_validation
 from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.lora.stack import LoRARef
-from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
-from sdxl_lora_core.sampling import Sampler
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.monitor import sample_images
+from sdxl_lora_core.training.monitor.charts import draw_loss_chart
+from sdxl_lora_core.training.monitor.progress import StepReport
+from sdxl_lora_core.training.monitor.sample_images import Sampler
 from sdxl_lora_core.training.run.loop_state import Look, LoopState
 from sdxl_lora_core.training.run.runs import run_fingerprint
 from tests.micro_images import settings
@@ -133,14 +134,14 @@ def test_samples_that_fail_do_not_end_the_run(
     run: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = run(replace(SAMPLED, sample_every=0))
-    original = sampling.generate
+    original = sample_images.generate
 
     def fail(*arguments: Any, **options: Any) -> Any:
         if options["cache_folder"] is None:
             raise ValueError("the UNet gave values that are not finite")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(sampling, "generate", fail)
+    monkeypatch.setattr(sample_images, "generate", fail)
     assert lora_bytes(run(SAMPLED, where="b")) == lora_bytes(plain)
     assert "no samples at step 2: the UNet gave values that are not finite" in caplog.text
 
@@ -240,9 +241,9 @@ def replace_looks(state: LoopState) -> LoopState:
 
 def test_long_sample_prompts_are_read_as_long_captions_are(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    original = sampling.generate
+    original = sample_images.generate
     monkeypatch.setattr(
-        sampling,
+        sample_images,
         "generate",
         lambda base, config, *a, **k: seen.append(config.long_prompts) or original(base, config, *a, **k),
     )

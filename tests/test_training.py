@@ -28,13 +28,13 @@ from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.lora.files import read_lora
-from sdxl_lora_core.progress import StepReport
 from sdxl_lora_core.sdxl import loading
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch, TrainingData
 from sdxl_lora_core.training.data.latent_cache import make_sample
 from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.optim.accumulation import size_of
 from sdxl_lora_core.training.optim.lr_schedule import lr_factor
 from sdxl_lora_core.training.run import checkpoints

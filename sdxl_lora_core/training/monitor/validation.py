@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from .dataset.caption_dataset import CaptionDataset
-from .evaluation.clip_model import require_clip_folder
-from .training.config.train_config import TrainConfig
-from .training.run.loop_state import Look
+from ...dataset.caption_dataset import CaptionDataset
+from ...evaluation.clip_model import require_clip_folder
+from ..config.train_config import TrainConfig
+from ..run.loop_state import Look
 
 
 def validation_due(config: TrainConfig, step: int) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .runtime.device import memory_in_use
+from ...runtime.device import memory_in_use
 
 
 @dataclass(frozen=True)

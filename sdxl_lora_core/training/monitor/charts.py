@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomic
+from ...files import write_atomic
+from ..run.loop_state import LoopState
 from .progress import Smoothing
-from .training.run.loop_state import LoopState
 
 RAW, LOSS, VALIDATION, RATE = "#b9c9e0", "#1f4e8c", "#b3261e", "#8a8a8a"
 SAMPLES, CHECKPOINTS, KEPT = "#2e7d32", "#6a4c93", "#333333"

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .evaluation.clip_score import score_images
-from .files import write_atomic, write_text_atomic
-from .generation.config import GenerateConfig
-from .generation.generate import generate
-from .lora.stack import LoRARef
+from ...evaluation.clip_score import score_images
+from ...files import write_atomic, write_text_atomic
+from ...generation.config import GenerateConfig
+from ...generation.generate import generate
+from ...lora.stack import LoRARef
+from ...runtime.device import is_out_of_memory, release_memory
+from ...runtime.loaded_parts import LoadedParts
+from ...sdxl.base import SDXLBase
+from ..config.train_config import TrainConfig
 from .progress import OnStep, StepReport
-from .runtime.device import is_out_of_memory, release_memory
-from .runtime.loaded_parts import LoadedParts
-from .sdxl.base import SDXLBase
-from .training.config.train_config import TrainConfig
 
 log = logging.getLogger("sdxl_lora")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config.watch import TensorBoard
+from ..run.loop_state import Look, LoopState
 from .charts import draw_loss_chart
 from .metrics import Metrics, Row
 from .progress import Smoothing, StepReport
-from .training.config.watch import TensorBoard
-from .training.run.loop_state import Look, LoopState
 
 log = logging.getLogger("sdxl_lora")
 

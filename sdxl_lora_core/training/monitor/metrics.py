@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .files import write_text_atomic
-from .training.config.watch import TensorBoard
+from ...files import write_text_atomic
+from ..config.watch import TensorBoard
 
 log = logging.getLogger("sdxl_lora")
 

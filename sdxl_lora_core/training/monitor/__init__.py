@@ -1,0 +1,1 @@
+"""Validation, metrics, charts and sample images while a run trains."""
