@@ -30,7 +30,7 @@ from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers, open_
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import TrainingData
-from sdxl_lora_core.training_loop import Loop
+from sdxl_lora_core.training.loop import Loop
 
 CPU = torch.device("cpu")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -30,10 +30,10 @@ from .sdxl.base import SDXLBase, describe_base, open_base
 from .sdxl.vae_override import with_vae
 from .settings import from_mapping
 from .training.config.train_config import TrainConfig
+from .training.loop import Diverged
 from .training.monitor.progress import StepReport
 from .training.run.runs import RunFolders
 from .training.train import train
-from .training_loop import Diverged
 
 HOME = Path("output/sdxl_lora")
 

@@ -19,10 +19,10 @@ from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.data.batches import Batch
+from sdxl_lora_core.training.loop import Diverged
 from sdxl_lora_core.training.model.trainable import Learner
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
-from sdxl_lora_core.training_loop import Diverged
 from tests.micro_runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes
 
 

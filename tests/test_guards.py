@@ -22,10 +22,10 @@ from PIL.PngImagePlugin import PngImageFile
 from safetensors.torch import load_file
 
 from sdxl_lora_core.cli import main, read_run
-from sdxl_lora_core.lora_metadata import lora_metadata
 from sdxl_lora_core.safetensors_file import read_header
 from sdxl_lora_core.settings import from_mapping, setting
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.lora_metadata import lora_metadata
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.run.loop_state import Look, LoopState
 from sdxl_lora_core.training.train import TrainResult

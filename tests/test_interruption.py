@@ -12,7 +12,7 @@ import pytest
 
 from sdxl_lora_core import cli
 from sdxl_lora_core.interruption import Interruption, Left
-from sdxl_lora_core.training_loop import Loop
+from sdxl_lora_core.training.loop import Loop
 from tests.micro_runs import Train, change_losses
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a Windows process cannot send itself these signals")

@@ -24,10 +24,10 @@ from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.lora.metadata import tag_counts, trigger_words
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora.writing import kohya_state_dict, peft_state_dict
-from sdxl_lora_core.lora_metadata import FolderFacts, lora_metadata
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.lora_metadata import FolderFacts, lora_metadata
 from sdxl_lora_core.training.model.adapters import PRESETS, Adapter
 from tests.micro_loras import (
     ATTENTION,

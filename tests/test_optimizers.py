@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.training.config.optimizer import Optimizer
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.model.adapters import ParameterGroup
 from sdxl_lora_core.training.optim import accumulation
 from sdxl_lora_core.training.optim.lr_schedule import lr_factor
@@ -28,7 +29,6 @@ from sdxl_lora_core.training.optim.weight_average import Averaging
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
 from sdxl_lora_core.training.run.loop_state import LoopState
 from sdxl_lora_core.training.train import TrainResult
-from sdxl_lora_core.training_loop import Loop
 from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 NAMES: tuple[Any, ...] = get_args(Optimizer)

@@ -18,14 +18,14 @@ from safetensors import safe_open
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.dataset.report import contact_sheet, describe
-from sdxl_lora_core.run_length import passes_per_epoch
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch
+from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.model.trainable import Learner
 from sdxl_lora_core.training.monitor.progress import StepReport
-from sdxl_lora_core.training_loop import Loop
+from sdxl_lora_core.training.run_length import passes_per_epoch
 from tests.micro_runs import (
     CPU,
     SMALL,

@@ -13,12 +13,12 @@ import yaml
 from safetensors.torch import load_file
 
 from sdxl_lora_core.lora.files import read_lora
-from sdxl_lora_core.run_length import passes_per_epoch, with_steps
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import TrainingData
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.optim.lr_schedule import learning_rate
+from sdxl_lora_core.training.run_length import passes_per_epoch, with_steps
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 DROPOUT = {"dropout": 0.2, "caption_dropout": 0.3}

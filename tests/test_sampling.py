@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core import training_loop
 from sdxl_lora_core.cli import read_run
 from sdxl_lora_core.dataset.caption_dataset import with_validation
 from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
+from sdxl_lora_core.training import loop
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.monitor import sample_images
 from sdxl_lora_core.training.monitor.charts import draw_loss_chart
@@ -149,16 +149,16 @@ def test_samples_that_fail_do_not_end_the_run(
 def test_the_unet_leaves_the_device_while_samples_are_drawn(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """No second UNet lies beside it: it goes to the CPU before the first part of generation is loaded."""
     events: list[str] = []
-    original = training_loop.Loop.__init__
+    original = loop.Loop.__init__
 
-    def watched(self: training_loop.Loop, *arguments: Any) -> None:
+    def watched(self: loop.Loop, *arguments: Any) -> None:
         original(self, *arguments)
         move = self.learner.to
         monkeypatch.setattr(
             self.learner, "to", lambda device: events.append(f"to {device}") or move(device), raising=False
         )
 
-    monkeypatch.setattr(training_loop.Loop, "__init__", watched)
+    monkeypatch.setattr(loop.Loop, "__init__", watched)
     borrow = LoadedParts.borrow
     monkeypatch.setattr(
         LoadedParts, "borrow", lambda self, part, *rest: events.append(part) or borrow(self, part, *rest)

@@ -22,7 +22,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_lora_core import training_loop
 from sdxl_lora_core.cli import main
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
@@ -30,9 +29,12 @@ from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.sdxl import loading
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
+from sdxl_lora_core.training import loop
+from sdxl_lora_core.training import train as training
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch, TrainingData
 from sdxl_lora_core.training.data.latent_cache import make_sample
+from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.model.trainable import Learner
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.optim.accumulation import size_of
@@ -40,8 +42,6 @@ from sdxl_lora_core.training.optim.lr_schedule import lr_factor
 from sdxl_lora_core.training.run import checkpoints
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
-from sdxl_lora_core.training.train import train as training
-from sdxl_lora_core.training_loop import Loop
 from tests.micro_runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes, objective
 
 
@@ -112,13 +112,13 @@ def test_each_dataset_setting_changes_the_file(run: Train, pictures: Path, chang
 def test_gradient_checkpointing_is_used_and_changes_nothing(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_file(run().lora_path)
     used: list[bool] = []
-    original = training_loop.Loop.update
+    original = loop.Loop.update
 
     def spy(self: Loop) -> None:
         used.append(self.learner.unet.is_gradient_checkpointing)
         original(self)
 
-    monkeypatch.setattr(training_loop.Loop, "update", spy)
+    monkeypatch.setattr(loop.Loop, "update", spy)
     checkpointed = load_file(run(replace(SMALL, gradient_checkpointing="on"), where="b").lora_path)
     assert all(used) and len(used) == SMALL.steps
     for name, tensor in plain.items():
@@ -338,7 +338,7 @@ def test_the_room_asked_for_is_what_checkpoints_take(
     def require_space(folder: Path, parameters: list[torch.Tensor], copies: int) -> None:
         asked.append(copies * size_of(parameters))
 
-    monkeypatch.setattr(training_loop, "require_space", require_space)
+    monkeypatch.setattr(loop, "require_space", require_space)
     run(replace(SMALL, init=init, steps=1))
     (checkpoint,) = (tmp_path / "a/runs/small/checkpoints").iterdir()
     files = [load_file(file) for file in checkpoint.glob("*.safetensors")]

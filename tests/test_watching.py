@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.monitor.progress import Meter, Smoothing, StepReport
 from sdxl_lora_core.training.monitor.validation import best_look, converged
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
 from sdxl_lora_core.training.run.loop_state import Look
 from sdxl_lora_core.training.run.runs import run_fingerprint
-from sdxl_lora_core.training_loop import Loop
 from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
 
 WATCHED = replace(SMALL, steps=6, validate_every=2)

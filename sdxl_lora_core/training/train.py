@@ -19,25 +19,25 @@ from ..lora.files import read_lora, write_lora
 from ..lora.metadata import tag_counts
 from ..lora.modules import LoRAFile, LoRAModule, with_dora_scale
 from ..lora.writing import kohya_state_dict
-from ..lora_metadata import FolderFacts, lora_metadata
-from ..report import make_report
-from ..run_length import starting_point, with_steps
 from ..runtime.distributed import Processes
 from ..runtime.loaded_parts import LoadedParts
 from ..sdxl.base import SDXLBase, load_part, predicting
 from ..sdxl.precision import DTYPES, resolve_dtype
 from ..text.embedding_files import write_embedding
-from ..training_loop import train_adapter
 from .config.loss import LAST_TIMESTEP
 from .config.train_config import TrainConfig
 from .data.batches import all_trigger_words, require_shown
 from .data.class_images import with_class_images
+from .loop import train_adapter
+from .lora_metadata import FolderFacts, lora_metadata
 from .monitor.journal import Journal
 from .monitor.progress import OnStep, StepReport
 from .monitor.sample_images import Sampler, Samples
 from .monitor.validation import require_lookable
 from .optim.optimizers import require_library
+from .report import make_report
 from .run.runs import Run, RunFolders, claim_run, related_runs, run_fingerprint, save_settings
+from .run_length import starting_point, with_steps
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .dataset.caption_dataset import CaptionDataset
+from ..dataset.caption_dataset import CaptionDataset
+from ..sdxl.base import SDXLBase
+from .config.captions import placeholder_ids, tokens_of
+from .config.train_config import TrainConfig, learning_encoders
+from .data.batches import all_trigger_words
+from .data.caption_variants import cut_captions
+from .monitor.charts import smoothed
+from .run.loop_state import LoopState, Trained
+from .run.runs import Run
 from .run_length import passes_per_epoch
-from .sdxl.base import SDXLBase
-from .training.config.captions import placeholder_ids, tokens_of
-from .training.config.train_config import TrainConfig, learning_encoders
-from .training.data.batches import all_trigger_words
-from .training.data.caption_variants import cut_captions
-from .training.monitor.charts import smoothed
-from .training.run.loop_state import LoopState, Trained
-from .training.run.runs import Run
 
 
 def make_report(

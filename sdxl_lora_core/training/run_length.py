@@ -7,13 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .dataset.buckets import epoch_batches
-from .dataset.caption_dataset import CaptionDataset
-from .training.config.train_config import TrainConfig
-from .training.data.class_images import planned_class_images
-from .training.optim.lr_schedule import learning_rate
-from .training.run.checkpoints import Checkpoint
-from .training.run.runs import Run
+from ..dataset.buckets import epoch_batches
+from ..dataset.caption_dataset import CaptionDataset
+from .config.train_config import TrainConfig
+from .data.class_images import planned_class_images
+from .optim.lr_schedule import learning_rate
+from .run.checkpoints import Checkpoint
+from .run.runs import Run
 
 log = logging.getLogger("sdxl_lora")
 

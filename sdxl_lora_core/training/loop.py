@@ -15,27 +15,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .dataset.caption_dataset import CaptionDataset
-from .lora.modules import LoRAFile
-from .runtime.determinism import deterministic_steps
-from .runtime.device import release_memory
-from .runtime.distributed import Processes
-from .sdxl.base import SDXLBase
-from .sdxl.precision import resolve_dtype
-from .training.config.train_config import TrainConfig
-from .training.data.batches import VALIDATION_TIMESTEPS, TrainingData
-from .training.model.trainable import Learner
-from .training.monitor.journal import Journal
-from .training.monitor.progress import Meter, OnStep, StepReport
-from .training.monitor.sample_images import Samples
-from .training.monitor.validation import best_look, converged, samples_due, validation_due
-from .training.optim.accumulation import Gradients, size_of
-from .training.optim.lr_schedule import learning_rate
-from .training.optim.memory_plan import set_checkpointing
-from .training.optim.optimizers import make_optimizer, set_learning_rates, state_copies
-from .training.optim.weight_average import Averaging
-from .training.run.checkpoints import Checkpoint, Checkpoints
-from .training.run.loop_state import Look, LoopState, Trained
+from ..dataset.caption_dataset import CaptionDataset
+from ..lora.modules import LoRAFile
+from ..runtime.determinism import deterministic_steps
+from ..runtime.device import release_memory
+from ..runtime.distributed import Processes
+from ..sdxl.base import SDXLBase
+from ..sdxl.precision import resolve_dtype
+from .config.train_config import TrainConfig
+from .data.batches import VALIDATION_TIMESTEPS, TrainingData
+from .model.trainable import Learner
+from .monitor.journal import Journal
+from .monitor.progress import Meter, OnStep, StepReport
+from .monitor.sample_images import Samples
+from .monitor.validation import best_look, converged, samples_due, validation_due
+from .optim.accumulation import Gradients, size_of
+from .optim.lr_schedule import learning_rate
+from .optim.memory_plan import set_checkpointing
+from .optim.optimizers import make_optimizer, set_learning_rates, state_copies
+from .optim.weight_average import Averaging
+from .run.checkpoints import Checkpoint, Checkpoints
+from .run.loop_state import Look, LoopState, Trained
 
 log = logging.getLogger("sdxl_lora")
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .files import canonical_json
-from .lora.metadata import IMPLEMENTATIONS
-from .sdxl.precision import Precision
-from .text.encoding import CHUNK_TOKENS
-from .training.config.train_config import TrainConfig
-from .training.optim.optimizers import CLASSES, optimizer_settings
+from ..files import canonical_json
+from ..lora.metadata import IMPLEMENTATIONS
+from ..sdxl.precision import Precision
+from ..text.encoding import CHUNK_TOKENS
+from .config.train_config import TrainConfig
+from .optim.optimizers import CLASSES, optimizer_settings
 
 
 @dataclass(frozen=True)
