@@ -11,7 +11,7 @@ import pytest
 
 from sdxl_lora_core.cache import maintenance
 from sdxl_lora_core.cache.image_cache import ImageCache
-from sdxl_lora_core.cli import main
+from sdxl_lora_core.cli.main import main
 from sdxl_lora_core.generation.image_keys import key_of
 from tools.run_workflow import ROOT, load_pack
 

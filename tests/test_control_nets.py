@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdxl_lora_core.cli import main
+from sdxl_lora_core.cli.main import main
 from sdxl_lora_core.control.control_net import (
     describe_control_net,
     load_control_net,

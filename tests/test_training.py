@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_lora_core.cli import main
+from sdxl_lora_core.cli.main import main
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.hashed_random import generator

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .cache import maintenance
+from ..cache import maintenance
 
 
 def add_commands(commands: Any, home: Path) -> None:

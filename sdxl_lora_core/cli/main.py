@@ -18,22 +18,22 @@ from typing import Any
 
 import torch
 
-from . import cli_cache
-from .control.control_net import describe_control_net, open_control_net
-from .dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
-from .dataset.config import DatasetConfig
-from .dataset.report import describe
-from .interruption import Interruption, Left
-from .lora.describe import describe_lora
-from .runtime.distributed import FirstFailed
-from .sdxl.base import SDXLBase, describe_base, open_base
-from .sdxl.vae_override import with_vae
-from .settings import from_mapping
-from .training.config.train_config import TrainConfig
-from .training.loop import Diverged
-from .training.monitor.progress import StepReport
-from .training.run.runs import RunFolders
-from .training.train import train
+from ..control.control_net import describe_control_net, open_control_net
+from ..dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
+from ..dataset.config import DatasetConfig
+from ..dataset.report import describe
+from ..lora.describe import describe_lora
+from ..runtime.distributed import FirstFailed
+from ..sdxl.base import SDXLBase, describe_base, open_base
+from ..sdxl.vae_override import with_vae
+from ..settings import from_mapping
+from ..training.config.train_config import TrainConfig
+from ..training.loop import Diverged
+from ..training.monitor.progress import StepReport
+from ..training.run.runs import RunFolders
+from ..training.train import train
+from . import cache
+from .signals import Interruption, Left
 
 HOME = Path("output/sdxl_lora")
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("inspect", help="describe a base, a LoRA, a ControlNet or a dataset")
     command.add_argument("path", type=Path)
     command.set_defaults(run=_inspect)
-    cli_cache.add_commands(commands, HOME)
+    cache.add_commands(commands, HOME)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
