@@ -146,7 +146,7 @@ def ours(work: Path, size: int) -> Step:
     unused: Any = None
     loop = Loop(base, config, data, CPU, torch.bfloat16, unused, unused, unused, unused, Processes())
     loop.gradients.plan(loop.state)
-    batch = data.batch([0], 0, 0, loop.learner.objective)
+    batch = data.batch([0], 0, 0)
 
     def step() -> dict[str, float]:
         started = time.perf_counter()

@@ -17,10 +17,10 @@ from sdxl_lora_core.cli.main import read_run
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base, scheduler_config
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.data.batches import TrainingData
+from sdxl_lora_core.training.data.noise import NoiseSampler
 from sdxl_lora_core.training.model.objective import Objective
 from sdxl_lora_core.training.train import as_trained
-from tests.micro_runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tests.micro_runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 KEPT = torch.cumprod(1 - BETAS, 0)
@@ -88,54 +88,57 @@ def test_robust_losses_are_quadratic_then_linear(
     assert chosen.squared_errors(off, nothing, nothing, torch.tensor([1, 2])).tolist() == pytest.approx([0.0025, 0.25])
 
 
-def test_noise_offset_moves_each_channel_as_a_whole(micro_base: SDXLBase) -> None:
+def test_noise_offset_moves_each_channel_as_a_whole() -> None:
     plain, moved = (
-        objective(micro_base, noise_offset=offset).noise(torch.zeros(4, 8, 8), generator(0, 0, 0))
+        NoiseSampler(TrainConfig(noise_offset=offset)).noise(torch.zeros(4, 8, 8), generator(0, 0, 0))
         for offset in (0.0, 0.5)
     )
     shift = moved - plain
     torch.testing.assert_close(shift, shift[:, :1, :1].expand_as(shift), atol=1e-6, rtol=0)
-    draws = [objective(micro_base, noise_offset=0.5).noise(torch.zeros(4, 8, 8), generator(0, i, 0)) for i in range(99)]
+    draws = [
+        NoiseSampler(TrainConfig(noise_offset=0.5)).noise(torch.zeros(4, 8, 8), generator(0, i, 0)) for i in range(99)
+    ]
     spread = torch.stack(draws).mean(dim=(2, 3)).std().item()
     assert spread == pytest.approx(math.sqrt(0.25 + 1 / 64), rel=0.15)
 
 
-def coarseness(base: SDXLBase, **settings: Any) -> float:
+def coarseness(**settings: Any) -> float:
     """How alike neighbours are in the noise; 0 in white noise."""
-    noise = objective(base, **settings).noise(torch.zeros(4, 64, 64), generator(0, 0, 0))
+    noise = NoiseSampler(TrainConfig(**settings)).noise(torch.zeros(4, 64, 64), generator(0, 0, 0))
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     return (noise[:, :, 1:] * noise[:, :, :-1]).mean().item()
 
 
-def test_multires_noise_is_coarser_with_more_layers_and_less_discount(micro_base: SDXLBase) -> None:
-    white, one, six = (coarseness(micro_base, multires_noise_iterations=layers) for layers in (0, 1, 6))
-    strong = coarseness(micro_base, multires_noise_iterations=6, multires_noise_discount=0.8)
+def test_multires_noise_is_coarser_with_more_layers_and_less_discount() -> None:
+    white, one, six = (coarseness(multires_noise_iterations=layers) for layers in (0, 1, 6))
+    strong = coarseness(multires_noise_iterations=6, multires_noise_discount=0.8)
     assert white < one < six < strong
 
 
 def test_the_perturbed_input_is_not_what_is_asked_for(micro_base: SDXLBase, pictures: Path, cache: Path) -> None:
-    data = TrainingData(micro_base, load(pictures), SMALL, cache, CPU, torch.float32)
-    data.cache(lambda *_: None)
-    plain, perturbed = (data.batch([0], 0, 0, objective(micro_base, input_perturbation=gamma)) for gamma in (0.0, 0.25))
+    dataset = load(pictures)
+    plain, perturbed = (
+        data_of(micro_base, dataset, cache, input_perturbation=gamma).batch([0], 0, 0) for gamma in (0.0, 0.25)
+    )
     assert torch.equal(plain.input_noise, plain.noise) and torch.equal(perturbed.noise, plain.noise)
     assert (perturbed.input_noise - perturbed.noise).std().item() == pytest.approx(0.25, rel=0.2)
 
 
-def timesteps(base: SDXLBase, **settings: Any) -> Tensor:
-    chosen = objective(base, **settings)
+def timesteps(**settings: Any) -> Tensor:
+    chosen = NoiseSampler(TrainConfig(**settings))
     return torch.tensor([chosen.timestep(generator(0, step, 0)) for step in range(2000)])
 
 
 def test_timesteps_fill_their_range(micro_base: SDXLBase) -> None:
-    drawn = timesteps(micro_base, timestep_min=100, timestep_max=103)
+    drawn = timesteps(timestep_min=100, timestep_max=103)
     assert drawn.unique().tolist() == [100, 101, 102, 103]
-    normal = timesteps(micro_base, timestep_min=100, timestep_max=103, timestep_sampling="logit_normal", logit_std=3.0)
+    normal = timesteps(timestep_min=100, timestep_max=103, timestep_sampling="logit_normal", logit_std=3.0)
     assert normal.unique().tolist() == [100, 101, 102, 103]
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 1.0), (0.0, 0.25)])
 def test_logit_normal_timesteps_have_their_quantiles(micro_base: SDXLBase, mean: float, std: float) -> None:
-    drawn = timesteps(micro_base, timestep_sampling="logit_normal", logit_mean=mean, logit_std=std) / 1000
+    drawn = timesteps(timestep_sampling="logit_normal", logit_mean=mean, logit_std=std) / 1000
     for share, deviations in ((0.1587, -1), (0.5, 0), (0.8413, 1)):
         wanted = 1 / (1 + math.exp(-(mean + std * deviations)))
         assert drawn.quantile(share).item() == pytest.approx(wanted, abs=0.025)

@@ -18,7 +18,7 @@ from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.trainable import Learner
 from sdxl_lora_core.training.optim.accumulation import what_decides_shapes
 from sdxl_lora_core.training.optim.memory_plan import kept_bytes, plan_memory, set_checkpointing
-from tests.micro_runs import SMALL, Train, change_losses, data_of, load, objective
+from tests.micro_runs import SMALL, Train, change_losses, data_of, load
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")
 GB = 10**9
@@ -136,7 +136,7 @@ def test_captions_decide_the_shapes_only_for_encoders_that_learn(
     micro_base: SDXLBase, pictures: Path, cache: Path
 ) -> None:
     data = data_of(micro_base, load(pictures), cache)
-    one = data.batch([0], 0, 0, objective(micro_base))
+    one = data.batch([0], 0, 0)
     other = replace(one, captions=("another caption",))
     learns = replace(SMALL, text_encoder_learning_rate=1e-4)
     assert what_decides_shapes(one, SMALL) == what_decides_shapes(other, SMALL)

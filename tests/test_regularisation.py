@@ -37,7 +37,6 @@ from tests.micro_runs import (
     data_of,
     load,
     lora_bytes,
-    objective,
     weights,
 )
 
@@ -102,8 +101,8 @@ def test_their_captions_are_shown_as_written_and_they_carry_the_prior_weight(
 ) -> None:
     settings = {"caption_dropout": 1.0, "shuffle_tags": True, "tag_dropout": 0.5, "prior_weight": 0.25}
     data = data_of(micro_base, both, cache, **settings)
-    empty = data.batch([0], 0, 0, objective(micro_base)).embeds[0]
-    batch = data.batch([0, 2], 0, 0, objective(micro_base))
+    empty = data.batch([0], 0, 0).embeds[0]
+    batch = data.batch([0, 2], 0, 0)
     assert batch.weights.tolist() == [1.0, 0.25]
     assert torch.equal(batch.embeds[0], empty)
     assert data.captions[2] == ("a, b, c, number 2",) and not torch.equal(batch.embeds[1], empty)

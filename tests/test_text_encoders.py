@@ -38,7 +38,7 @@ def learner_of(base: SDXLBase, config: TrainConfig, dtype: torch.dtype = torch.f
 
 
 def batch_of(base: SDXLBase, pictures: Path, cache: Path, learner: Learner, **settings: Any) -> Batch:
-    return data_of(base, load(pictures), cache, **settings).batch([0, 1, 2], 0, 0, learner.objective)
+    return data_of(base, load(pictures), cache, **settings).batch([0, 1, 2], 0, 0)
 
 
 def text(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:

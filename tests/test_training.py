@@ -42,7 +42,7 @@ from sdxl_lora_core.training.optim.lr_schedule import lr_factor
 from sdxl_lora_core.training.run import checkpoints
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
-from tests.micro_runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes, objective
+from tests.micro_runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state(run: Train) -> None:
@@ -452,7 +452,7 @@ def test_every_image_is_seen_once_an_epoch_in_its_own_bucket(micro_base: SDXLBas
     while len(seen) < 5:
         (indices,) = data.micro_batches(step)
         assert len({data.buckets[index] for index in indices}) == 1
-        batch = data.batch(indices, step, 0, objective(micro_base))
+        batch = data.batch(indices, step, 0)
         width, height = data.buckets[indices[0]]
         assert batch.latents.shape == (len(indices), 4, height // 8, width // 8)
         assert batch.time_ids[0, 4:].tolist() == [height, width]
@@ -466,7 +466,7 @@ def test_a_fresh_sample_is_drawn_from_the_posterior_each_step(
 ) -> None:
     data = TrainingData(micro_base, load(pictures), SMALL, cache, CPU, torch.float32)
     data.cache(lambda *_: None)
-    first, second = (data.batch([0], step, 0, objective(micro_base)) for step in (0, 1))
+    first, second = (data.batch([0], step, 0) for step in (0, 1))
     mean, std = data.variants[0][0].posterior()
     assert not torch.equal(first.latents, second.latents)
     assert ((first.latents[0] - mean).abs() <= 6 * std).all()

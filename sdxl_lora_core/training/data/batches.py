@@ -27,9 +27,9 @@ from ...text.encoding import stack_embeds
 from ...text.prompt_cache import cache_prompts, load_prompt, prompt_file
 from ..config.captions import placeholder_ids, tokens_of
 from ..config.train_config import TrainConfig, learning_encoders
-from ..model.objective import Objective
 from .caption_variants import caption_variants, cut_captions
 from .latent_cache import Sample, cache_latents, cache_masks, make_sample
+from .noise import NoiseSampler
 
 log = logging.getLogger("sdxl_lora")
 
@@ -88,6 +88,7 @@ class TrainingData:
                 f"masked_loss is on and no image of {dataset.name} has a mask or an alpha channel: "
                 "put masks/<name>.png into the folder, or turn masked_loss off"
             )
+        self.noise = NoiseSampler(config)
         self.variants = [self._variants(entry) for entry in self.entries]
         words = all_trigger_words(dataset, config)
         self.captions = [self._captions(entry, words) for entry in dataset.entries]
@@ -148,15 +149,13 @@ class TrainingData:
             self._epochs = {epoch: batches}
         return self._epochs[epoch]
 
-    def batch(
-        self, indices: Sequence[int], step: int, first_position: int, objective: Objective, apart: int = 1
-    ) -> Batch:
+    def batch(self, indices: Sequence[int], step: int, first_position: int, apart: int = 1) -> Batch:
         """The images of one pass; in the update's batch their positions are `apart`."""
         positions = itertools.count(first_position, apart)
-        rows = [self._draw(index, step, position, objective) for position, index in zip(positions, indices)]  # noqa: B905
+        rows = [self._draw(index, step, position) for position, index in zip(positions, indices)]  # noqa: B905
         return self._stack(rows)
 
-    def _draw(self, index: int, step: int, position: int, objective: Objective) -> Row:
+    def _draw(self, index: int, step: int, position: int) -> Row:
         draw = generator(self.config.seed, step, position)
         chance = torch.rand(2, generator=draw)
         sample = self.variants[index][int(chance[0] * len(self.variants[index]))]
@@ -166,11 +165,11 @@ class TrainingData:
         else:
             captions = self.captions[index]
             caption = captions[pick(len(captions), self.config.seed, step, position, "caption")]
-        timestep = objective.timestep(draw)
+        timestep = self.noise.timestep(draw)
         latents = _latents(sample, draw)
-        noise = objective.noise(latents, draw)
+        noise = self.noise.noise(latents, draw)
         weight = self.config.prior_weight if is_regularisation else 1.0
-        return Row(sample, caption, latents, noise, objective.input_noise(noise, draw), timestep, weight)
+        return Row(sample, caption, latents, noise, self.noise.input_noise(noise, draw), timestep, weight)
 
     def validation_batches(self) -> Iterator[Batch]:
         """Every held-out image at fixed timesteps with fixed noise, whatever the run's seed, so that runs compare."""

@@ -39,7 +39,7 @@ class Gradients:
             free = min(free, config.memory_limit_gb * 1e9)
         areas = [width * height for width, height in self.data.buckets]
         images = config.images_per_pass or config.batch_size
-        batch = self.data.batch([areas.index(max(areas))], 0, 0, learner.objective)
+        batch = self.data.batch([areas.index(max(areas))], 0, 0)
         learner.train()
         if config.adapter in ("loha", "lokr"):  # they draw whether they act, which no count can follow
             learner.eval()
@@ -103,7 +103,7 @@ class Gradients:
         self.learner.train()
         loss = 0.0
         for position, indices in passes(batches, state.images_per_pass, self.processes):
-            batch = self.data.batch(indices, state.step, position, self.learner.objective, apart=self.processes.count)
+            batch = self.data.batch(indices, state.step, position, apart=self.processes.count)
             with layer_dropout(self.config, state.step, position, self.data.device):
                 part = self.learner.losses(batch).sum() / total
                 self.scaler.scale(part).backward()
