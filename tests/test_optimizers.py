@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.training.config.optimizer import Optimizer
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.loop import Loop
+from sdxl_lora_core.training.evaluator import Evaluator
 from sdxl_lora_core.training.model.adapters import ParameterGroup
 from sdxl_lora_core.training.optim import accumulation
 from sdxl_lora_core.training.optim.lr_schedule import lr_factor
@@ -260,7 +260,7 @@ def test_looking_at_the_average_never_changes_the_training(run: Train, settings:
 
 
 def test_the_best_average_is_kept_across_a_cancel(run: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Loop, "validation_loss", lambda self, on_step: abs(self.state.step - 2.0))
+    monkeypatch.setattr(Evaluator, "validation_loss", lambda self, on_step: abs(self.state.step - 2.0))
     dataset = load(pictures, validation_percent=40)
     config = replace(SMALL, ema_decay=0.9, validate_every=1, keep_best="validation_loss")
     whole = run(config, dataset=dataset)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.loop import Loop
+from sdxl_lora_core.training.evaluator import Evaluator
 from sdxl_lora_core.training.monitor.progress import Meter, Smoothing, StepReport
 from sdxl_lora_core.training.monitor.validation import best_look, converged
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
@@ -36,7 +36,7 @@ def rows(tmp_path: Path, where: str = "a") -> list[dict[str, str]]:
 def scripted(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     """The held-out losses before training and at each validation of WATCHED."""
     values = {2 * number: loss for number, loss in enumerate(losses)}
-    monkeypatch.setattr(Loop, "validation_loss", lambda self, on_step: values[self.state.step])
+    monkeypatch.setattr(Evaluator, "validation_loss", lambda self, on_step: values[self.state.step])
 
 
 def test_the_average_is_adams_without_bias() -> None:
@@ -159,7 +159,7 @@ def test_best_and_patience_survive_cancels_wherever_they_fall(
     assert "holds step 2" in whole.report["kept"]
 
     def within(step: int) -> Any:
-        def validation_loss(self: Loop, on_step: Any) -> float:
+        def validation_loss(self: Evaluator, on_step: Any) -> float:
             if self.state.step == step:
                 raise Cancelled
             return {0: 0.1, 2: 0.5}.get(self.state.step, 0.9)
@@ -168,7 +168,7 @@ def test_best_and_patience_survive_cancels_wherever_they_fall(
 
     for step in (2, 4):
         with monkeypatch.context() as patch, pytest.raises(Cancelled):
-            patch.setattr(Loop, "validation_loss", within(step))
+            patch.setattr(Evaluator, "validation_loss", within(step))
             run(config, dataset=dataset)
     with pytest.raises(Cancelled):
         run(config, dataset=dataset, on_step=cancel_at(5))

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,19 +22,19 @@ from ..runtime.distributed import Processes
 from ..sdxl.base import SDXLBase
 from ..sdxl.precision import resolve_dtype
 from .config.train_config import TrainConfig
-from .data.batches import VALIDATION_TIMESTEPS, TrainingData
+from .data.batches import TrainingData
+from .evaluator import Evaluator, Sample
 from .model.trainable import Learner
 from .monitor.journal import Journal
 from .monitor.progress import Meter, OnStep, StepReport
-from .monitor.sample_images import Samples
-from .monitor.validation import best_look, converged, samples_due, validation_due
+from .monitor.validation import best_look, converged
 from .optim.accumulation import Gradients, size_of
 from .optim.lr_schedule import learning_rate
 from .optim.memory_plan import set_checkpointing
 from .optim.optimizers import make_optimizer, set_learning_rates, state_copies
 from .optim.weight_average import Averaging
 from .run.checkpoints import Checkpoint, Checkpoints
-from .run.loop_state import Look, LoopState, Trained
+from .run.loop_state import LoopState, Trained
 
 log = logging.getLogger("sdxl_lora")
 
@@ -47,7 +46,6 @@ class Diverged(RuntimeError):
 
 
 WriteAdapter = Callable[[Path, LoRAFile, int], None]
-Sample = Callable[[LoRAFile, int, OnStep], Samples]
 
 
 def train_adapter(
@@ -80,7 +78,7 @@ class Loop:
         checkpoints: Checkpoints, write_adapter: WriteAdapter, sample: Sample, journal: Journal, processes: Processes,
     ) -> None:  # fmt: skip
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
-        self.checkpoints, self.write_adapter, self.sample, self.journal = checkpoints, write_adapter, sample, journal
+        self.checkpoints, self.write_adapter, self.journal = checkpoints, write_adapter, journal
         self.processes = processes
         self.learner = Learner(base, config, device, dtype)
         self.parameters = self.learner.learning
@@ -91,20 +89,19 @@ class Loop:
         self.state = LoopState()
         self.saved_step = 0
         self.counted = time.monotonic()  # until when state.seconds has been counted
-        keeps_best = config.keep_best != "off"
-        self.best = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters] if keeps_best else []
+        self.evaluator = Evaluator(self.learner, self.averaging, data, config, processes, sample, journal, self.state)
 
     def __enter__(self) -> Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.learner, self.gradients, self.optimizer, self.averaging, self.parameters
+        del self.learner, self.gradients, self.optimizer, self.averaging, self.evaluator, self.parameters
         release_memory(self.device)
 
     @property
     def weights(self) -> list[Tensor]:
         """What a checkpoint keeps: the parameters that learn, their moving average and the best so far, if any."""
-        return [*self.parameters, *self.averaging.ema, *self.best]
+        return [*self.parameters, *self.averaging.ema, *self.evaluator.best]
 
     def run(self, start: Checkpoint | None, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
         weights = len(self.weights) // len(self.parameters)
@@ -115,7 +112,7 @@ class Loop:
         else:
             self.gradients.plan(self.state)
         set_checkpointing(self.learner.unet, self.state.gradient_checkpointing)
-        self.look(on_step)  # at the base, or what a cancel left undone
+        self.evaluator.look(on_step)  # at the base, or what a cancel left undone
         self.journal.open(self.state)
         meter, stopped = Meter(self.state.losses, self.device), False
         while not self.is_over and not stopped:
@@ -135,7 +132,7 @@ class Loop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.restore(self.weights, self.optimizer)
-        self.state = checkpoint.state
+        self.state = self.evaluator.state = checkpoint.state
         self.state.resumed += 1
         self.scaler.load_state_dict(checkpoint.scaler)
         log.info("the training goes on from step %d", self.state.step)
@@ -146,7 +143,7 @@ class Loop:
         """Looks at the update just taken, writes it down, saves and reports it."""
         state = self.state
         report = meter.report(state.step, self.config.steps, state.losses[-1], state.learning_rates[-1])
-        look = self.look(on_step)
+        look = self.evaluator.look(on_step)
         self.journal.write(report, look)
         saves = state.step % self.config.checkpoint_every == 0
         if saves:
@@ -155,60 +152,16 @@ class Loop:
             self.journal.draw(state, best_look(self.config, state.looks))
         on_step(report)
 
-    def look(self, on_step: OnStep, last: bool = False) -> Look | None:
-        """Sees what is due after this step and was not seen before, and keeps the best adapter so far."""
-        state, config = self.state, self.config
-        seen = next((look for look in state.looks if look.step == state.step), Look(state.step))
-        validates = seen.validation_loss is None and (last or validation_due(config, state.step))
-        draws = not seen.clip_scores and samples_due(config, state.step, last)
-        look = seen
-        if validates and self.data.validation:
-            look = replace(look, validation_loss=self.validation_loss(on_step))
-        if draws:
-            look = replace(look, clip_scores=self.draw_samples(on_step))
-        if look == seen:
-            return None
-        state.looks = [*(past for past in state.looks if past.step != state.step), look]
-        if best_look(config, state.looks) is look:
-            self.keep_best()
-        return look
-
-    def draw_samples(self, on_step: OnStep) -> tuple[float | None, ...]:
-        """The first process draws, the others wait for the scores, which decide what is kept."""
-        scores: tuple[float | None, ...] = ()
-        with self.processes.one_after_the_other():
-            if self.processes.is_first:
-                scores = self.draw_samples_here(on_step)
-        return self.processes.share(scores)
-
-    def draw_samples_here(self, on_step: OnStep) -> tuple[float | None, ...]:
-        """Meanwhile the model waits in main memory, so that the device is free; it comes back to the bit."""
-        learned = self.learned()
-        self.learner.to("cpu")
-        release_memory(self.device)
-        try:
-            samples = self.sample(learned, self.state.step, on_step)
-        finally:
-            self.learner.to(self.device)
-        self.journal.show(samples.pixels, self.state.step)
-        return samples.clip_scores
-
-    def keep_best(self) -> None:
-        with self.averaging.in_place():
-            for best, parameter in zip(self.best, self.parameters, strict=True):
-                best.copy_(parameter.detach())
-
     def finish(self, on_step: OnStep, stopped: bool) -> Trained:
         """The last look comes after the last checkpoint: a run that goes on from there has not seen it."""
-        if self.look(on_step, last=True):
+        if self.evaluator.look(on_step, last=True):
             self.journal.open(self.state)
         kept = best_look(self.config, self.state.looks)
         self.journal.draw(self.state, kept, now=True)
         self.count_seconds()
         if kept is None:
-            return Trained(self.learned(), self.state, None, stopped and not self.is_over)
-        for parameter, best in zip(self.parameters, self.best, strict=True):
-            parameter.data.copy_(best)
+            return Trained(self.evaluator.learned(), self.state, None, stopped and not self.is_over)
+        self.evaluator.restore_best()
         return Trained(self.learner.learned(), self.state, kept, stopped and not self.is_over)
 
     @contextmanager
@@ -232,7 +185,7 @@ class Loop:
         try:
             self.checkpoints.save(
                 self.state, self.weights, self.optimizer, self.scaler.state_dict(),
-                lambda path: self.write_adapter(path, self.learned(), self.state.step),
+                lambda path: self.write_adapter(path, self.evaluator.learned(), self.state.step),
             )  # fmt: skip
             self.saved_step = self.state.step
         except OSError as error:
@@ -243,11 +196,6 @@ class Loop:
         now = time.monotonic()
         self.state.seconds += now - self.counted
         self.counted = now
-
-    def learned(self) -> LoRAFile:
-        """What was learned, as it would be saved now."""
-        with self.averaging.in_place():
-            return self.learner.learned()
 
     def update(self) -> None:
         """One optimizer update; not taken where the loss or the gradient is not finite."""
@@ -270,19 +218,6 @@ class Loop:
         self.state.step = step + 1
         self.state.losses.append(loss)
         self.state.learning_rates.append(rate)
-
-    @torch.no_grad()
-    def validation_loss(self, on_step: OnStep) -> float:
-        self.learner.eval()
-        total = len(self.data.validation) * len(VALIDATION_TIMESTEPS)
-        losses = torch.zeros(total, dtype=torch.float64)
-        with self.averaging.in_place():
-            for done, batch in enumerate(self.data.validation_batches()):
-                on_step(StepReport("validating", done, total))
-                if done % self.processes.count == self.processes.rank:
-                    losses[done] = self.learner.squared_errors(batch).item()
-        self.processes.add_up([losses])
-        return losses.mean().item()
 
     def check_recent_steps(self) -> None:
         """Gives up after some steps in a row that could not be taken, and goes back to the state before them.
