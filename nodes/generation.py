@@ -15,8 +15,9 @@ from ..sdxl_lora_core.generation.config import (
     PROMPT_SYNTAXES,
     GenerateConfig,
 )
-from ..sdxl_lora_core.generation.generate import GeneratedImage, generate
+from ..sdxl_lora_core.generation.generate import generate
 from ..sdxl_lora_core.generation.init_images import StartImage, start_images
+from ..sdxl_lora_core.generation.passes import GeneratedImage
 from ..sdxl_lora_core.generation.samplers import SAMPLERS, SCHEDULES
 from ..sdxl_lora_core.lora.stack import fit_of
 from ..sdxl_lora_core.sdxl.base import SDXLBase

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdxl_lora_core.generation.config import GenerateConfig
-from sdxl_lora_core.generation.generate import GeneratedImage, generate
+from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.passes import GeneratedImage
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import Change, LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part

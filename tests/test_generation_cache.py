@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_lora_core.generation.generate import GeneratedImage
+from sdxl_lora_core.generation.passes import GeneratedImage
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
