@@ -1,4 +1,4 @@
-"""Trains the two bundled LoRAs with the pack's own trainer: python tools/make_loras.py --work DIR. Needs assets/."""
+"""Trains the two bundled LoRAs with the pack's own trainer; needs assets/: python tools/world/make_loras.py --work DIR"""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-
 from make_assets import write_samples
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"8-bit": "8bit_style", "line": "line_style"}
 
 

@@ -1,4 +1,4 @@
-"""Assembles assets/ from the trained parts: python tools/make_assets.py --work DIR [--out assets]."""
+"""Assembles assets/ from the trained parts: python tools/world/make_assets.py --work DIR [--out assets]."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from make_base import NOISE
 from safetensors.torch import load_file, save_file
 
 import world
-from make_base import NOISE
 
 SAMPLES = 24
 MODEL_INDEX = {
@@ -100,7 +100,7 @@ def write_samples(folder: Path, style: str = "8-bit") -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "assets")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "assets")
     args = parser.parse_args()
     sdxl = args.out / "tiny-sdxl"
     for part in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):

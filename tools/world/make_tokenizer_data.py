@@ -2,7 +2,7 @@
 
 python -m pip download --no-deps open_clip_torch
 unzip open_clip_torch-*.whl 'open_clip/bpe_simple_vocab_16e6.txt.gz'
-python tools/make_tokenizer_data.py open_clip/bpe_simple_vocab_16e6.txt.gz
+python tools/world/make_tokenizer_data.py open_clip/bpe_simple_vocab_16e6.txt.gz
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 from pathlib import Path
 
-CONFIGS = Path(__file__).resolve().parents[1] / "sdxl_lora_core/sdxl/configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "sdxl_lora_core/sdxl/configs"
 MERGE_LIST_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 VOCABULARY = 49408
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -1,4 +1,6 @@
-"""Measures the bundled models: python tools/evaluate_world.py --work DIR [--assets assets] [--lora FILE --prefix TEXT].
+"""Measures the bundled models.
+
+    python tools/world/evaluate_world.py --work DIR [--assets assets] [--lora FILE --prefix TEXT]
 
 Prints the VAE's PSNR, the tiny CLIP's retrieval, and how often a classifier trained apart, on drawings only, finds the
 asked shape, colour and background in generated images. Writes DIR/grid.png: look at it.
@@ -14,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from make_clip import make_drawings, retrieval
+from make_vae import psnr
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 from transformers import CLIPModel, CLIPTokenizer
 
 import world
-from make_clip import make_drawings, retrieval
-from make_vae import psnr
 
 NAMES = (world.SHAPES, tuple(world.COLOURS), tuple(world.BACKGROUNDS))
 SIDE = 64
@@ -118,7 +120,7 @@ def grid(images: np.ndarray, columns: int = 10) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--assets", type=Path, default=Path(__file__).parent.parent / "assets")
+    parser.add_argument("--assets", type=Path, default=Path(__file__).resolve().parents[2] / "assets")
     parser.add_argument("--count", type=int, default=200, help="prompts, over the 100 held-out kinds")
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--lora", type=Path)

@@ -1,4 +1,4 @@
-"""Learns the small CLIP vocabulary: python tools/make_tokenizer.py --work DIR. Byte-level BPE, as CLIP's own."""
+"""Learns the small CLIP vocabulary: python tools/world/make_tokenizer.py --work DIR. Byte-level BPE, as CLIP's own."""
 
 from __future__ import annotations
 

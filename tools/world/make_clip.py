@@ -1,4 +1,4 @@
-"""Trains the tiny CLIP on all three styles: python tools/make_clip.py --work DIR. Stops and continues at any time.
+"""Trains the tiny CLIP on all three styles; stops and continues at any time: python tools/world/make_clip.py --work DIR
 
 Needs DIR/tokenizer. Every scene of a batch is there in all styles, with a caption for each style and one without style
 words: style words therefore have to tell the same content in two styles apart, and a caption without them has to be
@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
+from make_base import prompt_for
+from make_vae import random_scene, to_tensor
 from torch.nn.functional import cross_entropy, interpolate
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import world
-from make_base import prompt_for
-from make_vae import random_scene, to_tensor
 
 SIDE = 64  # pixels that the model sees
 PROCESSOR = {

@@ -1,4 +1,4 @@
-"""Trains the tiny AutoencoderKL: python tools/make_vae.py --work DIR. Stops and continues at any time."""
+"""Trains the tiny AutoencoderKL: python tools/world/make_vae.py --work DIR. Stops and continues at any time."""
 
 from __future__ import annotations
 

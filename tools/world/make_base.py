@@ -1,4 +1,4 @@
-"""Trains the tiny SDXL's text encoders and UNet on plain drawings: python tools/make_base.py --work DIR.
+"""Trains the tiny SDXL's text encoders and UNet on plain drawings: python tools/world/make_base.py --work DIR.
 
 Needs DIR/vae (make_vae.py) and DIR/tokenizer (make_tokenizer.py). Stops and continues at any time; every checkpoint
 writes the averaged weights to DIR/unet, DIR/text_encoder and DIR/text_encoder_2.
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from make_tokenizer import PROMPT_WORDS
+from make_vae import to_tensor
 from PIL import Image
 from torch import distributed, multiprocessing, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import world
-from make_tokenizer import PROMPT_WORDS
-from make_vae import to_tensor
 
 WIDTHS = (64, 96)
 TIME_IDS = 6
