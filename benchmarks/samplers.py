@@ -19,7 +19,7 @@ from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.generation.samplers import SAMPLERS, SCHEDULES, SOLVERS, Sampler, Schedule
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import open_base
-from tests.plain_diffusers import reference
+from tests.generation.plain_diffusers import reference
 
 TINY = Path(__file__).resolve().parents[1] / "assets/tiny-sdxl"
 SIDE, LINE = 128, 14  # pixels

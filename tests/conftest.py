@@ -22,7 +22,7 @@ from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import TrainResult, train
-from tests.micro_runs import CPU, SMALL, Train, load
+from tests.micro.runs import CPU, SMALL, Train, load
 
 CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
 

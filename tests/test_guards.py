@@ -1,7 +1,7 @@
 """What earlier versions wrote is still found and read. The stored values in tests/guards are those of version 0.3.0.
 
 A failure here means that a user's finished runs, checkpoints or cached images would be lost with an update: change the
-code, not the stored values. tests/guard_cases.py says how they were made.
+code, not the stored values. tests/guards/cases.py says how they were made.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sdxl_lora_core.training.lora_metadata import lora_metadata
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.run.loop_state import Look, LoopState
 from sdxl_lora_core.training.train import TrainResult
-from tests.guard_cases import (
+from tests.guards.cases import (
     GUARDS,
     base,
     dataset,
@@ -39,7 +39,7 @@ from tests.guard_cases import (
     libraries_of_0_3_0,
     run_fingerprints,
 )
-from tests.guard_runs import FINISHED, HALFWAY, HOME, IMAGE, ROOT, SETTINGS, SOMEWHERE, STEPS_DONE, trained
+from tests.guards.runs import FINISHED, HALFWAY, HOME, IMAGE, ROOT, SETTINGS, SOMEWHERE, STEPS_DONE, trained
 from tools.run_workflow import run
 
 

@@ -69,7 +69,7 @@ def test_comfy() -> int:
 
 def faults() -> int:
     """kill -9 at random moments of a run, 20 times; `test` takes 3 of them."""
-    return run("-m", "pytest", "-q", "tests/test_kill.py", FAULT_SEEDS="20")
+    return run("-m", "pytest", "-q", "tests/training/test_kill.py", FAULT_SEEDS="20")
 
 
 def lint() -> int:

@@ -62,7 +62,7 @@ def main() -> int:
 def first_failure(field: str) -> str | None:
     """The id of the first test that fails with `field` forced, and does not with the checks left out alone."""
     word = re.compile(rf"\b{field}\b")
-    texts = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py")}
+    texts = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py")}
     found = {path: len(word.findall(text)) / len(text) for path, text in texts.items() if word.search(text)}
     files = sorted(found, key=lambda path: -found[path])  # those that are most about it first
     passed_over: list[str] = []

@@ -1,4 +1,4 @@
-"""Writes tests/nodes_contract.json: what saved graphs and ComfyUI know of the nodes, tooltips and help aside.
+"""Writes tests/nodes/contract.json: what saved graphs and ComfyUI know of the nodes, tooltips and help aside.
 
     python -m tools.make_contract
 
@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from tools.run_workflow import ROOT, load_pack
 
-PATH = ROOT / "tests/nodes_contract.json"
+PATH = ROOT / "tests/nodes/contract.json"
 GROUPS = ("required", "optional", "hidden")
 WORDS = {"tooltip"}  # may improve at any time
 # A file for each combo that offers what lies on disk: the choices that come with them are not the code's.

@@ -18,7 +18,7 @@ from sdxl_lora_core.lora.config import SaveBaseConfig
 from sdxl_lora_core.lora.merged_base import save_merged_base
 from sdxl_lora_core.sdxl.base import CONFIGS, open_base
 from tests.conftest import sdxl_config
-from tests.deep_micro import TEXT_LAYERS, layer, random_factors, resnet_layers, text_layers, transformer_layers
+from tests.micro.deep import TEXT_LAYERS, layer, random_factors, resnet_layers, text_layers, transformer_layers
 
 EVERY_LAYER = 788  # 722 of the transformers, 66 of the resnets and their samplers
 EVERY_ATTENTION = 8 * 70

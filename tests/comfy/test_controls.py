@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from sdxl_lora_core.sdxl.base import open_base
 from tests.comfy.test_server import picture, seen_in
-from tests.micro_controls import random_net, save_single
+from tests.micro.controls import random_net, save_single
 
 ROOT = Path(__file__).resolve().parents[2]
 

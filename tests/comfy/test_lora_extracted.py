@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
-from tests.deep_micro import PARTS, deep_parts, layer, sai_layers, sai_norms, text_layers, worst_error
+from tests.micro.deep import PARTS, deep_parts, layer, sai_layers, sai_norms, text_layers, worst_error
 
 ENCODERS = {"clip_l.transformer.": "text_encoder", "clip_g.transformer.": "text_encoder_2"}
 
