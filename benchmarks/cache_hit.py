@@ -69,11 +69,11 @@ def hits(home: Path, count: int, repeats: int) -> tuple[list[float], list[float]
 
 def fill_cache(home: Path, base: Any, request: dict[str, Any]) -> int:
     """Puts images under the request's keys, as a run of SDXL would have left them. Returns the bytes of a PNG."""
-    import sdxl_lora_nodes_pack.sdxl_lora_core as core  # type: ignore[import-not-found]
     from sdxl_lora_nodes_pack.sdxl_lora_core.cache import image_cache  # type: ignore[import-not-found]
-    from sdxl_lora_nodes_pack.sdxl_lora_core.generation import image_keys
+    from sdxl_lora_nodes_pack.sdxl_lora_core.generation import image_keys  # type: ignore[import-not-found]
+    from sdxl_lora_nodes_pack.sdxl_lora_core.generation.config import GenerateConfig  # type: ignore[import-not-found]
 
-    config = core.config.GenerateConfig(**request)
+    config = GenerateConfig(**request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = image_keys.image_settings(base, config, [], torch.float32, device)
     cache = image_cache.ImageCache(home / "user/sdxl_lora/images")

@@ -1,7 +1,4 @@
-"""The settings of datasets and of generation, their defaults and ranges, and how settings are read and written.
-
-Those of training are in train_config.py.
-"""
+"""The settings of one request for images, their defaults and ranges."""
 
 from __future__ import annotations
 

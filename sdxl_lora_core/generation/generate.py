@@ -54,7 +54,7 @@ def generate(
     exception passes through, and every image finished before is in the cache. `on_estimate` sees before each step what
     the images of the batch look like so far: latents, float32 [B, 4, H/8, W/8], in the scale of the UNet.
 
-    `graph` is ComfyUI's `prompt` and `workflow`: PNGs then say how they were made (see image_metadata). A cached PNG
+    `graph` is ComfyUI's `prompt` and `workflow`: PNGs then say how they were made (see png_metadata). A cached PNG
     goes on saying how it was made first; `texts` of an image is always about this request.
 
     Raises FileNotFoundError or ValueError for a LoRA or an embedding that is missing or does not fit, ValueError for a

@@ -26,7 +26,7 @@ WANTED = "give an SDXL LoRA (.safetensors)"
 
 
 def read_lora(path: Path) -> LoRAFile:
-    """Reads every spelling that lora_dialects lists.
+    """Reads every spelling that dialects.py lists.
 
     Raises FileNotFoundError, or ValueError for what is no SDXL LoRA (naming what it is), for one without a single
     low-rank change, and for damaged ones.

@@ -129,7 +129,7 @@ def _changed(weight: Tensor, lora: AdapterModule, strength: float) -> Tensor:
 
 
 def _dora_factor(weight: Tensor, changed: Tensor, lora: AdapterModule) -> Tensor | None:
-    """What brings the changed weight to a DoRA's lengths; see lora_modules for its two forms."""
+    """What brings the changed weight to a DoRA's lengths; see modules.py for its two forms."""
     magnitude = lora.magnitude if isinstance(lora, LoRAModule) else None
     if magnitude is not None:
         return _like(row_lengths(changed), magnitude) / row_lengths(changed)

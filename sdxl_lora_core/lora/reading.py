@@ -1,4 +1,4 @@
-"""Tensors of any spelling as changes of modules: lora_dialects knows the spellings, this file what belongs together."""
+"""Tensors of any spelling as changes of modules: dialects.py knows the spellings, this file what belongs together."""
 
 from __future__ import annotations
 

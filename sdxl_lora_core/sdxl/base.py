@@ -35,7 +35,7 @@ class SDXLBase:
 
     `fingerprint` is content only: the same files elsewhere, at another precision, or said to predict something else,
     have the same one. `configs` is the folder with each part's settings: the model's own, or CONFIGS for a
-    single file. `vae` is what stands in for the base's own (see vae_files).
+    single file. `vae` is what stands in for the base's own (see vae_override).
     """
 
     path: Path

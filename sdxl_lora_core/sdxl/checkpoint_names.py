@@ -1,6 +1,6 @@
 """The names that the tensors of a single-file SDXL checkpoint have, from those that diffusers gives them.
 
-The way back is diffusers' own; see base_parts.
+The way back is diffusers' own; see loading.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Latents and prompt embeddings, computed once and kept on disk by content."""
+"""Latents and masks of training images, computed once and kept on disk by content."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Run:
 def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> str:
     """What decides every step of the run: base, dataset contents and settings, but not its name or its length.
 
-    `base` is said to predict what it is trained to (losses.as_trained). What is looked at belongs to it where it
+    `base` is said to predict what it is trained to (train.as_trained). What is looked at belongs to it where it
     decides which step ends the run or is kept. Raises FileNotFoundError if the LoRA to continue from is gone; its
     content counts, not its path. A setting that a later version added counts only where it is set.
     """
