@@ -1,4 +1,4 @@
-"""Trains the two bundled LoRAs with the pack's own trainer, from assets/: python tools/world/make_loras.py --work DIR"""
+"""Trains the two bundled LoRAs with the pack's own trainer, from assets: python tools/world/make_loras.py --work DIR"""
 
 from __future__ import annotations
 
