@@ -44,8 +44,8 @@ SETTINGS = TrainConfig(  # of every type: text, lines, numbers, switches and cho
     lora_name="settings", steps=77, learning_rate=3e-4, rank=4, alpha=2.0, batch_size=2, seed=2**63,
     sample_prompts=("a red circle", "a blue, (round) square: äöü"), sample_steps=7, sample_guidance=4.5,
     gradient_accumulation=3, lr_schedule="polynomial", lr_power=1.5, lr_warmup_steps=5, caption_dropout=0.05,
-    adapter="dora", use_rslora=True, block_ranks="up_blocks.0=2", prediction="v_prediction", zero_terminal_snr="on",
-    loss="smooth_l1", snr_gamma=5.0, timestep_max=900, optimizer="came", shuffle_tags=True, keep_tags=1,
+    adapter="dora", use_rslora=True, block_ranks="up_blocks.0=2", loss="smooth_l1", snr_gamma=5.0, timestep_max=900,
+    optimizer="came", shuffle_tags=True, keep_tags=1,
     validate_every=11, early_stopping=3, memory_limit_gb=6.5, deterministic=True, save_format="peft", save_dtype="bf16",
     text_encoder_learning_rate=5e-5, new_tokens="ohwx=cat", vectors_per_token=2,
 )  # fmt: skip
@@ -100,8 +100,9 @@ def write_runs(home: Path) -> None:
 
 
 def write_every_setting(folder: Path) -> None:
-    """A run.yaml alone: with several data sets, pictures to validate with, and another VAE."""
-    base = as_trained(with_vae(tiny_sdxl(), TINY_SDXL / "vae"), SETTINGS)
+    """A run.yaml alone: with several data sets, pictures to validate with, and a base of which all is said."""
+    said = open_base(TINY_SDXL, "fp32", prediction="v_prediction", zero_terminal_snr="on")
+    base = as_trained(with_vae(said, TINY_SDXL / "vae"), SETTINGS)
     chained = load_caption_dataset(ROOT / "assets/sample-dataset", DatasetConfig(trigger_word="ohwx", flip=True))
     regular = load_caption_dataset(PICTURES, DatasetConfig(resolution=64, is_regularisation=True), chained)
     dataset = with_validation(regular, load_caption_dataset(PICTURES, DatasetConfig(resolution=64)))
