@@ -138,7 +138,7 @@ def steered() -> Workflow:
 
 def generations() -> dict[str, Workflow]:
     plain: dict[str, dict[str, Any]] = {
-        "dpmpp_2m, two seeds": {"count": 2},
+        "two seeds": {"count": 2},
         "euler": {"sampler": "euler", "scheduler": "normal"},
         "euler_ancestral": {"sampler": "euler_ancestral", "scheduler": "sgm_uniform"},
         "ddim": {"sampler": "ddim", "scheduler": "ddim_uniform"},
