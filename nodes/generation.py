@@ -3,7 +3,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..sdxl_lora_core.control.control import Control
 from ..sdxl_lora_core.generation.config import (
@@ -15,9 +15,7 @@ from ..sdxl_lora_core.generation.config import (
     PROMPT_SYNTAXES,
     GenerateConfig,
 )
-from ..sdxl_lora_core.generation.generate import generate
 from ..sdxl_lora_core.generation.init_images import StartImage, start_images
-from ..sdxl_lora_core.generation.passes import GeneratedImage
 from ..sdxl_lora_core.generation.samplers import SAMPLERS, SCHEDULES
 from ..sdxl_lora_core.lora.stack import fit_of
 from ..sdxl_lora_core.sdxl.base import SDXLBase
@@ -29,6 +27,9 @@ from .host.progress import Progress
 from .previews import show
 from .widgets import Widget, widget
 from .wires import CATEGORY, from_image, from_latent, from_mask, read_stack, to_image, to_latent
+
+if TYPE_CHECKING:
+    from ..sdxl_lora_core.generation.passes import GeneratedImage
 
 _PROMPT = "a red circle on a navy background"  # which the bundled base can draw
 
@@ -133,6 +134,8 @@ class SDXLGenerateCached:
         controls: tuple[Control, ...] | None = None,
         graph: Any = None, extra_pnginfo: Any = None, **settings: Any,
     ) -> dict[str, Any]:  # fmt: skip
+        from ..sdxl_lora_core.generation.generate import generate
+
         config = GenerateConfig(**settings)
         loras = choices.lora_refs(read_stack(lora_stack))
         cache = cache_folder()

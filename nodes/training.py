@@ -13,7 +13,6 @@ from ..sdxl_lora_core.sdxl.base import SDXLBase
 from ..sdxl_lora_core.training.config.presets import PRESETS, Preset
 from ..sdxl_lora_core.training.monitor.progress import StepReport
 from ..sdxl_lora_core.training.run.runs import RunFolders
-from ..sdxl_lora_core.training.train import train
 from . import choices
 from .host.comfy import nothing
 from .host.folders import cache_folder, output_folder
@@ -81,6 +80,8 @@ class TrainSDXLLoRA:
         self, base: SDXLBase, dataset: CaptionDataset, options: Mapping[str, Any] | None = None,
         preset: Preset = "none", validation: CaptionDataset | None = None, **settings: Any,
     ) -> dict[str, Any]:  # fmt: skip
+        from ..sdxl_lora_core.training.train import train  # a third of the engine, which no start of ComfyUI needs
+
         config = train_config(options, settings, preset)
         if config.continue_from:
             config = replace(config, continue_from=str(choices.find("lora", config.continue_from)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,7 @@ def test_the_clip_model_is_found_by_its_name_and_the_second_dataset_travels(
         taken.update(config=config, **more)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PACK.nodes.training, "train", train)
+    monkeypatch.setattr(import_module(f"{PACK.__name__}.sdxl_lora_core.training.train"), "train", train)
     node: Any = PACK.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"]()
     (options,) = PACK.NODE_CLASS_MAPPINGS["WatchOptions"]().collect(clip_model="tiny-clip (bundled)")
     with contextlib.suppress(KeyboardInterrupt):

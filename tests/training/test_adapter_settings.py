@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def test_the_node_finds_the_file_by_its_name(monkeypatch: pytest.MonkeyPatch) ->
         configs.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pack.nodes.training, "train", train)
+    monkeypatch.setattr(import_module(f"{pack.__name__}.sdxl_lora_core.training.train"), "train", train)
     node = pack.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"]()
     with pytest.raises(KeyboardInterrupt):
         node.train(None, None, {"continue_from": "8bit_style (bundled)"}, lora_name="x")
