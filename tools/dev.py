@@ -1,4 +1,7 @@
-"""python tools/dev.py demo | test | test-comfy | faults | lint: the project's commands, the same on every system.
+"""python tools/dev.py TASK: the project's commands, the same on every system.
+
+demo: trains and draws with the bundled model. test: the suite. faults: kill -9 at random moments of a training.
+test-comfy: the tests that need ComfyUI. wheel: the command line from a built wheel. lint: style, types and layers.
 
 The first call makes `.venv` and installs requirements-dev.txt into it; later calls need no network.
 """
@@ -9,6 +12,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from pathlib import Path
@@ -20,7 +24,7 @@ REQUIREMENTS = ROOT / "requirements-dev.txt"
 
 
 def main() -> int:
-    tasks = {"demo": demo, "test": test, "test-comfy": test_comfy, "faults": faults, "lint": lint}
+    tasks = {"demo": demo, "test": test, "test-comfy": test_comfy, "faults": faults, "lint": lint, "wheel": wheel}
     if len(sys.argv) != 2 or sys.argv[1] not in tasks:
         print(__doc__)
         return 2
@@ -63,6 +67,22 @@ def test() -> int:
     return run("-m", "pytest", "-q", "--ignore=tests/comfy", "-n", "auto", "--dist", "loadfile", OMP_NUM_THREADS="1")
 
 
+def wheel() -> int:
+    """Builds the engine's wheel, installs it into an environment of its own and runs the command line from there."""
+    with tempfile.TemporaryDirectory() as folder:
+        clean = Path(folder) / "clean"
+        python = clean / PYTHON.relative_to(VENV)
+        torch = next(line for line in REQUIREMENTS.read_text().splitlines() if line.startswith("torch=="))
+        code = run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ".")
+        if code:
+            return code
+        venv.create(clean, with_pip=True)
+        (built,) = Path(folder).glob("*.whl")
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", torch, str(built)], check=True)
+        command = [str(python.with_name("sdxl-lora")), "inspect", str(ROOT / "assets/tiny-sdxl")]
+        return subprocess.run(command, cwd=folder, check=False).returncode
+
+
 def test_comfy() -> int:
     return run("-m", "pytest", "-q", "tests/comfy", REQUIRE_COMFYUI="1")
 
@@ -77,6 +97,7 @@ def lint() -> int:
         run("-m", "ruff", "check", ".")
         or run("-m", "ruff", "format", "--check", ".")
         or run("-m", "basedpyright", "--level", "error", "--pythonpath", str(PYTHON))
+        or run("-c", "from importlinter.cli import lint_imports_command; lint_imports_command()", "--no-logo")
     )
 
 
