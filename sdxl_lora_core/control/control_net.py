@@ -1,4 +1,4 @@
-"""The weights of a ControlNet as diffusers' ControlNetModel or ControlNetUnionModel, offline."""
+"""ControlNets for SDXL (Zhang et al., arXiv 2302.05543): what a file is, which bases it fits, how it is loaded offline."""
 
 from __future__ import annotations
 

@@ -7,12 +7,10 @@ from typing import Literal, get_args
 import torch
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-
-PRECISIONS = get_args(Precision)
 WeightType = Literal["fp16", "bf16", "fp32"]
+PRECISIONS = get_args(Precision)
 SAVE_PRECISIONS = get_args(WeightType)
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # by the name that settings give
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -10,6 +10,21 @@ from ...lora.modules import LoRAFile
 from ..config.memory import Checkpointing
 
 
+@dataclass(frozen=True)
+class Look:
+    """What was seen after `step` updates: the held-out loss, and each sample's CLIP score (None: unknown)."""
+
+    step: int
+    validation_loss: float | None = None
+    clip_scores: Sequence[float | None] = ()
+
+    @property
+    def clip_score(self) -> float | None:
+        """The mean, 0 to 100, if every sample has a score."""
+        known = [score for score in self.clip_scores if score is not None]
+        return sum(known) / len(known) if known and len(known) == len(self.clip_scores) else None
+
+
 @dataclass
 class LoopState:
     """What a run needs to go on as if it had never stopped. Randomness depends on the step only, so it is not in it."""
@@ -58,18 +73,3 @@ class Trained:
     def step(self) -> int:
         """The number of updates that made the adapter."""
         return self.kept.step if self.kept else self.state.step
-
-
-@dataclass(frozen=True)
-class Look:
-    """What was seen after `step` updates: the held-out loss, and each sample's CLIP score (None: unknown)."""
-
-    step: int
-    validation_loss: float | None = None
-    clip_scores: Sequence[float | None] = ()
-
-    @property
-    def clip_score(self) -> float | None:
-        """The mean, 0 to 100, if every sample has a score."""
-        known = [score for score in self.clip_scores if score is not None]
-        return sum(known) / len(known) if known and len(known) == len(self.clip_scores) else None
