@@ -1,4 +1,4 @@
-"""ControlNets for SDXL (Zhang et al., arXiv 2302.05543): what a file is, which bases it fits, how it is loaded offline."""
+"""ControlNets for SDXL (Zhang et al., arXiv 2302.05543): what a file is, which bases it fits, how it is loaded."""
 
 from __future__ import annotations
 
