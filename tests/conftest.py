@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,21 @@ import sdxl_lora_core
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.optim import accumulation
+from sdxl_lora_core.training.optim.memory_plan import kept_bytes
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import TrainResult, train
-from tests.micro.runs import CPU, SMALL, Train, load
+from tests.micro.runs import CPU, SMALL, Train, Trained, load
 
 CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What trains is slow, without saying so itself."""
+    for item in items:
+        if isinstance(item, pytest.Function) and {"run", "trained"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
 
 # SDXL in every respect but size. No two widths that a mistake could swap are equal.
 MICRO_UNET: dict[str, Any] = {
@@ -101,6 +112,20 @@ def quick_collection() -> None:
 
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fixed_plan() -> Iterator[None]:
+    """A training keeps nothing, says the memory plan, which would count for 3 s for each new shape. See `real_plan`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accumulation, "kept_bytes", lambda forward, model, inputs, cache: 0)
+        yield
+
+
+@pytest.fixture
+def real_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory plan counts, as it does outside the tests."""
+    monkeypatch.setattr(accumulation, "kept_bytes", kept_bytes)
 
 
 @pytest.fixture(scope="session")
@@ -231,8 +256,9 @@ def published_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return published
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five in three sizes. Read only: copy them before changing one."""
     folder = tmp_path_factory.mktemp("pictures")
     sizes = [(64, 64), (64, 64), (64, 64), (96, 48), (48, 96)]
     for number, size in enumerate(sizes):
@@ -244,14 +270,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    """One for all test processes: what lies in it is found by its content."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
 
 
 @pytest.fixture
 def run(tmp_path: Path, micro_base: SDXLBase, pictures: Path, cache: Path) -> Train:
-    """Trains into this test's own folders, with caches that all tests of the file share."""
+    """Trains into this test's own folders, with caches that all tests share."""
 
     def call(config: TrainConfig = SMALL, where: str = "a", base: SDXLBase = micro_base, **more: Any) -> TrainResult:
         loras = tmp_path / where / "loras"
@@ -259,5 +287,22 @@ def run(tmp_path: Path, micro_base: SDXLBase, pictures: Path, cache: Path) -> Tr
         folders = RunFolders(loras, tmp_path / where / "runs", kept, lambda name: (loras / name).exists())
         dataset = more.pop("dataset", None) or load(pictures)
         return train(base, dataset, config, folders=folders, device=CPU, **more)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Finished runs, each trained once for all tests that only read it. To be called before anything is patched."""
+    finished: dict[tuple[object, ...], TrainResult] = {}
+
+    def call(config: TrainConfig = SMALL, **settings: Any) -> TrainResult:
+        """`settings` are those of the data set."""
+        key = (config, *sorted(settings.items()))
+        if key not in finished:
+            folder = tmp_path_factory.mktemp("trained")
+            folders = RunFolders(folder / "loras", folder / "runs", cache, lambda name: False)
+            finished[key] = train(micro_base, load(pictures, **settings), config, folders=folders, device=CPU)
+        return finished[key]
 
     return call

@@ -100,7 +100,8 @@ def test_a_union_loads_in_every_form(micro_base: SDXLBase, union: Any, form: str
     assert opened.control_types == 8
     loaded = load_control_net(opened, micro_base, torch.float32)
     assert type(loaded) is type(union)
-    assert all(torch.equal(weight, union.state_dict()[name]) for name, weight in loaded.state_dict().items())
+    wanted = union.state_dict()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in loaded.state_dict().items())
     assert "ControlNet-Union of 8 types" in describe_control_net(opened)
 
 

@@ -31,7 +31,8 @@ def load(pictures: Path, **settings: Any) -> CaptionDataset:
     return load_caption_dataset(pictures, DatasetConfig(resolution=64, **settings))
 
 
-Train = Callable[..., TrainResult]
+Train = Callable[..., TrainResult]  # conftest's `run`: a new run in the test's own folders
+Trained = Callable[..., TrainResult]  # conftest's `trained`: a finished one that others read, too
 
 
 class Cancelled(Exception):

@@ -236,9 +236,9 @@ def test_a_single_file_is_bit_exact_in_all_parts(
     for part in PARTS:
         wanted, found = (load_part(source, part, torch.float32) for source in (micro_base, base))
         assert type(wanted) is type(found)
-        names = wanted.state_dict()
-        assert names.keys() == found.state_dict().keys()
-        assert all(torch.equal(value, found.state_dict()[name]) for name, value in names.items())
+        names, weights = wanted.state_dict(), found.state_dict()
+        assert names.keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in names.items())
         assert not any(parameter.requires_grad for parameter in found.parameters())
     with torch.no_grad():
         tokens = torch.tensor([[49406, 320, 2368, 49407]])

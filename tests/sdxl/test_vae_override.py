@@ -18,7 +18,7 @@ from sdxl_lora_core.sdxl.base import SDXLBase, describe_base, load_part, open_ba
 from sdxl_lora_core.sdxl.checkpoint_names import published_names
 from sdxl_lora_core.sdxl.vae_override import with_vae
 from tests.micro.images import draw, edit_json, pixels, settings
-from tests.micro.runs import Train, weights
+from tests.micro.runs import Train, Trained, weights
 from tools.run_workflow import load_pack
 
 NODES = load_pack().NODE_CLASS_MAPPINGS
@@ -99,12 +99,12 @@ def test_the_vae_is_part_of_what_a_base_is_and_its_name_is_not(
 
 
 def test_training_learns_from_its_latents_and_is_repeated_with_it(
-    run: Train, micro_base: SDXLBase, rebuilt: SDXLBase, other_file: Path, tmp_path: Path
+    run: Train, trained: Trained, micro_base: SDXLBase, rebuilt: SDXLBase, other_file: Path, tmp_path: Path
 ) -> None:
     chosen = with_vae(micro_base, other_file)
     learned = run(where="chosen", base=chosen)
     assert weights(learned) == weights(run(where="rebuilt", base=rebuilt))
-    assert weights(learned) != weights(run(where="own"))
+    assert weights(learned) != weights(trained())
     base, _, _ = read_run(tmp_path / "chosen/runs/small/run.yaml", None)
     assert base == chosen
 

@@ -60,7 +60,8 @@ def predict(unet: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_merges_into_the_weights_that_peft_merges(kind: str, micro_base: SDXLBase, tmp_path: Path) -> None:
-    unet, merged, plain = (new_unet(micro_base) for _ in range(3))
+    unet, merged = new_unet(micro_base), new_unet(micro_base)
+    plain = {name: weight.clone() for name, weight in merged.state_dict().items()}
     adapter = moved(Adapter(unet, TrainConfig(**{"rank": 3, "alpha": 5.0, **KINDS[kind]})))
     write_lora(tmp_path / "x.safetensors", LoRAFile(unet=adapter.modules()), torch.float32)
     read = read_lora(tmp_path / "x.safetensors")
@@ -71,7 +72,7 @@ def test_the_file_merges_into_the_weights_that_peft_merges(kind: str, micro_base
         layer.merge()
         wanted, found = layer.base_layer.weight, merged.get_submodule(name).weight
         assert (found - wanted).norm() <= 1e-6 * wanted.norm()
-        assert (found - plain.get_submodule(name).weight).norm() > 1e-3 * wanted.norm()
+        assert (found - plain[f"{name}.weight"]).norm() > 1e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,8 +88,9 @@ def test_training_starts_at_the_base_in_fp32(kind: str, dtype: torch.dtype, micr
     torch.testing.assert_close(predict(unet), base, atol=tolerance, rtol=tolerance)
     change, rounding = new_unet(micro_base), 1e-6 if dtype == torch.float32 else 2e-3
     merge_into(change, adapter.modules(), 1.0)
+    changed = change.state_dict()
     for name, weight in new_unet(micro_base).state_dict().items():
-        torch.testing.assert_close(change.state_dict()[name], weight, atol=rounding, rtol=0)
+        torch.testing.assert_close(changed[name], weight, atol=rounding, rtol=0)
 
 
 def test_the_lengths_of_a_dora_are_measured_in_fp32(micro_base: SDXLBase) -> None:
@@ -152,7 +154,8 @@ def test_samples_are_drawn_with_a_lokr(run: Train) -> None:
 
 def test_a_dora_acts_alike_in_both_forms(run: Train, micro_base: SDXLBase) -> None:
     """The weights on the link are in kohya's form, whatever the file's."""
-    kohya, peft = (run(replace(SMALL, adapter="dora", save_format=form), where=form) for form in ("kohya", "peft"))
+    dora = replace(SMALL, adapter="dora", steps=2)
+    kohya, peft = (run(replace(dora, save_format=form), where=form) for form in ("kohya", "peft"))
     weights = []
     for result in (kohya, peft):
         unet = new_unet(micro_base)

@@ -21,7 +21,7 @@ from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.trainable import Learner
 from sdxl_lora_core.training.run.runs import run_fingerprint
 from tests.micro.loras import TEXT, load_parts, random_lora
-from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tests.micro.runs import SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes
 from tools.run_workflow import ROOT, load_pack
 
 STYLE = "up_blocks.0.attentions.1"
@@ -143,13 +143,13 @@ def test_training_starts_where_the_file_ends(kind: str, adapter: Any, tmp_path: 
     with torch.no_grad():
         for number, parameter in enumerate(first.groups[0].parameters):
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-    path = tmp_path / "x.safetensors"
-    write_lora(path, LoRAFile(unet=first.modules()), torch.float32)
+    path, learned = tmp_path / "x.safetensors", first.modules()
+    write_lora(path, LoRAFile(unet=learned), torch.float32)
     settings = {"adapter": kind, "rank": 1, "target_modules": "all-linear+conv", "continue_from": str(path)}
     for alpha in (3.0, 7.0):
         second = adapter(**settings, alpha=alpha)
         for name, module in second.modules().items():
-            wanted = first.modules()[name]
+            wanted = learned[name]
             change, before = (one.change(torch.device("cpu")) * one.scale for one in (module, wanted))
             torch.testing.assert_close(change, before, atol=1e-6, rtol=1e-5)
             if kind == "dora":
@@ -159,12 +159,12 @@ def test_training_starts_where_the_file_ends(kind: str, adapter: Any, tmp_path: 
 
 
 def test_a_continued_run_is_another_run_and_resumes_exactly(
-    run: Train, tmp_path: Path, micro_base: SDXLBase, pictures: Path
+    run: Train, trained: Trained, tmp_path: Path, micro_base: SDXLBase, pictures: Path
 ) -> None:
-    start = run(replace(SMALL, lora_name="start", steps=2)).lora_path
+    start = trained(replace(SMALL, steps=2)).lora_path
     config = replace(SMALL, continue_from=str(start))
     whole = run(config, where="b")
-    assert lora_bytes(whole) != lora_bytes(run(where="c"))
+    assert lora_bytes(whole) != lora_bytes(trained())
     with pytest.raises(Cancelled):
         run(config, where="d", on_step=cancel_at(2))
     copy = tmp_path / "copy.safetensors"
@@ -174,7 +174,7 @@ def test_a_continued_run_is_another_run_and_resumes_exactly(
     dataset = load(pictures)
     fingerprint = run_fingerprint(micro_base, dataset, config)
     assert run_fingerprint(micro_base, dataset, replace(config, continue_from=str(copy))) == fingerprint
-    copy.write_bytes(run(replace(SMALL, lora_name="start", seed=1, steps=2), where="e").lora_path.read_bytes())
+    copy.write_bytes(trained(replace(SMALL, steps=3)).lora_path.read_bytes())
     assert run_fingerprint(micro_base, dataset, replace(config, continue_from=str(copy))) != fingerprint
     with pytest.raises(FileNotFoundError, match="continue_from is gone.safetensors, which is no file"):
         run_fingerprint(micro_base, dataset, replace(config, continue_from="gone.safetensors"))

@@ -19,7 +19,8 @@ from sdxl_lora_core.training.monitor.validation import best_look, converged
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
 from sdxl_lora_core.training.run.loop_state import Look
 from sdxl_lora_core.training.run.runs import run_fingerprint
-from tests.micro.runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from sdxl_lora_core.training.train import TrainResult
+from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes, weights
 
 WATCHED = replace(SMALL, steps=6, validate_every=2)
 
@@ -29,7 +30,15 @@ def run_folder(tmp_path: Path, where: str = "a") -> Path:
 
 
 def rows(tmp_path: Path, where: str = "a") -> list[dict[str, str]]:
-    with (run_folder(tmp_path, where) / "metrics.csv").open(newline="") as file:
+    return read_rows(run_folder(tmp_path, where))
+
+
+def rows_of(result: TrainResult) -> list[dict[str, str]]:
+    return read_rows(result.loss_chart.parent)
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -65,32 +74,36 @@ def test_the_line_of_numbers() -> None:
     assert StepReport("encoding images", 1, 2).detail == ""
 
 
-def test_every_step_is_reported_with_all_its_numbers(run: Train) -> None:
+def test_every_step_is_reported_with_all_its_numbers_which_are_on_disk_by_then(run: Train, tmp_path: Path) -> None:
     seen: list[StepReport] = []
-    run(on_step=seen.append)
+    counts: list[int] = []
+
+    def on_step(report: StepReport) -> None:
+        seen.append(report)
+        if report.phase == "training":
+            counts.append(len(rows(tmp_path)))
+
+    run(on_step=on_step)
+    assert counts == [1, 2, 3, 4]
     training = [report for report in seen if report.phase == "training"]
     assert [report.done for report in training] == [1, 2, 3, 4]
     assert all("images/s" in report.detail and "left" in report.detail for report in training)
     assert training[-1].seconds_left == 0
 
 
-def test_metrics_are_there_while_it_runs(run: Train, tmp_path: Path) -> None:
-    counts: list[int] = []
-    run(on_step=lambda report: counts.append(len(rows(tmp_path))) if report.phase == "training" else None)
-    assert counts == [1, 2, 3, 4]
-
-
-def test_metrics_of_a_resumed_run_hold_each_step_once(run: Train, pictures: Path, tmp_path: Path) -> None:
+def test_metrics_of_a_resumed_run_hold_each_step_once(
+    run: Train, trained: Trained, pictures: Path, tmp_path: Path
+) -> None:
     """Whatever a crash left behind the checkpoint is gone, and what the file has lost comes from the state."""
-    config, dataset = replace(WATCHED, checkpoint_every=1), load(pictures, validation_percent=40)
-    run(config, dataset=dataset, where="whole")
+    config, dataset = replace(WATCHED, checkpoint_every=1), load(pictures, validation_percent=20)
+    whole = rows_of(trained(config, validation_percent=20))
     with pytest.raises(Cancelled):
         run(config, dataset=dataset, on_step=cancel_at(3))
     file = run_folder(tmp_path) / "metrics.csv"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:3] + lines[4:]) + "4,9,9,9,,1,1\n5,9")
     run(config, dataset=dataset)
-    whole, resumed = rows(tmp_path, "whole"), rows(tmp_path)
+    resumed = rows(tmp_path)
     exact = ("step", "loss", "smoothed", "learning_rate", "validation_loss")
     assert [[row[name] for name in exact] for row in resumed] == [[row[name] for name in exact] for row in whole]
     assert [row["step"] for row in resumed] == ["0", "1", "2", "3", "4", "5", "6"]
@@ -108,28 +121,27 @@ def test_a_disk_that_refuses_metrics_and_chart_does_not_end_the_run(
     assert caplog.text.count("the metrics are not complete") == 1 and "the chart could not be drawn" in caplog.text
 
 
-def test_validation_falls_where_it_is_asked_for_and_changes_no_byte(run: Train, pictures: Path, tmp_path: Path) -> None:
-    dataset = load(pictures, validation_percent=40)
-    plain = run(replace(WATCHED, validate_every=0), dataset=dataset)
-    assert [row["step"] for row in rows(tmp_path) if row["validation_loss"]] == ["0", "6"]
-    often = run(WATCHED, where="b", dataset=dataset)
-    assert [row["step"] for row in rows(tmp_path, "b") if row["validation_loss"]] == ["0", "2", "4", "6"]
+def test_validation_falls_where_it_is_asked_for_and_changes_no_byte(trained: Trained) -> None:
+    plain, often = (trained(replace(WATCHED, validate_every=every), validation_percent=20) for every in (0, 2))
+    assert [row["step"] for row in rows_of(plain) if row["validation_loss"]] == ["0", "6"]
+    assert [row["step"] for row in rows_of(often) if row["validation_loss"]] == ["0", "2", "4", "6"]
     assert lora_bytes(often) == lora_bytes(plain)
 
 
 def test_early_stopping_waits_for_its_patience(run: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = load(pictures, validation_percent=40)
+    dataset = load(pictures, validation_percent=20)
     scripted(monkeypatch, 0.1, 0.9, 0.8, 0.8, math.nan, 0.7)
     config = replace(WATCHED, steps=10)
-    assert run(replace(config, early_stopping=3), dataset=dataset).report["steps"] == 10
+    whole = run(replace(config, early_stopping=3), dataset=dataset)
+    assert whole.report["steps"] == 10
     result = run(replace(config, early_stopping=2), where="b", dataset=dataset)
     assert result.report["steps"] == 8
     assert "stopped early after 8 of 10 steps: 2 validations in a row" in result.report["early_stopping"]
-    assert lora_bytes(result) != lora_bytes(run(config, where="c", dataset=dataset))
+    assert weights(result) != weights(whole)
 
 
 def test_the_file_holds_the_best_step(run: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = load(pictures, validation_percent=40)
+    dataset = load(pictures, validation_percent=20)
     scripted(monkeypatch, 0.1, 0.9, 0.5, 0.5)
     result = run(replace(WATCHED, keep_best="validation_loss"), dataset=dataset)
     assert "holds step 4" in result.report["kept"]
@@ -150,7 +162,7 @@ def test_best_and_patience_survive_cancels_wherever_they_fall(
     run: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_every: int
 ) -> None:
     """Cancelled after an update, within a validation, and killed without a checkpoint of its own."""
-    dataset = load(pictures, validation_percent=40)
+    dataset = load(pictures, validation_percent=20)
     scripted(monkeypatch, 0.1, 0.5, 0.9, 0.9, 0.9)
     config = replace(
         WATCHED, steps=20, keep_best="validation_loss", early_stopping=2, checkpoint_every=checkpoint_every

@@ -23,7 +23,7 @@ from sdxl_lora_core.training.loop import Diverged
 from sdxl_lora_core.training.model.trainable import Learner
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
-from tests.micro.runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes
+from tests.micro.runs import CPU, SMALL, Cancelled, Losses, Train, Trained, cancel_at, change_losses, load, lora_bytes
 
 
 def close_to(first: Path, second: Path) -> None:
@@ -61,12 +61,12 @@ CONFIG = replace(SMALL, batch_size=3, steps=3, gradient_accumulation=2)
 
 
 def test_out_of_memory_halves_the_pass_and_repeats_the_step(
-    run: Train, small_memory: Any, caplog: pytest.LogCaptureFixture
+    run: Train, trained: Trained, small_memory: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Three images, then two and one; buckets with fewer images stay as they are."""
-    plain = run(CONFIG)
+    plain = trained(CONFIG)
     passes = small_memory(2, step=1)
-    survived = run(CONFIG, where="b")
+    survived = run(CONFIG)
     assert max(passes) == 3 and max(passes[3:]) == 2 and caplog.text.count("images a pass, not 3") == 1
     assert survived.report["steps"] == 3
     close_to(survived.lora_path, plain.lora_path)
@@ -83,11 +83,11 @@ def test_smaller_passes_stay_small_after_a_resume(run: Train, small_memory: Any)
 
 
 def test_out_of_memory_with_one_image_turns_checkpointing_on(
-    run: Train, small_memory: Any, caplog: pytest.LogCaptureFixture
+    run: Train, trained: Trained, small_memory: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = run(CONFIG)
+    plain = trained(CONFIG)
     small_memory(0, checkpointed=1)
-    close_to(run(CONFIG, where="b").lora_path, plain.lora_path)
+    close_to(run(CONFIG).lora_path, plain.lora_path)
     assert "gradient checkpointing is on from here" in caplog.text
 
 
@@ -129,9 +129,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("checkpoint_every", [4, 1])
 def test_five_bad_steps_in_a_row_end_the_run_at_the_last_good_state(
-    run: Train, poisoned: Any, tmp_path: Path, checkpoint_every: int
+    run: Train, trained: Trained, poisoned: Any, tmp_path: Path, checkpoint_every: int
 ) -> None:
-    good = load_file(run(replace(SMALL, steps=3)).lora_path)
+    good = load_file(trained(replace(SMALL, steps=3)).lora_path)
     poisoned(range(3, 99))
     config = replace(SMALL, steps=20, checkpoint_every=checkpoint_every)
     message = "not finite in 5 steps in a row, from step 4 on, and the LoRA of step-000003 is kept"
@@ -199,23 +199,24 @@ def test_an_image_that_vanished_before_it_was_cached_is_named(
         train(micro_base, dataset, SMALL, folders=folders, device=CPU)
 
 
-def test_images_that_change_or_vanish_while_training_change_nothing(run: Train, tmp_path: Path, pictures: Path) -> None:
-    copy = tmp_path / "copy"
+def test_images_that_change_or_vanish_while_training_change_nothing(
+    run: Train, trained: Trained, tmp_path: Path, pictures: Path
+) -> None:
+    copy = tmp_path / pictures.name  # which the file names
     shutil.copytree(pictures, copy)
-    whole = run(dataset=load(copy))
 
     def lose(report: Any) -> None:
         if report.phase == "training" and report.done == 1:
             (copy / "0.png").unlink()
             (copy / "1.png").write_bytes(b"another")
 
-    assert lora_bytes(run(dataset=load(copy), where="b", on_step=lose)) == lora_bytes(whole)
+    assert lora_bytes(run(dataset=load(copy), on_step=lose)) == lora_bytes(trained())
 
 
 def test_an_error_inside_a_step_loses_no_step_before_it(
-    run: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Train, trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    whole = run()
+    whole = trained()
 
     def failing(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
         if step == 2:

@@ -20,7 +20,7 @@ from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.noise import NoiseSampler
 from sdxl_lora_core.training.model.objective import Objective
 from sdxl_lora_core.training.train import as_trained
-from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes
+from tests.micro.runs import SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 KEPT = torch.cumprod(1 - BETAS, 0)
@@ -176,12 +176,14 @@ def test_a_base_trains_as_its_file_says_unless_told_otherwise(micro_base: SDXLBa
     assert as_trained(micro_base, TrainConfig(prediction="v_prediction")).prediction_type == "v_prediction"
 
 
-def test_an_override_trains_as_the_marked_base_and_the_file_says_so(run: Train, micro_base: SDXLBase) -> None:
+def test_an_override_trains_as_the_marked_base_and_the_file_says_so(
+    run: Train, trained: Trained, micro_base: SDXLBase
+) -> None:
     marked = replace(micro_base, prediction_type="v_prediction", zero_terminal_snr=True)
     by_itself = run(base=marked)
     config = replace(SMALL, prediction="v_prediction", zero_terminal_snr="on")
-    overridden = run(config, where="b")
-    assert lora_bytes(by_itself) == lora_bytes(overridden) != lora_bytes(run(where="c"))
+    overridden = trained(config)
+    assert lora_bytes(by_itself) == lora_bytes(overridden) != lora_bytes(trained())
     header = metadata(overridden.lora_path)
     assert header["modelspec.prediction_type"] == "v" and header["ss_v_parameterization"] == "True"
     assert header["ss_zero_terminal_snr"] == "True"
@@ -221,9 +223,8 @@ def test_a_cancelled_run_continues_to_the_same_bytes_and_names_what_it_used(run:
 @pytest.mark.parametrize(
     "change", [{"loss": "huber"}, {"snr_gamma": 5.0}, {"input_perturbation": 0.3}, {"noise_offset": 0.1}], ids=str
 )
-def test_the_loop_trains_by_it_and_validates_without_it(run: Train, pictures: Path, change: dict[str, Any]) -> None:
-    dataset = load(pictures, validation_percent=40)
-    plain, changed = run(dataset=dataset), run(replace(SMALL, **change), where="b", dataset=dataset)
+def test_the_loop_trains_by_it_and_validates_without_it(trained: Trained, change: dict[str, Any]) -> None:
+    plain, changed = (trained(config, validation_percent=20) for config in (SMALL, replace(SMALL, **change)))
     assert plain.report["loss"] != changed.report["loss"]
     assert plain.report["validation_loss_before"] == changed.report["validation_loss_before"]
 

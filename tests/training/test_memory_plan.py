@@ -100,7 +100,9 @@ def double(layers: Layers) -> Layers:
     return layers.double()  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("change", [lambda _: Layers(9), nn.Module.eval, frozen, double])
+@pytest.mark.parametrize(
+    "change", [lambda _: Layers(9), nn.Module.eval, frozen, double], ids=["size", "mode", "frozen", "format"]
+)
 def test_another_model_or_mode_is_counted_anew(change: Callable[[Layers], Layers], tmp_path: Path) -> None:
     count(Layers(), tmp_path)
     changed = change(Layers())
@@ -145,12 +147,33 @@ def test_captions_decide_the_shapes_only_for_encoders_that_learn(
     assert what_decides_shapes(one, SMALL) != what_decides_shapes(longer, SMALL)
 
 
+@pytest.mark.usefixtures("real_plan")
 def test_runs_of_one_shape_share_a_count_and_an_adapter_of_another_size_has_its_own(run: Train, tmp_path: Path) -> None:
     counts = []
     for where, rank in (("a", 2), ("b", 2), ("c", 3)):
         run(replace(SMALL, steps=1, rank=rank), where=where, cache=tmp_path / "cache")
         counts.append(len(list((tmp_path / "cache" / "memory").rglob("*.json"))))
     assert counts == [1, 1, 2]
+
+
+@pytest.mark.usefixtures("real_plan")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"adapter": "dora"},
+        {"adapter": "loha", "module_dropout": 0.5},
+        {"adapter": "lokr"},
+        {"dropout": 0.5, "target_modules": "all-linear+conv", "precision": "bf16"},
+        {"init": "pissa", "precision": "fp16"},
+        {"text_encoder_learning_rate": 1e-4, "text_encoder_2_learning_rate": 1e-4, "caption_chunks": 2},
+        {"train_unet": False, "learning_rate": 1e-4, "new_tokens": "picture"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_training_can_be_planned_and_learns_after_that(run: Train, change: dict[str, Any]) -> None:
+    result = run(replace(SMALL, steps=1, batch_size=1, **change))
+    assert "gradient checkpointing off, 1 images a pass" in result.report["memory"]
+    assert result.report["skipped_steps"] == []
 
 
 class Modes(nn.Module):
@@ -184,6 +207,7 @@ def test_the_fastest_plan_that_fits_is_taken() -> None:
     assert planned(80, wanted="selective") == ("selective", 4, False)
 
 
+@pytest.mark.usefixtures("real_plan")
 def test_a_low_limit_is_planned_for_and_changes_nothing_else(run: Train, caplog: pytest.LogCaptureFixture) -> None:
     plain = run(replace(SMALL, batch_size=2))
     low = run(replace(SMALL, batch_size=2, memory_limit_gb=0.001), where="b")
@@ -209,6 +233,7 @@ def test_the_noise_schedule_is_on_the_device_before_the_plan_looks_for_it(micro_
     assert learner.objective.scheduler.alphas_cumprod.device.type == "meta"
 
 
+@pytest.mark.usefixtures("real_plan")
 def test_a_finished_training_leaves_no_parameter_behind(run: Train, tmp_path: Path) -> None:
     before = parameters_alive()
     for place in ("a", "b"):

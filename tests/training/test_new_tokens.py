@@ -12,8 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
-from sdxl_lora_core.dataset.config import DatasetConfig
+from sdxl_lora_core.dataset.caption_dataset import CaptionDataset
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.lora.describe import describe_lora
@@ -30,7 +29,7 @@ from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import all_trigger_words
 from sdxl_lora_core.training.data.caption_variants import caption_variants
 from sdxl_lora_core.training.model.trainable import Learner
-from tests.micro.runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes, weights
 
 ALONE: dict[str, Any] = {
     "lora_name": "small", "steps": 4, "batch_size": 2,
@@ -39,10 +38,13 @@ ALONE: dict[str, Any] = {
 PIVOTAL = replace(SMALL, new_tokens="zwx=red, qq-2", vectors_per_token=2)
 
 
+WORDS = {"trigger_word": "zwx qq-2"}
+
+
 @pytest.fixture
 def named(pictures: Path) -> CaptionDataset:
     """The pictures with both words in their captions."""
-    return load_caption_dataset(pictures, DatasetConfig(resolution=64, trigger_word="zwx qq-2"))
+    return load(pictures, **WORDS)
 
 
 def encoders_of(base: SDXLBase) -> list[Any]:
@@ -133,8 +135,8 @@ def test_start_words_and_random_starts(micro_base: SDXLBase) -> None:
     assert torch.equal(other["zwx"]["text_encoder"], tokens["zwx"]["text_encoder"])
 
 
-def test_tokens_learn_alone(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
-    result = run(TrainConfig(**ALONE), dataset=named)
+def test_tokens_learn_alone(trained: Trained, micro_base: SDXLBase) -> None:
+    result = trained(TrainConfig(**ALONE), **WORDS)
     assert set(load_file(result.lora_path)) == {"bundle_emb.zwx.clip_l", "bundle_emb.zwx.clip_g"}
     assert result.state_dict == {} and result.report["modules"] == 0 and result.report["rank"] == []
     file = read_lora(result.lora_path)
@@ -142,12 +144,12 @@ def test_tokens_learn_alone(run: Train, micro_base: SDXLBase, named: CaptionData
         assert 0.05 < (file.tokens["zwx"][part] - start).abs().max() < 1  # type: ignore[index]
     assert "zwx" in trigger_words(file.metadata)
     assert "new token zwx: 1 vectors" in describe_lora(result.lora_path)
-    slower = run(TrainConfig(**{**ALONE, "token_learning_rate": 0.01}), where="b", dataset=named)
-    assert lora_bytes(slower) != lora_bytes(result)
+    slower = trained(TrainConfig(**{**ALONE, "token_learning_rate": 0.01}), **WORDS)
+    assert weights(slower) != weights(result)
 
 
-def test_tokens_learn_with_a_lora(run: Train, named: CaptionDataset) -> None:
-    file = read_lora(run(PIVOTAL, dataset=named).lora_path)
+def test_tokens_learn_with_a_lora(trained: Trained) -> None:
+    file = read_lora(trained(PIVOTAL, **WORDS).lora_path)
     assert set(file.tokens) == {"zwx", "qq-2"} and len(file.tokens["zwx"]["text_encoder_2"]) == 2
     assert file.unet and not file.text_encoder and not file.unknown
     assert any(module.up.abs().max() > 0 for module in file.unet.values() if isinstance(module, LoRAModule))
@@ -161,8 +163,10 @@ def test_a_run_with_tokens_resumes_exactly(run: Train, named: CaptionDataset) ->
     assert lora_bytes(run(config, where="b", dataset=named)) == lora_bytes(whole)
 
 
-def test_a_token_can_be_trained_further(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
-    first = run(TrainConfig(**ALONE), dataset=named)
+def test_a_token_can_be_trained_further(
+    run: Train, trained: Trained, micro_base: SDXLBase, named: CaptionDataset
+) -> None:
+    first = trained(TrainConfig(**ALONE), **WORDS)
     start = TrainConfig(**ALONE, continue_from=str(first.lora_path))
     tokens = read_lora(first.lora_path).tokens["zwx"]
     begun = Learner(micro_base, start, CPU, torch.float32).learned().tokens["zwx"]
@@ -176,8 +180,8 @@ def test_a_token_that_no_caption_holds_is_refused(run: Train) -> None:
         run(TrainConfig(**ALONE))
 
 
-def test_the_embedding_file_loads_in_diffusers(run: Train, micro_base: SDXLBase, named: CaptionDataset) -> None:
-    result = run(PIVOTAL, dataset=named)
+def test_the_embedding_file_loads_in_diffusers(trained: Trained, micro_base: SDXLBase) -> None:
+    result = trained(PIVOTAL, **WORDS)
     path = result.lora_path.parent.parent / "embeddings" / "small-zwx.safetensors"
     assert "embedding:small-zwx " in result.report["new_tokens"]["zwx"]
     vectors = load_file(path)
@@ -195,10 +199,8 @@ def test_the_embedding_file_loads_in_diffusers(run: Train, micro_base: SDXLBase,
     torch.testing.assert_close(pooled, wanted_pooled, atol=1e-5, rtol=0)
 
 
-def test_a_stack_brings_its_tokens_into_prompts(
-    run: Train, micro_base: SDXLBase, named: CaptionDataset, tmp_path: Path
-) -> None:
-    lora = run(TrainConfig(**ALONE), dataset=named).lora_path
+def test_a_stack_brings_its_tokens_into_prompts(trained: Trained, micro_base: SDXLBase, tmp_path: Path) -> None:
+    lora = trained(TrainConfig(**ALONE), **WORDS).lora_path
     parts = LoadedParts(CPU)
 
     def draw(prompt: str, strength_clip: float | None, prompts: Path | None = None) -> bytes:
@@ -249,8 +251,8 @@ def test_settings_of_what_does_not_learn_are_refused() -> None:
     assert TrainConfig(**{**ALONE, "token_learning_rate": 1.0}, optimizer="prodigy").leading_rate == 1
 
 
-def test_the_rate_that_is_shown_is_one_that_learns(run: Train, named: CaptionDataset) -> None:
-    result = run(TrainConfig(**ALONE), dataset=named)
+def test_the_rate_that_is_shown_is_one_that_learns(trained: Trained) -> None:
+    result = trained(TrainConfig(**ALONE), **WORDS)
     rows = (result.loss_chart.parent / "metrics.csv").read_text().splitlines()
     column = rows[0].split(",").index("learning_rate")
     assert {float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]} == {0.1}
@@ -269,7 +271,7 @@ def test_nobodys_embedding_file_is_overwritten(run: Train, named: CaptionDataset
     foreign = tmp_path / "a" / "embeddings" / "small-zwx.safetensors"
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"somebody's")
-    result = run(TrainConfig(**ALONE), dataset=named)
+    result = run(TrainConfig(**{**ALONE, "steps": 1}), dataset=named)
     assert result.lora_name == "small_00002.safetensors" and foreign.read_bytes() == b"somebody's"
     assert foreign.with_name("small_00002-zwx.safetensors").exists()
 

@@ -29,7 +29,7 @@ from sdxl_lora_core.training.optim.weight_average import Averaging
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
 from sdxl_lora_core.training.run.loop_state import LoopState
 from sdxl_lora_core.training.train import TrainResult
-from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tests.micro.runs import SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes
 
 NAMES: tuple[Any, ...] = get_args(Optimizer)
 
@@ -235,14 +235,13 @@ def test_an_error_within_the_average_puts_the_parameters_back() -> None:
 
 
 def losses_of(result: TrainResult) -> list[str]:
-    with (result.lora_path.parents[1] / "runs" / "small" / "metrics.csv").open() as file:
+    with result.loss_chart.with_name("metrics.csv").open() as file:
         return [row["loss"] for row in csv.DictReader(file)]
 
 
-def test_the_average_is_saved_and_validated_and_training_goes_on_without_it(run: Train, pictures: Path) -> None:
-    dataset = load(pictures, validation_percent=40)
-    plain = run(dataset=dataset)
-    average = run(replace(SMALL, ema_decay=0.9), where="b", dataset=dataset)
+def test_the_average_is_saved_and_validated_and_training_goes_on_without_it(trained: Trained) -> None:
+    plain = trained(validation_percent=20)
+    average = trained(replace(SMALL, ema_decay=0.9), validation_percent=20)
     assert losses_of(plain) == losses_of(average) != []
     assert lora_bytes(plain) != lora_bytes(average)
     assert plain.report["validation_loss"] != average.report["validation_loss"]
@@ -250,21 +249,25 @@ def test_the_average_is_saved_and_validated_and_training_goes_on_without_it(run:
 
 
 @pytest.mark.parametrize("settings", [{"ema_decay": 0.9}, {"optimizer": "schedule_free"}], ids=str)
-def test_looking_at_the_average_never_changes_the_training(run: Train, settings: dict[str, Any]) -> None:
+def test_looking_at_the_average_never_changes_the_training(
+    run: Train, trained: Trained, settings: dict[str, Any]
+) -> None:
     need(settings.get("optimizer", "adamw"))
     config = replace(SMALL, **settings)
-    whole, often = run(config), replace(config, checkpoint_every=1)
+    whole, often = trained(config), replace(config, checkpoint_every=1)
     with pytest.raises(Cancelled):
-        run(often, where="b", on_step=cancel_at(3))
-    assert lora_bytes(run(often, where="b")) == lora_bytes(whole)
+        run(often, on_step=cancel_at(3))
+    assert lora_bytes(run(often)) == lora_bytes(whole)
 
 
-def test_the_best_average_is_kept_across_a_cancel(run: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_average_is_kept_across_a_cancel(
+    run: Train, trained: Trained, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = load_file(trained(replace(SMALL, ema_decay=0.9, steps=2), validation_percent=20).lora_path)
     monkeypatch.setattr(Evaluator, "validation_loss", lambda self, on_step: abs(self.state.step - 2.0))
-    dataset = load(pictures, validation_percent=40)
+    dataset = load(pictures, validation_percent=20)
     config = replace(SMALL, ema_decay=0.9, validate_every=1, keep_best="validation_loss")
     whole = run(config, dataset=dataset)
-    short = load_file(run(replace(SMALL, ema_decay=0.9, steps=2), where="b", dataset=dataset).lora_path)
     assert all(torch.equal(tensor, short[name]) for name, tensor in load_file(whole.lora_path).items())
     with pytest.raises(Cancelled):
         run(config, where="c", dataset=dataset, on_step=cancel_at(3))

@@ -180,12 +180,13 @@ def class_images(result: Any) -> list[Path]:
     return sorted((result.lora_path.parents[1] / "runs" / "small" / "class_images").glob("*.png"))
 
 
-def test_class_images_are_drawn_once_and_trained_with(run: Train) -> None:
-    result = run(with_class(), on_step=drawing(2))
+def test_class_images_are_drawn_once_and_trained_with(run: Train, tmp_path: Path) -> None:
+    own = tmp_path / "cache"  # in which no other test's images lie
+    result = run(with_class(), on_step=drawing(2), cache=own)
     assert result.report["regularisation_images"] == 2
     assert [Image.open(path).size for path in class_images(result)] == [(64, 64)] * 2
     assert class_images(result)[0].read_bytes() != class_images(result)[1].read_bytes()
-    again = run(with_class(seed=5, steps=1), where="b", on_step=drawing(0))
+    again = run(with_class(seed=5, steps=1), where="b", on_step=drawing(0), cache=own)
     assert [path.read_bytes() for path in class_images(again)] == [path.read_bytes() for path in class_images(result)]
 
 

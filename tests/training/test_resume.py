@@ -19,7 +19,7 @@ from sdxl_lora_core.training.data.batches import TrainingData
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.optim.lr_schedule import learning_rate
 from sdxl_lora_core.training.run_length import passes_per_epoch, with_steps
-from tests.micro.runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes
 
 DROPOUT = {"dropout": 0.2, "caption_dropout": 0.3}
 
@@ -56,12 +56,12 @@ def test_a_run_cancelled_three_times_ends_with_the_same_bytes(run: Train, change
     assert told == {key: value for key, value in whole.report.items() if key != "memory"}
 
 
-def test_run_yaml_counts_all_sessions(run: Train, tmp_path: Path) -> None:
-    def facts(where: str) -> dict[str, Any]:
-        return yaml.safe_load((folder_of(tmp_path, where) / "run.yaml").read_text(encoding="utf-8"))["run"]
+def test_run_yaml_counts_all_sessions(run: Train, trained: Trained, tmp_path: Path) -> None:
+    def facts(folder: Path) -> dict[str, Any]:
+        return yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["run"]
 
-    run()
-    assert facts("a")["resumed"] == 0 and facts("a")["seconds"] > 0
+    whole = facts(trained().loss_chart.parent)
+    assert whole["resumed"] == 0 and whole["seconds"] > 0
     for step in (1, 3):
         with pytest.raises(Cancelled):
             run(where="b", on_step=cancel_at(step))
@@ -69,7 +69,8 @@ def test_run_yaml_counts_all_sessions(run: Train, tmp_path: Path) -> None:
     before = json.loads(checkpoint.read_text(encoding="utf-8"))["loop"]
     assert before["resumed"] == 1 and before["seconds"] > 0
     run(where="b")
-    assert facts("b")["resumed"] == 2 and facts("b")["seconds"] > before["seconds"] - 0.1
+    after = facts(folder_of(tmp_path, "b"))
+    assert after["resumed"] == 2 and after["seconds"] > before["seconds"] - 0.1
 
 
 def test_the_loss_scale_is_kept(run: Train, tmp_path: Path) -> None:
@@ -79,9 +80,9 @@ def test_the_loss_scale_is_kept(run: Train, tmp_path: Path) -> None:
     assert state["scaler"]["_growth_tracker"] + len(state["loop"]["skipped"]) == 2
 
 
-def test_every_checkpoint_is_a_lora(run: Train, tmp_path: Path) -> None:
-    result = run(replace(SMALL, checkpoint_every=2))
-    checkpoints = folder_of(tmp_path, "a") / "checkpoints"
+def test_every_checkpoint_is_a_lora(trained: Trained) -> None:
+    result = trained(replace(SMALL, checkpoint_every=2))
+    checkpoints = result.loss_chart.parent / "checkpoints"
     files = sorted(checkpoints.glob("step-*/adapter.safetensors"))
     assert [file.parent.name for file in files] == ["step-000002", "step-000004"]
     first, last = (read_lora(file) for file in files)
@@ -93,9 +94,9 @@ def test_every_checkpoint_is_a_lora(run: Train, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_whose_state_is_damaged_is_passed_over(
-    run: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Train, trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = run()
+    whole = trained()
     for step in (1, 2):
         with pytest.raises(Cancelled):
             run(where="b", on_step=cancel_at(step))
@@ -142,9 +143,11 @@ def test_a_lock_that_a_dead_process_left_does_not_matter(run: Train, tmp_path: P
 
 
 @pytest.mark.parametrize("change", [{}, {"lr_warmup_steps": 2}, {"batch_size": 1, "gradient_accumulation": 3}], ids=str)
-def test_more_steps_of_a_constant_rate_are_those_of_one_long_run(run: Train, change: dict[str, Any]) -> None:
-    short, long = replace(SMALL, steps=3, **change), replace(SMALL, lora_name="small", steps=6, **change)
-    whole = run(long, where="b")
+def test_more_steps_of_a_constant_rate_are_those_of_one_long_run(
+    run: Train, trained: Trained, change: dict[str, Any]
+) -> None:
+    short, long = replace(SMALL, steps=3, **change), replace(SMALL, steps=6, **change)
+    whole = trained(long)
     first = run(short)
     before = lora_bytes(first)
     seen: list[StepReport] = []
@@ -177,8 +180,8 @@ def test_more_steps_of_another_schedule_begin_it_anew_and_say_so(run: Train, tmp
     assert run(replace(long, steps=10)).report["steps"] == 10
 
 
-def test_more_steps_go_on_from_the_longest_of_several_and_survive_a_cancel(run: Train) -> None:
-    whole = run(replace(SMALL, steps=8), where="b")
+def test_more_steps_go_on_from_the_longest_of_several_and_survive_a_cancel(run: Train, trained: Trained) -> None:
+    whole = trained(replace(SMALL, steps=8))
     for steps in (2, 5):
         run(replace(SMALL, steps=steps))
     with pytest.raises(Cancelled):
@@ -201,7 +204,7 @@ def test_other_settings_or_a_longer_cosine_are_no_start(run: Train) -> None:
 
 def test_another_way_to_choose_the_step_is_another_run(run: Train, pictures: Path) -> None:
     """Not the finished file again, and not a start that has none of what the choice needs."""
-    dataset = load(pictures, validation_percent=40)
+    dataset = load(pictures, validation_percent=20)
     best = replace(SMALL, validate_every=2, keep_best="validation_loss")
     run(dataset=dataset)
     chosen = run(best, dataset=dataset)
@@ -236,7 +239,7 @@ def stop_at(step: int) -> dict[str, Any]:
     return {"on_step": seen.append, "should_stop": lambda: trained_steps(seen)[-1:] == [step]}
 
 
-def test_a_stopped_run_is_kept_and_goes_on_with_another_number_of_steps(run: Train) -> None:
+def test_a_stopped_run_is_kept_and_goes_on_with_another_number_of_steps(run: Train, trained: Trained) -> None:
     stopped = run(**stop_at(2))
     assert stopped.report["steps"] == 2 and stopped.report["stopped"].startswith("stopped on request after 2 of 4")
     half = lora_bytes(stopped)
@@ -247,7 +250,7 @@ def test_a_stopped_run_is_kept_and_goes_on_with_another_number_of_steps(run: Tra
     rest = run(longer, on_step=seen.append)
     assert trained_steps(seen) == [3, 4, 5] and "stopped" not in rest.report
     assert rest.lora_name == "small_00002.safetensors" and lora_bytes(stopped) == half
-    assert same_tensors(rest.lora_path, run(longer, where="b").lora_path)
+    assert same_tensors(rest.lora_path, trained(longer).lora_path)
 
 
 def test_a_stopped_run_is_kept_by_asking_for_the_steps_it_had(run: Train) -> None:

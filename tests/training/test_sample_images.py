@@ -27,7 +27,7 @@ from sdxl_lora_core.training.monitor.sample_images import Sampler
 from sdxl_lora_core.training.run.loop_state import Look, LoopState
 from sdxl_lora_core.training.run.runs import run_fingerprint
 from tests.micro.images import settings
-from tests.micro.runs import CPU, SMALL, Cancelled, Train, cancel_at, load, lora_bytes
+from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes
 from tools.run_workflow import ROOT
 
 CLIP = str(ROOT / "assets/tiny-clip")
@@ -51,22 +51,20 @@ def drawn(base: SDXLBase, lora: Path, **changes: Any) -> list[np.ndarray]:
     return [image.pixels for image in generate(base, request, [reference], parts=LoadedParts(CPU), cache_folder=None)]
 
 
-def test_a_sample_is_what_generation_draws_with_the_file_of_that_step(
-    run: Train, tmp_path: Path, micro_base: SDXLBase
-) -> None:
-    result = run(SAMPLED)
-    shorter = run(replace(SMALL, steps=2), where="b")
+def test_a_sample_is_what_generation_draws_with_the_file_of_that_step(trained: Trained, micro_base: SDXLBase) -> None:
+    result, shorter = trained(SAMPLED), trained(replace(SMALL, steps=2))
+    samples = result.loss_chart.with_name("samples")
     for step, lora in ((2, shorter.lora_path), (4, result.lora_path)):
         for number, expected in enumerate(drawn(micro_base, lora)):
-            picture = Image.open(samples_folder(tmp_path) / f"step-{step:06d}-{number:02d}.png")
+            picture = Image.open(samples / f"step-{step:06d}-{number:02d}.png")
             assert np.array_equal(np.asarray(picture), expected)
     assert all(map(np.array_equal, result.samples, drawn(micro_base, result.lora_path)))
-    names = [path.name for path in samples_folder(tmp_path).iterdir() if path.suffix == ".safetensors"]
+    names = [path.name for path in samples.iterdir() if path.suffix == ".safetensors"]
     assert names == [], "the LoRA that it drew with is gone"
 
 
-def test_sampling_changes_no_byte_and_no_random_state(run: Train) -> None:
-    plain = run(replace(SAMPLED, sample_every=0))
+def test_sampling_changes_no_byte_and_no_random_state(run: Train, trained: Trained) -> None:
+    plain = trained()
     torch.manual_seed(3)
     before = torch.get_rng_state()
     assert lora_bytes(run(replace(SAMPLED, sample_every=1), where="b")) == lora_bytes(plain)
@@ -81,7 +79,7 @@ def test_how_samples_are_drawn(run: Train, micro_base: SDXLBase, change: dict[st
     assert not np.array_equal(result.samples[0], drawn(micro_base, result.lora_path)[0])
 
 
-def test_scores_and_previews(run: Train, tmp_path: Path) -> None:
+def test_scores_and_previews(run: Train, trained: Trained, tmp_path: Path) -> None:
     previews: list[StepReport] = []
     config = replace(SAMPLED, clip_model=CLIP)
     result = run(config, on_step=lambda report: previews.append(report) if report.preview is not None else None)
@@ -93,7 +91,7 @@ def test_scores_and_previews(run: Train, tmp_path: Path) -> None:
         ("4", "step-000004-00.png", "one"), ("4", "step-000004-01.png", "two"),
     ]  # fmt: skip
     assert [float(row["clip_score"]) for row in rows[2:]] == pytest.approx(result.report["clip_scores"])
-    assert "clip_scores" not in run(SAMPLED, where="b").report
+    assert "clip_scores" not in trained(SAMPLED).report
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
@@ -115,9 +113,9 @@ def lora_metadata_steps(path: Path) -> str:
         return file.metadata()["ss_steps"]
 
 
-def test_a_choice_by_score_survives_a_cancel(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_by_score_survives_a_cancel(run: Train, trained: Trained) -> None:
     """Once after a step, once while it draws."""
-    whole = run(chosen(), where="whole")
+    whole = trained(chosen())
     with pytest.raises(Cancelled):
         run(chosen(), on_step=cancel_at(1))
 
@@ -131,9 +129,9 @@ def test_a_choice_by_score_survives_a_cancel(run: Train, monkeypatch: pytest.Mon
 
 
 def test_samples_that_fail_do_not_end_the_run(
-    run: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Train, trained: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = run(replace(SAMPLED, sample_every=0))
+    plain = trained()
     original = sample_images.generate
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -204,13 +202,15 @@ def others(tmp_path: Path) -> Path:
 
 
 def test_a_second_dataset_is_validated_with_and_not_trained_on(
-    run: Train, pictures: Path, others: Path, tmp_path: Path
+    run: Train, trained: Trained, pictures: Path, others: Path, tmp_path: Path
 ) -> None:
-    plain = run()
+    plain = trained()
     result = run(where="b", validation=load(others))
     assert lora_bytes(result) == lora_bytes(plain)
     assert "validation_loss" in result.report and "validation_loss" not in plain.report
-    both = run(where="c", dataset=load(pictures, validation_percent=40), validation=load(others))
+    both = run(
+        replace(SMALL, steps=1), where="c", dataset=load(pictures, validation_percent=20), validation=load(others)
+    )
     assert both.report["validation_loss_before"] != result.report["validation_loss_before"]
     _, dataset, _ = read_run(tmp_path / "b" / "runs" / "small" / "run.yaml", None)
     assert [entry.image.name for entry in dataset.validation] == ["held.png"]

@@ -25,7 +25,7 @@ from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch
 from sdxl_lora_core.training.model.trainable import Learner
-from tests.micro.runs import CPU, SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes
+from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, data_of, load, lora_bytes
 
 FIRST = replace(SMALL, text_encoder_learning_rate=2e-3)
 SECOND = replace(SMALL, text_encoder_2_learning_rate=4e-3)
@@ -95,15 +95,15 @@ def test_an_encoder_that_stands_still_is_read_from_the_disk(micro_base: SDXLBase
 
 
 def test_with_both_learning_no_caption_is_cached_and_the_run_says_so(
-    run: Train, micro_base: SDXLBase, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: Trained, micro_base: SDXLBase, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "sdxl_lora")
     data = data_of(micro_base, load(pictures), tmp_path / "empty", **settings_of(BOTH))
     assert not data.prompt_files and not (tmp_path / "empty" / "prompts").exists()
     assert "text_encoder_2 learns: it reads the captions in every step" in caplog.text
-    report = run(replace(BOTH, steps=1)).report
+    report = trained(replace(BOTH, steps=1)).report
     assert report["text_encoders"].startswith("text_encoder and text_encoder_2 read the captions in every step")
-    assert "text_encoders" not in run(replace(SMALL, steps=1), where="b").report
+    assert "text_encoders" not in trained().report
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_the_gradient_is_that_of_the_loss(micro_base: SDXLBase, pictures: Path, 
     ],
     ids=["none", "first", "second", "encoders alone"],
 )
-def test_the_file_holds_what_learned(run: Train, config: TrainConfig, prefixes: set[str]) -> None:
-    tensors = load_file(run(config).lora_path)
+def test_the_file_holds_what_learned(trained: Trained, config: TrainConfig, prefixes: set[str]) -> None:
+    tensors = load_file(trained(config).lora_path)
     assert {name[: name.index("_", 6)] for name in tensors} == prefixes
     moved = {name[: name.index("_", 6)] for name, tensor in tensors.items() if "lora_up" in name and tensor.abs().max()}
     assert moved == prefixes
@@ -182,11 +182,11 @@ def test_target_modules_choose_the_encoders_layers(micro_base: SDXLBase) -> None
         assert all(name.startswith("text_model.encoder.layers.") for name in learned.text_encoder_2)
 
 
-def test_each_encoder_learns_at_its_own_rate(micro_base: SDXLBase, run: Train) -> None:
+def test_each_encoder_learns_at_its_own_rate(micro_base: SDXLBase, trained: Trained) -> None:
     factors = {group.rate_factor for group in learner_of(micro_base, BOTH).groups}
     assert sorted(factors) == pytest.approx([1, 2, 4])
-    slow = load_file(run(replace(BOTH, steps=1)).lora_path)
-    fast = load_file(run(replace(BOTH, steps=1, text_encoder_2_learning_rate=8e-3), where="b").lora_path)
+    slow = load_file(trained(replace(BOTH, steps=1)).lora_path)
+    fast = load_file(trained(replace(BOTH, steps=1, text_encoder_2_learning_rate=8e-3)).lora_path)
     name = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"
     torch.testing.assert_close(fast[name], 2 * slow[name])  # Adam's first step is the rate times the gradient's sign
     name = name.replace("te2", "te1")
@@ -222,10 +222,9 @@ def test_continuing_a_file_starts_at_its_effect(run: Train, micro_base: SDXLBase
     assert any(module.up.abs().max() > 0 for module in added.unet.values() if isinstance(module, LoRAModule))
 
 
-def test_samples_while_training_are_drawn_with_the_encoders(run: Train, micro_base: SDXLBase) -> None:
+def test_samples_while_training_are_drawn_with_the_encoders(trained: Trained, micro_base: SDXLBase) -> None:
     config = replace(BOTH, sample_prompts=("a picture",), sample_every=2, sample_steps=2)
-    result = run(config)
-    plain = run(replace(config, sample_every=0), where="b")
+    result, plain = trained(config), trained(BOTH)
     assert lora_bytes(result) == lora_bytes(plain)
     parts = LoadedParts(CPU)
     request = GenerateConfig(prompt="a picture", width=64, height=64, steps=2, cache="off")

@@ -42,20 +42,31 @@ from sdxl_lora_core.training.optim.lr_schedule import lr_factor
 from sdxl_lora_core.training.run import checkpoints
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
-from tests.micro.runs import CPU, SMALL, Cancelled, Losses, Train, cancel_at, change_losses, load, lora_bytes
+from tests.micro.runs import (
+    CPU,
+    SMALL,
+    Cancelled,
+    Losses,
+    Train,
+    Trained,
+    cancel_at,
+    change_losses,
+    data_of,
+    load,
+    lora_bytes,
+)  # fmt: skip
 
 
-def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state(run: Train) -> None:
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = run(where="a")
-    assert torch.equal(torch.get_rng_state(), before)
+def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state(run: Train, trained: Trained) -> None:
+    first = trained()
     torch.manual_seed(2)
-    assert lora_bytes(run(where="b")) == lora_bytes(first)
+    before = torch.get_rng_state()
+    assert lora_bytes(run()) == lora_bytes(first)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_run_leaves_what_the_design_says(run: Train) -> None:
-    result = run()
+def test_a_run_leaves_what_the_design_says(trained: Trained) -> None:
+    result = trained()
     folder = result.lora_path.parents[1] / "runs" / "small"
     settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
     assert settings["train"]["rank"] == 2 and settings["run"]["fingerprint"]
@@ -70,11 +81,11 @@ def test_a_run_leaves_what_the_design_says(run: Train) -> None:
     assert str(folder.parent) not in json.dumps(metadata)
 
 
-def test_the_base_is_untouched_and_the_lora_is_not_zero(run: Train, micro_base: SDXLBase) -> None:
+def test_the_base_is_untouched_and_the_lora_is_not_zero(trained: Trained, micro_base: SDXLBase) -> None:
     before = open_base(micro_base.path).fingerprint
-    ups = [tensor for name, tensor in load_file(run().lora_path).items() if name.endswith("lora_up.weight")]
+    ups = [tensor for name, tensor in load_file(trained().lora_path).items() if name.endswith("lora_up.weight")]
     assert ups and all(tensor.abs().max() > 0 for tensor in ups)
-    assert open_base(micro_base.path).fingerprint == before
+    assert open_base(micro_base.path).fingerprint == before == micro_base.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -89,10 +100,9 @@ def test_the_base_is_untouched_and_the_lora_is_not_zero(run: Train, micro_base: 
     ],
     ids=str,
 )  # fmt: skip
-def test_each_setting_changes_the_file(run: Train, change: dict[str, Any]) -> None:
-    plain = run(replace(SMALL, steps=4))
-    changed = run(replace(SMALL, **change), where="b")
-    assert not same_tensors(load_file(plain.lora_path), load_file(changed.lora_path))
+def test_each_setting_changes_the_file(run: Train, trained: Trained, change: dict[str, Any]) -> None:
+    changed = run(replace(SMALL, **change))
+    assert not same_tensors(load_file(trained().lora_path), load_file(changed.lora_path))
 
 
 def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -104,13 +114,17 @@ def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 @pytest.mark.parametrize(
     "change", [{"repeats": 3}, {"flip": True}, {"trigger_word": "zxq"}, {"resolution": 80}], ids=str
 )
-def test_each_dataset_setting_changes_the_file(run: Train, pictures: Path, change: dict[str, Any]) -> None:
+def test_each_dataset_setting_changes_the_file(
+    run: Train, trained: Trained, pictures: Path, change: dict[str, Any]
+) -> None:
     changed = load_caption_dataset(pictures, DatasetConfig(**{"resolution": 64, **change}))
-    assert not same_tensors(load_file(run().lora_path), load_file(run(where="b", dataset=changed).lora_path))
+    assert not same_tensors(load_file(trained().lora_path), load_file(run(dataset=changed).lora_path))
 
 
-def test_gradient_checkpointing_is_used_and_changes_nothing(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = load_file(run().lora_path)
+def test_gradient_checkpointing_is_used_and_changes_nothing(
+    run: Train, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_file(trained().lora_path)
     used: list[bool] = []
     original = loop.Loop.update
 
@@ -119,7 +133,7 @@ def test_gradient_checkpointing_is_used_and_changes_nothing(run: Train, monkeypa
         original(self)
 
     monkeypatch.setattr(loop.Loop, "update", spy)
-    checkpointed = load_file(run(replace(SMALL, gradient_checkpointing="on"), where="b").lora_path)
+    checkpointed = load_file(run(replace(SMALL, gradient_checkpointing="on")).lora_path)
     assert all(used) and len(used) == SMALL.steps
     for name, tensor in plain.items():
         torch.testing.assert_close(checkpointed[name], tensor, atol=1e-6, rtol=1e-5)
@@ -135,8 +149,9 @@ def test_accumulation_equals_one_large_batch(run: Train, pictures: Path, tmp_pat
     dataset = load(square)
     large = run(replace(SMALL, batch_size=3, steps=2), dataset=dataset)
     parts = run(replace(SMALL, batch_size=1, gradient_accumulation=3, steps=2), where="b", dataset=dataset)
+    found = load_file(parts.lora_path)
     for name, tensor in load_file(large.lora_path).items():
-        torch.testing.assert_close(load_file(parts.lora_path)[name], tensor, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-3)
 
 
 def test_a_cancelled_run_continues_to_the_same_bytes(run: Train) -> None:
@@ -151,18 +166,19 @@ def test_a_cancelled_run_continues_to_the_same_bytes(run: Train) -> None:
     assert lora_bytes(resumed) == lora_bytes(whole)
 
 
-def test_a_damaged_checkpoint_is_passed_over(run: Train, caplog: pytest.LogCaptureFixture) -> None:
-    whole = run()
+def test_a_damaged_checkpoint_is_passed_over(
+    run: Train, trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for step in (1, 2):
         with pytest.raises(Cancelled):
-            run(where="b", on_step=cancel_at(step))
-    folder = whole.lora_path.parents[2] / "b" / "runs" / "small" / "checkpoints"
+            run(on_step=cancel_at(step))
+    folder = tmp_path / "a" / "runs" / "small" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
     target = folder / "step-000002" / "state.safetensors"
     damaged = bytearray(target.read_bytes())
     damaged[-1] ^= 1
     target.write_bytes(damaged)
-    assert lora_bytes(run(where="b")) == lora_bytes(whole)
+    assert lora_bytes(run()) == lora_bytes(trained())
     assert "step-000002 is passed over: state.safetensors is damaged" in caplog.text
 
 
@@ -250,8 +266,10 @@ def test_a_run_that_never_had_a_finite_loss_saves_nothing(
     assert not list((tmp_path / "a" / "loras").iterdir())
 
 
-def test_out_of_memory_turns_on_checkpointing_and_repeats_the_step(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = load_file(run().lora_path)
+def test_out_of_memory_turns_on_checkpointing_and_repeats_the_step(
+    run: Train, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_file(trained().lora_path)
     failures = iter([True])
 
     def failing(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
@@ -260,7 +278,7 @@ def test_out_of_memory_turns_on_checkpointing_and_repeats_the_step(run: Train, m
         return losses(learner, batch)
 
     change_losses(monkeypatch, failing)
-    survived = load_file(run(where="b").lora_path)
+    survived = load_file(run().lora_path)
     for name, tensor in plain.items():
         torch.testing.assert_close(survived[name], tensor, atol=1e-6, rtol=1e-5)
 
@@ -278,9 +296,9 @@ def no_file_over(size: int) -> Iterator[None]:
 
 
 def test_a_disk_that_fills_up_costs_the_checkpoint_not_the_run(
-    run: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Train, trained: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = run()
+    whole = trained()
     original = checkpoints.save_tensors
 
     def full(path: Path, tensors: Any) -> None:
@@ -292,15 +310,15 @@ def test_a_disk_that_fills_up_costs_the_checkpoint_not_the_run(
 
     failed: list[bool] = []
     monkeypatch.setattr(checkpoints, "save_tensors", full)
-    result = run(replace(SMALL, checkpoint_every=3), where="b")
+    result = run(replace(SMALL, checkpoint_every=3))
     assert "no checkpoint at step 3" in caplog.text
     assert lora_bytes(result) == lora_bytes(whole)
 
 
 def test_a_disk_that_is_full_at_the_end_says_so_and_the_run_continues_later(
-    run: Train, monkeypatch: pytest.MonkeyPatch
+    run: Train, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run()
+    whole = trained()
     original = training.write_lora
 
     def full(path: Path, *rest: Any) -> None:
@@ -311,9 +329,9 @@ def test_a_disk_that_is_full_at_the_end_says_so_and_the_run_continues_later(
     with monkeypatch.context() as patch:
         patch.setattr(training, "write_lora", full)
         with pytest.raises(OSError, match="No space left"):
-            run(where="b")
+            run()
     steps: list[StepReport] = []
-    resumed = run(where="b", on_step=steps.append)
+    resumed = run(on_step=steps.append)
     assert [report for report in steps if report.phase == "training"] == []
     assert lora_bytes(resumed) == lora_bytes(whole)
 
@@ -355,13 +373,13 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_loa
         run()
 
 
-def test_validation_is_reported_and_does_not_move_the_training(run: Train, pictures: Path) -> None:
-    dataset = load(pictures, validation_percent=40)
-    result = run(dataset=dataset)
+def test_validation_is_reported_and_does_not_move_the_training(run: Train, trained: Trained, pictures: Path) -> None:
+    dataset = load(pictures, validation_percent=20)
+    result = trained(validation_percent=20)
     trained_only = replace(dataset, validation=())
     assert lora_bytes(result) == lora_bytes(run(where="b", dataset=trained_only))
     assert result.report["validation_loss"] != result.report["validation_loss_before"]
-    other_seed = run(replace(SMALL, seed=5), where="c", dataset=dataset)
+    other_seed = run(replace(SMALL, seed=5, steps=1), where="c", dataset=dataset)
     assert other_seed.report["validation_loss_before"] == result.report["validation_loss_before"]
 
 
@@ -383,8 +401,8 @@ def test_text_encoders_and_vae_are_gone_before_the_unet_comes(
     assert set(alive) == {"text_encoder", "text_encoder_2", "vae", "unet"}
 
 
-def test_a_second_run_encodes_nothing_again(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    run()
+def test_a_second_run_encodes_nothing_again(run: Train, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained()
     original = loading.from_folder
 
     def from_folder(folder: Path, part: Any, dtype: torch.dtype) -> Any:
@@ -395,13 +413,14 @@ def test_a_second_run_encodes_nothing_again(run: Train, monkeypatch: pytest.Monk
     assert run(replace(SMALL, seed=3)).report["steps"] == 4
 
 
-def test_a_damaged_cache_file_is_made_again(run: Train, tmp_path: Path, micro_base: SDXLBase, pictures: Path) -> None:
-    own = tmp_path / "own cache"
-    folders = RunFolders(tmp_path / "l", tmp_path / "r", own, lambda name: False)
-    first = train(micro_base, load(pictures), SMALL, folders=folders, device=CPU)
+def test_a_damaged_cache_file_is_made_again(
+    trained: Trained, tmp_path: Path, micro_base: SDXLBase, pictures: Path
+) -> None:
+    first, own = trained(), tmp_path / "own cache"
+    data_of(micro_base, load(pictures), own)
     for file in own.glob("*/v1/*/*.safetensors"):
         file.write_bytes(file.read_bytes()[:-4])
-    folders = RunFolders(tmp_path / "l2", tmp_path / "r2", own, lambda name: False)
+    folders = RunFolders(tmp_path / "l", tmp_path / "r", own, lambda name: False)
     assert lora_bytes(train(micro_base, load(pictures), SMALL, folders=folders, device=CPU)) == lora_bytes(first)
 
 
@@ -415,18 +434,18 @@ def test_an_image_that_changed_after_loading_is_named(tmp_path: Path, micro_base
         train(micro_base, dataset, SMALL, folders=folders, device=CPU)
 
 
-def test_samples_are_drawn_with_the_lora_and_cached(run: Train) -> None:
+def test_samples_are_drawn_with_the_lora_and_cached(run: Train, trained: Trained) -> None:
     config = replace(SMALL, sample_prompts=("one", "two"), sample_steps=2)
     result = run(config)
     files = sorted((result.lora_path.parents[1] / "runs" / "small" / "samples").iterdir())
     assert [file.name for file in files] == ["00.png", "01.png"]
     assert [sample.shape for sample in result.samples] == [(64, 64, 3)] * 2
-    assert lora_bytes(result) == lora_bytes(run(where="b"))
+    assert lora_bytes(result) == lora_bytes(trained())
 
 
-def test_v_prediction_trains_towards_v(run: Train, micro_base: SDXLBase) -> None:
+def test_v_prediction_trains_towards_v(run: Train, trained: Trained, micro_base: SDXLBase) -> None:
     v_base = replace(micro_base, prediction_type="v_prediction", fingerprint="v")
-    assert not same_tensors(load_file(run().lora_path), load_file(run(where="b", base=v_base).lora_path))
+    assert not same_tensors(load_file(trained().lora_path), load_file(run(base=v_base).lora_path))
 
 
 def test_learning_rate_schedules_match_their_closed_forms() -> None:
@@ -497,10 +516,10 @@ def test_a_mirrored_crop_has_mirrored_coordinates(micro_base: SDXLBase, tmp_path
 
 
 def test_run_yaml_repeats_the_run_from_the_command_line(
-    run: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run()
-    settings = tmp_path / "a" / "runs" / "small" / "run.yaml"
+    result = trained()
+    settings = result.loss_chart.with_name("run.yaml")
     main(
         [
             "train",
@@ -508,7 +527,7 @@ def test_run_yaml_repeats_the_run_from_the_command_line(
             "--output",
             str(tmp_path / "again"),
             "--home",
-            str(tmp_path / "home"),
+            str(cache),
             "--device",
             "cpu",
         ]
@@ -519,18 +538,20 @@ def test_run_yaml_repeats_the_run_from_the_command_line(
     assert str(repeated) in capsys.readouterr().out
 
 
-def test_a_wrong_run_yaml_is_refused_before_anything_is_opened(run: Train, tmp_path: Path) -> None:
-    run()
-    settings = tmp_path / "a" / "runs" / "small" / "run.yaml"
-    settings.write_text(settings.read_text(encoding="utf-8").replace("rank: 2", "rnak: 2"), encoding="utf-8")
+def test_a_wrong_run_yaml_is_refused_before_anything_is_opened(trained: Trained, tmp_path: Path) -> None:
+    settings = tmp_path / "run.yaml"
+    written = trained().loss_chart.with_name("run.yaml").read_text(encoding="utf-8")
+    settings.write_text(written.replace("rank: 2", "rnak: 2"), encoding="utf-8")
     with pytest.raises(SystemExit, match="run.yaml: train: unknown setting rnak"):
         main(["train", str(settings), "--output", str(tmp_path)])
 
 
 def test_inspect_says_what_a_path_is(
-    run: Train, micro_sdxl: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, micro_sdxl: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path, words in [(micro_sdxl, "SDXL, diffusers folder"), (run().lora_path, "rank 2"), (pictures, "5 images")]:
+    lora = trained().lora_path
+    capsys.readouterr()
+    for path, words in [(micro_sdxl, "SDXL, diffusers folder"), (lora, "rank 2"), (pictures, "5 images")]:
         main(["inspect", str(path)])
         assert words in capsys.readouterr().out
     with pytest.raises(SystemExit, match="does not exist"):
