@@ -1,7 +1,8 @@
 """python tools/dev.py TASK: the project's commands, the same on every system.
 
-demo: trains and draws with the bundled model. test: the suite. faults: kill -9 at random moments of a training.
-test-comfy: the tests that need ComfyUI. wheel: the command line from a built wheel. lint: style, types and layers.
+demo: trains and draws with the bundled model. test-quick: what one runs while working, in about a minute.
+test: all that must always hold. accept: sweeps and long runs besides. test-comfy: the tests that need ComfyUI.
+wheel: the command line from a built wheel. lint: style, types and layers.
 
 The first call makes `.venv` and installs requirements-dev.txt into it; later calls need no network.
 """
@@ -24,7 +25,10 @@ REQUIREMENTS = ROOT / "requirements-dev.txt"
 
 
 def main() -> int:
-    tasks = {"demo": demo, "test": test, "test-comfy": test_comfy, "faults": faults, "lint": lint, "wheel": wheel}
+    tasks = {
+        "demo": demo, "test-quick": test_quick, "test": test, "accept": accept, "test-comfy": test_comfy,
+        "wheel": wheel, "lint": lint,
+    }  # fmt: skip
     if len(sys.argv) != 2 or sys.argv[1] not in tasks:
         print(__doc__)
         return 2
@@ -62,9 +66,22 @@ def demo() -> int:
     return code
 
 
-def test() -> int:
+def pytest(selection: str) -> int:
     """In a process for each core, each with one thread: the models are too small for more."""
-    return run("-m", "pytest", "-q", "--ignore=tests/comfy", "-n", "auto", "--dist", "loadfile", OMP_NUM_THREADS="1")
+    several = ("-n", "auto", "--dist", "loadfile")
+    return run("-m", "pytest", "-q", "--ignore=tests/comfy", *several, "-m", selection, OMP_NUM_THREADS="1")
+
+
+def test_quick() -> int:
+    return pytest("not slow and not accept")
+
+
+def test() -> int:
+    return pytest("not accept")
+
+
+def accept() -> int:
+    return pytest("accept")
 
 
 def wheel() -> int:
@@ -85,11 +102,6 @@ def wheel() -> int:
 
 def test_comfy() -> int:
     return run("-m", "pytest", "-q", "tests/comfy", REQUIRE_COMFYUI="1")
-
-
-def faults() -> int:
-    """kill -9 at random moments of a run, 20 times; `test` takes 3 of them."""
-    return run("-m", "pytest", "-q", "tests/training/test_kill.py", FAULT_SEEDS="20")
 
 
 def lint() -> int:

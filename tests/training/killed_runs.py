@@ -18,7 +18,7 @@ from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
 from tests.micro.runs import CPU, SMALL, load
 
-STEPS = 10
+STEPS = 6
 CONFIG = replace(SMALL, steps=STEPS, checkpoint_every=2, gradient_accumulation=2, dropout=0.2, caption_dropout=0.3)
 _FILE_CALLS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}
 

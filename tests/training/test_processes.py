@@ -21,13 +21,13 @@ from sdxl_lora_core.settings import to_yaml
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.optim.accumulation import passes
 from sdxl_lora_core.training.train import require_work_for_all
-from tests.micro.runs import SMALL, Train
+from tests.micro.runs import SMALL, Trained
 
 ROOT = Path(__file__).resolve().parents[2]
 # Validation, because its loss is shared out, too; three images an update, because two processes cannot halve them.
 CONFIG = replace(
     SMALL, steps=6, batch_size=1, gradient_accumulation=3, checkpoint_every=2, validate_every=3,
-    text_encoder_learning_rate=1e-3, new_tokens="picture",
+    text_encoder_learning_rate=1e-3, new_tokens="picture", tensorboard="off",
 )  # fmt: skip
 
 
@@ -40,9 +40,9 @@ def write_run(folder: Path, base: SDXLBase, pictures: Path, config: TrainConfig)
     to_yaml(folder / "run.yaml", sections)
 
 
-def launch(folder: Path) -> subprocess.Popen[str]:
+def launch(folder: Path, cache: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sdxl_lora_core"]
-    command += ["train", str(folder / "run.yaml"), "--output", str(folder), "--home", str(folder / "home")]
+    command += ["train", str(folder / "run.yaml"), "--output", str(folder), "--home", str(cache)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, "--device", "cpu"], cwd=ROOT, env=environment, text=True,
@@ -50,30 +50,34 @@ def launch(folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(folder: Path) -> None:
-    process = launch(folder)
-    output, _ = process.communicate(timeout=200)
+def finish(folder: Path, cache: Path) -> None:
+    process = launch(folder, cache)
+    output, _ = process.communicate()
     assert process.returncode == 0, output[-3000:]
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    """Until `process` has written it."""
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "lora_runs/small/metrics.csv").read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_when_one_is_killed(
-    run: Train, micro_base: SDXLBase, pictures: Path, tmp_path: Path
+    trained: Trained, micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
 ) -> None:
-    from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
-    from sdxl_lora_core.dataset.config import DatasetConfig
-
-    dataset = load_caption_dataset(pictures, DatasetConfig(resolution=64, validation_percent=20))
-    alone = run(CONFIG, dataset=dataset)
+    alone = trained(CONFIG, validation_percent=20)
     expected = list(csv.DictReader((alone.loss_chart.parent / "metrics.csv").read_text().splitlines()))
 
     two = tmp_path / "two"
     two.mkdir()
     write_run(two, micro_base, pictures, CONFIG)
-    finish(two)
+    finish(two, cache)
     for ours, theirs in zip(rows(two), expected, strict=True):
         for column in ("step", "loss", "validation_loss"):  # no loss before the first step, no look at most of them
             assert float(ours[column] or 0) == pytest.approx(float(theirs[column] or 0), rel=1e-5)
@@ -84,34 +88,27 @@ def test_two_processes_train_as_one_and_resume_when_one_is_killed(
     killed = tmp_path / "killed"
     killed.mkdir()
     write_run(killed, micro_base, pictures, CONFIG)
-    process = launch(killed)
-    checkpoint = killed / "lora_runs/small/checkpoints/step-000002"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    process = launch(killed, cache)
+    wait_for(killed / "lora_runs/small/checkpoints/step-000002", process)
     psutil.Process(process.pid).children()[1].kill()
-    process.communicate(timeout=120)
+    process.communicate()
     if process.returncode == 0:
         pytest.skip("the run was over before the kill")
-    finish(killed)
+    finish(killed, cache)
     assert (killed / "loras/small.safetensors").read_bytes() == (two / "loras/small.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_all_processes_leave_when_the_first_is_stopped_while_it_draws(
-    micro_base: SDXLBase, pictures: Path, tmp_path: Path
+    micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
 ) -> None:
     config = replace(CONFIG, validate_every=0, sample_prompts=("one", "two"), sample_every=2, sample_steps=200)
     write_run(tmp_path, micro_base, pictures, config)
-    process = launch(tmp_path)
-    drawing = tmp_path / "lora_runs/small/samples/.step-000002.safetensors"
-    deadline = time.monotonic() + 120
-    while not drawing.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    process = launch(tmp_path, cache)
+    wait_for(tmp_path / "lora_runs/small/samples/.step-000002.safetensors", process)
     first, _ = sorted(psutil.Process(process.pid).children(), key=lambda child: child.environ()["RANK"])
     first.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert "stopped before the end, at a checkpoint" in output
     assert "the first process of this run failed or was stopped" in output
     assert (tmp_path / "lora_runs/small/checkpoints/step-000002").exists()
