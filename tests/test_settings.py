@@ -8,7 +8,7 @@ import yaml
 
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
-from sdxl_lora_core.settings import default, from_mapping, to_yaml
+from sdxl_lora_core.settings import from_mapping, to_yaml
 from sdxl_lora_core.training.config.train_config import TrainConfig
 
 
@@ -69,8 +69,3 @@ def test_unknown_and_wrong_settings_are_named() -> None:
         from_mapping(TrainConfig, {"network_dim": 8}, "run.yaml")
     with pytest.raises(ValueError, match="steps: Input should be a valid integer"):
         from_mapping(TrainConfig, {"steps": "many"}, "run.yaml")
-
-
-def test_widget_defaults_are_the_dataclass_defaults() -> None:
-    assert default(TrainConfig, "rank") == TrainConfig().rank
-    assert default(GenerateConfig, "guidance") == GenerateConfig(prompt="").guidance
