@@ -50,7 +50,7 @@ def test_the_first_ctrl_c_finishes_now_and_keeps_the_lora(
 ) -> None:
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     signal_at(1, signal.SIGINT)
-    main.main(command)
+    main(command)
     captured = capsys.readouterr()
     assert "stopped on request after 2 of 4 steps" in captured.out
     assert "Finishing: the LoRA is saved after this step" in captured.err
@@ -66,12 +66,12 @@ def test_leaving_writes_a_checkpoint_and_says_how_to_continue(
 ) -> None:
     signal_at(1, *numbers)
     with pytest.raises(SystemExit) as left:
-        main.main(command)
+        main(command)
     assert left.value.code == 128 + numbers[0]
     assert "stopped before the end, at a checkpoint: the same command continues" in capsys.readouterr().err
     lora = tmp_path / "b/loras/small.safetensors"
     assert (tmp_path / "b/lora_runs/small/checkpoints/step-000002/state.json").exists() and not lora.exists()
-    main.main(command)
+    main(command)
     assert lora.read_bytes() == (tmp_path / "a/loras/small.safetensors").read_bytes()
 
 
@@ -92,4 +92,4 @@ def test_a_third_ctrl_c_does_not_wait() -> None:
 def test_a_run_that_diverges_ends_the_command_with_a_word(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     change_losses(monkeypatch, lambda losses, learner, batch, step: losses(learner, batch) * float("nan"))
     with pytest.raises(SystemExit, match="sdxl-lora: the loss was not finite"):
-        main.main(command)
+        main(command)

@@ -20,7 +20,7 @@ from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.noise import NoiseSampler
 from sdxl_lora_core.training.model.objective import Objective
 from sdxl_lora_core.training.train import as_trained
-from tests.micro.runs import SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes
+from tests.micro.runs import SMALL, Cancelled, Train, Trained, cancel_at, data_of, load, lora_bytes
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 KEPT = torch.cumprod(1 - BETAS, 0)
