@@ -223,6 +223,7 @@ with ImageCache(Path(sys.argv[1])).locked([sys.argv[2]]):
 """
 
 
+@pytest.mark.slow
 def test_three_processes_make_one_image(cache: ImageCache, tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = [run_python(MAKE_ONCE, cache.root, log, KEY) for _ in range(3)]

@@ -134,6 +134,7 @@ MOMENTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "moment"), MOMENTS)
 @pytest.mark.parametrize("was_there", [False, True])
 def test_killed_while_writing(tmp_path: Path, file: str, moment: str, was_there: bool) -> None:

@@ -89,6 +89,7 @@ def test_one_net_equals_the_plain_pipeline(
     assert abs(image - pixels(micro_base, config)[0]).max() > 20
 
 
+@pytest.mark.slow
 def test_two_nets_equal_the_plain_pipeline_in_either_order(
     micro_sdxl: Path, micro_base: SDXLBase, nets: list[Any], files: list[Path]
 ) -> None:
@@ -136,6 +137,7 @@ def test_inpainting_equals_the_plain_pipeline(
     assert abs(image - made(micro_base, config, starts=starts)).max() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control_type", [CANNY, "depth", "repaint"])
 def test_a_union_equals_the_plain_pipeline(
     micro_sdxl: Path, micro_base: SDXLBase, union: Any, files: list[Path], control_type: Any
@@ -150,6 +152,7 @@ def test_a_union_equals_the_plain_pipeline(
     assert abs(image - made(micro_base, config)).max() > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", get_args(Sampler))
 def test_with_every_sampler(
     micro_sdxl: Path, micro_base: SDXLBase, nets: list[Any], files: list[Path], sampler: Sampler
@@ -201,6 +204,7 @@ def by_hand(folder: Path, net: Any, config: GenerateConfig, interval: tuple[floa
     return ((image / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 1.0), (0.0, 0.6), (0.3, 0.6)])
 def test_interval_equals_the_loop_written_out(
     micro_sdxl: Path, micro_base: SDXLBase, nets: list[Any], files: list[Path], interval: tuple[float, float]

@@ -183,6 +183,7 @@ def test_equal_requests_are_made_once(micro_base: SDXLBase) -> None:
     assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.slow
 def test_bundled_model_with_its_lora_equals_the_plain_pipeline(tmp_path: Path) -> None:
     folder, lora = ASSETS / "tiny-sdxl", LoRARef(ASSETS / "loras/8bit_style.safetensors", "8bit_style", 1.0, 1.0)
     base = open_base(folder, "fp32", tmp_path)

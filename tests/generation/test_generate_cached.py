@@ -115,6 +115,7 @@ def test_cache_that_cannot_be_written_costs_one_warning(
     assert len([message for message in messages if "not kept" in message]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1, 3, 4, 6, 7, 8])
 def test_cancel_passes_through_and_loses_nothing(micro_base: SDXLBase, images_folder: Path, at: int) -> None:
     def cancel(done: int, total: int) -> None:

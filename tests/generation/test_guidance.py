@@ -67,6 +67,7 @@ def test_rescale_equals_diffusers(tiny: SDXLBase, rescale: float) -> None:
     assert abs(pixels(tiny, config)[0] - reference * 255).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 1.0), (0.0, 0.6), (0.3, 0.6)])
 def test_interval_equals_the_loop_written_out(tiny: SDXLBase, interval: tuple[float, float]) -> None:
     config = settings(

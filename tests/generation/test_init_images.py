@@ -58,6 +58,7 @@ def reference(folder: Path, kind: str, config: GenerateConfig, **arguments: Any)
 # The image itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denoise", [1.0, 0.5, 0.2])
 @pytest.mark.parametrize("schedule", ["karras", "sgm_uniform"])
 def test_image_to_image_equals_the_plain_pipeline(

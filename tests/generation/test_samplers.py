@@ -26,6 +26,7 @@ STOCHASTIC: tuple[Sampler, ...] = ("dpmpp_2m_sde", "dpmpp_sde", "euler_ancestral
 COMFYUI_NORMAL_5 = [14.61464, 4.086081, 1.61558, 0.6951495, 0.02916716]  # its normal_scheduler for SDXL, 5 steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "schedule"), PAIRS)
 def test_image_equals_diffusers_own_pipeline(
     micro_sdxl: Path, micro_base: SDXLBase, sampler: Sampler, schedule: Schedule
@@ -62,6 +63,7 @@ def test_normal_is_comfyuis() -> None:
 # Samplers that draw noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_noise_is_the_images_own(micro_base: SDXLBase, sampler: Sampler) -> None:
     config = settings(sampler=sampler, scheduler="sgm_uniform", steps=4)
@@ -93,6 +95,7 @@ def zero_snr(micro_copy: Callable[[], Path]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "schedule"),
     [
@@ -193,6 +196,7 @@ def test_an_image_in_the_cache_needs_no_library(
 HALF = LoadedParts(CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_samplers_run_in_bf16(micro_base: SDXLBase, sampler: Sampler) -> None:
     base = dataclasses.replace(micro_base, precision="bf16")

@@ -301,6 +301,7 @@ CORPUS: dict[str, tuple[Writer, int]] = {  # the writer, and how many weights an
 # fmt: on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", CORPUS)
 def test_the_effect_is_the_writers(dialect: str, parts: dict[str, Any], tmp_path: Path) -> None:
     write, count = CORPUS[dialect]

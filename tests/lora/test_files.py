@@ -448,6 +448,7 @@ def test_the_written_file_is_plain_safetensors(lora: LoRAFile, tmp_path: Path) -
     assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank_stabilised", [False, True])
 @pytest.mark.parametrize(("kind", "format"), [("lora", "kohya"), ("lora", "peft"), ("dora", "peft")])
 def test_diffusers_loads_a_trained_adapter_whole(
@@ -463,6 +464,7 @@ def test_diffusers_loads_a_trained_adapter_whole(
     assert all(torch.allclose(weight, theirs[name], atol=1e-6, rtol=1e-5) for name, weight in unet.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_peft_loads_a_trained_adapter_whole(kind: Any, micro_base: SDXLBase, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model

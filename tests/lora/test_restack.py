@@ -76,6 +76,7 @@ STACKS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_a_restacked_part_is_the_part_loaded_anew(base: SDXLBase, files: list[Path], dtype: torch.dtype) -> None:
     bare = bits(load_part(base, "unet", dtype))

@@ -71,6 +71,7 @@ def worst(one: nn.Module, other: nn.Module) -> float:
     return max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("format", ["kohya", "peft", "comfyui"])
 def test_a_saved_stack_acts_as_the_stack(
@@ -156,6 +157,7 @@ def test_an_empty_stack_is_refused(files: list[Path], tmp_path: Path) -> None:
 # ------------------------------------------------------------------ bases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["diffusers", "single_file"])
 @pytest.mark.parametrize("layout", ["diffusers", "single_file"])
 def test_a_merged_base_has_the_weights_of_base_and_stack(

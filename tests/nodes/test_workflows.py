@@ -90,6 +90,7 @@ def test_page_format_is_up_to_date(path: Path) -> None:
     assert (ROOT / "workflows" / f"{path.stem}.jpg").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_runs_as_shipped_but_for_the_steps(path: Path, tmp_path: Path) -> None:
     workflow = small(read(path))
@@ -114,6 +115,7 @@ def test_the_comparison_asks_for_what_the_dataset_does_not_show() -> None:
 # Never edit the files in tests/saved: they are what users have saved.
 
 
+@pytest.mark.slow
 def test_a_graph_of_the_first_release_still_runs(tmp_path: Path) -> None:
     outputs = run(read(ROOT / "tests/saved/2026-11_all_nodes.json"), tmp_path)
     stack = outputs["4"][0][0]
@@ -123,6 +125,7 @@ def test_a_graph_of_the_first_release_still_runs(tmp_path: Path) -> None:
     assert (tmp_path / "lora_runs/saved/run.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_a_graph_with_every_input_still_runs(home: Path, micro_sdxl: Path, micro_base: SDXLBase) -> None:
     """All nodes but ApplyLoRAStack, which takes ComfyUI's models, and every input that 0.3.0 had."""
     shutil.copytree(micro_sdxl, home / "models/diffusers/my_base", dirs_exist_ok=True)

@@ -58,6 +58,7 @@ def predict(unet: Any) -> torch.Tensor:
         return unet(random(1, 4, 8, 8), 10, random(1, 77, 20), added_cond_kwargs=conditions).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_merges_into_the_weights_that_peft_merges(kind: str, micro_base: SDXLBase, tmp_path: Path) -> None:
     unet, merged = new_unet(micro_base), new_unet(micro_base)
@@ -75,6 +76,7 @@ def test_the_file_merges_into_the_weights_that_peft_merges(kind: str, micro_base
         assert (found - plain[f"{name}.weight"]).norm() > 1e-3 * wanted.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_starts_at_the_base_in_fp32(kind: str, dtype: torch.dtype, micro_base: SDXLBase) -> None:

@@ -137,6 +137,7 @@ def test_the_closest_block_decides() -> None:
 # ------------------------------------------------------------------ continuing from a file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
 def test_training_starts_where_the_file_ends(kind: str, adapter: Any, tmp_path: Path) -> None:
     first = adapter(adapter=kind, rank=1, alpha=3.0, target_modules="all-linear+conv", seed=1)

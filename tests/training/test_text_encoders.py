@@ -61,6 +61,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [FIRST, SECOND, BOTH], ids=["first", "second", "both"])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_before_the_first_step_a_caption_reads_as_it_does_from_the_cache(
@@ -106,6 +107,7 @@ def test_with_both_learning_no_caption_is_cached_and_the_run_says_so(
     assert "text_encoders" not in trained().report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"adapter": "dora"}, {"adapter": "loha"}, {"adapter": "lokr"}, {"init": "pissa"}, {"use_rslora": True}],
