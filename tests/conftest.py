@@ -21,6 +21,8 @@ import sdxl_lora_core
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.monitor import journal
+from sdxl_lora_core.training.monitor.charts import draw_loss_chart
 from sdxl_lora_core.training.optim import accumulation
 from sdxl_lora_core.training.optim.memory_plan import kept_bytes
 from sdxl_lora_core.training.run.runs import RunFolders
@@ -126,6 +128,20 @@ def fixed_plan() -> Iterator[None]:
 def real_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory plan counts, as it does outside the tests."""
     monkeypatch.setattr(accumulation, "kept_bytes", kept_bytes)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_charts() -> Iterator[None]:
+    """A training's chart is blank, where matplotlib would take a third of a small run to draw it. See `real_charts`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "draw_loss_chart", lambda path, *_: Image.new("RGB", (1, 1)).save(path, format="PNG"))
+        yield
+
+
+@pytest.fixture
+def real_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts are drawn, as they are outside the tests."""
+    monkeypatch.setattr(journal, "draw_loss_chart", draw_loss_chart)
 
 
 @pytest.fixture(scope="session")

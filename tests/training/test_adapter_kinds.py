@@ -18,7 +18,7 @@ from sdxl_lora_core.lora.writing import peft_state_dict
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import Adapter
-from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, lora_bytes
+from tests.micro.runs import SMALL, WHOLE, Cancelled, Train, cancel_at, lora_bytes
 
 KERNELS = {"target_modules": "all-linear+conv"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -104,6 +104,7 @@ def test_the_lengths_of_a_dora_are_measured_in_fp32(micro_base: SDXLBase) -> Non
 DROPPED: dict[str, dict[str, Any]] = {
     "rank-stabilised dora": {"adapter": "dora", "use_rslora": True, "dropout": 0.2},
     "pissa with ranks and rates of blocks": {
+        "blocks": "",
         "init": "pissa", "block_ranks": "mid_block=3", "block_learning_rates": "up_blocks.0=2", "lora_plus_ratio": 4.0,
     },
     "loha": {"adapter": "loha", "rank_dropout": 0.2, "module_dropout": 0.2, **KERNELS},
@@ -138,7 +139,7 @@ def test_the_file_says_what_it_is(run: Train) -> None:
         ({"adapter": "lokr", "rank": 1}, "LoKr of 136 modules, rank 1, alpha 4", "lycoris.kohya"),
         ({"init": "pissa"}, "LoRA of 136 modules, rank 4, alpha 8", "networks.lora"),
     ):
-        result = run(replace(SMALL, steps=1, lora_name="it", **changes))
+        result = run(replace(WHOLE, steps=1, lora_name="it", **changes))
         assert words in describe_lora(result.lora_path)
         metadata = read_lora(result.lora_path).metadata
         assert metadata["ss_network_module"] == module

@@ -21,7 +21,7 @@ from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.trainable import Learner
 from sdxl_lora_core.training.run.runs import run_fingerprint
 from tests.micro.loras import TEXT, load_parts, random_lora
-from tests.micro.runs import SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes
+from tests.micro.runs import SMALL, WHOLE, Cancelled, Train, Trained, cancel_at, load, lora_bytes
 from tools.run_workflow import ROOT, load_pack
 
 STYLE = "up_blocks.0.attentions.1"
@@ -113,7 +113,7 @@ def test_a_blocks_rank_keeps_the_scale(kind: str, adapter: Any) -> None:
 
 def test_the_first_adam_step_shows_the_rate_of_each_block(run: Train) -> None:
     """From zero it is the learning rate itself, whatever the gradient."""
-    config = replace(SMALL, steps=1, block_learning_rates="mid_block=3, up_blocks.0=0.5", lora_plus_ratio=4.0)
+    config = replace(WHOLE, steps=1, block_learning_rates="mid_block=3, up_blocks.0=0.5", lora_plus_ratio=4.0)
     for name, module in read_lora(run(config).lora_path).unet.items():
         factor = 3.0 if name.startswith("mid") else 0.5 if name.startswith("up_blocks.0") else 1.0
         assert module.factors["lora_up.weight"].abs().max().item() == pytest.approx(4e-3 * factor, rel=1e-3)

@@ -260,6 +260,7 @@ def test_checkpoints_fall_where_they_are_asked_for(run: Train, tmp_path: Path) -
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-000004", "step-000005"]
 
 
+@pytest.mark.usefixtures("real_charts")
 def test_the_chart_is_drawn_while_it_runs(run: Train, tmp_path: Path) -> None:
     sizes: list[tuple[int, int]] = []
 

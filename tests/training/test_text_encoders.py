@@ -25,11 +25,11 @@ from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch
 from sdxl_lora_core.training.model.trainable import Learner
-from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, data_of, load, lora_bytes
+from tests.micro.runs import CPU, WHOLE, Cancelled, Train, Trained, cancel_at, data_of, load, lora_bytes
 
-FIRST = replace(SMALL, text_encoder_learning_rate=2e-3)
-SECOND = replace(SMALL, text_encoder_2_learning_rate=4e-3)
-BOTH = replace(SMALL, text_encoder_learning_rate=2e-3, text_encoder_2_learning_rate=4e-3)
+FIRST = replace(WHOLE, text_encoder_learning_rate=2e-3)
+SECOND = replace(WHOLE, text_encoder_2_learning_rate=4e-3)
+BOTH = replace(WHOLE, text_encoder_learning_rate=2e-3, text_encoder_2_learning_rate=4e-3)
 LONG = ", ".join(f"word{number}" for number in range(40))
 
 
@@ -163,7 +163,7 @@ def test_the_gradient_is_that_of_the_loss(micro_base: SDXLBase, pictures: Path, 
 @pytest.mark.parametrize(
     ("config", "prefixes"),
     [
-        (SMALL, {"lora_unet"}),
+        (WHOLE, {"lora_unet"}),
         (FIRST, {"lora_unet", "lora_te1"}),
         (SECOND, {"lora_unet", "lora_te2"}),
         (replace(BOTH, learning_rate=1e-4, train_unet=False), {"lora_te1", "lora_te2"}),

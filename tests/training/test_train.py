@@ -45,6 +45,7 @@ from sdxl_lora_core.training.train import train
 from tests.micro.runs import (
     CPU,
     SMALL,
+    WHOLE,
     Cancelled,
     Losses,
     Train,
@@ -58,15 +59,16 @@ from tests.micro.runs import (
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state(run: Train, trained: Trained) -> None:
-    first = trained()
+    first = trained(WHOLE)
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    assert lora_bytes(run()) == lora_bytes(first)
+    assert lora_bytes(run(WHOLE)) == lora_bytes(first)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_run_leaves_what_the_design_says(trained: Trained) -> None:
-    result = trained()
+@pytest.mark.usefixtures("real_charts")
+def test_a_run_leaves_what_the_design_says(run: Train) -> None:
+    result = run(WHOLE)
     folder = result.lora_path.parents[1] / "runs" / "small"
     settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
     assert settings["train"]["rank"] == 2 and settings["run"]["fingerprint"]
@@ -155,7 +157,7 @@ def test_accumulation_equals_one_large_batch(run: Train, pictures: Path, tmp_pat
 
 
 def test_a_cancelled_run_continues_to_the_same_bytes(run: Train) -> None:
-    config = replace(SMALL, steps=5, dropout=0.2, caption_dropout=0.3, gradient_accumulation=2, lr_schedule="cosine")
+    config = replace(WHOLE, steps=5, dropout=0.2, caption_dropout=0.3, gradient_accumulation=2, lr_schedule="cosine")
     whole = run(config)
     for step in (2, 3):
         with pytest.raises(Cancelled):
