@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.context import BaseContext, ForkServerProcess
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.optim.accumulation import passes
 from sdxl_lora_core.training.train import require_work_for_all
 from tests.micro.runs import SMALL, Trained
+from tests.training.ranks import start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 # Validation, because its loss is shared out, too; three images an update, because two processes cannot halve them.
@@ -40,27 +43,44 @@ def write_run(folder: Path, base: SDXLBase, pictures: Path, config: TrainConfig)
     to_yaml(folder / "run.yaml", sections)
 
 
-def launch(folder: Path, cache: Path) -> subprocess.Popen[str]:
+@pytest.fixture(scope="module")
+def context() -> Iterator[BaseContext]:
+    """Forks of one process that has everything imported."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["tests.training.ranks"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield forks
+
+
+def arguments(folder: Path, cache: Path) -> list[str]:
+    return ["train", str(folder / "run.yaml"), "--output", str(folder), "--home", str(cache), "--device", "cpu"]
+
+
+def launch(folder: Path, cache: Path) -> None:
+    """As a user does it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sdxl_lora_core"]
-    command += ["train", str(folder / "run.yaml"), "--output", str(folder), "--home", str(cache)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "--device", "cpu"], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    done = subprocess.run(
+        [*command, *arguments(folder, cache)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
-def finish(folder: Path, cache: Path) -> None:
-    process = launch(folder, cache)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output[-3000:]
-
-
-def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
-    """Until `process` has written it."""
+def wait_for(file: Path, ranks: list[ForkServerProcess]) -> None:
+    """Until the processes have written it."""
     while not file.exists():
-        assert process.poll() is None
+        assert all(rank.is_alive() for rank in ranks)
         time.sleep(0.02)
+
+
+def end(ranks: list[ForkServerProcess]) -> None:
+    """What launchers do when one of the processes has died."""
+    for rank in ranks:
+        rank.terminate()
+        rank.join(30)
+        rank.kill()
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -69,7 +89,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_when_one_is_killed(
-    trained: Trained, micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
+    trained: Trained, context: BaseContext, micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
 ) -> None:
     alone = trained(CONFIG, validation_percent=20)
     expected = list(csv.DictReader((alone.loss_chart.parent / "metrics.csv").read_text().splitlines()))
@@ -77,7 +97,7 @@ def test_two_processes_train_as_one_and_resume_when_one_is_killed(
     two = tmp_path / "two"
     two.mkdir()
     write_run(two, micro_base, pictures, CONFIG)
-    finish(two, cache)
+    launch(two, cache)
     for ours, theirs in zip(rows(two), expected, strict=True):
         for column in ("step", "loss", "validation_loss"):  # no loss before the first step, no look at most of them
             assert float(ours[column] or 0) == pytest.approx(float(theirs[column] or 0), rel=1e-5)
@@ -88,29 +108,31 @@ def test_two_processes_train_as_one_and_resume_when_one_is_killed(
     killed = tmp_path / "killed"
     killed.mkdir()
     write_run(killed, micro_base, pictures, CONFIG)
-    process = launch(killed, cache)
-    wait_for(killed / "lora_runs/small/checkpoints/step-000002", process)
-    psutil.Process(process.pid).children()[1].kill()
-    process.communicate()
-    if process.returncode == 0:
+    first, second = ranks = start_ranks(context, arguments(killed, cache), tmp_path / "output")
+    wait_for(killed / "lora_runs/small/checkpoints/step-000002", ranks)
+    second.kill()
+    end(ranks)
+    if first.exitcode == 0:
         pytest.skip("the run was over before the kill")
-    finish(killed, cache)
+    for rank in (again := start_ranks(context, arguments(killed, cache), tmp_path / "output")):
+        rank.join()
+    assert [rank.exitcode for rank in again] == [0, 0], (tmp_path / "output.0").read_text()
     assert (killed / "loras/small.safetensors").read_bytes() == (two / "loras/small.safetensors").read_bytes()
 
 
 @pytest.mark.slow
 def test_all_processes_leave_when_the_first_is_stopped_while_it_draws(
-    micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
+    context: BaseContext, micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
 ) -> None:
     config = replace(CONFIG, validate_every=0, sample_prompts=("one", "two"), sample_every=2, sample_steps=200)
     write_run(tmp_path, micro_base, pictures, config)
-    process = launch(tmp_path, cache)
-    wait_for(tmp_path / "lora_runs/small/samples/.step-000002.safetensors", process)
-    first, _ = sorted(psutil.Process(process.pid).children(), key=lambda child: child.environ()["RANK"])
-    first.terminate()
-    output, _ = process.communicate()
-    assert "stopped before the end, at a checkpoint" in output
-    assert "the first process of this run failed or was stopped" in output
+    ranks = start_ranks(context, arguments(tmp_path, cache), tmp_path / "output")
+    wait_for(tmp_path / "lora_runs/small/samples/.step-000002.safetensors", ranks)
+    ranks[0].terminate()
+    for rank in ranks:
+        rank.join()
+    assert "stopped before the end, at a checkpoint" in (tmp_path / "output.0").read_text()
+    assert "the first process of this run failed or was stopped" in (tmp_path / "output.1").read_text()
     assert (tmp_path / "lora_runs/small/checkpoints/step-000002").exists()
 
 
