@@ -20,8 +20,8 @@ from sdxl_lora_core.lora.saving import merge_loras, save_lora, source_of_file, s
 from sdxl_lora_core.lora.stack import LoRARef, StackEntry, load_merged, open_stack
 from sdxl_lora_core.lora.writing import kohya_state_dict
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers, open_base, scheduler_config
-from tests.conftest import published_openclip, published_unet, published_vae
 from tests.micro.loras import CONV, UNET_MODULES, Q, load_parts, random_lora, some_modules
+from tests.micro.published import published_openclip, published_unet, published_vae
 
 PARTS: tuple[Any, ...] = ("unet", "text_encoder", "text_encoder_2")
 PRECISIONS = {"fp16": 2e-3, "bf16": 2e-2, "fp32": 1e-5}  # the largest error, as a share of the largest change

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.context import BaseContext, ForkServerProcess
 from pathlib import Path
@@ -41,17 +39,6 @@ def write_run(folder: Path, base: SDXLBase, pictures: Path, config: TrainConfig)
         "train": config,
     }
     to_yaml(folder / "run.yaml", sections)
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[BaseContext]:
-    """Forks of one process that has everything imported."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["tests.training.ranks"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield forks
 
 
 def arguments(folder: Path, cache: Path) -> list[str]:
@@ -89,7 +76,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_when_one_is_killed(
-    trained: Trained, context: BaseContext, micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
+    trained: Trained, forks: BaseContext, micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
 ) -> None:
     alone = trained(CONFIG, validation_percent=20)
     expected = list(csv.DictReader((alone.loss_chart.parent / "metrics.csv").read_text().splitlines()))
@@ -108,13 +95,13 @@ def test_two_processes_train_as_one_and_resume_when_one_is_killed(
     killed = tmp_path / "killed"
     killed.mkdir()
     write_run(killed, micro_base, pictures, CONFIG)
-    first, second = ranks = start_ranks(context, arguments(killed, cache), tmp_path / "output")
+    first, second = ranks = start_ranks(forks, arguments(killed, cache), tmp_path / "output")
     wait_for(killed / "lora_runs/small/checkpoints/step-000002", ranks)
     second.kill()
     end(ranks)
     if first.exitcode == 0:
         pytest.skip("the run was over before the kill")
-    for rank in (again := start_ranks(context, arguments(killed, cache), tmp_path / "output")):
+    for rank in (again := start_ranks(forks, arguments(killed, cache), tmp_path / "output")):
         rank.join()
     assert [rank.exitcode for rank in again] == [0, 0], (tmp_path / "output.0").read_text()
     assert (killed / "loras/small.safetensors").read_bytes() == (two / "loras/small.safetensors").read_bytes()
@@ -122,11 +109,11 @@ def test_two_processes_train_as_one_and_resume_when_one_is_killed(
 
 @pytest.mark.slow
 def test_all_processes_leave_when_the_first_is_stopped_while_it_draws(
-    context: BaseContext, micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
+    forks: BaseContext, micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
 ) -> None:
     config = replace(CONFIG, validate_every=0, sample_prompts=("one", "two"), sample_every=2, sample_steps=200)
     write_run(tmp_path, micro_base, pictures, config)
-    ranks = start_ranks(context, arguments(tmp_path, cache), tmp_path / "output")
+    ranks = start_ranks(forks, arguments(tmp_path, cache), tmp_path / "output")
     wait_for(tmp_path / "lora_runs/small/samples/.step-000002.safetensors", ranks)
     ranks[0].terminate()
     for rank in ranks:
