@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sdxl_lora_core
-from sdxl_lora_core.sdxl.base import SDXLBase, open_base
+from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.monitor import journal
 from sdxl_lora_core.training.monitor.charts import draw_loss_chart
@@ -27,8 +26,6 @@ from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import TrainResult, train
 from tests.micro.published import bare, published_openclip, published_unet, published_vae
 from tests.micro.runs import CPU, SMALL, Train, Trained, load
-
-CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+from tests.micro.runs import parameters_alive
+from tools.compare_with import demo_training
 from tools.run_workflow import ROOT, Workflow, load_pack, run
 
 pytestmark = pytest.mark.accept
 DEMO: Workflow = json.loads((ROOT / "workflows/api/train_and_compare.json").read_text(encoding="utf-8"))
 
 
-def node_of(class_type: str, **has: bool) -> str:
-    """The id of the demo's node of that type, with or without a link `lora_stack`."""
-    (found,) = (
-        key
-        for key, node in DEMO.items()
-        if node["class_type"] == class_type and has.get("lora", False) == ("lora_stack" in node["inputs"])
-    )
-    return found
+def node_of(class_type: str, graph: Workflow, lora: bool = False) -> str:
+    """The id of the node of that type, with or without a link `lora_stack`."""
+    found = (key for key, node in graph.items() if node["class_type"] == class_type)
+    (wanted,) = (key for key in found if ("lora_stack" in graph[key]["inputs"]) == lora)
+    return wanted
 
 
 def test_the_demo_is_drawn_in_the_trained_style(tmp_path: Path) -> None:
     """CLIP scores of the same prompts and seeds without and with the LoRA, 8 prompts x 2 seeds."""
     outputs = run(DEMO, tmp_path)
     pack: Any = load_pack()
-    plain, styled = (outputs[node_of("SDXLGenerateCached", lora=lora)] for lora in (False, True))
+    plain, styled = (outputs[node_of("SDXLGenerateCached", DEMO, lora)] for lora in (False, True))
     prompts = styled[2][0].splitlines()
 
     def scores(images: torch.Tensor) -> list[float]:
@@ -46,17 +43,10 @@ def test_the_demo_is_drawn_in_the_trained_style(tmp_path: Path) -> None:
 
 
 def test_ten_trainings_in_one_process_leave_no_parameter_behind(tmp_path: Path) -> None:
-    train = node_of("TrainSDXLLoRA")
-    needed = {train, *(value[0] for value in DEMO[train]["inputs"].values() if isinstance(value, list))}
-    graph = {key: node for key, node in DEMO.items() if key in needed}
     alive = []
     for seed in range(10):
-        inputs = {**DEMO[train]["inputs"], "seed": seed, "steps": 2, "lora_name": f"run-{seed}"}
-        run({**graph, train: {**DEMO[train], "inputs": inputs}}, tmp_path)
-        alive.append(parameters_alive())
+        graph = demo_training(steps=2)
+        graph[node_of("TrainSDXLLoRA", graph)]["inputs"] |= {"seed": seed, "lora_name": f"run-{seed}"}
+        run(graph, tmp_path / str(seed))  # a cache of its own, so that the memory plan counts each time
+        alive.append(len(parameters_alive()))
     assert alive[1:] == alive[:-1]
-
-
-def parameters_alive() -> int:
-    gc.collect()
-    return sum(isinstance(thing, nn.Parameter) for thing in gc.get_objects())

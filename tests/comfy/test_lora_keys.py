@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sdxl_lora_core
 from sdxl_lora_core.lora.files import write_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.lora.modules import LoRAFile
@@ -24,7 +23,6 @@ from sdxl_lora_core.text.embedding_files import write_embedding
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import Adapter
 
-CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
 EVERY_LAYER = 788  # 722 of the transformers, 66 of the resnets and their samplers
 EVERY_TEXT_LAYER = 6 * (12 + 32)
 TENSORS = {"lora": 3, "dora": 4, "loha": 5}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import sdxl_lora_core
+from sdxl_lora_core.sdxl.base import CONFIGS
 from tests.conftest import MICRO_TEXT, MICRO_TEXT_2, MICRO_UNET, sdxl_config
 
-CONFIGS = Path(sdxl_lora_core.__file__).parent / "sdxl/configs"
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 RANK = 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
@@ -87,3 +89,9 @@ def data_of(base: SDXLBase, dataset: CaptionDataset, cache: Path, **settings: An
     data = TrainingData(base, dataset, replace(SMALL, **settings), cache, CPU, torch.float32)
     data.cache(lambda *_: None)
     return data
+
+
+def parameters_alive() -> set[int]:
+    """The ids of all parameters that some object still holds."""
+    gc.collect()
+    return {id(thing) for thing in gc.get_objects() if isinstance(thing, nn.Parameter)}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.trainable import Learner
 from sdxl_lora_core.training.optim.accumulation import what_decides_shapes
 from sdxl_lora_core.training.optim.memory_plan import kept_bytes, plan_memory, set_checkpointing
-from tests.micro.runs import SMALL, Train, change_losses, data_of, load
+from tests.micro.runs import SMALL, Train, change_losses, data_of, load, parameters_alive
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")
 GB = 10**9
@@ -242,8 +241,3 @@ def test_a_finished_training_leaves_no_parameter_behind(run: Train, tmp_path: Pa
     for place in ("a", "b"):
         run(replace(SMALL, steps=1), where=place, cache=tmp_path / "cache")  # a new cache, so that the first one counts
     assert not parameters_alive() - before
-
-
-def parameters_alive() -> set[int]:
-    gc.collect()
-    return {id(thing) for thing in gc.get_objects() if isinstance(thing, nn.Parameter)}
