@@ -54,9 +54,18 @@ def hits(home: Path, count: int, repeats: int) -> tuple[list[float], list[float]
     nodes = load_pack().NODE_CLASS_MAPPINGS
     (base, _) = nodes["LoadSDXLBase"]().load(base="tiny-sdxl (bundled)", precision="fp32")["result"]
     request: dict[str, Any] = {
-        "prompt": "a red heart on a sky background", "negative_prompt": "", "seed": 1, "steps": 25, "guidance": 7.0,
-        "width": 1024, "height": 1024, "count": count, "sampler": "dpmpp_2m", "scheduler": "karras", "cache": "only",
-    }  # fmt: skip
+        "prompt": "a red heart on a sky background",
+        "negative_prompt": "",
+        "seed": 1,
+        "steps": 25,
+        "guidance": 7.0,
+        "width": 1024,
+        "height": 1024,
+        "count": count,
+        "sampler": "dpmpp_2m",
+        "scheduler": "karras",
+        "cache": "only",
+    }
     size = fill_cache(home, base, request)
     node, wall, cpu = nodes["SDXLGenerateCached"](), [], []
     for _ in range(repeats + 1):

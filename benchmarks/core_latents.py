@@ -68,10 +68,17 @@ def main() -> None:
 
 def compare(args: argparse.Namespace) -> None:
     request = {
-        "checkpoint": str(checkpoint(args.work)), "lora": str(random_lora(args.work / "core-latents.safetensors")),
-        "strengths": STRENGTHS, "prompts": PROMPTS, "seed": args.seed, "steps": args.steps, "guidance": args.guidance,
-        "sampler": args.sampler, "scheduler": args.scheduler, "size": args.size,
-    }  # fmt: skip
+        "checkpoint": str(checkpoint(args.work)),
+        "lora": str(random_lora(args.work / "core-latents.safetensors")),
+        "strengths": STRENGTHS,
+        "prompts": PROMPTS,
+        "seed": args.seed,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "sampler": args.sampler,
+        "scheduler": args.scheduler,
+        "size": args.size,
+    }
     again = [sys.executable, "-m", "benchmarks.core_latents", "--work", str(args.work), "--ours"]
     ours = run({**request, "out": str(args.work / "ours.safetensors")}, again, ROOT)
     comfyui = Path(os.environ.get("COMFYUI_PATH", "~/ComfyUI")).expanduser()
@@ -108,9 +115,13 @@ def sample(request: dict[str, Any], work: Path) -> None:
     base = open_base(Path(request["checkpoint"]), "fp32", memo)
     prompt, negative = request["prompts"]
     config = GenerateConfig(
-        prompt=prompt, negative_prompt=negative, width=request["size"], height=request["size"], keep_latents=True,
+        prompt=prompt,
+        negative_prompt=negative,
+        width=request["size"],
+        height=request["size"],
+        keep_latents=True,
         **{name: request[name] for name in ("seed", "steps", "guidance", "sampler", "scheduler")},
-    )  # fmt: skip
+    )
     parts = LoadedParts(torch.device("cpu"), offload=True)
     lora = LoRARef(Path(request["lora"]), "lora", *request["strengths"])
     latents = {}

@@ -33,9 +33,16 @@ with torch.inference_mode():
     wanted, unwanted = (nodes.CLIPTextEncode().encode(clip, prompt)[0] for prompt in request["prompts"])
     [empty] = nodes.EmptyLatentImage().generate(request["size"], request["size"])
     [result] = nodes.KSampler().sample(
-        model, request["seed"], request["steps"], request["guidance"], request["sampler"], request["scheduler"],
-        wanted, unwanted, empty,
-    )  # fmt: skip
+        model,
+        request["seed"],
+        request["steps"],
+        request["guidance"],
+        request["sampler"],
+        request["scheduler"],
+        wanted,
+        unwanted,
+        empty,
+    )
 dtypes = {str(parameter.dtype) for part in (model.model, clip.cond_stage_model) for parameter in part.parameters()}
 assert dtypes == {"torch.float32"}, dtypes
 safetensors.torch.save_file({"latents": result["samples"].contiguous()}, request["out"])

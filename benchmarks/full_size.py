@@ -49,9 +49,13 @@ def main() -> None:
     marks: list[float] = []
     config = TrainConfig(steps=args.steps, precision="bf16")
     result = train(
-        base, dataset, config, folders=folders, device=torch.device("cpu"),
+        base,
+        dataset,
+        config,
+        folders=folders,
+        device=torch.device("cpu"),
         on_step=lambda report: marks.append(time.perf_counter()) if report.phase == "training" else None,
-    )  # fmt: skip
+    )
     print(f"peak memory of training: {peak_gb():.2f} GB")
     print("seconds a step:", [round(b - a, 2) for a, b in zip(marks, marks[1:], strict=False)])
     print(f"tensors in the file: {len(load_file(result.lora_path))}; losses {result.report['loss']:.4f}")

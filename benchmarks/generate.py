@@ -89,9 +89,15 @@ def diffusers_way(args: argparse.Namespace, loras: Sequence[Path]) -> Draw:
             return tensors
 
         [image] = pipeline(
-            PROMPT, negative_prompt=NEGATIVE, width=args.size, height=args.size, num_inference_steps=args.steps,
-            guidance_scale=7.0, latents=noise.to(DEVICE, torch.bfloat16), callback_on_step_end=stepped,
-        ).images  # fmt: skip
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            width=args.size,
+            height=args.size,
+            num_inference_steps=args.steps,
+            guidance_scale=7.0,
+            latents=noise.to(DEVICE, torch.bfloat16),
+            callback_on_step_end=stepped,
+        ).images
         return np.asarray(image)
 
     return draw
@@ -106,9 +112,14 @@ def our_way(args: argparse.Namespace, loras: Sequence[Path]) -> Draw:
         request: dict[str, Any] = {"width": args.size, "height": args.size, "steps": args.steps, **changes}
         config = GenerateConfig(prompt=PROMPT, negative_prompt=NEGATIVE, seed=seed, **request)
         [image] = generate(
-            base, config, stack, parts=parts, cache_folder=None, hash_memo=args.work / "hashes",
+            base,
+            config,
+            stack,
+            parts=parts,
+            cache_folder=None,
+            hash_memo=args.work / "hashes",
             on_step=lambda done, total: on_step() if done else None,
-        )  # fmt: skip
+        )
         return image.pixels
 
     draw(0, lambda: None, width=64, height=64, steps=1)  # weights are loaded when they are first needed

@@ -52,9 +52,15 @@ def compared(sampler: Sampler, schedule: Schedule) -> tuple[float | None, np.nda
     if schedule not in SOLVERS[sampler].schedules:
         return None, None
     config = GenerateConfig(
-        prompt="a red ring on a sky background", width=SIDE, height=SIDE, steps=20, guidance=4.0, seed=7,
-        sampler=sampler, scheduler=schedule,
-    )  # fmt: skip
+        prompt="a red ring on a sky background",
+        width=SIDE,
+        height=SIDE,
+        steps=20,
+        guidance=4.0,
+        seed=7,
+        sampler=sampler,
+        scheduler=schedule,
+    )
     pixels = generate(BASE, config, parts=PARTS, cache_folder=None)[0].pixels
     return float(abs(pixels - reference(TINY, config)).max()), pixels
 

@@ -41,20 +41,27 @@ class LoadSDXLBase:
                     {"tooltip": "An SDXL checkpoint, a diffusers folder, or the bundled tiny model to try things out."},
                 ),
                 "precision": widget(
-                    TrainConfig, "precision", PRECISIONS,
+                    TrainConfig,
+                    "precision",
+                    PRECISIONS,
                     "Number format of the weights in memory. auto: bf16 or fp16 on a GPU, fp32 on the CPU.",
                 ),
             },
             "optional": {
                 "prediction": train_widget("prediction", advanced=True),
                 "zero_terminal_snr": train_widget("zero_terminal_snr", advanced=True),
-                "vae": ([OWN_VAE, *choices.names("vae")], {
-                    "default": OWN_VAE, "advanced": True,
-                    "tooltip": "Another VAE than the base's, from the vae folder, for training and generating. It has "
-                    "to be one for SDXL: that of Stable Diffusion 1.5 looks alike in a file, and gives wrong colours.",
-                }),
+                "vae": (
+                    [OWN_VAE, *choices.names("vae")],
+                    {
+                        "default": OWN_VAE,
+                        "advanced": True,
+                        "tooltip": "Another VAE than the base's, from the vae folder, for training and generating. It "
+                        "has to be one for SDXL: that of Stable Diffusion 1.5 looks alike in a file, and gives wrong "
+                        "colours.",
+                    },
+                ),
             },
-        }  # fmt: skip
+        }
 
     @classmethod
     def VALIDATE_INPUTS(cls, base: str | None = None, vae: str | None = None) -> bool | str:

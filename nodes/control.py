@@ -37,34 +37,52 @@ class AddControlNet:
                     choices.names("control_net"),
                     {"tooltip": "A ControlNet or ControlNet-Union for SDXL: a file or diffusers folder in controlnet."},
                 ),
-                "image": ("IMAGE", {
-                    "tooltip": "What the ControlNet reads, as core's Canny and other preprocessors give it: one for "
-                    "all images, or one for each. Scaled to cover width x height and cut in the middle.",
-                }),
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "What the ControlNet reads, as core's Canny and other preprocessors give it: one "
+                        "for all images, or one for each. Scaled to cover width x height and cut in the middle.",
+                    },
+                ),
                 "strength": widget(
-                    ControlConfig, "strength", "FLOAT", "How strongly it steers. 0 turns it off, at no cost.",
-                    min=0.0, max=10.0, step=0.01,
+                    ControlConfig,
+                    "strength",
+                    "FLOAT",
+                    "How strongly it steers. 0 turns it off, at no cost.",
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
                 ),
                 "start_percent": widget(
-                    ControlConfig, "start_percent", "FLOAT",
+                    ControlConfig,
+                    "start_percent",
+                    "FLOAT",
                     "It acts from this share of the way from noise to image on, as in ComfyUI's Apply ControlNet.",
-                    min=0.0, max=1.0, step=0.001,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
                 ),
                 "end_percent": widget(
-                    ControlConfig, "end_percent", "FLOAT",
+                    ControlConfig,
+                    "end_percent",
+                    "FLOAT",
                     "It acts up to this share of the way. 0.5 or so lets the details free and saves time.",
-                    min=0.0, max=1.0, step=0.001,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
                 ),
             },
             "optional": {
                 "controls": ("SDXL_CONTROLS", {"tooltip": "ControlNets that act together with this one."}),
                 "control_type": widget(
-                    ControlConfig, "control_type", CONTROL_TYPES,
+                    ControlConfig,
+                    "control_type",
+                    CONTROL_TYPES,
                     "What the image shows, for a ControlNet-Union, which reads several kinds. auto: for all others.",
                     advanced=True,
                 ),
             },
-        }  # fmt: skip
+        }
 
     @classmethod
     def VALIDATE_INPUTS(cls, control_net: str | None = None) -> bool | str:

@@ -42,54 +42,77 @@ class LoadCaptionDataset:
                     {"tooltip": "A folder inside ComfyUI's input folder, or of models type 'datasets'."},
                 ),
                 "trigger_word": widget(
-                    DatasetConfig, "trigger_word", "STRING",
+                    DatasetConfig,
+                    "trigger_word",
+                    "STRING",
                     "A word put in front of every caption. Use it in prompts to call what the LoRA learned. "
                     "Empty: captions stay as they are.",
                 ),
                 "resolution": widget(
-                    DatasetConfig, "resolution", "INT",
+                    DatasetConfig,
+                    "resolution",
+                    "INT",
                     "Images are scaled and cropped to buckets of about resolution x resolution pixels. "
                     "1024 for SDXL, 128 for the bundled tiny-sdxl.",
-                    min=64, max=4096, step=16,
+                    min=64,
+                    max=4096,
+                    step=16,
                 ),
                 "validation_percent": widget(
-                    DatasetConfig, "validation_percent", "INT",
+                    DatasetConfig,
+                    "validation_percent",
+                    "INT",
                     "Share of the images kept out of training to measure the loss on. 0: train on all.",
-                    min=0, max=50,
+                    min=0,
+                    max=50,
                 ),
             },
             "optional": {
                 "dataset": ("CAPTION_DATASET", {"tooltip": "A dataset to train on together with this one."}),
                 "repeats": widget(
-                    DatasetConfig, "repeats", "INT",
+                    DatasetConfig,
+                    "repeats",
+                    "INT",
                     "How often each image of this folder is seen while other folders are seen once.",
-                    min=1, max=1000, advanced=True,
+                    min=1,
+                    max=1000,
+                    advanced=True,
                 ),
                 "flip": widget(
-                    DatasetConfig, "flip", "BOOLEAN",
+                    DatasetConfig,
+                    "flip",
+                    "BOOLEAN",
                     "Mirror images at random. Not for text, faces or anything that has a left and a right.",
                     advanced=True,
                 ),
                 "random_crops": widget(
-                    DatasetConfig, "random_crops", "INT",
+                    DatasetConfig,
+                    "random_crops",
+                    "INT",
                     "Cut images at this many random places instead of the middle. 0: the middle. For images that do "
                     "not fill their bucket exactly; each place is encoded once.",
-                    min=0, max=64, advanced=True,
+                    min=0,
+                    max=64,
+                    advanced=True,
                 ),
                 "caption_per_line": widget(
-                    DatasetConfig, "caption_per_line", "BOOLEAN",
+                    DatasetConfig,
+                    "caption_per_line",
+                    "BOOLEAN",
                     "Each line of a caption file is a caption of its own, and each step draws one of them. "
                     "Off: the lines are one caption.",
                     advanced=True,
                 ),
                 "is_regularisation": widget(
-                    DatasetConfig, "is_regularisation", "BOOLEAN",
+                    DatasetConfig,
+                    "is_regularisation",
+                    "BOOLEAN",
                     "These images show the class of what is learned (any cat, where yours is learned), and the LoRA is "
                     "to leave them as they are. Connect the training images' dataset, and leave trigger_word empty.",
                     advanced=True,
                 ),
             },
-        }  # fmt: skip
+        }
 
     @classmethod
     def VALIDATE_INPUTS(cls, folder: str | None = None) -> bool | str:

@@ -67,36 +67,58 @@ class SDXLGenerateCached:
                     GenerateConfig, "negative_prompt", "STRING", "What the image should not show.", multiline=True
                 ),
                 "seed": widget(
-                    GenerateConfig, "seed", "INT",
+                    GenerateConfig,
+                    "seed",
+                    "INT",
                     "Decides the noise that the image starts from. Image n of a prompt uses seed + n.",
-                    min=0, max=2**64 - 1, control_after_generate=True,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
                 ),
                 "steps": widget(
                     GenerateConfig, "steps", "INT", "Denoising steps. 20 to 30 is enough for DPM++ 2M.", min=1, max=1000
                 ),
                 "guidance": widget(
-                    GenerateConfig, "guidance", "FLOAT",
+                    GenerateConfig,
+                    "guidance",
+                    "FLOAT",
                     "How strongly the prompt is followed (CFG). 1 turns it off and halves the time.",
-                    min=0.0, max=100.0, step=0.1,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
                 ),
                 "width": widget(
-                    GenerateConfig, "width", "INT", "Width in pixels, a multiple of 8.",
-                    min=64, max=LARGEST_SIDE, step=8,
+                    GenerateConfig,
+                    "width",
+                    "INT",
+                    "Width in pixels, a multiple of 8.",
+                    min=64,
+                    max=LARGEST_SIDE,
+                    step=8,
                 ),
                 "height": widget(
-                    GenerateConfig, "height", "INT", "Height in pixels, a multiple of 8.",
-                    min=64, max=LARGEST_SIDE, step=8,
+                    GenerateConfig,
+                    "height",
+                    "INT",
+                    "Height in pixels, a multiple of 8.",
+                    min=64,
+                    max=LARGEST_SIDE,
+                    step=8,
                 ),
                 "count": widget(
                     GenerateConfig, "count", "INT", "Images for each prompt, with seeds that follow.", min=1, max=1024
                 ),
                 "sampler": widget(
-                    GenerateConfig, "sampler", SAMPLERS,
+                    GenerateConfig,
+                    "sampler",
+                    SAMPLERS,
                     "The solver, named as in KSampler. Not every one goes with every scheduler.",
                 ),
                 "scheduler": widget(GenerateConfig, "scheduler", SCHEDULES, "The noise levels, named as in KSampler."),
                 "cache": widget(
-                    GenerateConfig, "cache", CACHE_MODES,
+                    GenerateConfig,
+                    "cache",
+                    CACHE_MODES,
                     "use: take images made before from disk. refresh: make and store them anew. off: neither. "
                     "only: take them from disk, and fail where one is missing.",
                 ),
@@ -104,36 +126,56 @@ class SDXLGenerateCached:
             "optional": {
                 "lora_stack": ("LORA_STACK", {"tooltip": "LoRAs to apply, from Load LoRA or Train SDXL LoRA."}),
                 **_advanced(),
-                "image": ("IMAGE", {
-                    "tooltip": "Images to start from: one for all, or one for each that is made. Scaled to cover width "
-                    "x height and cut in the middle. denoise says how much of them is painted over.",
-                }),
-                "mask": ("MASK", {
-                    "tooltip": "Where image or latent is painted anew; the rest stays. Of the image's size.",
-                }),
-                "latent": ("LATENT", {
-                    "tooltip": "Latents of width x height to start from instead. A noise mask set on them counts.",
-                }),
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "Images to start from: one for all, or one for each that is made. Scaled to cover "
+                        "width x height and cut in the middle. denoise says how much of them is painted over.",
+                    },
+                ),
+                "mask": (
+                    "MASK",
+                    {
+                        "tooltip": "Where image or latent is painted anew; the rest stays. Of the image's size.",
+                    },
+                ),
+                "latent": (
+                    "LATENT",
+                    {
+                        "tooltip": "Latents of width x height to start from instead. A noise mask set on them counts.",
+                    },
+                ),
                 **_large_images(),
                 "controls": ("SDXL_CONTROLS", {"tooltip": "ControlNets to steer by, from Add ControlNet (SDXL)."}),
             },
             "hidden": {"graph": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
-        }  # fmt: skip
+        }
 
     @classmethod
     def IS_CHANGED(
-        cls, cache: str | None = None, prompt: str | None = None, negative_prompt: str | None = None,
-        prompt_syntax: str | None = None, **settings: Any,
-    ) -> str | float:  # fmt: skip
+        cls,
+        cache: str | None = None,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
+        prompt_syntax: str | None = None,
+        **settings: Any,
+    ) -> str | float:
         if cache == "refresh":
             return float("nan")
         return _embeddings(f"{prompt} {negative_prompt}") if prompt_syntax == "comfy" else ""
 
     def generate(
-        self, base: SDXLBase, lora_stack: Any = None, image: Any = None, mask: Any = None, latent: Any = None,
+        self,
+        base: SDXLBase,
+        lora_stack: Any = None,
+        image: Any = None,
+        mask: Any = None,
+        latent: Any = None,
         controls: tuple[Control, ...] | None = None,
-        graph: Any = None, extra_pnginfo: Any = None, **settings: Any,
-    ) -> dict[str, Any]:  # fmt: skip
+        graph: Any = None,
+        extra_pnginfo: Any = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
         from ..sdxl_lora_core.generation.generate import generate
 
         config = GenerateConfig(**settings)
@@ -141,13 +183,20 @@ class SDXLGenerateCached:
         cache = cache_folder()
         with loaded_parts() as parts, Progress() as progress:
             images = generate(
-                base, config, loras,
-                starts=_starts(config, image, mask, latent), controls=controls or (),
-                parts=parts, cache_folder=cache / "images", hash_memo=cache / "hashes", prompt_cache=cache,
+                base,
+                config,
+                loras,
+                starts=_starts(config, image, mask, latent),
+                controls=controls or (),
+                parts=parts,
+                cache_folder=cache / "images",
+                hash_memo=cache / "hashes",
+                prompt_cache=cache,
                 graph=metadata({"prompt": graph, "workflow": (extra_pnginfo or {}).get("workflow")}),
-                find_embedding=choices.find_embedding, on_step=functools.partial(progress, phase="generating"),
+                find_embedding=choices.find_embedding,
+                on_step=functools.partial(progress, phase="generating"),
                 on_estimate=progress.on_estimate,
-            )  # fmt: skip
+            )
             fit = [line for part in sorted(parts.borrowed) for line in fit_of(parts.held(part))]
         pixels = [image.pixels for image in images]
         info = json.dumps([_facts(image) for image in images], indent=2)
@@ -193,18 +242,26 @@ def _advanced() -> dict[str, Widget]:
             GenerateConfig, "prompt_per_line", "BOOLEAN", "Each line of prompt is a prompt of its own.", advanced=True
         ),
         "prompt_syntax": widget(
-            GenerateConfig, "prompt_syntax", PROMPT_SYNTAXES,
+            GenerateConfig,
+            "prompt_syntax",
+            PROMPT_SYNTAXES,
             "plain: the prompt is read as it stands. comfy: as ComfyUI's own nodes read it, with (word:1.2), \\( and "
             "embedding:name; a long prompt is read to its end.",
             advanced=True,
         ),
         "batch_size": widget(
-            GenerateConfig, "batch_size", "INT",
+            GenerateConfig,
+            "batch_size",
+            "INT",
             "Images denoised together. More than 1 is faster on a GPU, but pixels then depend a little on the batch.",
-            min=1, max=64, advanced=True,
+            min=1,
+            max=64,
+            advanced=True,
         ),
         "attention": widget(
-            GenerateConfig, "attention", ATTENTIONS,
+            GenerateConfig,
+            "attention",
+            ATTENTIONS,
             "How attention is computed. auto: PyTorch's own choice. math: slow and exact.",
             advanced=True,
         ),
@@ -215,76 +272,125 @@ def _advanced() -> dict[str, Widget]:
             GenerateConfig, "vae_slicing", "BOOLEAN", "Decodes the images of a batch one by one.", advanced=True
         ),
         "vae_tiling": widget(
-            GenerateConfig, "vae_tiling", "BOOLEAN",
+            GenerateConfig,
+            "vae_tiling",
+            "BOOLEAN",
             "Decodes in tiles whatever the size: images fit into little memory, seams can show.",
             advanced=True,
         ),
         "offload": widget(
-            GenerateConfig, "offload", OFFLOADS,
+            GenerateConfig,
+            "offload",
+            OFFLOADS,
             "phase: text encoders, UNet and VAE leave the GPU when their phase is over. none: they stay. "
             "auto: ComfyUI decides.",
             advanced=True,
         ),
         **{name: _micro_conditioning(name, tooltip) for name, tooltip in _MICRO_CONDITIONING.items()},
         "long_prompts": widget(
-            GenerateConfig, "long_prompts", LONG_PROMPTS,
+            GenerateConfig,
+            "long_prompts",
+            LONG_PROMPTS,
             "What becomes of a plain prompt over 77 tokens. cut: its end is not seen, which the log says. "
             "chunks: it is read on, 75 tokens at a time.",
             advanced=True,
         ),
         "guidance_rescale": widget(
-            GenerateConfig, "guidance_rescale", "FLOAT",
+            GenerateConfig,
+            "guidance_rescale",
+            "FLOAT",
             "Against the burnt look of strong guidance: 0 leaves it, 1 takes all of it back. -1: 0.7 for bases with "
             "zero terminal SNR, 0 for all others.",
-            min=-1.0, max=1.0, step=0.05, advanced=True,
+            min=-1.0,
+            max=1.0,
+            step=0.05,
+            advanced=True,
         ),
         "guidance_start": widget(
-            GenerateConfig, "guidance_start", "FLOAT",
+            GenerateConfig,
+            "guidance_start",
+            "FLOAT",
             "Guidance is off before this share of the way from noise to image, as start_percent in ComfyUI's nodes. "
             "0.2 or so gives more variety. Steps without guidance take half the time.",
-            min=0.0, max=1.0, step=0.01, advanced=True,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
         ),
         "guidance_end": widget(
-            GenerateConfig, "guidance_end", "FLOAT",
+            GenerateConfig,
+            "guidance_end",
+            "FLOAT",
             "Guidance is off after this share of the way. 0.8 or so saves time and changes little.",
-            min=0.0, max=1.0, step=0.01, advanced=True,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
         ),
         "denoise": widget(
-            GenerateConfig, "denoise", "FLOAT",
+            GenerateConfig,
+            "denoise",
+            "FLOAT",
             "With an image or latent to start from: how much of it is painted over. 1: all of it, 0.3: small changes. "
             "As in KSampler all steps are run, those at the end of a longer schedule.",
-            min=0.01, max=1.0, step=0.01, advanced=True,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            advanced=True,
         ),
         "keep_latents": widget(
-            GenerateConfig, "keep_latents", "BOOLEAN",
-            "Gives the latents, too, and keeps them in the cache beside the image.", advanced=True,
+            GenerateConfig,
+            "keep_latents",
+            "BOOLEAN",
+            "Gives the latents, too, and keeps them in the cache beside the image.",
+            advanced=True,
         ),
-    }  # fmt: skip
+    }
 
 
 def _large_images() -> dict[str, Widget]:
     return {
         "vae_tiling_from": widget(
-            GenerateConfig, "vae_tiling_from", "INT",
+            GenerateConfig,
+            "vae_tiling_from",
+            "INT",
             "Images whose longer side has so many pixels or more are decoded in tiles. 0: none are.",
-            min=0, max=LARGEST_SIDE, step=8, advanced=True,
+            min=0,
+            max=LARGEST_SIDE,
+            step=8,
+            advanced=True,
         ),
         "hires_scale": widget(
-            GenerateConfig, "hires_scale", "FLOAT",
+            GenerateConfig,
+            "hires_scale",
+            "FLOAT",
             "Over 1 each image is enlarged so many times and denoised again at that size. SDXL draws best at about "
             "1024 x 1024 pixels and adds detail from there.",
-            min=1.0, max=4.0, step=0.05, advanced=True,
+            min=1.0,
+            max=4.0,
+            step=0.05,
+            advanced=True,
         ),
         "hires_denoise": widget(
-            GenerateConfig, "hires_denoise", "FLOAT",
+            GenerateConfig,
+            "hires_denoise",
+            "FLOAT",
             "How much the second pass paints over. 0.3 sharpens, 0.6 invents detail.",
-            min=0.01, max=1.0, step=0.01, advanced=True,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            advanced=True,
         ),
         "hires_steps": widget(
-            GenerateConfig, "hires_steps", "INT", "Denoising steps of the second pass. 0: as many as in the first.",
-            min=0, max=1000, advanced=True,
+            GenerateConfig,
+            "hires_steps",
+            "INT",
+            "Denoising steps of the second pass. 0: as many as in the first.",
+            min=0,
+            max=1000,
+            advanced=True,
         ),
-    }  # fmt: skip
+    }
 
 
 _MICRO_CONDITIONING = {

@@ -40,13 +40,17 @@ class SDXLImageCache:
                 "limit_gb": (
                     "FLOAT",
                     {
-                        "default": 0.0, "min": 0.0, "max": 1e6, "step": 1.0, "round": False,
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1e6,
+                        "step": 1.0,
+                        "round": False,
                         "tooltip": "The room that the images may take from now on, in GB. It is kept with the cache "
                         "and holds for every ComfyUI that shares it. 0 leaves it as it is.",
                     },
                 ),
             }
-        }  # fmt: skip
+        }
 
     @classmethod
     def IS_CHANGED(cls, **widgets: Any) -> float:

@@ -67,9 +67,14 @@ class LoadLoRA:
         return "" if lora_name == INCOMING else choices.content("lora", lora_name, choices.stamp)
 
     def load(
-        self, lora_name: str, strength_model: float, strength_clip: float, enabled: bool, lora_stack: Any = None,
+        self,
+        lora_name: str,
+        strength_model: float,
+        strength_clip: float,
+        enabled: bool,
+        lora_stack: Any = None,
         blocks: str = "",
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         stack = read_stack(lora_stack)
         if lora_name == INCOMING:
             if not stack:

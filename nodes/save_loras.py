@@ -57,16 +57,26 @@ class SaveSDXLLoRA:  # ComfyUI has a node SaveLoRA of its own
                 "lora_stack": ("LORA_STACK", {"tooltip": _STACK}),
                 "lora": ("LORA_MODEL", {"tooltip": "Or a LoRA's weights, from Train SDXL LoRA or a core node."}),
                 "rank": widget(
-                    SaveLoRAConfig, "rank", "INT", "The most that any module may have. 0 leaves ranks as they are.",
-                    min=0, max=4096, advanced=True,
+                    SaveLoRAConfig,
+                    "rank",
+                    "INT",
+                    "The most that any module may have. 0 leaves ranks as they are.",
+                    min=0,
+                    max=4096,
+                    advanced=True,
                 ),
                 "energy": widget(
-                    SaveLoRAConfig, "energy", "FLOAT",
+                    SaveLoRAConfig,
+                    "energy",
+                    "FLOAT",
                     "The share of each change's energy to keep: 0.95 finds the smallest ranks that hold 95 %.",
-                    min=0.01, max=1.0, step=0.01, advanced=True,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
                 ),
             },
-        }  # fmt: skip
+        }
 
     def save(self, lora_stack: Any = None, lora: Any = None, **settings: Any) -> dict[str, Any]:
         config = SaveLoRAConfig(**settings)
@@ -109,7 +119,9 @@ class MergeLoRAs:
                     MergeLoRAsConfig, "lora_name", "STRING", "The file's name. Where it is taken, the next number is."
                 ),
                 "method": widget(
-                    MergeLoRAsConfig, "method", MERGE_METHODS,
+                    MergeLoRAsConfig,
+                    "method",
+                    MERGE_METHODS,
                     "concatenate: exact, the ranks add up. linear: adds up the factors of equal ranks, as peft does. "
                     "svd: the best LoRA of the rank. ties, dare: thin changes out first, so that they clash less.",
                 ),
@@ -119,25 +131,40 @@ class MergeLoRAs:
             },
             "optional": {
                 "density": widget(
-                    MergeLoRAsConfig, "density", "FLOAT", "The share of each change's numbers that ties and dare keep.",
-                    min=0.01, max=1.0, step=0.01, advanced=True,
+                    MergeLoRAsConfig,
+                    "density",
+                    "FLOAT",
+                    "The share of each change's numbers that ties and dare keep.",
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
                 ),
                 "seed": widget(
-                    MergeLoRAsConfig, "seed", "INT", "Decides which numbers dare keeps.",
-                    min=0, max=2**64 - 1, control_after_generate=False, advanced=True,
+                    MergeLoRAsConfig,
+                    "seed",
+                    "INT",
+                    "Decides which numbers dare keeps.",
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=False,
+                    advanced=True,
                 ),
                 "format": widget(MergeLoRAsConfig, "format", FILE_FORMATS, _FORMAT, advanced=True),
                 "precision": widget(MergeLoRAsConfig, "precision", SAVE_PRECISIONS, _PRECISION, advanced=True),
             },
-        }  # fmt: skip
+        }
 
     def merge(self, lora_stack: Any, **settings: Any) -> dict[str, Any]:
         config = MergeLoRAsConfig(**settings)
         with Progress() as progress:
             path = merge_loras(
-                sources_of(choices.open_loras(lora_stack)), config, _folder(), choices.lora_name_taken,
+                sources_of(choices.open_loras(lora_stack)),
+                config,
+                _folder(),
+                choices.lora_name_taken,
                 lambda done, total: progress(done, total, "merging"),
-            )  # fmt: skip
+            )
         weights = kohya_state_dict(LoRAFile(unet=read_lora(path).unet), torch.float32)
         return _saved(path, describe_lora(path), (weights,))
 

@@ -43,15 +43,19 @@ class SaveMergedBase:
                     SaveBaseConfig, "base_name", "STRING", "The new model's name. A number follows where it is taken."
                 ),
                 "layout": widget(
-                    SaveBaseConfig, "layout", BASE_LAYOUTS,
+                    SaveBaseConfig,
+                    "layout",
+                    BASE_LAYOUTS,
                     "single_file: a checkpoint for every program. diffusers: a folder, written with less memory.",
                 ),
                 "precision": widget(
-                    SaveBaseConfig, "precision", SAVE_PRECISIONS,
+                    SaveBaseConfig,
+                    "precision",
+                    SAVE_PRECISIONS,
                     "fp16 is usual: 7 GB. bf16 has a wider range and fewer digits. fp32: 14 GB.",
                 ),
             },
-        }  # fmt: skip
+        }
 
     def save(self, base: SDXLBase, lora_stack: Any, **settings: Any) -> dict[str, Any]:
         config = SaveBaseConfig(**settings)
@@ -59,9 +63,13 @@ class SaveMergedBase:
         kind = "checkpoints" if config.layout == "single_file" else "diffusers"
         with Progress() as progress:
             path, fit = save_merged_base(
-                base, stack, config, output_folder() / kind, choices.base_name_taken,
+                base,
+                stack,
+                config,
+                output_folder() / kind,
+                choices.base_name_taken,
                 lambda done, total: progress(done, total, "merging parts"),
-            )  # fmt: skip
+            )
         merged = open_base(path, base.precision, cache_folder() / "hashes", **said_to_predict(base))
         tokens = [f"new token {name} stays in its LoRA" for entry in stack for name in entry.tokens]
         name = path.relative_to((output_folder() / kind).resolve()).as_posix()

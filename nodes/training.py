@@ -25,9 +25,15 @@ from .wires import CATEGORY, to_image
 
 _FACE = ("lora_name", "steps", "learning_rate", "rank", "alpha", "batch_size", "seed", "sample_prompts")
 _ADVANCED = (
-    "gradient_accumulation", "lr_schedule", "lr_warmup_steps", "target_modules", "dropout", "caption_dropout",
-    "precision", "gradient_checkpointing",
-)  # fmt: skip
+    "gradient_accumulation",
+    "lr_schedule",
+    "lr_warmup_steps",
+    "target_modules",
+    "dropout",
+    "caption_dropout",
+    "precision",
+    "gradient_checkpointing",
+)
 _PRESET_HELP = (
     "A starting point for a kind of job. It fills every setting that still stands at its default, here and on option "
     "nodes; run.yaml shows the result."
@@ -77,9 +83,14 @@ class TrainSDXLLoRA:
         }
 
     def train(
-        self, base: SDXLBase, dataset: CaptionDataset, options: Mapping[str, Any] | None = None,
-        preset: Preset = "none", validation: CaptionDataset | None = None, **settings: Any,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        base: SDXLBase,
+        dataset: CaptionDataset,
+        options: Mapping[str, Any] | None = None,
+        preset: Preset = "none",
+        validation: CaptionDataset | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
         from ..sdxl_lora_core.training.train import train  # a third of the engine, which no start of ComfyUI needs
 
         config = train_config(options, settings, preset)
@@ -93,10 +104,16 @@ class TrainSDXLLoRA:
                 progress(step.done, step.total, step.phase, step.detail, step.preview)
 
             result = train(
-                base, dataset, config,
-                folders=_run_folders(), device=device(), on_step=on_step, should_stop=should_stop, parts=parts,
+                base,
+                dataset,
+                config,
+                folders=_run_folders(),
+                device=device(),
+                on_step=on_step,
+                should_stop=should_stop,
+                parts=parts,
                 validation=validation,
-            )  # fmt: skip
+            )
         chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
         samples = to_image(result.samples) if result.samples else nothing()
         report = json.dumps(result.report, indent=2)

@@ -15,9 +15,16 @@ MANY = 1_000_000
 
 
 def setting(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, step: float | None = None,
-    group: str = "", only_with: tuple[str, Container[Any]] | None = None, since: str = "",
-) -> Any:  # fmt: skip
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    step: float | None = None,
+    group: str = "",
+    only_with: tuple[str, Container[Any]] | None = None,
+    since: str = "",
+) -> Any:
     """A field with `help` (when to touch it), its range, the `step` of its widget and the option node that shows it.
 
     `only_with` names another setting and its values without which this one would do nothing. `since` is the version
@@ -25,8 +32,14 @@ def setting(
     found again. Empty: it has been there since the first fingerprints and always enters them.
     """
     metadata = {
-        "help": help, "low": low, "high": high, "step": step, "group": group, "only_with": only_with, "since": since
-    }  # fmt: skip
+        "help": help,
+        "low": low,
+        "high": high,
+        "step": step,
+        "group": group,
+        "only_with": only_with,
+        "since": since,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -240,10 +240,25 @@ def test_the_names_in_a_checkpoint_stay(continued: Continued) -> None:
     document = state_of(continued.last)
     assert set(document) == {"schema", "fingerprint", "loop", "scaler", "optimizer", "sha256", "seal"}
     assert set(document["sha256"]) == {"adapter.safetensors", "state.safetensors"}
-    assert set(document["loop"]) == {field.name for field in fields(LoopState)} == {
-        "step", "losses", "learning_rates", "skipped", "looks", "checkpoints", "images_per_pass",
-        "gradient_checkpointing", "memory", "schedule_start", "continued_from", "seconds", "resumed",
-    }  # fmt: skip
+    assert (
+        set(document["loop"])
+        == {field.name for field in fields(LoopState)}
+        == {
+            "step",
+            "losses",
+            "learning_rates",
+            "skipped",
+            "looks",
+            "checkpoints",
+            "images_per_pass",
+            "gradient_checkpointing",
+            "memory",
+            "schedule_start",
+            "continued_from",
+            "seconds",
+            "resumed",
+        }
+    )
     look = {"step", "validation_loss", "clip_scores"}
     assert [set(seen) for seen in document["loop"]["looks"]] == [look] * 3
     assert {field.name for field in fields(Look)} == look
@@ -272,9 +287,23 @@ def test_the_names_in_a_run_yaml_stay(home: Path, continued: Continued) -> None:
 def test_the_names_in_a_report_stay(continued: Continued) -> None:
     written = read_json(continued.folder / "report.json")
     assert set(written) == {
-        "lora", "base", "images", "steps", "epochs", "loss", "modules", "adapter", "rank", "trigger_words", "memory",
-        "skipped_steps", "skipped_files", "validation_loss", "validation_loss_before", "kept",
-    }  # fmt: skip
+        "lora",
+        "base",
+        "images",
+        "steps",
+        "epochs",
+        "loss",
+        "modules",
+        "adapter",
+        "rank",
+        "trigger_words",
+        "memory",
+        "skipped_steps",
+        "skipped_files",
+        "validation_loss",
+        "validation_loss_before",
+        "kept",
+    }
     assert set(continued.result.report) == {*written, "reused"}
 
 
@@ -295,10 +324,23 @@ def test_the_names_in_a_loras_metadata_stay(continued: Continued) -> None:
     ours, theirs = (read_header(path) for path in (continued.result.lora_path, HOME / "loras/guard.safetensors"))
     assert set(ours.metadata) == set(theirs.metadata) and ours.shapes == theirs.shapes
     more = lora_metadata(
-        SETTINGS, name="a", base_name="b", base_hash="c", prediction_type="epsilon", zero_terminal_snr=False,
-        precision="fp32", resolution=64, folders={}, trigger_words=["ohwx"],
-    )  # fmt: skip
+        SETTINGS,
+        name="a",
+        base_name="b",
+        base_hash="c",
+        prediction_type="epsilon",
+        zero_terminal_snr=False,
+        precision="fp32",
+        resolution=64,
+        folders={},
+        trigger_words=["ohwx"],
+    )
     assert set(more) - set(theirs.metadata) == {
-        "modelspec.trigger_phrase", "ss_text_encoder_lr", "ss_loss_type", "ss_huber_c", "ss_min_snr_gamma",
-        "ss_shuffle_caption", "ss_keep_tokens",
-    }  # fmt: skip
+        "modelspec.trigger_phrase",
+        "ss_text_encoder_lr",
+        "ss_loss_type",
+        "ss_huber_c",
+        "ss_min_snr_gamma",
+        "ss_shuffle_caption",
+        "ss_keep_tokens",
+    }

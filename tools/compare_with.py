@@ -63,9 +63,20 @@ def training(name: str, options: Iterable[Node], trigger_word: str = "", sample_
         graph[f"options {number}"] = node(option["class_type"], **option["inputs"], **chain)
         chain = {"options": [f"options {number}", 0]}
     graph["train"] = node(
-        "TrainSDXLLoRA", base=["base", 0], dataset=["dataset", 0], **chain, lora_name=name, steps=4, learning_rate=2e-3,
-        rank=4, alpha=4.0, batch_size=2, seed=1, sample_prompts=sample_prompts, caption_dropout=0.2,
-    )  # fmt: skip
+        "TrainSDXLLoRA",
+        base=["base", 0],
+        dataset=["dataset", 0],
+        **chain,
+        lora_name=name,
+        steps=4,
+        learning_rate=2e-3,
+        rank=4,
+        alpha=4.0,
+        batch_size=2,
+        seed=1,
+        sample_prompts=sample_prompts,
+        caption_dropout=0.2,
+    )
     return graph
 
 
@@ -101,9 +112,19 @@ def trainings() -> dict[str, Workflow]:
 def generation(more: Workflow, **changes: Any) -> Workflow:
     """One request; `more` are the nodes that it is linked to."""
     request = {
-        "base": ["base", 0], "prompt": PROMPT, "negative_prompt": "", "seed": 5, "steps": 5, "guidance": 4.0,
-        "width": WIDTH, "height": HEIGHT, "count": 1, "sampler": "dpmpp_2m", "scheduler": "karras", "cache": "use",
-    }  # fmt: skip
+        "base": ["base", 0],
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "seed": 5,
+        "steps": 5,
+        "guidance": 4.0,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "count": 1,
+        "sampler": "dpmpp_2m",
+        "scheduler": "karras",
+        "cache": "use",
+    }
     base = node("LoadSDXLBase", base=BASE, precision="fp32")
     return {"base": base, **more, "images": node("SDXLGenerateCached", **{**request, **changes})}
 

@@ -26,9 +26,14 @@ REQUIREMENTS = ROOT / "requirements-dev.txt"
 
 def main() -> int:
     tasks = {
-        "demo": demo, "test-quick": test_quick, "test": test, "accept": accept, "test-comfy": test_comfy,
-        "wheel": wheel, "lint": lint,
-    }  # fmt: skip
+        "demo": demo,
+        "test-quick": test_quick,
+        "test": test,
+        "accept": accept,
+        "test-comfy": test_comfy,
+        "wheel": wheel,
+        "lint": lint,
+    }
     if len(sys.argv) != 2 or sys.argv[1] not in tasks:
         print(__doc__)
         return 2

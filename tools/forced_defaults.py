@@ -78,9 +78,11 @@ def run(field: str, tests: Iterable[str], passed_over: Iterable[str]) -> str | N
     plugins = ["-p", "forced_plugin", "-p", "no:cacheprovider", *(f"--deselect={test}" for test in passed_over)]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "not refused", *plugins, *tests]
     environment = {
-        **os.environ, "FORCED_FIELD": field, "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "FORCED_FIELD": field,
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "out")]),
-    }  # fmt: skip
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     failed = re.search(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return failed[1] if failed else None

@@ -80,9 +80,14 @@ def _train(options: argparse.Namespace) -> None:
             interruption.check()
 
         result = train(
-            base, dataset, config,
-            folders=folders, device=options.device, on_step=on_step, should_stop=interruption.should_stop,
-        )  # fmt: skip
+            base,
+            dataset,
+            config,
+            folders=folders,
+            device=options.device,
+            on_step=on_step,
+            should_stop=interruption.should_stop,
+        )
     if speaks:
         print(json.dumps(result.report, indent=2))
         print(result.lora_path)

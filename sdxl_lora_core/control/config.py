@@ -9,9 +9,16 @@ from ..settings import check_choice, check_range
 
 # As a ControlNet-Union numbers them, in ComfyUI's words; auto is for nets that take one kind of picture.
 ControlType = Literal[
-    "auto", "openpose", "depth", "hed/pidi/scribble/ted", "canny/lineart/anime_lineart/mlsd", "normal", "segment",
-    "tile", "repaint",
-]  # fmt: skip
+    "auto",
+    "openpose",
+    "depth",
+    "hed/pidi/scribble/ted",
+    "canny/lineart/anime_lineart/mlsd",
+    "normal",
+    "segment",
+    "tile",
+    "repaint",
+]
 CONTROL_TYPES = get_args(ControlType)
 
 

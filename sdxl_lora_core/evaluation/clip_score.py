@@ -66,10 +66,16 @@ class ScoreReport:
     def to_json(self) -> str:
         """The whole report. A score that is not a number becomes null. A maximum is not a mean: both are given."""
         rows = [
-            {"rank": self.order.index(i) + 1, "image": i, "prompt": s.prompt, "cosine": _rounded(s.cosine),
-             "clip_score": _rounded(s.clip_score), "clipscore_w25": _rounded(s.clipscore_w25)}
+            {
+                "rank": self.order.index(i) + 1,
+                "image": i,
+                "prompt": s.prompt,
+                "cosine": _rounded(s.cosine),
+                "clip_score": _rounded(s.clip_score),
+                "clipscore_w25": _rounded(s.clipscore_w25),
+            }
             for i, s in enumerate(self.scores)
-        ]  # fmt: skip
+        ]
         summary = {
             "model": self.model,
             "convention": CONVENTION,

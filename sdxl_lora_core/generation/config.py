@@ -21,8 +21,13 @@ LONG_PROMPTS = get_args(LongPrompts)
 ATTENTIONS = get_args(Attention)
 OFFLOADS = get_args(Offload)
 MICRO_CONDITIONING = (
-    "original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height",
-)  # fmt: skip
+    "original_width",
+    "original_height",
+    "crop_left",
+    "crop_top",
+    "target_width",
+    "target_height",
+)
 LARGEST_SIDE = 8192  # pixels
 BASES_RESCALE = -1.0  # guidance_rescale as the base needs it
 NOISE_LEVELS = 1000
@@ -154,9 +159,13 @@ class GenerateConfig:
         """The request that the enlarged images go through, in their size."""
         width, height = (round(side * self.hires_scale / 8) * 8 for side in (self.width, self.height))
         return dataclasses.replace(
-            self, width=width, height=height, denoise=self.hires_denoise, steps=self.hires_steps or self.steps,
+            self,
+            width=width,
+            height=height,
+            denoise=self.hires_denoise,
+            steps=self.hires_steps or self.steps,
             hires_scale=1.0,
-        )  # fmt: skip
+        )
 
     @property
     def schedule_steps(self) -> int:

@@ -81,9 +81,13 @@ class ImageMaker:
             return {start: encode_start(start, vae) for start in starts}
 
     def _denoise(
-        self, conditioning: dict[str, Tensor], seeds: Sequence[int], starts: Sequence[EncodedStart],
-        hints: Sequence[HintNumbers], on_step: OnStep,
-    ) -> Tensor:  # fmt: skip
+        self,
+        conditioning: dict[str, Tensor],
+        seeds: Sequence[int],
+        starts: Sequence[EncodedStart],
+        hints: Sequence[HintNumbers],
+        on_step: OnStep,
+    ) -> Tensor:
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         schedule = {"num_inference_steps": self.config.schedule_steps}
         scheduler = make_scheduler(self.base, self.config, seeds)
@@ -150,9 +154,13 @@ class ImageMaker:
     def _phase(self, part: Part, room: int) -> AbstractContextManager[Any]:
         key = part_key(self.base, part, self.dtype, self.stack)
         return self.parts.phase(
-            part, key, lambda: self._load(part), offload_choice(self.config), lambda held: self._restack(part, held),
+            part,
+            key,
+            lambda: self._load(part),
+            offload_choice(self.config),
+            lambda held: self._restack(part, held),
             room,
-        )  # fmt: skip
+        )
 
     def _unet_phase(self) -> AbstractContextManager[Any]:
         cells = (self.config.width // VAE_SCALE) * (self.config.height // VAE_SCALE)

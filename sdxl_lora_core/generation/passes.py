@@ -107,9 +107,13 @@ class Pass:
         return SOLVERS[self.config.sampler].unet_calls(self.config.steps)
 
     def facts(
-        self, prompt: str, seed: int, embeddings: Sequence[EmbeddingFile], start: Mapping[str, Any] | None,
+        self,
+        prompt: str,
+        seed: int,
+        embeddings: Sequence[EmbeddingFile],
+        start: Mapping[str, Any] | None,
         hints: HintNumbers,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         pictures = {**start_settings(self.config, start), **self.steering(hints)}
         return image_facts(self.settings, prompt, seed, [file.sha256 for file in embeddings], pictures)
 

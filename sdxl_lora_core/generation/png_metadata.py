@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 
 _SHORT_HASH = 10  # what Civitai and A1111 call AutoV2: the first digits of the file's SHA-256
 _SAMPLERS = {
-    "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m": "DPM++ 3M", "dpmpp_sde": "DPM++ SDE",
-    "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "unipc": "UniPC", "ddim": "DDIM", "ddpm": "DDPM",
-    "pndm": "PLMS", "lcm": "LCM", "tcd": "TCD",
-}  # fmt: skip
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m": "DPM++ 3M",
+    "dpmpp_sde": "DPM++ SDE",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "unipc": "UniPC",
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "pndm": "PLMS",
+    "lcm": "LCM",
+    "tcd": "TCD",
+}
 _SCHEDULES = {"sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM"}
 
 

@@ -7,9 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Sampler = Literal[
-    "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_sde", "unipc", "euler", "euler_ancestral", "heun",
-    "ddim", "ddpm", "pndm", "lcm", "tcd",
-]  # fmt: skip
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m",
+    "dpmpp_sde",
+    "unipc",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "ddim",
+    "ddpm",
+    "pndm",
+    "lcm",
+    "tcd",
+]
 Schedule = Literal["karras", "normal", "exponential", "sgm_uniform", "beta", "ddim_uniform"]
 
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)

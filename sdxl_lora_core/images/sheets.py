@@ -63,8 +63,12 @@ def sheet(cells: Sequence[tuple[Image.Image, str]], footer: str, cell: int = CEL
         left, top = gap + number % columns * (cell + gap), gap + number // columns * row_height
         _paste_cell(page, picture, wrap(text, font, cell, max_lines=4), (left, top), cell, font)
     draw = ImageDraw.Draw(page)
-    draw.text((gap, page.height - strip_height(1, text_size)), "".join(wrap(footer, font, width - 2 * gap, 1)),
-              fill=_FAINT, font=font)  # fmt: skip
+    draw.text(
+        (gap, page.height - strip_height(1, text_size)),
+        "".join(wrap(footer, font, width - 2 * gap, 1)),
+        fill=_FAINT,
+        font=font,
+    )
     return page
 
 

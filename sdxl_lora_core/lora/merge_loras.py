@@ -47,9 +47,12 @@ class Reduction:
 
 
 def combine(
-    shares: Sequence[Share], method: MergeMethod, rank: int, reduction: Reduction | None = None,
+    shares: Sequence[Share],
+    method: MergeMethod,
+    rank: int,
+    reduction: Reduction | None = None,
     on_module: OnModule = lambda done, total: None,
-) -> LoRAFile:  # fmt: skip
+) -> LoRAFile:
     """One LoRA that acts as all together. `rank` is what svd, ties and dare leave; the other methods give their own.
 
     New tokens are kept, of equal names the later one's. `on_module` may raise to cancel.

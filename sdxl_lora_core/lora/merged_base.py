@@ -28,9 +28,13 @@ OnPart = Callable[[int, int], object]  # parts done, of how many
 
 
 def save_merged_base(
-    base: SDXLBase, stack: Sequence[StackEntry], config: SaveBaseConfig, folder: Path, taken: Callable[[str], bool],
+    base: SDXLBase,
+    stack: Sequence[StackEntry],
+    config: SaveBaseConfig,
+    folder: Path,
+    taken: Callable[[str], bool],
     on_part: OnPart = lambda done, total: None,
-) -> tuple[Path, list[str]]:  # fmt: skip
+) -> tuple[Path, list[str]]:
     """The new model in `folder`, under the next name that is free, and how much of each LoRA fitted.
 
     `taken` says whether a model of that file or folder name exists anywhere. A folder is written a part at a time.
@@ -74,9 +78,13 @@ def _write_file(
 
 
 def _write_folder(
-    base: SDXLBase, stack: Sequence[StackEntry], config: SaveBaseConfig, folder: Path, taken: Callable[[str], bool],
+    base: SDXLBase,
+    stack: Sequence[StackEntry],
+    config: SaveBaseConfig,
+    folder: Path,
+    taken: Callable[[str], bool],
     on_part: OnPart,
-) -> tuple[Path, list[str]]:  # fmt: skip
+) -> tuple[Path, list[str]]:
     temporary = safe_path(folder, config.base_name)
     temporary = temporary.with_name(f".{temporary.name}.{uuid.uuid4().hex}")
     fit: list[str] = []

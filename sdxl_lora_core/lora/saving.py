@@ -49,9 +49,12 @@ def source_of_file(name: str, file: LoRAFile) -> Source:
 
 
 def save_lora(
-    sources: Sequence[Source], config: SaveLoRAConfig, folder: Path, taken: Callable[[str], bool],
+    sources: Sequence[Source],
+    config: SaveLoRAConfig,
+    folder: Path,
+    taken: Callable[[str], bool],
     on_module: OnModule = lambda done, total: None,
-) -> Path:  # fmt: skip
+) -> Path:
     """The stack as one file that acts as all of them together. One LoRA keeps its kind, several become one LoRA.
 
     `taken` says whether a file name exists in any folder of LoRAs. Equal content under the wanted name is found again.
@@ -65,15 +68,21 @@ def save_lora(
 
 
 def merge_loras(
-    sources: Sequence[Source], config: MergeLoRAsConfig, folder: Path, taken: Callable[[str], bool],
+    sources: Sequence[Source],
+    config: MergeLoRAsConfig,
+    folder: Path,
+    taken: Callable[[str], bool],
     on_module: OnModule = lambda done, total: None,
-) -> Path:  # fmt: skip
+) -> Path:
     """save_lora by a method of merging. The strengths of the stack are the weights."""
     reduction = Reduction(config.density, config.seed)
     file = combine(_shares(sources), config.method, config.rank, reduction, on_module)
     used = {
-        "concatenate": (), "linear": (), "svd": ("rank",), "ties": ("rank", "density"),
-    }.get(config.method, ("rank", "density", "seed"))  # fmt: skip
+        "concatenate": (),
+        "linear": (),
+        "svd": ("rank",),
+        "ties": ("rank", "density"),
+    }.get(config.method, ("rank", "density", "seed"))
     recipe = {key: value for key, value in asdict(config).items() if key in ("method", *used)}
     return _write(file, sources, recipe, config, folder, taken)
 
@@ -85,9 +94,13 @@ def _shares(sources: Sequence[Source]) -> list[Share]:
 
 
 def _write(
-    file: LoRAFile, sources: Sequence[Source], recipe: Mapping[str, Any], config: SaveLoRAConfig | MergeLoRAsConfig,
-    folder: Path, taken: Callable[[str], bool],
-) -> Path:  # fmt: skip
+    file: LoRAFile,
+    sources: Sequence[Source],
+    recipe: Mapping[str, Any],
+    config: SaveLoRAConfig | MergeLoRAsConfig,
+    folder: Path,
+    taken: Callable[[str], bool],
+) -> Path:
     if not any(file.parts().values()) and not file.tokens:
         raise ValueError("nothing is left of the stack to be saved: every strength is 0")
     recipe = {**recipe, "loras": [source.identity for source in sources]}

@@ -163,9 +163,7 @@ def load_merged(base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[
     return module
 
 
-def restack(
-    module: nn.Module, base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[StackEntry]
-) -> bool:  # fmt: skip
+def restack(module: nn.Module, base: SDXLBase, part: Part, dtype: torch.dtype, stack: Sequence[StackEntry]) -> bool:
     """Gives a part from load_merged another stack, wherever it lies, with the same bits as loading it anew.
 
     False, and nothing is done, where restacking says that it is not possible. Raises as it does.
@@ -225,9 +223,7 @@ def _layers(acting: Sequence[StackEntry], part: Part) -> Stack:
     return [(entry.modules(part), entry.strength_by_module(part)) for entry in acting]
 
 
-def _changes(
-    acting: Sequence[StackEntry], part: Part, names: Iterable[str]
-) -> dict[str, Sequence[tuple[str, float]]]:  # fmt: skip
+def _changes(acting: Sequence[StackEntry], part: Part, names: Iterable[str]) -> dict[str, Sequence[tuple[str, float]]]:
     changes: dict[str, list[tuple[str, float]]] = {name: [] for name in names}
     for entry in acting:
         strength = entry.strength_by_module(part)

@@ -30,9 +30,14 @@ class LoadedParts:
 
     @contextmanager
     def phase(
-        self, part: str, key: str, load: Callable[[], nn.Module], offload: bool | None = None, change: Change = _never,
+        self,
+        part: str,
+        key: str,
+        load: Callable[[], nn.Module],
+        offload: bool | None = None,
+        change: Change = _never,
         room: int = 0,
-    ) -> Iterator[nn.Module]:  # fmt: skip
+    ) -> Iterator[nn.Module]:
         """borrow, and rest afterwards, whatever happens in between."""
         try:
             yield self.borrow(part, key, load, change, room)

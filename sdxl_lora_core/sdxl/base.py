@@ -51,9 +51,14 @@ class SDXLBase:
 
 
 def open_base(
-    path: Path, precision: Precision = "auto", hash_memo: Path | None = None, *,
-    prediction: PredictionOverride = "auto", zero_terminal_snr: Override = "auto", configs: Path = CONFIGS,
-) -> SDXLBase:  # fmt: skip
+    path: Path,
+    precision: Precision = "auto",
+    hash_memo: Path | None = None,
+    *,
+    prediction: PredictionOverride = "auto",
+    zero_terminal_snr: Override = "auto",
+    configs: Path = CONFIGS,
+) -> SDXLBase:
     """Checks and hashes a base. `hash_memo` is a folder that remembers hashes of large files (see file_sha256).
 
     `prediction` and `zero_terminal_snr` are for files that do not say so themselves, as `predicting` takes them.

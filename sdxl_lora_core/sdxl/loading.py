@@ -118,9 +118,7 @@ def save_encoder(module: Any, folder: Path) -> None:
         save_tensors(file, renamed, {"format": "pt"})  # which transformers asks for
 
 
-def from_single_file(
-    file: Path, configs: Path, part: Part, dtype: torch.dtype, prefix: str | None = None
-) -> nn.Module:  # fmt: skip
+def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, prefix: str | None = None) -> nn.Module:
     """Reads the part's tensors only and renames them as diffusers does. Raises ValueError if any is missing.
 
     `prefix` begins their names, where it is not the one that checkpoints have.

@@ -18,9 +18,12 @@ TokenIds = Mapping[str, Sequence[int]]  # words that the tokenizer does not know
 
 
 def encode_prompt_sdxl(
-    prompts: Sequence[str], tokenizers: Sequence[Any], text_encoders: Sequence[Any], chunks: int = 1,
+    prompts: Sequence[str],
+    tokenizers: Sequence[Any],
+    text_encoders: Sequence[Any],
+    chunks: int = 1,
     new_tokens: TokenIds | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Returns prompt embeddings [B, 77 n, 768 + 1280] and pooled embeddings [B, 1280] in the encoders' dtype.
 
     The first encoder's pooled output is not used. n is 1; with `chunks` over 1 it is what a prompt needs, see

@@ -55,9 +55,7 @@ def added_tokens(encoder: Any, tokenizer: Any, vectors: Mapping[str, Tensor]) ->
         encoder.set_input_embeddings(known)
 
 
-def start_vectors(
-    encoder: Any, tokenizer: Any, tokens: Mapping[str, str], count: int, seed: int
-) -> dict[str, Tensor]:  # fmt: skip
+def start_vectors(encoder: Any, tokenizer: Any, tokens: Mapping[str, str], count: int, seed: int) -> dict[str, Tensor]:
     """Where the `count` vectors of each token start, float32 [count, C].
 
     That is at the tokens of its word, again and again if they are fewer, at the means of some if they are more; without

@@ -29,9 +29,14 @@ def store_prompt(path: Path, embeds: Tensor, pooled: Tensor) -> None:
 
 
 def prompt_file(
-    base: SDXLBase, prompt: str, cache: Path, dtype: torch.dtype, device: torch.device, chunks: int = 1,
+    base: SDXLBase,
+    prompt: str,
+    cache: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunks: int = 1,
     reading: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Where a prompt's embeddings lie, or will lie. Kinds of device differ in the last bits, so each has its own.
 
     `reading` is what else they depend on, where a prompt is not read as captions are.

@@ -49,10 +49,21 @@ WriteAdapter = Callable[[Path, LoRAFile, int], None]
 
 
 def train_adapter(
-    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, cache: Path, checkpoints: Checkpoints,
-    start: Checkpoint | None, write_adapter: WriteAdapter, sample: Sample, journal: Journal, device: torch.device,
-    on_step: OnStep, should_stop: Callable[[], bool], processes: Processes,
-) -> Trained:  # fmt: skip
+    base: SDXLBase,
+    dataset: CaptionDataset,
+    config: TrainConfig,
+    *,
+    cache: Path,
+    checkpoints: Checkpoints,
+    start: Checkpoint | None,
+    write_adapter: WriteAdapter,
+    sample: Sample,
+    journal: Journal,
+    device: torch.device,
+    on_step: OnStep,
+    should_stop: Callable[[], bool],
+    processes: Processes,
+) -> Trained:
     """Caches, then trains until `config.steps` or `should_stop`, from the newest of `checkpoints`, else from `start`.
 
     `write_adapter` writes a LoRA file of what was learned after a number of steps, `sample` draws with it while the
@@ -74,9 +85,18 @@ class Loop:
     """What learns, the optimizer and where they stand. Closing it frees their memory."""
 
     def __init__(
-        self, base: SDXLBase, config: TrainConfig, data: TrainingData, device: torch.device, dtype: torch.dtype,
-        checkpoints: Checkpoints, write_adapter: WriteAdapter, sample: Sample, journal: Journal, processes: Processes,
-    ) -> None:  # fmt: skip
+        self,
+        base: SDXLBase,
+        config: TrainConfig,
+        data: TrainingData,
+        device: torch.device,
+        dtype: torch.dtype,
+        checkpoints: Checkpoints,
+        write_adapter: WriteAdapter,
+        sample: Sample,
+        journal: Journal,
+        processes: Processes,
+    ) -> None:
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
         self.checkpoints, self.write_adapter, self.journal = checkpoints, write_adapter, journal
         self.processes = processes
@@ -184,9 +204,12 @@ class Loop:
         self.state.checkpoints.append(self.state.step)
         try:
             self.checkpoints.save(
-                self.state, self.weights, self.optimizer, self.scaler.state_dict(),
+                self.state,
+                self.weights,
+                self.optimizer,
+                self.scaler.state_dict(),
                 lambda path: self.write_adapter(path, self.evaluator.learned(), self.state.step),
-            )  # fmt: skip
+            )
             self.saved_step = self.state.step
         except OSError as error:
             self.state.checkpoints.pop()

@@ -26,11 +26,20 @@ class FolderFacts:
 
 
 def lora_metadata(
-    config: TrainConfig, *, name: str, base_name: str, base_hash: str, prediction_type: str, zero_terminal_snr: bool,
-    precision: Precision, resolution: int, folders: Mapping[str, FolderFacts],
-    trigger_words: Sequence[str] = (), steps: int | None = None,
+    config: TrainConfig,
+    *,
+    name: str,
+    base_name: str,
+    base_hash: str,
+    prediction_type: str,
+    zero_terminal_snr: bool,
+    precision: Precision,
+    resolution: int,
+    folders: Mapping[str, FolderFacts],
+    trigger_words: Sequence[str] = (),
+    steps: int | None = None,
     regularisation_images: int = 0,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Metadata for write_lora. `precision` is the one computed in, `steps` those taken (config.steps unless cut short).
 
     `base_hash` is the base's fingerprint, `folders` are those of the training images, by name.
@@ -140,7 +149,7 @@ def _network_values(config: TrainConfig) -> dict[str, object]:
 
 def _dataset_values(
     folders: Mapping[str, FolderFacts], resolution: int, batch_size: int, trigger_words: Sequence[str]
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, object]:
     shown = sum(folder.images * folder.repeats for folder in folders.values())
     tags = {name: dict.fromkeys(trigger_words, folder.images) | dict(folder.tags) for name, folder in folders.items()}
     classes = ", ".join(trigger_words)

@@ -54,10 +54,17 @@ class TrainResult:
 
 
 def train(
-    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, *, folders: RunFolders, device: torch.device,
-    on_step: OnStep = lambda report: None, should_stop: Callable[[], bool] = lambda: False,
-    parts: LoadedParts | None = None, validation: CaptionDataset | None = None,
-) -> TrainResult:  # fmt: skip
+    base: SDXLBase,
+    dataset: CaptionDataset,
+    config: TrainConfig,
+    *,
+    folders: RunFolders,
+    device: torch.device,
+    on_step: OnStep = lambda report: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    parts: LoadedParts | None = None,
+    validation: CaptionDataset | None = None,
+) -> TrainResult:
     """Trains, or continues, or finds the same run finished. `parts` owns the weights that draw images.
 
     The pictures of `validation` are looked at beside those that `dataset` holds out.
@@ -90,9 +97,14 @@ def train(
         if not reused:
             with processes.one_after_the_other():
                 shown = with_class_images(
-                    base, dataset, config, run.folder / "class_images", parts=parts, cache=folders.cache,
+                    base,
+                    dataset,
+                    config,
+                    run.folder / "class_images",
+                    parts=parts,
+                    cache=folders.cache,
                     on_step=lambda done, total: on_step(StepReport("drawing class images", done, total)),
-                )  # fmt: skip
+                )
             _train_and_save(run, base, shown, config, fingerprint, folders, device, on_step, should_stop, processes)
             processes.wait()
         report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
@@ -122,9 +134,17 @@ def _claimed(processes: Processes, folders: RunFolders, config: TrainConfig, fin
 
 
 def _train_and_save(
-    run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, fingerprint: str, folders: RunFolders,
-    device: torch.device, on_step: OnStep, should_stop: Callable[[], bool], processes: Processes,
-) -> None:  # fmt: skip
+    run: Run,
+    base: SDXLBase,
+    dataset: CaptionDataset,
+    config: TrainConfig,
+    fingerprint: str,
+    folders: RunFolders,
+    device: torch.device,
+    on_step: OnStep,
+    should_stop: Callable[[], bool],
+    processes: Processes,
+) -> None:
     computed, dtype = resolve_dtype(config.precision, device), DTYPES[config.save_dtype]
     sampler = _sampler(run, base, dataset, config, folders)
 
@@ -133,8 +153,11 @@ def _train_and_save(
 
     with closing(Journal(run.folder if processes.is_first else None, run.name, config.tensorboard)) as journal:
         trained = train_adapter(
-            base, dataset, config,
-            cache=folders.cache, checkpoints=run.checkpoints,
+            base,
+            dataset,
+            config,
+            cache=folders.cache,
+            checkpoints=run.checkpoints,
             start=starting_point(related_runs(folders, run, config.lora_name), config),
             write_adapter=lambda path, learned, steps: write_lora(
                 path, lora(learned, steps), torch.float32, config.save_format
@@ -142,8 +165,12 @@ def _train_and_save(
             sample=lambda learned, step, on_step: sampler.of_step(
                 step, lambda path: write_lora(path, lora(learned, step), dtype, config.save_format), device, on_step
             ),
-            journal=journal, device=device, on_step=on_step, should_stop=should_stop, processes=processes,
-        )  # fmt: skip
+            journal=journal,
+            device=device,
+            on_step=on_step,
+            should_stop=should_stop,
+            processes=processes,
+        )
     if not processes.is_first:
         return
     finished = lora(trained.learned, trained.step)
@@ -152,10 +179,14 @@ def _train_and_save(
         write_embedding(run.embedding(token), vectors)
     report = make_report(run, base, dataset, config, trained)
     facts = {
-        "fingerprint": fingerprint, "base": base.fingerprint, "dataset": dataset.fingerprint,
-        "epochs": report["epochs"], "seconds": round(trained.state.seconds, 1), "resumed": trained.state.resumed,
+        "fingerprint": fingerprint,
+        "base": base.fingerprint,
+        "dataset": dataset.fingerprint,
+        "epochs": report["epochs"],
+        "seconds": round(trained.state.seconds, 1),
+        "resumed": trained.state.resumed,
         "device": str(device),
-    }  # fmt: skip
+    }
     save_settings(run, base, dataset, config, facts)
     write_text_atomic(run.folder / "report.json", json.dumps(report, indent=2))
     write_text_atomic(run.folder / "finished", fingerprint)
@@ -214,9 +245,14 @@ def _sampler(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainCon
 
 
 def _final_samples(
-    run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, folders: RunFolders, parts: LoadedParts,
+    run: Run,
+    base: SDXLBase,
+    dataset: CaptionDataset,
+    config: TrainConfig,
+    folders: RunFolders,
+    parts: LoadedParts,
     on_step: OnStep,
-) -> Samples:  # fmt: skip
+) -> Samples:
     return _sampler(run, base, dataset, config, folders).of_file(run.lora_path, parts, on_step)
 
 

@@ -69,9 +69,12 @@ def test_entry_is_a_png_and_a_manifest(cache: ImageCache, pixels: np.ndarray) ->
     manifest = json.loads((entry(cache) / "manifest.json").read_text(encoding="utf-8"))
     png = (entry(cache) / "image.png").read_bytes()
     assert manifest == {
-        "schema": 1, "key": KEY, "size": len(png), "sha256": hashlib.sha256(png).hexdigest(),
+        "schema": 1,
+        "key": KEY,
+        "size": len(png),
+        "sha256": hashlib.sha256(png).hexdigest(),
         "settings": {"prompt": "größer"},
-    }  # fmt: skip
+    }
     assert str(cache.root).encode() not in png + json.dumps(manifest).encode()
 
 

@@ -94,8 +94,10 @@ def test_four_servers_make_each_image_once(micro_sdxl: Path, tmp_path: Path, req
     total = int((tmp_path / "images/size.txt").read_text())  # servers that begin together may count an image twice
     assert found.size <= total <= found.size + 4 * max(file.stat().st_size for file in tmp_path.rglob("image.png")) * 2
     assert {file.name for file in (tmp_path / "images").rglob("*") if file.is_file()} == {
-        "image.png", "manifest.json", "size.txt",
-    }  # fmt: skip
+        "image.png",
+        "manifest.json",
+        "size.txt",
+    }
 
 
 # Killed while writing
@@ -129,9 +131,12 @@ with cache.locked([key]):
     cache.store(key, np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8), {})
 """
 MOMENTS = [
-    ("image.png", "half"), ("image.png", "before"), ("image.png", "after"),
-    ("manifest.json", "before"), ("manifest.json", "after"),
-]  # fmt: skip
+    ("image.png", "half"),
+    ("image.png", "before"),
+    ("image.png", "after"),
+    ("manifest.json", "before"),
+    ("manifest.json", "after"),
+]
 
 
 @pytest.mark.slow

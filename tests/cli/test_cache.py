@@ -96,8 +96,10 @@ def test_the_node_is_whole() -> None:
     assert list(declared) == ["action", "limit_gb"] and declared["limit_gb"][1]["default"] == 0.0
     assert declared["action"][0] == ["show", "prune", "verify"] and declared["action"][1]["default"] == "show"
     assert list(zip(NODE.RETURN_NAMES, NODE.RETURN_TYPES, strict=True)) == [
-        ("report", "STRING"), ("images", "INT"), ("gigabytes", "FLOAT"),
-    ]  # fmt: skip
+        ("report", "STRING"),
+        ("images", "INT"),
+        ("gigabytes", "FLOAT"),
+    ]
     assert NODE.OUTPUT_NODE and NODE.DESCRIPTION and len(NODE.SEARCH_ALIASES) >= 3 and NODE.CATEGORY == "SDXL LoRA"
     assert len(NODE.OUTPUT_TOOLTIPS) == 3 and all(options["tooltip"] for _, options in declared.values())
     assert math.isnan(NODE.IS_CHANGED(action="show", limit_gb=0.0))

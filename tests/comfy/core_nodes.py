@@ -45,9 +45,14 @@ def stack_of(loras: list) -> list:
     stack = None
     for name, strength_model, strength_clip, *blocks in loras:
         [stack, _] = call(
-            "LoadLoRA", lora_name=name, strength_model=strength_model, strength_clip=strength_clip, enabled=True,
-            lora_stack=stack, blocks=blocks[0] if blocks else "",
-        )  # fmt: skip
+            "LoadLoRA",
+            lora_name=name,
+            strength_model=strength_model,
+            strength_clip=strength_clip,
+            enabled=True,
+            lora_stack=stack,
+            blocks=blocks[0] if blocks else "",
+        )
     return stack or []
 
 
@@ -59,9 +64,13 @@ def checkpoint(name: str) -> tuple:
 def core_way(model: object, clip: object, loras: list) -> tuple:
     for name, strength_model, strength_clip in loras:
         model, clip = call(
-            "LoraLoader", model=model, clip=clip, lora_name=name, strength_model=strength_model,
+            "LoraLoader",
+            model=model,
+            clip=clip,
+            lora_name=name,
+            strength_model=strength_model,
             strength_clip=strength_clip,
-        )  # fmt: skip
+        )
     return model, clip
 
 

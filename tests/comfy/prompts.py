@@ -29,9 +29,13 @@ def small_model(encoders: dict) -> comfy.sdxl_clip.SDXLClipModel:
     torch.nn.Module.__init__(model)
     for name, encoder in encoders.items():
         clip = comfy.sd1_clip.SDClipModel(
-            layer="hidden", layer_idx=-2, dtype=torch.float32, layer_norm_hidden_state=False,
-            textmodel_json_config=encoder["config"], special_tokens={"start": 49406, "end": 49407, "pad": PADS[name]},
-        )  # fmt: skip
+            layer="hidden",
+            layer_idx=-2,
+            dtype=torch.float32,
+            layer_norm_hidden_state=False,
+            textmodel_json_config=encoder["config"],
+            special_tokens={"start": 49406, "end": 49407, "pad": PADS[name]},
+        )
         weights = safetensors.torch.load_file(encoder["weights"])
         if (projection := weights.pop("text_projection.weight", None)) is not None:
             clip.transformer.text_projection = torch.nn.Linear(*reversed(projection.shape), bias=False)
@@ -52,8 +56,11 @@ if "encoders" in request:
     model = small_model(request["encoders"])
     with torch.no_grad():
         results = [model.encode_token_weights(rows) for rows in tokens]
-    tensors = {f"{number}.{name}": one[side].contiguous() for number, one in enumerate(results)
-               for side, name in enumerate(("hidden", "pooled"))}  # fmt: skip
+    tensors = {
+        f"{number}.{name}": one[side].contiguous()
+        for number, one in enumerate(results)
+        for side, name in enumerate(("hidden", "pooled"))
+    }
     safetensors.torch.save_file(tensors, request["results"])
 read = [
     {key: [[(plain(token), weight) for token, weight in row] for row in rows] for key, rows in one.items()}

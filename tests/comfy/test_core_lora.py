@@ -56,8 +56,12 @@ def calls() -> list[Any]:
     ]
     merged = {"lora_name": "merged", "method": "concatenate", "rank": 32, "precision": "fp32", "lora_stack": LORAS}
     base = {
-        "base": "narrow", "lora_stack": LORAS, "base_name": "merged_base", "layout": "single_file", "precision": "fp16",
-    }  # fmt: skip
+        "base": "narrow",
+        "lora_stack": LORAS,
+        "base_name": "merged_base",
+        "layout": "single_file",
+        "precision": "fp16",
+    }
     return [*saved, ["MergeLoRAs", merged], ["SaveMergedBase", base]]
 
 

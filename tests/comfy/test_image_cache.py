@@ -18,9 +18,20 @@ FORM = {"nodes": [], "secret": "/home/somebody/pictures/cat.png"}
 
 def picture(**changes: Any) -> dict[str, Any]:
     inputs = {
-        "base": ["base", 0], "prompt": "a green star", "negative_prompt": "", "seed": 99, "steps": 2, "guidance": 5.0,
-        "width": 64, "height": 64, "count": 1, "sampler": "dpmpp_2m", "scheduler": "karras", "cache": "use", **changes,
-    }  # fmt: skip
+        "base": ["base", 0],
+        "prompt": "a green star",
+        "negative_prompt": "",
+        "seed": 99,
+        "steps": 2,
+        "guidance": 5.0,
+        "width": 64,
+        "height": 64,
+        "count": 1,
+        "sampler": "dpmpp_2m",
+        "scheduler": "karras",
+        "cache": "use",
+        **changes,
+    }
     return {"base": BASE, "picture": {"class_type": "SDXLGenerateCached", "inputs": inputs}}
 
 

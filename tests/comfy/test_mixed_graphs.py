@@ -44,9 +44,18 @@ def core(latent: Link, model: Link, clip: Link, **changes: Any) -> Graph:
 def ours(name: str = "ours", base: str = "narrow", **changes: Any) -> Graph:
     """Our generation with the same settings, to the latents and the picture of `name`."""
     settings = {
-        "prompt": TEXTS["wanted"], "negative_prompt": TEXTS["unwanted"], "guidance": 5.0, "width": SIDE, "height": SIDE,
-        "count": 1, "sampler": "dpmpp_2m", "scheduler": "karras", "cache": "use", "keep_latents": True, **SAMPLING,
-    }  # fmt: skip
+        "prompt": TEXTS["wanted"],
+        "negative_prompt": TEXTS["unwanted"],
+        "guidance": 5.0,
+        "width": SIDE,
+        "height": SIDE,
+        "count": 1,
+        "sampler": "dpmpp_2m",
+        "scheduler": "karras",
+        "cache": "use",
+        "keep_latents": True,
+        **SAMPLING,
+    }
     return {
         "base": node("LoadSDXLBase", base=base, precision="fp32"),
         name: node("SDXLGenerateCached", base=["base", 0], **{**settings, **changes}),
@@ -106,10 +115,12 @@ def narrow(server: Any, narrow_home: Path) -> Any:
 
 def test_a_lora_saved_by_us_does_the_same_in_cores_loader(narrow: Any) -> None:
     """Core's checkpoint, LoRA loader, text encoding, sampler and decoder beside our two nodes."""
-    narrow.run({
-        "weigh": load_lora("text.safetensors", 0.8, 0.6),
-        "save": node("SaveSDXLLoRA", lora_name="mixed", format="kohya", precision="fp16", lora_stack=["weigh", 0]),
-    })  # fmt: skip
+    narrow.run(
+        {
+            "weigh": load_lora("text.safetensors", 0.8, 0.6),
+            "save": node("SaveSDXLLoRA", lora_name="mixed", format="kohya", precision="fp16", lora_stack=["weigh", 0]),
+        }
+    )
     lora = node(
         "LoraLoader", model=MODEL, clip=CLIP, lora_name="mixed.safetensors", strength_model=1.0, strength_clip=1.0
     )

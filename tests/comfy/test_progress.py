@@ -15,10 +15,22 @@ import pytest
 def watched(server: Any, comfyui_python: str, tmp_path: Path) -> dict[str, Any]:
     base = {"class_type": "LoadSDXLBase", "inputs": {"base": "tiny-sdxl (bundled)", "precision": "auto"}}
     settings = {
-        "base": ["base", 0], "prompt": "a blue square", "negative_prompt": "", "seed": 11, "steps": 5, "guidance": 5.0,
-        "width": 128, "height": 64, "count": 3, "sampler": "dpmpp_2m", "scheduler": "karras", "cache": "off",
-        "batch_size": 2, "hires_scale": 2.0, "hires_steps": 2,
-    }  # fmt: skip
+        "base": ["base", 0],
+        "prompt": "a blue square",
+        "negative_prompt": "",
+        "seed": 11,
+        "steps": 5,
+        "guidance": 5.0,
+        "width": 128,
+        "height": 64,
+        "count": 3,
+        "sampler": "dpmpp_2m",
+        "scheduler": "karras",
+        "cache": "off",
+        "batch_size": 2,
+        "hires_scale": 2.0,
+        "hires_steps": 2,
+    }
     workflow = {"base": base, "picture": {"class_type": "SDXLGenerateCached", "inputs": settings}}
     file = tmp_path / "workflow.json"
     file.write_text(json.dumps(workflow))

@@ -23,21 +23,63 @@ from sdxl_lora_core.text.text_model import TextModel
 WIDTHS = {"clip_l": 64, "clip_g": 96}  # of tiny-sdxl
 LONG = "a very long prompt, " * 20
 PROMPTS = [
-    "", " ", "a red heart", "a (red:1.2) heart", "(a) ((b)) (((c:0.3)))", "((a:1.5) b:0.7) c", "(a:b) (:1.2) () (a:)",
-    r"\(a\) (b\):1.3) \\(c:2)", "(a", "((a)", "a) (b:2) c", "a)) (b:2) ((c:1.4)) d", "((a) (b:0.2)",
-    "(a:-1), (b: 2 ), (c:1e-1)", "a embedding:cat b", "(embedding:cat:1.3), red", "embedding:cat, red\nembedding:many",
-    "an embedding: cat,, and", "a,embedding:cat", "(embedding:cat, embedding:many:0.8)", "embedding:cat.safetensors",
-    "embedding:deep,", LONG, f"({LONG}:1.1), {LONG}", f"{LONG}(seven small words of one piece:1.2)(x:0.9)" * 3,
-    "(word:1.1) " * 90, f"{LONG[:220]} embedding:many, (and on:1.3)", "embedding:many " * 12,
-    "naïve café, 猫! 😀 (é:1.2)", "A  B\t(C\n:1.1)\r\n", "it's 3.5 \"quotes\" & <|endoftext|> [x] {y|z} BREAK AND",
+    "",
+    " ",
+    "a red heart",
+    "a (red:1.2) heart",
+    "(a) ((b)) (((c:0.3)))",
+    "((a:1.5) b:0.7) c",
+    "(a:b) (:1.2) () (a:)",
+    r"\(a\) (b\):1.3) \\(c:2)",
+    "(a",
+    "((a)",
+    "a) (b:2) c",
+    "a)) (b:2) ((c:1.4)) d",
+    "((a) (b:0.2)",
+    "(a:-1), (b: 2 ), (c:1e-1)",
+    "a embedding:cat b",
+    "(embedding:cat:1.3), red",
+    "embedding:cat, red\nembedding:many",
+    "an embedding: cat,, and",
+    "a,embedding:cat",
+    "(embedding:cat, embedding:many:0.8)",
+    "embedding:cat.safetensors",
+    "embedding:deep,",
+    LONG,
+    f"({LONG}:1.1), {LONG}",
+    f"{LONG}(seven small words of one piece:1.2)(x:0.9)" * 3,
+    "(word:1.1) " * 90,
+    f"{LONG[:220]} embedding:many, (and on:1.3)",
+    "embedding:many " * 12,
+    "naïve café, 猫! 😀 (é:1.2)",
+    "A  B\t(C\n:1.1)\r\n",
+    'it\'s 3.5 "quotes" & <|endoftext|> [x] {y|z} BREAK AND',
     "1girl, solo, (masterpiece, best quality:1.2), (smile:0.8)!",
-]  # fmt: skip
+]
 
 
 def random_prompts(count: int) -> list[str]:
     draw = random.Random(7)
-    bits = ["(", ")", "(", ")", ":1.2)", ":0.7)", "\\(", "\\)", " ", "cat", " a red house ", ", ", ":", "!", "\n",
-            " embedding:cat ", "\nembedding:many, ", "long words together in a row of ten tokens "]  # fmt: skip
+    bits = [
+        "(",
+        ")",
+        "(",
+        ")",
+        ":1.2)",
+        ":0.7)",
+        "\\(",
+        "\\)",
+        " ",
+        "cat",
+        " a red house ",
+        ", ",
+        ":",
+        "!",
+        "\n",
+        " embedding:cat ",
+        "\nembedding:many, ",
+        "long words together in a row of ten tokens ",
+    ]
     return ["".join(draw.choices(bits, k=draw.randint(1, 40))) for _ in range(count)]
 
 
@@ -103,8 +145,15 @@ def test_embeddings_are_comfyuis(
         save_file({key: rows.contiguous() for key, rows in weights.items()}, tmp_path / f"{name}.safetensors")
         request[name] = {"config": encoder.config.to_dict(), "weights": str(tmp_path / f"{name}.safetensors")}
     results = tmp_path / "results.safetensors"
-    ask(comfyui, comfyui_python, tmp_path, prompts=PROMPTS, embeddings=str(embeddings), encoders=request,
-        results=str(results))  # fmt: skip
+    ask(
+        comfyui,
+        comfyui_python,
+        tmp_path,
+        prompts=PROMPTS,
+        embeddings=str(embeddings),
+        encoders=request,
+        results=str(results),
+    )
     wanted = load_file(results)
     model = TextModel(load_tokenizers(micro_base), encoders)
     for number, prompt in enumerate(PROMPTS):
@@ -118,10 +167,21 @@ def test_embeddings_are_comfyuis(
 
 def picture(prompt: str, **changes: Any) -> dict[str, Any]:
     inputs = {
-        "base": ["base", 0], "prompt": prompt, "negative_prompt": "(blurry:0.8)", "seed": 1, "steps": 2,
-        "guidance": 5.0, "width": 64, "height": 64, "count": 1, "sampler": "dpmpp_2m", "scheduler": "karras",
-        "cache": "use", "prompt_syntax": "comfy", **changes,
-    }  # fmt: skip
+        "base": ["base", 0],
+        "prompt": prompt,
+        "negative_prompt": "(blurry:0.8)",
+        "seed": 1,
+        "steps": 2,
+        "guidance": 5.0,
+        "width": 64,
+        "height": 64,
+        "count": 1,
+        "sampler": "dpmpp_2m",
+        "scheduler": "karras",
+        "cache": "use",
+        "prompt_syntax": "comfy",
+        **changes,
+    }
     return {
         "base": {"class_type": "LoadSDXLBase", "inputs": {"base": "tiny-sdxl (bundled)", "precision": "fp32"}},
         "picture": {"class_type": "SDXLGenerateCached", "inputs": inputs},

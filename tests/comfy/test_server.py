@@ -29,17 +29,28 @@ def job(**inputs: dict[str, Any]) -> Workflow:
         "dataset": {
             "class_type": "LoadCaptionDataset",
             "inputs": {
-                "folder": "sample: 8-bit (bundled)", "trigger_word": "", "resolution": 64, "validation_percent": 0,
+                "folder": "sample: 8-bit (bundled)",
+                "trigger_word": "",
+                "resolution": 64,
+                "validation_percent": 0,
             },
         },
         "train": {
             "class_type": "TrainSDXLLoRA",
             "inputs": {
-                "base": ["base", 0], "dataset": ["dataset", 0], "lora_name": "job", "steps": 3, "learning_rate": 1e-3,
-                "rank": 2, "alpha": 2.0, "batch_size": 1, "seed": 0, "sample_prompts": "",
+                "base": ["base", 0],
+                "dataset": ["dataset", 0],
+                "lora_name": "job",
+                "steps": 3,
+                "learning_rate": 1e-3,
+                "rank": 2,
+                "alpha": 2.0,
+                "batch_size": 1,
+                "seed": 0,
+                "sample_prompts": "",
             },
         },
-    }  # fmt: skip
+    }
     for name, changes in inputs.items():
         workflow[name]["inputs"].update(changes)
     return workflow
@@ -47,10 +58,20 @@ def job(**inputs: dict[str, Any]) -> Workflow:
 
 def picture(lora_stack: Any = None, **changes: Any) -> Workflow:
     inputs = {
-        "base": ["base", 0], "prompt": "a red circle on a sky background", "negative_prompt": "", "seed": 1, "steps": 2,
-        "guidance": 5.0, "width": 64, "height": 64, "count": 1, "sampler": "dpmpp_2m", "scheduler": "karras",
-        "cache": "use", **changes,
-    }  # fmt: skip
+        "base": ["base", 0],
+        "prompt": "a red circle on a sky background",
+        "negative_prompt": "",
+        "seed": 1,
+        "steps": 2,
+        "guidance": 5.0,
+        "width": 64,
+        "height": 64,
+        "count": 1,
+        "sampler": "dpmpp_2m",
+        "scheduler": "karras",
+        "cache": "use",
+        **changes,
+    }
     if lora_stack:
         inputs["lora_stack"] = lora_stack
     return {"base": job()["base"], "picture": {"class_type": "SDXLGenerateCached", "inputs": inputs}}
@@ -176,10 +197,16 @@ def test_a_new_lora_is_offered_by_comfyui_and_by_us(server: Any) -> None:
 
 
 def test_a_lora_trained_in_the_graph_is_weighted(server: Any) -> None:
-    weigh = {"class_type": "LoadLoRA", "inputs": {
-        "lora_name": "(incoming)", "strength_model": 0.5, "strength_clip": 0.5, "enabled": True,
-        "lora_stack": ["train", 0],
-    }}  # fmt: skip
+    weigh = {
+        "class_type": "LoadLoRA",
+        "inputs": {
+            "lora_name": "(incoming)",
+            "strength_model": 0.5,
+            "strength_clip": 0.5,
+            "enabled": True,
+            "lora_stack": ["train", 0],
+        },
+    }
     outputs = server.run({**picture(["weigh", 0], seed=51), **job(train={"lora_name": "weighted"}), "weigh": weigh})
     assert outputs["picture"]["images"]
     assert "is off" not in outputs["weigh"]["text"][0]
@@ -243,9 +270,15 @@ def test_models_of_another_kind(server: Any) -> None:
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     weights = {f"{key}.lora_down.weight": torch.zeros(4, 768), f"{key}.lora_up.weight": torch.zeros(320, 4)}
     save_file(weights, loras / "sd15-lora.safetensors")
-    load = {"class_type": "LoadLoRA", "inputs": {
-        "lora_name": "sd15-lora.safetensors", "strength_model": 1.0, "strength_clip": 1.0, "enabled": True,
-    }}  # fmt: skip
+    load = {
+        "class_type": "LoadLoRA",
+        "inputs": {
+            "lora_name": "sd15-lora.safetensors",
+            "strength_model": 1.0,
+            "strength_clip": 1.0,
+            "enabled": True,
+        },
+    }
     assert "a Stable Diffusion 1.x LoRA" in server.failure({**picture(["load", 0]), "load": load})
 
 

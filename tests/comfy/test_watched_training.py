@@ -18,13 +18,16 @@ STEPS, EVERY, PATIENCE = 80, 5, 4
 SETTINGS = {
     "LoadCaptionDataset": {"resolution": 64, "validation_percent": 10},
     "WatchOptions": {
-        "validate_every": EVERY, "early_stopping": PATIENCE, "sample_every": 2 * EVERY, "sample_steps": 4,
+        "validate_every": EVERY,
+        "early_stopping": PATIENCE,
+        "sample_every": 2 * EVERY,
+        "sample_steps": 4,
         "checkpoint_every": STEPS,
     },
     # So high a rate that the validation loss rises soon.
     "TrainSDXLLoRA": {"lora_name": "watched", "steps": STEPS, "learning_rate": 0.01, "rank": 16, "batch_size": 1},
     "SDXLGenerateCached": {"steps": 2, "count": 1, "width": 64, "height": 64},
-}  # fmt: skip
+}
 CHART_COLORS = {"smoothed loss": "#1f4e8c", "validation": "#b3261e", "samples": "#2e7d32", "checkpoints": "#6a4c93"}
 
 

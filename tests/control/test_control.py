@@ -60,10 +60,16 @@ def reference(folder: Path, kind: str, config: GenerateConfig, **arguments: Any)
     )
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
-        config.prompt, negative_prompt=config.negative_prompt, guidance_scale=config.guidance,
-        num_inference_steps=config.schedule_steps, width=config.width, height=config.height,
-        generator=torch.Generator().manual_seed(config.seed), output_type="np", **arguments,
-    ).images[0]  # fmt: skip
+        config.prompt,
+        negative_prompt=config.negative_prompt,
+        guidance_scale=config.guidance,
+        num_inference_steps=config.schedule_steps,
+        width=config.width,
+        height=config.height,
+        generator=torch.Generator().manual_seed(config.seed),
+        output_type="np",
+        **arguments,
+    ).images[0]
     return image * 255
 
 
@@ -82,9 +88,13 @@ def test_one_net_equals_the_plain_pipeline(
     drawing = hint(width=80)
     image = made(micro_base, config, control(files[0], drawing, strength=0.8))
     wanted = reference(
-        micro_sdxl, "", config,
-        controlnet=nets[0], image=Image.fromarray(drawing), controlnet_conditioning_scale=0.8,
-    )  # fmt: skip
+        micro_sdxl,
+        "",
+        config,
+        controlnet=nets[0],
+        image=Image.fromarray(drawing),
+        controlnet_conditioning_scale=0.8,
+    )
     assert abs(image - wanted).max() <= 1
     assert abs(image - pixels(micro_base, config)[0]).max() > 20
 
@@ -99,9 +109,13 @@ def test_two_nets_equal_the_plain_pipeline_in_either_order(
     pair = [control(files[0], hint(1), strength=0.7), control(files[1], hint(2), strength=0.4)]
     image = made(micro_base, config, *pair)
     wanted = reference(
-        micro_sdxl, "", config, controlnet=MultiControlNetModel(nets),
-        image=[Image.fromarray(hint(1)), Image.fromarray(hint(2))], controlnet_conditioning_scale=[0.7, 0.4],
-    )  # fmt: skip
+        micro_sdxl,
+        "",
+        config,
+        controlnet=MultiControlNetModel(nets),
+        image=[Image.fromarray(hint(1)), Image.fromarray(hint(2))],
+        controlnet_conditioning_scale=[0.7, 0.4],
+    )
     assert abs(image - wanted).max() <= 1
     assert abs(image - made(micro_base, config, *pair[::-1])).max() <= 1
     for one in pair:
@@ -115,9 +129,15 @@ def test_image_to_image_equals_the_plain_pipeline(
     starts = start_images(config, [picture()])
     image = made(micro_base, config, control(files[0]), starts=starts)
     wanted = reference(
-        micro_sdxl, "Img2Img", config, controlnet=nets[0], strength=0.5,
-        image=Image.fromarray(picture()), control_image=Image.fromarray(hint()), controlnet_conditioning_scale=1.0,
-    )  # fmt: skip
+        micro_sdxl,
+        "Img2Img",
+        config,
+        controlnet=nets[0],
+        strength=0.5,
+        image=Image.fromarray(picture()),
+        control_image=Image.fromarray(hint()),
+        controlnet_conditioning_scale=1.0,
+    )
     assert abs(image - wanted).max() <= 1
     assert abs(image - made(micro_base, config, starts=starts)).max() > 5
 
@@ -129,10 +149,16 @@ def test_inpainting_equals_the_plain_pipeline(
     starts = start_images(config, [picture()], masks=[half_mask()])
     image = made(micro_base, config, control(files[0]), starts=starts)
     wanted = reference(
-        micro_sdxl, "Inpaint", config, controlnet=nets[0], strength=0.5, image=Image.fromarray(picture()),
-        mask_image=Image.fromarray((half_mask() * 255).astype(np.uint8)), control_image=Image.fromarray(hint()),
+        micro_sdxl,
+        "Inpaint",
+        config,
+        controlnet=nets[0],
+        strength=0.5,
+        image=Image.fromarray(picture()),
+        mask_image=Image.fromarray((half_mask() * 255).astype(np.uint8)),
+        control_image=Image.fromarray(hint()),
         controlnet_conditioning_scale=1.0,
-    )  # fmt: skip
+    )
     assert abs(image - wanted).max() <= 1
     assert abs(image - made(micro_base, config, starts=starts)).max() > 5
 
@@ -145,9 +171,14 @@ def test_a_union_equals_the_plain_pipeline(
     config = settings(steps=10)
     image = made(micro_base, config, control(files[2], strength=0.9, control_type=control_type))
     wanted = reference(
-        micro_sdxl, "Union", config, controlnet=union, control_image=Image.fromarray(hint()),
-        control_mode=CONTROL_TYPES.index(control_type) - 1, controlnet_conditioning_scale=0.9,
-    )  # fmt: skip
+        micro_sdxl,
+        "Union",
+        config,
+        controlnet=union,
+        control_image=Image.fromarray(hint()),
+        control_mode=CONTROL_TYPES.index(control_type) - 1,
+        controlnet_conditioning_scale=0.9,
+    )
     assert abs(image - wanted).max() <= 1
     assert abs(image - made(micro_base, config)).max() > 10
 
@@ -418,9 +449,16 @@ def test_unet_and_nets_are_on_the_device_together_and_leave_together(micro_base:
     parts = WatchedParts(offload=True)
     draw(micro_base, settings(steps=1), controls=[control(path) for path in files[:2]], parts=parts)
     assert moves(parts) == [
-        "load unet", "arrive unet", "load control", "arrive control", "load control", "arrive control",
-        "leave control", "leave control", "leave unet",
-    ]  # fmt: skip
+        "load unet",
+        "arrive unet",
+        "load control",
+        "arrive control",
+        "load control",
+        "arrive control",
+        "leave control",
+        "leave control",
+        "leave unet",
+    ]
 
 
 def test_cancelling_leaves_nothing_behind(micro_base: SDXLBase, files: list[Path]) -> None:
@@ -468,8 +506,9 @@ def test_the_node_adds_a_net_to_those_before(
     image = wires.to_image([hint(0, 100, 50)])
     first, info = node().add("sub/a.safetensors", image, strength=0.5, start_percent=0.0, end_percent=1.0)["result"]
     assert info.splitlines() == [
-        "a: SDXL, ControlNet, 0.00 GB of weights", "strength 0.5 from 0% to 100% of the way, by 1 image of 100x50",
-    ]  # fmt: skip
+        "a: SDXL, ControlNet, 0.00 GB of weights",
+        "strength 0.5 from 0% to 100% of the way, by 1 image of 100x50",
+    ]
     second, _ = node().add("sub/b.safetensors", image, controls=first, start_percent=0.2)["result"]
     assert [one.net.name for one in second] == ["a", "b"] and len(first) == 1
     assert (second[0].config.strength, second[1].config.start_percent) == (0.5, 0.2)

@@ -174,23 +174,35 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         "a Kolors ControlNet",
     ),
     "Flux": (
-        {"controlnet_blocks.0.weight": (3072, 3072), "controlnet_x_embedder.weight": (3072, 64),
-         "transformer_blocks.0.attn.to_q.weight": (3072, 3072)},
+        {
+            "controlnet_blocks.0.weight": (3072, 3072),
+            "controlnet_x_embedder.weight": (3072, 64),
+            "transformer_blocks.0.attn.to_q.weight": (3072, 3072),
+        },
         "a Flux ControlNet",
     ),
     "Flux, XLabs": (
-        {"controlnet_blocks.0.weight": (3072, 3072), "double_blocks.0.img_attn.qkv.weight": (9216, 3072),
-         "input_hint_block.0.weight": (16, 3, 3, 3)},
+        {
+            "controlnet_blocks.0.weight": (3072, 3072),
+            "double_blocks.0.img_attn.qkv.weight": (9216, 3072),
+            "input_hint_block.0.weight": (16, 3, 3, 3),
+        },
         "a Flux ControlNet",
     ),
     "Qwen": (
-        {"controlnet_blocks.0.weight": (3072, 3072), "controlnet_x_embedder.weight": (3072, 64),
-         "transformer_blocks.0.img_mlp.net.0.proj.weight": (12288, 3072)},
+        {
+            "controlnet_blocks.0.weight": (3072, 3072),
+            "controlnet_x_embedder.weight": (3072, 64),
+            "transformer_blocks.0.img_mlp.net.0.proj.weight": (12288, 3072),
+        },
         "a Qwen-Image ControlNet",
     ),
     "SD 3": (
-        {"controlnet_blocks.0.weight": (1536, 1536), "pos_embed_input.proj.weight": (1536, 17, 2, 2),
-         "transformer_blocks.0.attn.to_q.weight": (1536, 1536)},
+        {
+            "controlnet_blocks.0.weight": (1536, 1536),
+            "pos_embed_input.proj.weight": (1536, 17, 2, 2),
+            "transformer_blocks.0.attn.to_q.weight": (1536, 1536),
+        },
         "a Stable Diffusion 3 ControlNet",
     ),
     "T2I-Adapter": (
@@ -198,31 +210,40 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         "a T2I-Adapter",
     ),
     "T2I-Adapter, published": (
-        {"conv_in.weight": (320, 768, 3, 3), "body.0.block1.weight": (320, 320, 3, 3)}, "a T2I-Adapter",
+        {"conv_in.weight": (320, 768, 3, 3), "body.0.block1.weight": (320, 320, 3, 3)},
+        "a T2I-Adapter",
     ),
     "IP-Adapter": (
-        {"image_proj.proj.weight": (8192, 1280), "ip_adapter.1.to_k_ip.weight": (640, 2048)}, "an IP-Adapter",
+        {"image_proj.proj.weight": (8192, 1280), "ip_adapter.1.to_k_ip.weight": (640, 2048)},
+        "an IP-Adapter",
     ),
     "IP-Adapter FaceID": (
-        {"image_proj.proj.0.weight": (1024, 512), "ip_adapter.0.to_q_lora.down.weight": (128, 640)}, "an IP-Adapter",
+        {"image_proj.proj.0.weight": (1024, 512), "ip_adapter.0.to_q_lora.down.weight": (128, 640)},
+        "an IP-Adapter",
     ),
     "Control-LoRA": (
         {**OLD, "lora_controlnet": (0,), "input_blocks.1.0.in_layers.2.up": (320, 256), "label_emb.0.0.up": (9, 9)},
         "a Control-LoRA",
     ),
     "LLLite": (
-        {"lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.conditioning1.0.weight": (16, 3, 4, 4),
-         "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight": (32, 640)},
+        {
+            "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.conditioning1.0.weight": (16, 3, 4, 4),
+            "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight": (32, 640),
+        },
         "a ControlNet-LLLite",
     ),
     "checkpoint": (
-        {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3), "first_stage_model.x": (1,),
-         "conditioner.embedders.0.transformer.x": (1,), "conditioner.embedders.1.model.x": (1,)},
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+            "first_stage_model.x": (1,),
+            "conditioner.embedders.0.transformer.x": (1,),
+            "conditioner.embedders.1.model.x": (1,),
+        },
         "an SDXL checkpoint",
     ),
     "LoRA": ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (8, 640)}, "a LoRA"),
     "UNet": ({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)}, "a UNet alone"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -242,8 +263,10 @@ def test_damaged_and_incomplete_ones_are_refused(micro_base: SDXLBase, net: Any,
             load_control_net(open_control_net(tmp_path / "net.safetensors"), micro_base, torch.float32)
 
     refused("net.safetensors looks like an SDXL ControlNet, but lacks the tensor 'conv_in.weight'", "conv_in.weight")
-    refused(r"the ControlNet in net.safetensors does not fit: 1 tensors.*\(controlnet_mid_block.bias\)",
-            "controlnet_mid_block.bias")  # fmt: skip
+    refused(
+        r"the ControlNet in net.safetensors does not fit: 1 tensors.*\(controlnet_mid_block.bias\)",
+        "controlnet_mid_block.bias",
+    )
     refused(r"does not fit: 1 tensors.*\(more\)", more=torch.zeros(1))
     refused("takes pictures of 4 channels", **{"controlnet_cond_embedding.conv_in.weight": torch.zeros(16, 4, 3, 3)})
     for name in ("net.pth", "net.bin"):

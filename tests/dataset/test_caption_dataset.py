@@ -570,9 +570,15 @@ def test_quick_fingerprint_sees_names_sizes_and_times_and_never_fails(tmp_path):
 
 def test_report_says_what_was_found(tmp_path):
     files = {
-        "a.png": png(size=(40, 40)), "a.txt": "one", "b.png": png(size=(256, 128)), "b.txt": "two",
-        "c.png": "bad", "c.txt": "x", "d.png": png(size=(90, 90)), "d.txt": b"m\xf6bel",
-    }  # fmt: skip
+        "a.png": png(size=(40, 40)),
+        "a.txt": "one",
+        "b.png": png(size=(256, 128)),
+        "b.txt": "two",
+        "c.png": "bad",
+        "c.txt": "x",
+        "d.png": png(size=(90, 90)),
+        "d.txt": b"m\xf6bel",
+    }
     report = describe(load(lay(tmp_path / "set", files), trigger_word="pxl", repeats=2, resolution=64))
     lines = report.splitlines()
     assert "set: 3 images to train on, 6 per epoch with repeats" in lines and "validation: 0 images" in lines

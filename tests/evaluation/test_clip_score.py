@@ -113,9 +113,18 @@ def test_pictures_are_resized_by_pillow_and_cropped_in_the_middle(clip):
 
 def test_a_processor_in_the_folder_is_used(clip, tmp_path):
     folder = shutil.copytree(clip, tmp_path / "clip")
-    settings = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIDE},
-                "do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}, "image_mean": [0, 0, 0],
-                "image_std": [1, 1, 1], "do_normalize": True, "do_rescale": True, "resample": 3}  # fmt: skip
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": SIDE},
+        "do_center_crop": True,
+        "crop_size": {"height": SIDE, "width": SIDE},
+        "image_mean": [0, 0, 0],
+        "image_std": [1, 1, 1],
+        "do_normalize": True,
+        "do_rescale": True,
+        "resample": 3,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     picture = Image.new("RGB", (SIDE, SIDE), (255, 0, 51))
     pixels = load_processor(folder, load_clip(folder))(images=[picture], return_tensors="pt")["pixel_values"]

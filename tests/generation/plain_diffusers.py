@@ -110,7 +110,7 @@ def first_noise(pipeline: Any, config: GenerateConfig) -> torch.Tensor:
 
 def reference(
     folder: Path, config: GenerateConfig, rescale: float = 0.0, steered: Callable[[Any], Any] = lambda _: _, **more: Any
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """The image, [H, W, 3] from 0 to 255 and not rounded. `steered` makes another pipeline of the plain one, `more` are
     arguments for that."""
     pipeline = steered(reference_pipeline(folder, config))
@@ -118,8 +118,17 @@ def reference(
     latents = first_noise(pipeline, config)
     torch.randn(latents.shape, generator=draws)  # what comes after belongs to the steps
     image = pipeline(
-        config.prompt, negative_prompt=config.negative_prompt, num_inference_steps=config.steps,
-        guidance_scale=config.guidance, guidance_rescale=rescale, width=config.width, height=config.height,
-        eta=0.3 if config.sampler == "tcd" else 0.0, generator=draws, latents=latents, output_type="np", **more,
-    ).images[0]  # fmt: skip
+        config.prompt,
+        negative_prompt=config.negative_prompt,
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance,
+        guidance_rescale=rescale,
+        width=config.width,
+        height=config.height,
+        eta=0.3 if config.sampler == "tcd" else 0.0,
+        generator=draws,
+        latents=latents,
+        output_type="np",
+        **more,
+    ).images[0]
     return image * 255

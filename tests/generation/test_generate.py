@@ -46,10 +46,15 @@ def plain_pipeline(folder: Path, **scheduler: Any) -> Any:
 
 def plain_image(pipeline: Any, config: GenerateConfig) -> np.ndarray:
     image = pipeline(
-        config.prompt, negative_prompt=config.negative_prompt, num_inference_steps=config.steps,
-        guidance_scale=config.guidance, width=config.width, height=config.height,
-        generator=torch.Generator().manual_seed(config.seed), output_type="np",
-    ).images[0]  # fmt: skip
+        config.prompt,
+        negative_prompt=config.negative_prompt,
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance,
+        width=config.width,
+        height=config.height,
+        generator=torch.Generator().manual_seed(config.seed),
+        output_type="np",
+    ).images[0]
     return image * 255
 
 

@@ -42,9 +42,11 @@ def test_count_4_finds_what_count_1_made(micro_base: SDXLBase, images_folder: Pa
     steps = []
     made = draw(micro_base, settings(seed=6), cache_folder=images_folder)
     images = draw(
-        micro_base, settings(count=4), cache_folder=images_folder,
+        micro_base,
+        settings(count=4),
+        cache_folder=images_folder,
         on_step=lambda done, total: steps.append((done, total)),
-    )  # fmt: skip
+    )
     assert hits(images) == [False, True, False, False]
     assert images[1].key == made[0].key
     np.testing.assert_array_equal(images[1].pixels, made[0].pixels)

@@ -83,8 +83,13 @@ def test_room_for_computing_grows_with_what_is_computed_at_once(micro_base: SDXL
 def test_offload_by_phase_holds_one_phase_on_the_device(micro_base: SDXLBase, parts: WatchedParts) -> None:
     pixels(micro_base, settings(steps=1, offload="phase"), parts=parts)
     assert [event for event in parts.taken_events() if not event.startswith("load")] == [
-        "arrive text_encoders", "leave text_encoders", "arrive unet", "leave unet", "arrive vae", "leave vae",
-    ]  # fmt: skip
+        "arrive text_encoders",
+        "leave text_encoders",
+        "arrive unet",
+        "leave unet",
+        "arrive vae",
+        "leave vae",
+    ]
 
 
 def test_cancelled_phase_leaves_the_device(micro_base: SDXLBase, parts: WatchedParts) -> None:

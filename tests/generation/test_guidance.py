@@ -61,9 +61,16 @@ def test_each_setting_acts(tiny: SDXLBase) -> None:
 def test_rescale_equals_diffusers(tiny: SDXLBase, rescale: float) -> None:
     config = settings(steps=10, guidance=9.0, guidance_rescale=rescale)
     reference = plain_pipeline(TINY)(
-        config.prompt, negative_prompt="", num_inference_steps=10, guidance_scale=9.0, guidance_rescale=rescale,
-        width=64, height=64, generator=torch.Generator().manual_seed(config.seed), output_type="np",
-    ).images[0]  # fmt: skip
+        config.prompt,
+        negative_prompt="",
+        num_inference_steps=10,
+        guidance_scale=9.0,
+        guidance_rescale=rescale,
+        width=64,
+        height=64,
+        generator=torch.Generator().manual_seed(config.seed),
+        output_type="np",
+    ).images[0]
     assert abs(pixels(tiny, config)[0] - reference * 255).max() <= 1
 
 

@@ -72,8 +72,15 @@ MOVES_PIXELS: dict[str, dict[str, Any]] = {
 # denoise only with an image to start from (test_start_images)
 # the second pass and the size to tile from in test_second_pass
 KEYED_OTHERWISE = {
-    "prompt", "seed", "vae_slicing", "denoise", "vae_tiling_from", "hires_scale", "hires_denoise", "hires_steps",
-}  # fmt: skip
+    "prompt",
+    "seed",
+    "vae_slicing",
+    "denoise",
+    "vae_tiling_from",
+    "hires_scale",
+    "hires_denoise",
+    "hires_steps",
+}
 GUIDANCE = [MOVES_PIXELS[option] for option in ("guidance_rescale", "guidance_start", "guidance_end")]
 MOVES_NOTHING: dict[str, dict[str, Any]] = {
     "count": {"count": 4},
@@ -127,9 +134,24 @@ def test_keys_of_images_made_before_stay(micro_base: SDXLBase) -> None:
     """An option that came later is not in the settings while it stands at its default."""
     settings = image_settings(micro_base, config(), (), torch.bfloat16, torch.device("cuda"))
     assert set(settings) == {
-        "base", "loras", "negative_prompt", "guidance", "steps", "size", "sampler", "schedule", "prompt_syntax",
-        "dtype", "device", "attention", "attention_slicing", "vae_tiling", "vae_slicing", "batch_size", "libraries",
-    }  # fmt: skip
+        "base",
+        "loras",
+        "negative_prompt",
+        "guidance",
+        "steps",
+        "size",
+        "sampler",
+        "schedule",
+        "prompt_syntax",
+        "dtype",
+        "device",
+        "attention",
+        "attention_slicing",
+        "vae_tiling",
+        "vae_slicing",
+        "batch_size",
+        "libraries",
+    }
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
@@ -221,8 +243,11 @@ def test_zero_snr_bases_have_the_rescale_that_they_need_in_the_key(micro_base: S
 def test_what_came_later_leaves_the_keys_of_older_images(micro_base: SDXLBase) -> None:
     settings = image_settings(micro_base, config(), (), torch.bfloat16, torch.device("cuda"))
     assert settings["schedule"] == {
-        **scheduler_config(micro_base), "algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True,
-    }  # fmt: skip
+        **scheduler_config(micro_base),
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "use_karras_sigmas": True,
+    }
     assert " ".join(settings) == (
         "base loras negative_prompt guidance steps size sampler schedule prompt_syntax dtype device attention "
         "attention_slicing vae_tiling vae_slicing batch_size libraries"

@@ -48,10 +48,15 @@ def reference(folder: Path, kind: str, config: GenerateConfig, **arguments: Any)
     )
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
-        config.prompt, negative_prompt=config.negative_prompt, guidance_scale=config.guidance,
-        num_inference_steps=round(config.steps / config.denoise), strength=config.denoise,
-        generator=torch.Generator().manual_seed(config.seed), output_type="np", **arguments,
-    ).images[0]  # fmt: skip
+        config.prompt,
+        negative_prompt=config.negative_prompt,
+        guidance_scale=config.guidance,
+        num_inference_steps=round(config.steps / config.denoise),
+        strength=config.denoise,
+        generator=torch.Generator().manual_seed(config.seed),
+        output_type="np",
+        **arguments,
+    ).images[0]
     return image * 255
 
 
@@ -77,9 +82,14 @@ def test_inpainting_equals_the_plain_pipeline(micro_sdxl: Path, micro_base: SDXL
     image = made(micro_base, config, start_images(config, [picture()], masks=[half_mask()]))[0]
     mask = Image.fromarray((half_mask() * 255).astype(np.uint8))
     wanted = reference(
-        micro_sdxl, "Inpaint", config,
-        image=Image.fromarray(picture()), mask_image=mask, width=SIDE, height=SIDE,
-    )  # fmt: skip
+        micro_sdxl,
+        "Inpaint",
+        config,
+        image=Image.fromarray(picture()),
+        mask_image=mask,
+        width=SIDE,
+        height=SIDE,
+    )
     assert abs(image - wanted).max() <= 1
     assert abs(image - made(micro_base, config, start_images(config, [picture()]))[0]).max() > 5
 
@@ -88,9 +98,11 @@ def test_all_steps_are_run(micro_base: SDXLBase) -> None:
     config = settings(denoise=0.3, steps=5)
     seen: list[tuple[int, int]] = []
     draw(
-        micro_base, config, starts=start_images(config, [picture()]),
+        micro_base,
+        config,
+        starts=start_images(config, [picture()]),
         on_step=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+    )
     assert seen == [(step, 5) for step in range(6)]
 
 
@@ -199,10 +211,14 @@ def test_the_key_holds_what_is_used_and_nothing_else(micro_base: SDXLBase) -> No
     other = picture().copy()
     other[0, 0, 0] ^= 1
     keys = [
-        key(**image), key(images=[other]), key(**image, masks=[half_mask()]), key(**image, denoise=0.6),
-        key(**image, masks=[1 - half_mask()]), key(latents=torch.zeros(1, 4, 8, 8)),
+        key(**image),
+        key(images=[other]),
+        key(**image, masks=[half_mask()]),
+        key(**image, denoise=0.6),
+        key(**image, masks=[1 - half_mask()]),
+        key(latents=torch.zeros(1, 4, 8, 8)),
         key(latents=torch.ones(1, 4, 8, 8)),
-    ]  # fmt: skip
+    ]
     assert len({str(one) for one in keys}) == len(keys)
     assert start_settings(settings(), None) == {}
 

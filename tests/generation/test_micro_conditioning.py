@@ -14,9 +14,13 @@ from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro.images import WatchedParts, pixels, settings
 
 OPTIONS: dict[str, int] = {
-    "original_width": 300, "original_height": 200, "crop_left": 24, "crop_top": 8, "target_width": 128,
+    "original_width": 300,
+    "original_height": 200,
+    "crop_left": 24,
+    "crop_top": 8,
+    "target_width": 128,
     "target_height": 96,
-}  # fmt: skip
+}
 
 
 def test_a_size_of_zero_is_the_images_own() -> None:
@@ -39,10 +43,16 @@ def test_images_equal_the_librarys_own(micro_base: SDXLBase, changes: dict[str, 
         told = micro_conditioning(config)
         named = {"original_size": told[0], "crops_coords_top_left": told[1], "target_size": told[2]}
     image = pipeline(
-        prompt=config.prompt, negative_prompt=config.negative_prompt, guidance_scale=config.guidance,
-        num_inference_steps=config.steps, width=config.width, height=config.height,
-        generator=torch.Generator().manual_seed(config.seed), output_type="np", **named,
-    ).images[0]  # fmt: skip
+        prompt=config.prompt,
+        negative_prompt=config.negative_prompt,
+        guidance_scale=config.guidance,
+        num_inference_steps=config.steps,
+        width=config.width,
+        height=config.height,
+        generator=torch.Generator().manual_seed(config.seed),
+        output_type="np",
+        **named,
+    ).images[0]
     wanted = (image * 255).round().astype(int)
     assert np.abs(pixels(micro_base, config)[0] - wanted).max() <= 1
 

@@ -84,10 +84,20 @@ def test_local_paths_keep_their_last_name_only(text: str, kept: str) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        "styles/ink.safetensors", "sub\\ink.safetensors", "a cat and/or a dog, 1/2, w/ hat", "https://example.org/a/b.png",
-        "a / b", "key: /", "data:image/jpeg;base64,/9j/" + "4AAQ/SkZ/" * 800, "", 5, 0.5, True, None,
+        "styles/ink.safetensors",
+        "sub\\ink.safetensors",
+        "a cat and/or a dog, 1/2, w/ hat",
+        "https://example.org/a/b.png",
+        "a / b",
+        "key: /",
+        "data:image/jpeg;base64,/9j/" + "4AAQ/SkZ/" * 800,
+        "",
+        5,
+        0.5,
+        True,
+        None,
     ],
-)  # fmt: skip
+)
 def test_everything_else_stays(value: Any) -> None:
     assert without_paths(value) == value
 

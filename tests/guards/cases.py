@@ -221,9 +221,13 @@ def keys_of(base: SDXLBase, config: GenerateConfig, **more: Any) -> list[str]:
     found = mock.patch.object(ImageCache, "load", lambda self, key: picture(0))
     with found, libraries_of_0_3_0():
         images = generate(
-            base, config, parts=LoadedParts(CPU), cache_folder=Path("unused"),
-            find_embedding=lambda name: GUARDS / f"{name}.safetensors", **more,
-        )  # fmt: skip
+            base,
+            config,
+            parts=LoadedParts(CPU),
+            cache_folder=Path("unused"),
+            find_embedding=lambda name: GUARDS / f"{name}.safetensors",
+            **more,
+        )
     return [image.key for image in images]
 
 

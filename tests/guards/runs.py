@@ -34,21 +34,57 @@ CPU = torch.device("cpu")
 SOMEWHERE = "/somewhere/sdxl-lora-nodes"
 
 FINISHED = TrainConfig(  # with settings that make small files
-    lora_name="guard", steps=4, learning_rate=0.2, rank=1, alpha=4.0, blocks="mid_block", lr_schedule="cosine",
-    validate_every=2, keep_best="validation_loss", precision="fp32", gradient_checkpointing="off", tensorboard="off",
-)  # fmt: skip
+    lora_name="guard",
+    steps=4,
+    learning_rate=0.2,
+    rank=1,
+    alpha=4.0,
+    blocks="mid_block",
+    lr_schedule="cosine",
+    validate_every=2,
+    keep_best="validation_loss",
+    precision="fp32",
+    gradient_checkpointing="off",
+    tensorboard="off",
+)
 HALFWAY = replace(FINISHED, lora_name="halfway")
 STEPS_DONE = 2
 
 SETTINGS = TrainConfig(  # of every type: text, lines, numbers, switches and choices
-    lora_name="settings", steps=77, learning_rate=3e-4, rank=4, alpha=2.0, batch_size=2, seed=2**63,
-    sample_prompts=("a red circle", "a blue, (round) square: äöü"), sample_steps=7, sample_guidance=4.5,
-    gradient_accumulation=3, lr_schedule="polynomial", lr_power=1.5, lr_warmup_steps=5, caption_dropout=0.05,
-    adapter="dora", use_rslora=True, block_ranks="up_blocks.0=2", loss="smooth_l1", snr_gamma=5.0, timestep_max=900,
-    optimizer="came", shuffle_tags=True, keep_tags=1,
-    validate_every=11, early_stopping=3, memory_limit_gb=6.5, deterministic=True, save_format="peft", save_dtype="bf16",
-    text_encoder_learning_rate=5e-5, new_tokens="ohwx=cat", vectors_per_token=2,
-)  # fmt: skip
+    lora_name="settings",
+    steps=77,
+    learning_rate=3e-4,
+    rank=4,
+    alpha=2.0,
+    batch_size=2,
+    seed=2**63,
+    sample_prompts=("a red circle", "a blue, (round) square: äöü"),
+    sample_steps=7,
+    sample_guidance=4.5,
+    gradient_accumulation=3,
+    lr_schedule="polynomial",
+    lr_power=1.5,
+    lr_warmup_steps=5,
+    caption_dropout=0.05,
+    adapter="dora",
+    use_rslora=True,
+    block_ranks="up_blocks.0=2",
+    loss="smooth_l1",
+    snr_gamma=5.0,
+    timestep_max=900,
+    optimizer="came",
+    shuffle_tags=True,
+    keep_tags=1,
+    validate_every=11,
+    early_stopping=3,
+    memory_limit_gb=6.5,
+    deterministic=True,
+    save_format="peft",
+    save_dtype="bf16",
+    text_encoder_learning_rate=5e-5,
+    new_tokens="ohwx=cat",
+    vectors_per_token=2,
+)
 
 IMAGE: dict[str, dict[str, Any]] = {
     "1": {"class_type": "LoadSDXLBase", "inputs": {"base": "tiny-sdxl (bundled)", "precision": "fp32"}},
@@ -59,12 +95,23 @@ IMAGE: dict[str, dict[str, Any]] = {
     "3": {
         "class_type": "SDXLGenerateCached",
         "inputs": {
-            "base": ["1", 0], "lora_stack": ["2", 0], "prompt": "a red circle", "negative_prompt": "blurry", "seed": 3,
-            "steps": 4, "guidance": 4.0, "width": 64, "height": 64, "count": 1, "sampler": "dpmpp_2m",
-            "scheduler": "karras", "cache": "use", "keep_latents": True,
+            "base": ["1", 0],
+            "lora_stack": ["2", 0],
+            "prompt": "a red circle",
+            "negative_prompt": "blurry",
+            "seed": 3,
+            "steps": 4,
+            "guidance": 4.0,
+            "width": 64,
+            "height": 64,
+            "count": 1,
+            "sampler": "dpmpp_2m",
+            "scheduler": "karras",
+            "cache": "use",
+            "keep_latents": True,
         },
     },
-}  # fmt: skip
+}
 
 
 def tiny_sdxl() -> SDXLBase:

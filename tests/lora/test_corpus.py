@@ -222,9 +222,13 @@ def by_diffusers(spell: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None 
             save_file(spell({f"{part}.{key}": t for part, state in states.items() for key, t in state.items()}), path)
         else:
             StableDiffusionXLPipeline.save_lora_weights(
-                path.parent, states["unet"], states["text_encoder"], states["text_encoder_2"], weight_name=path.name,
+                path.parent,
+                states["unet"],
+                states["text_encoder"],
+                states["text_encoder_2"],
+                weight_name=path.name,
                 **{f"{part}_lora_adapter_metadata": values for part, values in settings.items()},
-            )  # fmt: skip
+            )
         return wanted
 
     return write

@@ -104,15 +104,19 @@ def test_every_spelling_reads_the_same(spelling: str, lora: LoRAFile, tmp_path: 
         ("text_encoder.{path}", "text_encoder_2.{path}", ".lora_A.weight", ".lora_B.weight"),
         ("text_encoder.{bare}", "text_encoder_2.{path}", ".lora_A.weight", ".lora_B.weight"),
         (
-            "text_encoder.{path}", "text_encoder_2.{path}",
-            ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight",
+            "text_encoder.{path}",
+            "text_encoder_2.{path}",
+            ".lora_linear_layer.down.weight",
+            ".lora_linear_layer.up.weight",
         ),
         (
-            "text_encoders.clip_l.transformer.{path}", "text_encoders.clip_g.transformer.{path}",
-            ".lora_down.weight", ".lora_up.weight",
+            "text_encoders.clip_l.transformer.{path}",
+            "text_encoders.clip_g.transformer.{path}",
+            ".lora_down.weight",
+            ".lora_up.weight",
         ),
     ],
-)  # fmt: skip
+)
 def test_every_spelling_of_text_encoders_reads_the_same(
     first: str, second: str, down: str, up: str, lora: LoRAFile, tmp_path: Path
 ) -> None:
@@ -323,10 +327,17 @@ def test_equal_content_gives_equal_bytes_in_any_process(tmp_path: Path) -> None:
 
 def metadata_of(**changes: Any) -> dict[str, str]:
     facts: dict[str, Any] = {
-        "name": "pixel", "base_name": "sd_xl_base_1.0", "base_hash": "ab" * 32, "prediction_type": "v_prediction",
-        "zero_terminal_snr": True, "precision": "bf16", "resolution": 1024, "steps": 90,
-        "trigger_words": ("8bit",), "folders": {"cats": FolderFacts(24, 2, tag_counts(["8bit, a cat", "8bit, a dog"]))},
-    }  # fmt: skip
+        "name": "pixel",
+        "base_name": "sd_xl_base_1.0",
+        "base_hash": "ab" * 32,
+        "prediction_type": "v_prediction",
+        "zero_terminal_snr": True,
+        "precision": "bf16",
+        "resolution": 1024,
+        "steps": 90,
+        "trigger_words": ("8bit",),
+        "folders": {"cats": FolderFacts(24, 2, tag_counts(["8bit, a cat", "8bit, a dog"]))},
+    }
     return lora_metadata(TrainConfig(rank=4, alpha=8, seed=7, steps=100), **{**facts, **changes})
 
 

@@ -121,9 +121,15 @@ def peft_pair(target: str) -> tuple[Any, list[Share]]:
 @pytest.mark.parametrize("target", ["linear", "conv1"])
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [("concatenate", "cat"), ("linear", "linear"), ("svd", "svd"), ("ties", "ties_svd"), ("dare", "dare_linear_svd"),
-     ("dare_ties", "dare_ties_svd")],
-)  # fmt: skip
+    [
+        ("concatenate", "cat"),
+        ("linear", "linear"),
+        ("svd", "svd"),
+        ("ties", "ties_svd"),
+        ("dare", "dare_linear_svd"),
+        ("dare_ties", "dare_ties_svd"),
+    ],
+)
 def test_each_method_is_pefts(ours: Any, theirs: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def same_draws(tensor: Tensor, density: float, rescale: bool) -> Tensor:
         draw = torch.Generator().manual_seed(0)

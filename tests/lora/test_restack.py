@@ -36,16 +36,22 @@ def files(micro_base: SDXLBase, tmp_path_factory: pytest.TempPathFactory) -> lis
     text = ("text_model.encoder.layers.1.self_attn.q_proj",)
     text_2 = tuple(f"text_model.encoder.layers.2.{name}" for name in TEXT_2)
     first = LoRAFile(
-        unet=random_lora(parts["unet"], UNET_MODULES), text_encoder=random_lora(parts["text_encoder"], text),
+        unet=random_lora(parts["unet"], UNET_MODULES),
+        text_encoder=random_lora(parts["text_encoder"], text),
         text_encoder_2=random_lora(parts["text_encoder_2"], text_2),
-    )  # fmt: skip
+    )
     second = LoRAFile(unet=random_lora(parts["unet"], (Q, CONV), rank=2))
     plain = random_lora(parts["unet"], (Q, OUT), rank=4)
     lengths = torch.rand(len(find(parts["unet"], Q).weight), 1) + 0.5
     norm = find(parts["unet"], NORM)
-    third = LoRAFile(unet={**plain, Q: LoRAModule(plain[Q].down, plain[Q].up, 2.0, lengths),
-                           NORM: DiffModule(torch.randn(norm.weight.shape)),
-                           f"{NORM}.bias": DiffModule(torch.randn(norm.bias.shape))})  # fmt: skip
+    third = LoRAFile(
+        unet={
+            **plain,
+            Q: LoRAModule(plain[Q].down, plain[Q].up, 2.0, lengths),
+            NORM: DiffModule(torch.randn(norm.weight.shape)),
+            f"{NORM}.bias": DiffModule(torch.randn(norm.bias.shape)),
+        }
+    )
     paths = [folder / f"{number}.safetensors" for number in range(3)]
     for path, file in zip(paths, (first, second, third), strict=True):
         write_lora(path, file, torch.float16)

@@ -110,8 +110,10 @@ def test_nothing_is_overwritten_and_equal_content_is_found_again(files: list[Pat
     assert save(0.5, taken=lambda name: name == "x_00003.safetensors") == "x_00004.safetensors"
     assert (tmp_path / "x.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "x.safetensors", "x_00002.safetensors", "x_00004.safetensors",
-    ]  # fmt: skip
+        "x.safetensors",
+        "x_00002.safetensors",
+        "x_00004.safetensors",
+    ]
     with pytest.raises(ValueError, match="not a usable relative path"):
         save_lora(sources_of(stack(files, 1.0)), SaveLoRAConfig(lora_name="../x"), tmp_path, free)
 
@@ -120,10 +122,15 @@ def test_metadata_is_kept_and_extended(files: list[Path], tmp_path: Path) -> Non
     one = save_lora(sources_of(stack(files, 0.5)), SaveLoRAConfig(lora_name="one", rank=2), tmp_path, free)
     metadata = read_lora(one).metadata
     assert metadata.items() >= {
-        ("ss_seed", "1"), ("ss_sd_model_name", "micro"), ("modelspec.trigger_phrase", "8bit"),
-        ("ss_tag_frequency", '{"a": {"x": 2}}'), ("modelspec.title", "one"), ("modelspec.merged_from", "first"),
-        ("ss_network_dim", "2"), ("ss_network_alpha", "2.0"),
-    }  # fmt: skip
+        ("ss_seed", "1"),
+        ("ss_sd_model_name", "micro"),
+        ("modelspec.trigger_phrase", "8bit"),
+        ("ss_tag_frequency", '{"a": {"x": 2}}'),
+        ("modelspec.title", "one"),
+        ("modelspec.merged_from", "first"),
+        ("ss_network_dim", "2"),
+        ("ss_network_alpha", "2.0"),
+    }
     assert "lora_adapter_metadata" not in metadata  # its alpha is another one now
     recipe = json.loads(metadata["sdxl_lora.recipe"])
     assert (recipe["rank"], recipe["loras"][0][1:]) == (2, [0.5, 0.25])
@@ -161,9 +168,14 @@ def test_an_empty_stack_is_refused(files: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["diffusers", "single_file"])
 @pytest.mark.parametrize("layout", ["diffusers", "single_file"])
 def test_a_merged_base_has_the_weights_of_base_and_stack(
-    layout: Any, source: str, micro_base: SDXLBase, micro_checkpoint: Path, micro_sdxl: Path, files: list[Path],
+    layout: Any,
+    source: str,
+    micro_base: SDXLBase,
+    micro_checkpoint: Path,
+    micro_sdxl: Path,
+    files: list[Path],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     base = micro_base if source == "diffusers" else open_base(micro_checkpoint, "fp32", configs=micro_sdxl)
     entries = stack(files, 0.7, -0.4)
     config = SaveBaseConfig(base_name="new", layout=layout, precision="bf16")

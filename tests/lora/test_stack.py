@@ -98,9 +98,10 @@ def test_a_text_module_that_the_base_lacks_does_not_refuse_the_rest(
 ) -> None:
     factors = {"lora_down": torch.ones(2, 8), "lora_up": torch.ones(8, 2)}
     odd = with_more(
-        tmp_path / "odd.safetensors", unet_lora,
+        tmp_path / "odd.safetensors",
+        unet_lora,
         **{f"lora_te1_text_projection__{name}__weight": factor for name, factor in factors.items()},
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(pixels(micro_base, settings(), [odd]), pixels(micro_base, settings(), [unet_lora]))
     assert "0 of 1 text_encoder modules are in this base (first missing: text_projection)" in caplog.text
 
@@ -109,8 +110,10 @@ def test_a_lora_that_does_not_fit_leaves_what_is_loaded(
     micro_base: SDXLBase, parts: WatchedParts, lora: LoRARef, tmp_path: Path
 ) -> None:
     before = pixels(micro_base, settings(), [lora], parts=parts)
-    wrong = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 5),
-             "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(5, 2)}  # fmt: skip
+    wrong = {
+        "unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 5),
+        "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(5, 2),
+    }
     save_file(wrong, tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match="take a LoRA that was trained on a model of this size"):
         draw(micro_base, settings(), [LoRARef(tmp_path / "wrong.safetensors", "wrong", 1.0, 1.0)], parts=parts)

@@ -68,14 +68,27 @@ IN_RESNET = (
     ("skip_connection", "conv_shortcut"),
 )
 IN_BLOCK = (
-    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
-    "attn2.to_out.0", "ff.net.0.proj", "ff.net.2",
-)  # fmt: skip
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "attn2.to_q",
+    "attn2.to_k",
+    "attn2.to_v",
+    "attn2.to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+)
 NORMS_IN_BLOCK = ("norm1", "norm2", "norm3")
 NORMS_IN_RESNET = (("in_layers_0", "norm1"), ("out_layers_0", "norm2"))
 IN_TEXT_LAYER = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2",
-)  # fmt: skip
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "mlp.fc1",
+    "mlp.fc2",
+)
 TEXT_LAYERS = {"text_encoder": 12, "text_encoder_2": 32}
 
 

@@ -27,9 +27,15 @@ from sdxl_lora_core.training.train import TrainResult
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(
-    lora_name="small", steps=4, learning_rate=1e-3, rank=2, alpha=4.0, batch_size=2, save_dtype="fp32",
+    lora_name="small",
+    steps=4,
+    learning_rate=1e-3,
+    rank=2,
+    alpha=4.0,
+    batch_size=2,
+    save_dtype="fp32",
     blocks="mid_block",  # a seventh of the layers: adding the adapter to all takes most of such a run
-)  # fmt: skip
+)
 WHOLE = replace(SMALL, blocks="")  # with all of the UNet's layers
 
 

@@ -58,15 +58,20 @@ def test_the_folders_of_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     fake = SimpleNamespace(
         models_dir=str(tmp_path / "models"),
         folder_names_and_paths={"clip_score": ([moved], set()), "loras": (["a", "b"], set())},
-        get_output_directory=lambda: "output", get_input_directory=lambda: "input", get_temp_directory=lambda: "temp",
-        get_user_directory=lambda: str(tmp_path / "user"), get_filename_list=lambda folder_type: [f"{folder_type}/x"],
+        get_output_directory=lambda: "output",
+        get_input_directory=lambda: "input",
+        get_temp_directory=lambda: "temp",
+        get_user_directory=lambda: str(tmp_path / "user"),
+        get_filename_list=lambda folder_type: [f"{folder_type}/x"],
         add_model_folder_path=lambda folder_type, folder: added.append((folder_type, Path(folder))),
-    )  # fmt: skip
+    )
     fake_modules(monkeypatch, {"folder_paths": fake})
     folders = host.folders
     assert (folders.output_folder(), folders.input_folder(), folders.temp_folder()) == (
-        Path("output"), Path("input"), Path("temp"),
-    )  # fmt: skip
+        Path("output"),
+        Path("input"),
+        Path("temp"),
+    )
     assert folders.roots("loras") == [Path("a"), Path("b")] and folders.roots("unknown") == []
     assert folders.roots("clip_score") == [Path(moved)], "extra_model_paths.yaml wins"
     assert folders.cache_folder() == tmp_path / "user/sdxl_lora"

@@ -55,9 +55,11 @@ def test_stack_of_any_pack_is_read_and_never_changed() -> None:
     before = list(stack)
     read = wires.read_stack(stack)
     assert read == [
-        ("a.safetensors", 0.8, 0.8), ("b.safetensors", 1.0, 2.0), ("d.safetensors", 0.3, 0.3),
+        ("a.safetensors", 0.8, 0.8),
+        ("b.safetensors", 1.0, 2.0),
+        ("d.safetensors", 0.3, 0.3),
         ("c.safetensors", 0.5, 0.0),
-    ]  # fmt: skip
+    ]
     assert read[3] is special
     assert stack == before
     assert wires.read_stack(None) == []
@@ -112,8 +114,12 @@ def test_names_of_models(home: Path) -> None:
 
 
 def test_embeddings_are_found_by_name_in_any_subfolder(home: Path) -> None:
-    files = ("models/embeddings/deep/cat.safetensors", "embeddings/cat.safetensors", "embeddings/dog.pt",
-             "models/embeddings/deep/a, b.safetensors")  # fmt: skip
+    files = (
+        "models/embeddings/deep/cat.safetensors",
+        "embeddings/cat.safetensors",
+        "embeddings/dog.pt",
+        "models/embeddings/deep/a, b.safetensors",
+    )
     for file in files:
         (home / file).parent.mkdir(parents=True, exist_ok=True)
         (home / file).write_bytes(b"")

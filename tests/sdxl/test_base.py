@@ -271,9 +271,13 @@ def test_only_the_parts_own_tensors_are_read(
     ],
 )
 def test_the_prediction_type_is_detected(
-    micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path,
-    markers: tuple[str, ...], metadata: dict[str, str], expected: tuple[str, bool],
-) -> None:  # fmt: skip
+    micro_tensors: dict[str, Tensor],
+    micro_sdxl: Path,
+    tmp_path: Path,
+    markers: tuple[str, ...],
+    metadata: dict[str, str],
+    expected: tuple[str, bool],
+) -> None:
     path = tmp_path / "model.safetensors"
     save_file({**micro_tensors, **{name: torch.tensor([]) for name in markers}}, path, metadata or None)
     base = open_base(path, configs=micro_sdxl)
@@ -468,9 +472,12 @@ def test_the_description_says_what_it_is(micro_base: SDXLBase, micro_checkpoint:
 
 
 def test_loading_is_silent_and_leaves_the_libraries_talkative(
-    micro_base: SDXLBase, micro_checkpoint: Path, micro_sdxl: Path,
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    micro_base: SDXLBase,
+    micro_checkpoint: Path,
+    micro_sdxl: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 

@@ -67,9 +67,15 @@ def rebuilt(other: dict[str, Tensor], micro_copy: Callable[[], Path]) -> SDXLBas
 @pytest.mark.parametrize("form", ["folder", "diffusers", "published", "checkpoint"])
 @pytest.mark.parametrize("layout", ["folder", "single file"])
 def test_every_form_is_read_bit_by_bit(
-    micro_base: SDXLBase, micro_checkpoint: Path, other: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path,
-    no_network: None, form: str, layout: str,
-) -> None:  # fmt: skip
+    micro_base: SDXLBase,
+    micro_checkpoint: Path,
+    other: dict[str, Tensor],
+    micro_sdxl: Path,
+    tmp_path: Path,
+    no_network: None,
+    form: str,
+    layout: str,
+) -> None:
     base = micro_base if layout == "folder" else open_base(micro_checkpoint, configs=micro_sdxl)
     base = with_vae(base, in_form(form, other, micro_sdxl, tmp_path))
     loaded = load_part(base, "vae", torch.float32).state_dict()
@@ -140,7 +146,7 @@ def edited(folder: Path, micro_sdxl: Path, **changes: Any) -> Path:
         (lambda f, m: edited(f / "play", m, latents_mean=[0, 0, 0, 0]), "as the VAE of Playground"),
         (lambda f, m: edited(f / "tiny", m, _class_name="AutoencoderTiny"), "is a AutoencoderTiny and not"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     micro_base: SDXLBase, micro_sdxl: Path, tmp_path: Path, write: Callable[[Path, Path], Path], said: str
 ) -> None:

@@ -268,9 +268,7 @@ def test_an_embedding_for_another_width_names_both(micro_base: SDXLBase, folder:
         draw(micro_base, comfy("embedding:cat"), **finder(folder))
 
 
-def test_a_long_prompt_goes_with_a_short_negative_one(
-    micro_base: SDXLBase, caplog: pytest.LogCaptureFixture
-) -> None:  # fmt: skip
+def test_a_long_prompt_goes_with_a_short_negative_one(micro_base: SDXLBase, caplog: pytest.LogCaptureFixture) -> None:
     cut = pixels(micro_base, settings(prompt=LONG, negative_prompt="blue", steps=2))
     assert re.search(r"its end is not seen \(set long_prompts to chunks to read on\): .*3 9$", caplog.text.strip())
     caplog.clear()
@@ -289,6 +287,9 @@ def test_prompts_outer_count_inner_with_the_same_seeds(micro_base: SDXLBase) -> 
     both = settings(prompt="a red heart\n\n a blue star ", prompt_per_line=True, count=2, steps=1)
     images = draw(micro_base, both)
     assert [(image.prompt, image.seed) for image in images] == [
-        ("a red heart", 5), ("a red heart", 6), ("a blue star", 5), ("a blue star", 6),
-    ]  # fmt: skip
+        ("a red heart", 5),
+        ("a red heart", 6),
+        ("a blue star", 5),
+        ("a blue star", 6),
+    ]
     assert (images[3].pixels == pixels(micro_base, settings(prompt="a blue star", seed=6, steps=1))[0]).all()

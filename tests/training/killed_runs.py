@@ -54,7 +54,11 @@ def train_until_killed(job: Job, events: Connection) -> None:
     folders = RunFolders(job.folder / "loras", job.folder / "runs", job.cache, lambda name: False)
     base = open_base(job.base, precision="fp32")
     train(
-        base, load(job.pictures), CONFIG,
-        folders=folders, device=CPU, on_step=lambda report: events.send(("step", report.done)),
-    )  # fmt: skip
+        base,
+        load(job.pictures),
+        CONFIG,
+        folders=folders,
+        device=CPU,
+        on_step=lambda report: events.send(("step", report.done)),
+    )
     events.send(("calls", calls))

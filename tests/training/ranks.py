@@ -35,9 +35,13 @@ def start_ranks(context: Any, arguments: list[str], output: Path) -> list[ForkSe
 def _run(rank: int, port: int, arguments: list[str], output: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(COUNT), "LOCAL_WORLD_SIZE": str(COUNT),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(COUNT),
+        "LOCAL_WORLD_SIZE": str(COUNT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     with open(f"{output}.{rank}", "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -105,11 +105,14 @@ DROPPED: dict[str, dict[str, Any]] = {
     "rank-stabilised dora": {"adapter": "dora", "use_rslora": True, "dropout": 0.2},
     "pissa with ranks and rates of blocks": {
         "blocks": "",
-        "init": "pissa", "block_ranks": "mid_block=3", "block_learning_rates": "up_blocks.0=2", "lora_plus_ratio": 4.0,
+        "init": "pissa",
+        "block_ranks": "mid_block=3",
+        "block_learning_rates": "up_blocks.0=2",
+        "lora_plus_ratio": 4.0,
     },
     "loha": {"adapter": "loha", "rank_dropout": 0.2, "module_dropout": 0.2, **KERNELS},
     "lokr": {"adapter": "lokr", "rank": 1, "rank_dropout": 0.2, "module_dropout": 0.2, **KERNELS},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DROPPED)

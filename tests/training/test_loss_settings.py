@@ -203,10 +203,18 @@ def test_said_of_the_base_or_of_the_run_it_is_the_same_run(run: Train, micro_bas
 
 
 EVERYTHING = {
-    "loss": "huber", "huber_delta": 0.3, "snr_gamma": 5.0, "multires_noise_iterations": 3,
-    "multires_noise_discount": 0.6, "input_perturbation": 0.1, "timestep_min": 50, "timestep_max": 900,
-    "timestep_sampling": "logit_normal", "logit_mean": 0.5, "logit_std": 0.8,
-}  # fmt: skip
+    "loss": "huber",
+    "huber_delta": 0.3,
+    "snr_gamma": 5.0,
+    "multires_noise_iterations": 3,
+    "multires_noise_discount": 0.6,
+    "input_perturbation": 0.1,
+    "timestep_min": 50,
+    "timestep_max": 900,
+    "timestep_sampling": "logit_normal",
+    "logit_mean": 0.5,
+    "logit_std": 0.8,
+}
 
 
 def test_a_cancelled_run_continues_to_the_same_bytes_and_names_what_it_used(run: Train) -> None:

@@ -31,9 +31,11 @@ def unet_with_lora(base: SDXLBase) -> Any:
 
 def forward(unet: Any) -> Tensor:
     return unet(
-        torch.ones(1, 4, 16, 16), torch.tensor([500]), encoder_hidden_states=torch.ones(1, 77, 20),
+        torch.ones(1, 4, 16, 16),
+        torch.tensor([500]),
+        encoder_hidden_states=torch.ones(1, 77, 20),
         added_cond_kwargs={"text_embeds": torch.ones(1, 16), "time_ids": torch.ones(1, 6)},
-    ).sample  # fmt: skip
+    ).sample
 
 
 @pytest.mark.slow

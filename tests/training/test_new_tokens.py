@@ -32,9 +32,13 @@ from sdxl_lora_core.training.model.trainable import Learner
 from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes, weights
 
 ALONE: dict[str, Any] = {
-    "lora_name": "small", "steps": 4, "batch_size": 2,
-    "train_unet": False, "new_tokens": "zwx=red", "token_learning_rate": 0.1,
-}  # fmt: skip
+    "lora_name": "small",
+    "steps": 4,
+    "batch_size": 2,
+    "train_unet": False,
+    "new_tokens": "zwx=red",
+    "token_learning_rate": 0.1,
+}
 PIVOTAL = replace(SMALL, new_tokens="zwx=red, qq-2", vectors_per_token=2)
 
 
@@ -93,8 +97,13 @@ def test_a_new_token_is_found_as_a_whole_word(micro_base: SDXLBase) -> None:
         return tokenizer(text, add_special_tokens=False).input_ids
 
     assert token_ids("a ZWX, zwx-cat.", tokenizer, new) == [
-        *plain("a"), 49408, 49409, *plain(","), 49410, *plain("."),
-    ]  # fmt: skip
+        *plain("a"),
+        49408,
+        49409,
+        *plain(","),
+        49410,
+        *plain("."),
+    ]
     for other in ("a zwxy", "azwx", "zwx_1", ""):
         assert token_ids(other, tokenizer, new) == plain(other)
     assert truncated_words("zwx " * 38 + "heart", tokenizer, 1, new) == "heart"

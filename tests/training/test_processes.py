@@ -27,9 +27,16 @@ from tests.training.ranks import start_ranks
 ROOT = Path(__file__).resolve().parents[2]
 # Validation, because its loss is shared out, too; three images an update, because two processes cannot halve them.
 CONFIG = replace(
-    SMALL, steps=6, batch_size=1, gradient_accumulation=3, checkpoint_every=2, validate_every=3,
-    text_encoder_learning_rate=1e-3, new_tokens="picture", tensorboard="off",
-)  # fmt: skip
+    SMALL,
+    steps=6,
+    batch_size=1,
+    gradient_accumulation=3,
+    checkpoint_every=2,
+    validate_every=3,
+    text_encoder_learning_rate=1e-3,
+    new_tokens="picture",
+    tensorboard="off",
+)
 
 
 def write_run(folder: Path, base: SDXLBase, pictures: Path, config: TrainConfig) -> None:
@@ -49,9 +56,14 @@ def launch(folder: Path, cache: Path) -> None:
     """As a user does it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sdxl_lora_core"]
     done = subprocess.run(
-        [*command, *arguments(folder, cache)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-    )  # fmt: skip
+        [*command, *arguments(folder, cache)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 

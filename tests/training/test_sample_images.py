@@ -87,9 +87,11 @@ def test_scores_and_previews(run: Train, trained: Trained, tmp_path: Path) -> No
     with (samples_folder(tmp_path) / "samples.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["image"], row["prompt"]) for row in rows] == [
-        ("2", "step-000002-00.png", "one"), ("2", "step-000002-01.png", "two"),
-        ("4", "step-000004-00.png", "one"), ("4", "step-000004-01.png", "two"),
-    ]  # fmt: skip
+        ("2", "step-000002-00.png", "one"),
+        ("2", "step-000002-01.png", "two"),
+        ("4", "step-000004-00.png", "one"),
+        ("4", "step-000004-01.png", "two"),
+    ]
     assert [float(row["clip_score"]) for row in rows[2:]] == pytest.approx(result.report["clip_scores"])
     assert "clip_scores" not in trained(SAMPLED).report
 
@@ -224,9 +226,12 @@ def test_a_picture_is_not_validated_with_if_it_is_trained_on(pictures: Path) -> 
 
 def test_a_chart_of_everything_is_drawn(tmp_path: Path) -> None:
     state = LoopState(
-        step=4, losses=[0.5, float("nan"), 0.3, 0.2], learning_rates=[1e-4] * 4, checkpoints=[2, 4],
+        step=4,
+        losses=[0.5, float("nan"), 0.3, 0.2],
+        learning_rates=[1e-4] * 4,
+        checkpoints=[2, 4],
         looks=[Look(0, 0.4), Look(2, 0.3, (20.0, 30.0)), Look(4, 0.2, (30.0, 31.0))],
-    )  # fmt: skip
+    )
     draw_loss_chart(tmp_path / "with.png", "a run", state)
     draw_loss_chart(tmp_path / "without.png", "a run", replace_looks(state))
     draw_loss_chart(tmp_path / "kept.png", "a run", state, kept=2)

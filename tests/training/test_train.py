@@ -55,7 +55,7 @@ from tests.micro.runs import (
     data_of,
     load,
     lora_bytes,
-)  # fmt: skip
+)
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state(run: Train, trained: Trained) -> None:
@@ -93,15 +93,31 @@ def test_the_base_is_untouched_and_the_lora_is_not_zero(trained: Trained, micro_
 @pytest.mark.parametrize(
     "change",
     [
-        {"learning_rate": 2e-3}, {"rank": 4}, {"alpha": 8.0}, {"batch_size": 1}, {"seed": 1}, {"steps": 3},
-        {"gradient_accumulation": 2}, {"lr_schedule": "linear"}, {"lr_schedule": "cosine"}, {"lr_warmup_steps": 2},
-        {"target_modules": "attention+ff"}, {"target_modules": "all-linear"}, {"target_modules": "all-linear+conv"},
+        {"learning_rate": 2e-3},
+        {"rank": 4},
+        {"alpha": 8.0},
+        {"batch_size": 1},
+        {"seed": 1},
+        {"steps": 3},
+        {"gradient_accumulation": 2},
+        {"lr_schedule": "linear"},
+        {"lr_schedule": "cosine"},
+        {"lr_warmup_steps": 2},
+        {"target_modules": "attention+ff"},
+        {"target_modules": "all-linear"},
+        {"target_modules": "all-linear+conv"},
         {"dropout": 0.5},
-        {"caption_dropout": 0.9}, {"precision": "bf16"}, {"adam_beta1": 0.5}, {"adam_beta2": 0.9},
-        {"weight_decay": 1.0}, {"max_grad_norm": 1e-4}, {"save_dtype": "fp16"}, {"save_format": "peft"},
+        {"caption_dropout": 0.9},
+        {"precision": "bf16"},
+        {"adam_beta1": 0.5},
+        {"adam_beta2": 0.9},
+        {"weight_decay": 1.0},
+        {"max_grad_norm": 1e-4},
+        {"save_dtype": "fp16"},
+        {"save_format": "peft"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_each_setting_changes_the_file(run: Train, trained: Trained, change: dict[str, Any]) -> None:
     changed = run(replace(SMALL, **change))
     assert not same_tensors(load_file(trained().lora_path), load_file(changed.lora_path))
@@ -236,8 +252,9 @@ def test_folders_of_unequal_repeats_are_told_apart(run: Train, pictures: Path, t
     metadata = read_lora(run(replace(SMALL, steps=1), dataset=load(tmp_path / "many")).lora_path).metadata
     assert metadata["ss_num_train_images"] == "19"
     assert json.loads(metadata["ss_dataset_dirs"]) == {
-        "3_cat": {"n_repeats": 3, "img_count": 3}, "10_dog": {"n_repeats": 10, "img_count": 1},
-    }  # fmt: skip
+        "3_cat": {"n_repeats": 3, "img_count": 3},
+        "10_dog": {"n_repeats": 10, "img_count": 1},
+    }
     assert json.loads(metadata["ss_tag_frequency"])["10_dog"] == {"picture number 3": 1}
 
 

@@ -23,22 +23,30 @@ class AdapterSettings:
     """The adapter: what kind, on which layers, how it starts, and how its file is written."""
 
     rank: int = setting(
-        8, "Capacity of the LoRA. 4 to 16 for a style, 16 to 64 for much detail; file size grows with it.",
-        low=1, high=MAX_RANK,
-    )  # fmt: skip
+        8,
+        "Capacity of the LoRA. 4 to 16 for a style, 16 to 64 for much detail; file size grows with it.",
+        low=1,
+        high=MAX_RANK,
+    )
     alpha: float = setting(
-        16.0, "The LoRA acts with alpha / rank. Larger learns faster, like a larger learning rate.",
-        low=1e-3, high=4096, step=1.0,
-    )  # fmt: skip
+        16.0,
+        "The LoRA acts with alpha / rank. Larger learns faster, like a larger learning rate.",
+        low=1e-3,
+        high=4096,
+        step=1.0,
+    )
     target_modules: TargetModules = setting(
         "attention",
         "The layers that learn, of the UNet and of text encoders with a learning rate: attention is the usual choice, "
         "more layers learn more and make larger files.",
     )
     dropout: float = setting(
-        0.0, "Share of the LoRA's inputs left out at random in training, against overfitting.",
-        low=0, high=0.9, step=0.05,
-    )  # fmt: skip
+        0.0,
+        "Share of the LoRA's inputs left out at random in training, against overfitting.",
+        low=0,
+        high=0.9,
+        step=0.05,
+    )
     adapter: AdapterKind = setting(
         "lora",
         "How the change of a layer is written. lora fits most; dora learns a little more, in up to twice the time; "
@@ -46,18 +54,27 @@ class AdapterSettings:
         group="adapter",
     )
     use_rslora: bool = setting(
-        False, "Divides alpha by the root of the rank instead of the rank. For ranks above about 32, which learn too "
+        False,
+        "Divides alpha by the root of the rank instead of the rank. For ranks above about 32, which learn too "
         "slowly otherwise; lora and dora only.",
         group="adapter",
-    )  # fmt: skip
+    )
     rank_dropout: float = setting(
-        0.0, "Share of each layer's outputs that learn nothing in a step, against overfitting; loha and lokr only.",
-        low=0, high=0.9, step=0.05, group="adapter",
-    )  # fmt: skip
+        0.0,
+        "Share of each layer's outputs that learn nothing in a step, against overfitting; loha and lokr only.",
+        low=0,
+        high=0.9,
+        step=0.05,
+        group="adapter",
+    )
     module_dropout: float = setting(
-        0.0, "Share of the layers left out of a step, against overfitting; loha and lokr only.",
-        low=0, high=0.9, step=0.05, group="adapter",
-    )  # fmt: skip
+        0.0,
+        "Share of the layers left out of a step, against overfitting; loha and lokr only.",
+        low=0,
+        high=0.9,
+        step=0.05,
+        group="adapter",
+    )
     init: AdapterInit = setting(
         "kaiming",
         "Where a lora or dora starts. kaiming is usual; gaussian starts larger below rank 64; pissa starts at the "
@@ -65,32 +82,43 @@ class AdapterSettings:
         group="adapter",
     )
     blocks: str = setting(
-        "", 'The UNet blocks that learn, such as "up_blocks.0.attentions.1" for style alone. Empty: all.',
-        group="adapter", only_with=("train_unet", (True,)),
-    )  # fmt: skip
-    block_ranks: str = setting(
-        "", 'Other ranks for some blocks, such as "up_blocks.0=16, mid_block=4"; alpha / rank stays as it is.',
-        group="adapter", only_with=("train_unet", (True,)),
-    )  # fmt: skip
-    block_learning_rates: str = setting(
-        "", 'Factors on the learning rate of some blocks, such as "down_blocks.1=0.5", where a block learns too much.',
-        group="adapter", only_with=("train_unet", (True,)),
-    )  # fmt: skip
-    lora_plus_ratio: float = setting(
-        1.0, "LoRA+: the up matrices learn this many times faster. Try 4 to 16 with half the learning rate, to get "
-        "there in fewer steps; 1: off; lora and dora only.",
-        low=1, high=100, step=1.0, group="adapter",
-    )  # fmt: skip
-    continue_from: str = setting(
-        "", "A LoRA whose matrices are the start, to train it further. Same adapter, rank and target_modules.",
+        "",
+        'The UNet blocks that learn, such as "up_blocks.0.attentions.1" for style alone. Empty: all.',
         group="adapter",
-    )  # fmt: skip
+        only_with=("train_unet", (True,)),
+    )
+    block_ranks: str = setting(
+        "",
+        'Other ranks for some blocks, such as "up_blocks.0=16, mid_block=4"; alpha / rank stays as it is.',
+        group="adapter",
+        only_with=("train_unet", (True,)),
+    )
+    block_learning_rates: str = setting(
+        "",
+        'Factors on the learning rate of some blocks, such as "down_blocks.1=0.5", where a block learns too much.',
+        group="adapter",
+        only_with=("train_unet", (True,)),
+    )
+    lora_plus_ratio: float = setting(
+        1.0,
+        "LoRA+: the up matrices learn this many times faster. Try 4 to 16 with half the learning rate, to get "
+        "there in fewer steps; 1: off; lora and dora only.",
+        low=1,
+        high=100,
+        step=1.0,
+        group="adapter",
+    )
+    continue_from: str = setting(
+        "",
+        "A LoRA whose matrices are the start, to train it further. Same adapter, rank and target_modules.",
+        group="adapter",
+    )
     save_format: LoRAFormat = setting(
         "kohya",
         "Names in the file: kohya for ComfyUI, A1111 and most others; peft for diffusers and peft, whose names "
         "ComfyUI's own loader reads only in part.",
         group="adapter",
-    )  # fmt: skip
+    )
     save_dtype: WeightType = setting("fp16", "Number format of the saved LoRA.", group="adapter")
     train_unet: bool = setting(
         True, "Off: the UNet stays as it is, and only text encoders or new tokens learn.", group="adapter"
@@ -99,13 +127,19 @@ class AdapterSettings:
         0.0,
         "Learning rate of a LoRA on the first text encoder (CLIP-L), for words that it misreads; half of learning_rate "
         "is usual. It then reads the captions in every step instead of once. 0: it stays as it is.",
-        low=0, high=1, step=1e-5, group="adapter",
-    )  # fmt: skip
+        low=0,
+        high=1,
+        step=1e-5,
+        group="adapter",
+    )
     text_encoder_2_learning_rate: float = setting(
         0.0,
         "The same for the second, larger text encoder (OpenCLIP-G), which needs 1.4 GB more. 0: it stays as it is.",
-        low=0, high=1, step=1e-5, group="adapter",
-    )  # fmt: skip
+        low=0,
+        high=1,
+        step=1e-5,
+        group="adapter",
+    )
 
 
 def check_adapter(settings: AdapterSettings) -> None:

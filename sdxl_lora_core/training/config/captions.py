@@ -25,26 +25,37 @@ class CaptionSettings:
         group="captions",
     )
     keep_tags: int = setting(
-        0, "The first tags of a caption, after the trigger word, that are never moved or left out.",
-        low=0, high=1000, group="captions",
-    )  # fmt: skip
+        0,
+        "The first tags of a caption, after the trigger word, that are never moved or left out.",
+        low=0,
+        high=1000,
+        group="captions",
+    )
     tag_dropout: float = setting(
-        0.0, "Share of the tags left out at random, so that the LoRA does not need all of them in a prompt.",
-        low=0, high=1, step=0.05, group="captions",
-    )  # fmt: skip
+        0.0,
+        "Share of the tags left out at random, so that the LoRA does not need all of them in a prompt.",
+        low=0,
+        high=1,
+        step=0.05,
+        group="captions",
+    )
     tag_separator: str = setting(",", "What stands between two tags in a caption.", group="captions")
     caption_variants: int = setting(
         8,
         "How many shuffled or thinned forms of each caption are encoded and drawn from. "
         "More are more varied; each takes about 0.3 MB of disk.",
-        low=1, high=1000, group="captions",
-    )  # fmt: skip
+        low=1,
+        high=1000,
+        group="captions",
+    )
     caption_chunks: int = setting(
         1,
         "How much of a long caption is read: 1 is 75 tokens, 2 is 150, 3 is 225. "
         "Raise it when the report names captions that are cut.",
-        low=1, high=3, group="captions",
-    )  # fmt: skip
+        low=1,
+        high=3,
+        group="captions",
+    )
     masked_loss: bool = setting(
         False,
         "Learns only what the mask shows: the image of the same name in the dataset's masks folder (white is learned), "
@@ -61,9 +72,12 @@ class CaptionSettings:
         group="captions",
     )
     class_images: int = setting(
-        0, "How many images are drawn from class_prompt. 0: one for each training image.",
-        low=0, high=1000, group="captions",
-    )  # fmt: skip
+        0,
+        "How many images are drawn from class_prompt. 0: one for each training image.",
+        low=0,
+        high=1000,
+        group="captions",
+    )
     new_tokens: str = setting(
         "",
         "Words that both text encoders learn (textual inversion), such as 'ohwx=cat', which starts as cat, or 'ohwx', "
@@ -71,13 +85,22 @@ class CaptionSettings:
         group="captions",
     )
     vectors_per_token: int = setting(
-        1, "How many vectors each new token has. 2 to 8 hold more detail, and take as many tokens of a prompt.",
-        low=1, high=75, group="captions", only_with=("new_tokens", SOMETHING),
-    )  # fmt: skip
+        1,
+        "How many vectors each new token has. 2 to 8 hold more detail, and take as many tokens of a prompt.",
+        low=1,
+        high=75,
+        group="captions",
+        only_with=("new_tokens", SOMETHING),
+    )
     token_learning_rate: float = setting(
-        1e-3, "Learning rate of the new tokens. Lower it if images with them turn strange.",
-        low=1e-8, high=1, step=1e-4, group="captions", only_with=("new_tokens", SOMETHING),
-    )  # fmt: skip
+        1e-3,
+        "Learning rate of the new tokens. Lower it if images with them turn strange.",
+        low=1e-8,
+        high=1,
+        step=1e-4,
+        group="captions",
+        only_with=("new_tokens", SOMETHING),
+    )
 
 
 def read_new_tokens(text: str, vectors_per_token: int) -> dict[str, str]:

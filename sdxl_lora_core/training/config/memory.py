@@ -27,13 +27,20 @@ class MemorySettings:
         "little time; on: least memory, steps take a third longer.",
     )
     images_per_pass: int = setting(
-        0, "Images that go through the UNet at once, at most batch_size; the update stays the same. 0: as many as fit.",
-        low=0, high=256, group="memory",
-    )  # fmt: skip
+        0,
+        "Images that go through the UNet at once, at most batch_size; the update stays the same. 0: as many as fit.",
+        low=0,
+        high=256,
+        group="memory",
+    )
     memory_limit_gb: float = setting(
-        0.0, "The run is planned for this much memory; for where other programs will need some. 0: all that is free.",
-        low=0, high=4096, step=0.5, group="memory",
-    )  # fmt: skip
+        0.0,
+        "The run is planned for this much memory; for where other programs will need some. 0: all that is free.",
+        low=0,
+        high=4096,
+        step=0.5,
+        group="memory",
+    )
     deterministic: bool = setting(
         False,
         "The same bits on a GPU every time, at some cost in speed, to repeat or compare runs there. On the CPU they "

@@ -8,9 +8,7 @@ from typing import Literal, get_args
 from ...settings import MANY, setting
 
 LRSchedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-Optimizer = Literal[
-    "adamw", "adamw_fused", "adamw8bit", "adafactor", "lion", "prodigy", "came", "schedule_free"
-]  # fmt: skip
+Optimizer = Literal["adamw", "adamw_fused", "adamw8bit", "adafactor", "lion", "prodigy", "came", "schedule_free"]
 MOMENTUM_OPTIMIZERS = tuple(name for name in get_args(Optimizer) if name != "adafactor")
 ADAM_LIKE_OPTIMIZERS = tuple(name for name in get_args(Optimizer) if name != "lion")
 
@@ -23,8 +21,11 @@ class OptimizerSettings:
         1e-4,
         "Size of each update. Lower it if images turn noisy or burnt, raise it if little is learned. "
         "Lion wants a fifth of the usual, Prodigy wants 1.",
-        low=1e-8, high=1.0, step=1e-5, only_with=("train_unet", (True,)),
-    )  # fmt: skip
+        low=1e-8,
+        high=1.0,
+        step=1e-5,
+        only_with=("train_unet", (True,)),
+    )
     gradient_accumulation: int = setting(
         1, "Passes per update: acts like a larger batch without its memory.", low=1, high=1024
     )
@@ -41,29 +42,50 @@ class OptimizerSettings:
         group="optimizer",
     )
     adam_beta1: float = setting(
-        0.9, "How long the mean gradient is remembered, of 1.",
-        low=0, high=0.9999, group="optimizer", only_with=("optimizer", MOMENTUM_OPTIMIZERS),
-    )  # fmt: skip
+        0.9,
+        "How long the mean gradient is remembered, of 1.",
+        low=0,
+        high=0.9999,
+        group="optimizer",
+        only_with=("optimizer", MOMENTUM_OPTIMIZERS),
+    )
     adam_beta2: float = setting(
-        0.999, "How long the squared gradient is remembered, of 1.",
-        low=0, high=0.99999, group="optimizer", only_with=("optimizer", ADAM_LIKE_OPTIMIZERS),
-    )  # fmt: skip
+        0.999,
+        "How long the squared gradient is remembered, of 1.",
+        low=0,
+        high=0.99999,
+        group="optimizer",
+        only_with=("optimizer", ADAM_LIKE_OPTIMIZERS),
+    )
     weight_decay: float = setting(1e-2, "Pulls the LoRA's weights towards zero.", low=0, high=10, group="optimizer")
     max_grad_norm: float = setting(
         1.0, "Longer gradients are cut to this length. 0: never.", low=0, high=1e6, group="optimizer"
     )
     lr_cycles: int = setting(
-        3, "How many times cosine_with_restarts starts again at the full learning rate, the first included.",
-        low=1, high=1000, group="optimizer", only_with=("lr_schedule", ("cosine_with_restarts",)),
-    )  # fmt: skip
+        3,
+        "How many times cosine_with_restarts starts again at the full learning rate, the first included.",
+        low=1,
+        high=1000,
+        group="optimizer",
+        only_with=("lr_schedule", ("cosine_with_restarts",)),
+    )
     lr_power: float = setting(
-        2.0, "The power of the polynomial schedule: 1 is the line, more falls sooner.",
-        low=0.1, high=10, step=0.1, group="optimizer", only_with=("lr_schedule", ("polynomial",)),
-    )  # fmt: skip
+        2.0,
+        "The power of the polynomial schedule: 1 is the line, more falls sooner.",
+        low=0.1,
+        high=10,
+        step=0.1,
+        group="optimizer",
+        only_with=("lr_schedule", ("polynomial",)),
+    )
     ema_decay: float = setting(
-        0.0, "Saves a moving average of the LoRA, which is steadier. 0.99 for short runs, 0.999 for long; 0 is off.",
-        low=0, high=0.99999, step=0.001, group="optimizer",
-    )  # fmt: skip
+        0.0,
+        "Saves a moving average of the LoRA, which is steadier. 0.99 for short runs, 0.999 for long; 0 is off.",
+        low=0,
+        high=0.99999,
+        step=0.001,
+        group="optimizer",
+    )
 
 
 def check_optimizer(settings: OptimizerSettings) -> None:

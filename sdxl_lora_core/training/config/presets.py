@@ -14,23 +14,38 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "none": {},
     # A face has to keep its detail in any surroundings: more rank, and captions that are sometimes left out.
     "character": {
-        "rank": 16, "alpha": 8.0, "lr_schedule": "cosine", "lr_warmup_steps": 50, "snr_gamma": 5.0,
-        "target_modules": "all-linear", "caption_dropout": 0.05,
+        "rank": 16,
+        "alpha": 8.0,
+        "lr_schedule": "cosine",
+        "lr_warmup_steps": 50,
+        "snr_gamma": 5.0,
+        "target_modules": "all-linear",
+        "caption_dropout": 0.05,
     },
     # A style is in texture and light: convolutions learn, too, and the noise offset lets brightness move.
     "style": {
-        "rank": 16, "alpha": 16.0, "lr_schedule": "cosine", "lr_warmup_steps": 50, "snr_gamma": 5.0,
-        "target_modules": "all-linear+conv", "noise_offset": 0.03, "caption_dropout": 0.1,
+        "rank": 16,
+        "alpha": 16.0,
+        "lr_schedule": "cosine",
+        "lr_warmup_steps": 50,
+        "snr_gamma": 5.0,
+        "target_modules": "all-linear+conv",
+        "noise_offset": 0.03,
+        "caption_dropout": 0.1,
     },
     # One thing from few images: attention alone, so that less is memorised.
     "object": {
-        "alpha": 8.0, "lr_warmup_steps": 50, "snr_gamma": 5.0, "dropout": 0.05,
+        "alpha": 8.0,
+        "lr_warmup_steps": 50,
+        "snr_gamma": 5.0,
+        "dropout": 0.05,
     },
     "low memory (8 GB)": {
-        "gradient_accumulation": 4, "gradient_checkpointing": "on",
+        "gradient_accumulation": 4,
+        "gradient_checkpointing": "on",
     },
     "fast test": {"steps": 60, "rank": 4, "alpha": 4.0, "learning_rate": 5e-4, "sample_steps": 12},
-}  # fmt: skip
+}
 
 
 def with_preset(settings: Mapping[str, Any], preset: Preset) -> dict[str, Any]:

@@ -14,9 +14,18 @@ from .optimizer import OptimizerSettings, check_optimizer
 from .watch import WatchSettings, check_watching
 
 _OF_LORAS = (
-    "rank", "alpha", "target_modules", "dropout", "adapter", "use_rslora", "rank_dropout", "module_dropout", "init",
-    "lora_plus_ratio", "save_dtype",
-)  # fmt: skip
+    "rank",
+    "alpha",
+    "target_modules",
+    "dropout",
+    "adapter",
+    "use_rslora",
+    "rank_dropout",
+    "module_dropout",
+    "init",
+    "lora_plus_ratio",
+    "save_dtype",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +39,11 @@ class RunSettings:
         1000, "Number of weight updates. About 50 to 100 per image is a usual start.", low=1, high=MANY
     )
     seed: int = setting(
-        0, "Decides the start values, the order of images and the noise. The same seed repeats a run.",
-        low=0, high=MAX_SEED,
-    )  # fmt: skip
+        0,
+        "Decides the start values, the order of images and the noise. The same seed repeats a run.",
+        low=0,
+        high=MAX_SEED,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +58,22 @@ class TrainConfig(
 
     # What a run is called, how long it lasts and what is shown of it does not change a single step.
     OUTSIDE_FINGERPRINT = (
-        "lora_name", "steps", "epochs", "sample_prompts", "sample_steps", "sample_guidance",
-        "checkpoint_every", "save_format", "save_dtype",
-        "validate_every", "early_stopping", "keep_best", "sample_every", "clip_model", "tensorboard",
-    )  # fmt: skip
+        "lora_name",
+        "steps",
+        "epochs",
+        "sample_prompts",
+        "sample_steps",
+        "sample_guidance",
+        "checkpoint_every",
+        "save_format",
+        "save_dtype",
+        "validate_every",
+        "early_stopping",
+        "keep_best",
+        "sample_every",
+        "clip_model",
+        "tensorboard",
+    )
 
     @property
     def rates(self) -> dict[str, float]:

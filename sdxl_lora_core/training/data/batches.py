@@ -78,9 +78,14 @@ class TrainingData:
     """
 
     def __init__(
-        self, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, cache: Path, device: torch.device,
+        self,
+        base: SDXLBase,
+        dataset: CaptionDataset,
+        config: TrainConfig,
+        cache: Path,
+        device: torch.device,
         dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.base, self.config, self.cache_folder, self.device, self.dtype = base, config, cache, device, dtype
         self.entries = (*dataset.entries, *dataset.regularisation)
         if config.masked_loss and not any(entry.mask for entry in self.entries):

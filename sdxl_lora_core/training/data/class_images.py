@@ -42,9 +42,15 @@ def planned_class_images(
 
 
 def with_class_images(
-    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, folder: Path, *, parts: LoadedParts, cache: Path,
+    base: SDXLBase,
+    dataset: CaptionDataset,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    parts: LoadedParts,
+    cache: Path,
     on_step: Callable[[int, int], None],
-) -> CaptionDataset:  # fmt: skip
+) -> CaptionDataset:
     """The data set with class images as its regularisation, drawn into `folder` through the image cache below `cache`.
 
     `parts` holds no weights on return. `on_step(done, total)` counts denoising steps and may raise to cancel; what is
@@ -54,9 +60,12 @@ def with_class_images(
     if not planned:
         return dataset
     request = GenerateConfig(
-        prompt=config.class_prompt, seed=FIRST_SEED, count=len(planned),
-        width=planned[0].width, height=planned[0].height,
-    )  # fmt: skip
+        prompt=config.class_prompt,
+        seed=FIRST_SEED,
+        count=len(planned),
+        width=planned[0].width,
+        height=planned[0].height,
+    )
     drawn = generate(base, request, parts=parts, cache_folder=cache / "images", prompt_cache=cache, on_step=on_step)
     parts.drop_all()
     for entry, image in zip(planned, drawn, strict=True):

@@ -38,8 +38,15 @@ def draw_loss_chart(path: Path, title: str, state: LoopState, kept: int | None =
     _draw_rates(rates, state)
     if kept is not None:
         _draw_kept((losses, *others, rates), kept)
-    losses.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, frameon=False, fontsize=9,
-                  columnspacing=1.4, handlelength=1.6)  # fmt: skip
+    losses.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=6,
+        frameon=False,
+        fontsize=9,
+        columnspacing=1.4,
+        handlelength=1.6,
+    )
     figure.align_ylabels()
     rates.set_xlabel("step")
     rates.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -59,8 +66,14 @@ def _draw_losses(axes: Any, state: LoopState) -> None:
     axes.plot(steps, state.losses, color=RAW, linewidth=0.7, label="loss")
     axes.plot(steps, averages, color=LOSS, linewidth=2, label="loss, smoothed")
     if validations:
-        axes.plot(*zip(*validations, strict=True), color=VALIDATION, linewidth=1.5, marker="o", markersize=4,
-                  label="validation loss")  # fmt: skip
+        axes.plot(
+            *zip(*validations, strict=True),
+            color=VALIDATION,
+            linewidth=1.5,
+            marker="o",
+            markersize=4,
+            label="validation loss",
+        )
     axes.set_ylim(*_range(state.losses, [*averages, *(loss for _, loss in validations)]))
     _label(axes, "loss")
 
@@ -74,9 +87,18 @@ def _draw_marks(axes: Any, state: LoopState) -> None:
     for name, steps, marker, height, color in marks:
         if steps:
             axes.plot(
-                steps, [height] * len(steps), label=name, marker=marker, markersize=5, markeredgewidth=1.5, color=color,
-                linestyle="none", transform=axes.get_xaxis_transform(), clip_on=False, zorder=3,
-            )  # fmt: skip
+                steps,
+                [height] * len(steps),
+                label=name,
+                marker=marker,
+                markersize=5,
+                markeredgewidth=1.5,
+                color=color,
+                linestyle="none",
+                transform=axes.get_xaxis_transform(),
+                clip_on=False,
+                zorder=3,
+            )
     axes.tick_params(axis="x", bottom=False)
 
 

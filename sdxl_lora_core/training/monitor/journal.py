@@ -46,9 +46,14 @@ class Journal:
     def write(self, report: StepReport, look: Look | None) -> None:
         """The row of one update."""
         row = Row(
-            report.done, report.loss, report.smoothed, report.learning_rate, look.validation_loss if look else None,
-            report.images_per_second, report.memory,
-        )  # fmt: skip
+            report.done,
+            report.loss,
+            report.smoothed,
+            report.learning_rate,
+            look.validation_loss if look else None,
+            report.images_per_second,
+            report.memory,
+        )
         if self._metrics:
             self._metrics.add(row)
 

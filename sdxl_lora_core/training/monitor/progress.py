@@ -90,11 +90,16 @@ class Meter:
         """To be called once after each update."""
         images, seconds = (sum(column) for column in zip(*self._updates, strict=True))
         return StepReport(
-            "training", step, steps, loss, self._smoothing.add(loss), learning_rate,
+            "training",
+            step,
+            steps,
+            loss,
+            self._smoothing.add(loss),
+            learning_rate,
             images_per_second=round(images / max(seconds, 1e-9), 3),
             memory=memory_in_use(self._device),
             seconds_left=(steps - step) * seconds / len(self._updates),
-        )  # fmt: skip
+        )
 
 
 def _clock(seconds: float) -> str:

@@ -89,15 +89,24 @@ class Sampler:
 
     def _draw(self, lora: Path, parts: LoadedParts, image_cache: Path | None, on_step: OnStep) -> list[np.ndarray]:
         request = GenerateConfig(
-            prompt="\n".join(self.config.sample_prompts), prompt_per_line=True, seed=self.config.seed,
-            width=self.side, height=self.side, steps=self.config.sample_steps, guidance=self.config.sample_guidance,
+            prompt="\n".join(self.config.sample_prompts),
+            prompt_per_line=True,
+            seed=self.config.seed,
+            width=self.side,
+            height=self.side,
+            steps=self.config.sample_steps,
+            guidance=self.config.sample_guidance,
             long_prompts="chunks" if self.config.caption_chunks > 1 else "cut",
-        )  # fmt: skip
+        )
         images = generate(
-            self.base, request, [LoRARef(lora, lora.stem, 1.0, 1.0)],
-            parts=parts, cache_folder=image_cache, prompt_cache=self.cache,
+            self.base,
+            request,
+            [LoRARef(lora, lora.stem, 1.0, 1.0)],
+            parts=parts,
+            cache_folder=image_cache,
+            prompt_cache=self.cache,
             on_step=lambda done, total: on_step(StepReport("drawing samples", done, total)),
-        )  # fmt: skip
+        )
         return [image.pixels for image in images]
 
     def _keep(self, prefix: str, pictures: Sequence[np.ndarray]) -> None:

@@ -26,9 +26,13 @@ class Gradients:
     """Computes what `learner` learns from an update's images. `scaler` is fp16's loss scale."""
 
     def __init__(
-        self, learner: Learner, data: TrainingData, config: TrainConfig, scaler: torch.amp.GradScaler,
+        self,
+        learner: Learner,
+        data: TrainingData,
+        config: TrainConfig,
+        scaler: torch.amp.GradScaler,
         processes: Processes,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.learner, self.data, self.config = learner, data, config
         self.scaler, self.processes = scaler, processes
 
@@ -47,8 +51,12 @@ class Gradients:
         shapes = what_decides_shapes(batch, config)
         plan = plan_memory(
             lambda: kept_bytes(lambda: learner.predict(batch), learner, shapes, self.data.cache_folder),
-            learner.unet, config.gradient_checkpointing, images, copies * size_of(learner.learning), free,
-        )  # fmt: skip
+            learner.unet,
+            config.gradient_checkpointing,
+            images,
+            copies * size_of(learner.learning),
+            free,
+        )
         state.gradient_checkpointing, state.images_per_pass = plan.checkpointing, plan.images_per_pass
         state.memory = f"{str(learner.dtype).removeprefix('torch.')}, {plan.reason}"
         if plan.tight:

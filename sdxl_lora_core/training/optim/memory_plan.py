@@ -38,7 +38,7 @@ class MemoryPlan:
 
 def plan_memory(
     measure: Callable[[], int], unet: nn.Module, wanted: Checkpointing, batch_size: int, learning: int, free: float
-) -> MemoryPlan:  # fmt: skip
+) -> MemoryPlan:
     """The fastest way that fits into `free` bytes.
 
     `measure` gives the bytes that one image of the largest size keeps in the UNet's present mode. Halving the pass

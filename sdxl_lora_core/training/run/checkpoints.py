@@ -61,9 +61,13 @@ class Checkpoints:
     fingerprint: str
 
     def save(
-        self, state: LoopState, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer, scaler: dict[str, Any],
+        self,
+        state: LoopState,
+        weights: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: dict[str, Any],
         write_adapter: Callable[[Path], object],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Writes `step-XXXXXX`, then removes all but the newest two. On failure raises OSError and removes none.
 
         `weights` are the adapter's parameters and all that moves with them, in an order that is the same every time.
@@ -79,9 +83,13 @@ class Checkpoints:
             write_adapter(temporary / ADAPTER)
             hashes = {name: file_sha256(temporary / name) for name in (ADAPTER, STATE)}
             document = {
-                "schema": SCHEMA, "fingerprint": self.fingerprint, "loop": asdict(state), "scaler": scaler,
-                "optimizer": plan, "sha256": hashes,
-            }  # fmt: skip
+                "schema": SCHEMA,
+                "fingerprint": self.fingerprint,
+                "loop": asdict(state),
+                "scaler": scaler,
+                "optimizer": plan,
+                "sha256": hashes,
+            }
             write_text_atomic(temporary / "state.json", json.dumps({**document, "seal": _seal(document)}))
             if final.exists():
                 shutil.rmtree(final)

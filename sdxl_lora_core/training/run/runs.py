@@ -87,8 +87,11 @@ def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig
         settings["continue_from"] = file_sha256(start)
     settings |= said_to_predict(base)  # what is trained, whether the file, the base's own setting or the run's says so
     content = {
-        "base": base.fingerprint, "dataset": dataset.fingerprint, "settings": settings, "version": RANDOMNESS_VERSION
-    }  # fmt: skip
+        "base": base.fingerprint,
+        "dataset": dataset.fingerprint,
+        "settings": settings,
+        "version": RANDOMNESS_VERSION,
+    }
     deciding = deciding_looks(config, dataset)
     return json_sha256(content | {"looks": deciding} if deciding else content)
 
@@ -103,9 +106,11 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
     from filelock import FileLock, Timeout
 
     identity = {
-        "fingerprint": fingerprint, "steps": config.steps, "kept": _kept(config),
+        "fingerprint": fingerprint,
+        "steps": config.steps,
+        "kept": _kept(config),
         "format": [config.save_format, config.save_dtype],
-    }  # fmt: skip
+    }
     _check_writable(folders, config)
     for name in next_names(config.lora_name):
         run = Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
