@@ -1,7 +1,8 @@
 """Prints the measures of the code's structure: python tools/measure.py [ROOT]
 
 Lines of a function are those from its `def` to its end. A room is a package or a module of `sdxl_lora_core/`, or
-Only the product is measured, except for `# fmt: skip`, which is counted everywhere.
+`nodes/` as a whole; a storey is a level of the longest chain of imports between rooms. Only the product is measured,
+except for `# fmt: skip`, which is counted everywhere.
 """
 
 from __future__ import annotations
