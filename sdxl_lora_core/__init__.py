@@ -1,3 +1,1 @@
-"""Trains SDXL LoRAs and generates with them. Knows nothing of ComfyUI; importing it loads nothing heavy."""
-
-__version__ = "0.1.0"
+"""Trains SDXL LoRAs and generates images with them. Independent of ComfyUI; importing it loads no large library."""

@@ -2,7 +2,7 @@
 
 demo: trains and draws with the bundled model. test-quick: what one runs while working, in about a minute.
 test: all that must always hold. accept: sweeps and long runs besides. test-comfy: the tests that need ComfyUI.
-wheel: the command line from a built wheel. lint: style, types and layers.
+wheel: the command line from a built wheel. lint: style, types, spelling and layers.
 
 The first call makes `.venv` and installs requirements-dev.txt into it; later calls need no network.
 """
@@ -114,6 +114,7 @@ def lint() -> int:
         run("-m", "ruff", "check", ".")
         or run("-m", "ruff", "format", "--check", ".")
         or run("-m", "basedpyright", "--level", "error", "--pythonpath", str(PYTHON))
+        or run("-m", "codespell_lib")
         or run("-c", "from importlinter.cli import lint_imports_command; lint_imports_command()", "--no-logo")
     )
 
