@@ -126,7 +126,8 @@ def test_samplers_without_the_option_start_from_zero_snr_too(zero_snr: Path, sam
     own.set_timesteps(10)
     euler.set_timesteps(10)
     torch.testing.assert_close(own.sigmas.unique(), euler.sigmas.unique())
-    assert own.sigmas.max() == 4096 and own.config.prediction_type == "v_prediction"
+    assert own.sigmas.max() == pytest.approx(4096, rel=1e-6)  # rounded differently by each processor
+    assert own.config.prediction_type == "v_prediction"
     assert pixels(base, dataclasses.replace(config, steps=10)).std() > 10
 
 
