@@ -1,34 +1,82 @@
-"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): whether, between which noise levels, and rescaled."""
+"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) with rescale and an interval of noise levels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from ..control.controlled_unet import way_done
 from ..sdxl.base import SDXLBase
+from ..sdxl.noise_levels import is_within
 from .config import BASES_RESCALE, GenerateConfig
 
 _ZERO_SNR_RESCALE = 0.7  # phi of Lin et al., arXiv 2305.08891, section 3.4
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of strength `scale` between two positions of the noise schedule, 0 the noisiest, 1 the cleanest.
+
+    `rescale` (phi in Lin et al., arXiv 2305.08891, section 3.4; 0 to 1) scales the guided prediction towards the
+    standard deviation of the conditional one.
+    """
+
+    scale: float
+    rescale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def is_active(self, progress: float) -> bool:
+        """Whether there is guidance at this position (Kynkaanniemi et al., arXiv 2404.07724)."""
+        return is_within(progress, self.start, self.end)
+
+    def combine(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
+        """The guided prediction, [B, 4, h, w] as both of the UNet."""
+        guided = unconditional + self.scale * (conditional - unconditional)
+        if not self.rescale:
+            return guided
+        axes = list(range(1, guided.dim()))
+        ratio = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+        return self.rescale * (guided * ratio) + (1 - self.rescale) * guided
+
+
+def guidance_of(base: SDXLBase, config: GenerateConfig) -> Guidance | None:
+    """The guidance of a request; None where it is off."""
+    if not is_guided(config):
+        return None
+    return Guidance(config.guidance, guidance_rescale(base, config), config.guidance_start, config.guidance_end)
+
+
+def scale_embedding(unet: Any, scale: float, rows: int) -> Tensor | None:
+    """The guidance scale as an input of a UNet that was distilled to it, [rows, width]; None for any other UNet.
+
+    Source: Meng et al., arXiv 2210.03142, section 3.1; embedded as diffusers' pipelines do.
+    """
+    width = unet.config.time_cond_proj_dim
+    if width is None:
+        return None
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    scales = torch.full((rows,), (scale - 1) * 1000)
+    return get_timestep_embedding(scales, width, downscale_freq_shift=1).to(unet.device, unet.dtype)
+
+
 def is_guided(config: GenerateConfig) -> bool:
-    """At 1 and below the negative prompt has no say."""
+    """Whether the negative prompt has an effect: only at a guidance scale above 1."""
     return config.guidance > 1
 
 
 def guidance_rescale(base: SDXLBase, config: GenerateConfig) -> float:
-    """How far the guided prediction is brought back to the spread of the one for the prompt: 0 not, 1 wholly."""
+    """The rescale of a request, 0 to 1; by default that which bases with zero terminal SNR need, else 0."""
     if config.guidance_rescale != BASES_RESCALE:
         return config.guidance_rescale
     return _ZERO_SNR_RESCALE if base.zero_terminal_snr else 0.0
 
 
 def guidance_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]:
-    """What of guidance decides the image, beside its strength; nothing when all of it is plain."""
+    """The part of an image's key that guidance adds beside its scale; empty at the defaults."""
     if not is_guided(config):
         return {}
     rescale, interval = guidance_rescale(base, config), [float(config.guidance_start), float(config.guidance_end)]
@@ -36,40 +84,3 @@ def guidance_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]:
         **({"guidance_rescale": float(rescale)} if rescale else {}),
         **({"guidance_interval": interval} if interval != [0, 1] else {}),
     }
-
-
-@contextmanager
-def guidance_interval(unet: nn.Module, config: GenerateConfig, noise_levels: int) -> Iterator[None]:
-    """Inside, the UNet sees no negative prompt at noise levels out of the interval (Kynkaanniemi et al., 2404.07724).
-
-    Its answer to the prompt then stands for both, which makes the guided prediction exactly that answer, at half the
-    cost. `noise_levels` are those of the training.
-    """
-    if not is_guided(config) or (config.guidance_start, config.guidance_end) == (0, 1):
-        yield
-        return
-    outside = False
-
-    def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        nonlocal outside
-        outside = not config.guidance_start <= way_done(inputs[1], noise_levels) <= config.guidance_end
-        return _second_half((inputs, named), len(inputs[0])) if outside else None
-
-    def after(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> Any:
-        return (output[0].repeat(2, 1, 1, 1),) if outside else None
-
-    hooks = unet.register_forward_pre_hook(before, with_kwargs=True), unet.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _second_half(value: Any, batch: int) -> Any:
-    """Of every tensor of `batch` rows in a structure: the rows of the prompt, which stand after the negative ones."""
-    if isinstance(value, Tensor):
-        return value[batch // 2 :] if value.dim() and len(value) == batch else value
-    if isinstance(value, dict):
-        return {name: _second_half(item, batch) for name, item in value.items()}
-    return type(value)(_second_half(item, batch) for item in value) if isinstance(value, tuple | list) else value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..control.control import Control, HintNumbers
 from ..control.control_net import load_control_net, load_key
-from ..control.controlled_unet import ActiveControl, controlled
+from ..control.control_residuals import ActiveControl
 from ..lora.stack import StackEntry, load_merged, part_key, restack
 from ..runtime.loaded_parts import LoadedParts
 from ..sdxl.base import SDXLBase, load_part
@@ -23,11 +23,12 @@ from ..sdxl.loading import Part
 from ..text.encoding import stack_embeds
 from ..text.text_model import TextEmbeds
 from .config import LARGEST_SIDE, GenerateConfig, attention_backend, micro_conditioning
-from .guidance import guidance_interval, guidance_rescale, is_guided
-from .init_images import EncodedStart, PutBack, StartImage, begin, encode_start
+from .denoise import Conditioning, Denoiser, step_options
+from .guidance import guidance_of, is_guided, scale_embedding
+from .init_images import EncodedStart, StartImage, encode_start, noise_latents, noised_starts
 from .samplers import SOLVERS
-from .schedulers import make_scheduler
-from .x0_estimate import OnEstimate, tell_estimates
+from .schedulers import denoising_schedule
+from .x0_estimate import OnEstimate
 
 OnStep = Callable[[int], object]
 
@@ -46,6 +47,21 @@ class MadeImage(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ImageBatch:
+    """Inputs of images that are denoised together, one entry for each image.
+
+    `negative` are the embeddings of the negative prompt, None without guidance. Without `starts` all images start from
+    noise. `hints` holds for each image the index of its hint in each ControlNet.
+    """
+
+    prompts: Sequence[TextEmbeds]
+    negative: TextEmbeds | None
+    seeds: Sequence[int]
+    starts: Sequence[EncodedStart]
+    hints: Sequence[HintNumbers]
+
+
+@dataclass(frozen=True)
 class ImageMaker:
     """Makes images of one request. Weights come from `parts` and stay there; nothing is loaded before it is needed."""
 
@@ -57,64 +73,42 @@ class ImageMaker:
     controls: Sequence[Control] = ()
     on_estimate: OnEstimate | None = None
 
-    def make(
-        self,
-        wanted: Sequence[TextEmbeds],
-        unwanted: TextEmbeds | None,
-        seeds: Sequence[int],
-        starts: Sequence[EncodedStart],
-        hints: Sequence[HintNumbers],
-        on_step: OnStep,
-    ) -> list[MadeImage]:
-        """The images of some prompts in one batch: without `unwanted` no guidance, without `starts` from noise alone.
-
-        `hints` says for each image which of each control's hints is its own.
-        `on_step` gets the number of steps done and may raise.
-        """
-        conditioning = _conditioning(wanted, unwanted)
+    def make(self, batch: ImageBatch, on_step: OnStep) -> list[MadeImage]:
+        """Generates the images of a batch. `on_step` gets the number of UNet calls done and may raise to cancel."""
         with _attention(self.config):
-            return self._decode(self._denoise(conditioning, seeds, starts, hints, on_step))
+            return self._decode(self._denoise(batch, on_step))
 
     def encode(self, starts: Iterable[StartImage]) -> dict[StartImage, EncodedStart]:
         """Each encoded alone, so that it does not depend on the others."""
         with self._vae_phase() as vae:
             return {start: encode_start(start, vae) for start in starts}
 
-    def _denoise(
-        self,
-        conditioning: dict[str, Tensor],
-        seeds: Sequence[int],
-        starts: Sequence[EncodedStart],
-        hints: Sequence[HintNumbers],
-        on_step: OnStep,
-    ) -> Tensor:
-        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        schedule = {"num_inference_steps": self.config.schedule_steps}
-        scheduler = make_scheduler(self.base, self.config, seeds)
-        if self.on_estimate:
-            tell_estimates(scheduler, self.on_estimate)
-        levels = scheduler.config.num_train_timesteps
-        with (
-            self._unet_phase() as unet,
-            self._control_nets(hints) as controls,
-            guidance_interval(unet, self.config, levels),
-            controlled(unet, controls, levels),
-        ):
+    def _denoise(self, batch: ImageBatch, on_step: OnStep) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+        inpainting = None
+        with self._unet_phase() as unet, self._control_nets(batch.hints) as controls:
             _slice_attention(unet, self.config.attention_slicing)
-            pipeline = _pipeline(unet, scheduler, bool(starts))
-            beginning = begin(pipeline, schedule, self.config, starts, draws)
-            return pipeline(
-                **conditioning,
-                **micro_conditioning(self.config)._asdict(),
-                **schedule,
-                **beginning.arguments,
-                guidance_scale=self.config.guidance,
-                guidance_rescale=guidance_rescale(self.base, self.config),
-                eta=SOLVERS[self.config.sampler].eta,
-                generator=draws,
-                output_type="latent",
-                callback_on_step_end=functools.partial(_after_step, on_step, beginning.put_back),
-            ).images
+            schedule = denoising_schedule(self.base, self.config, batch.seeds, unet.device)
+            if batch.starts:
+                latents, inpainting = noised_starts(schedule, self.config, batch.starts, generators, unet)
+            else:
+                latents = noise_latents(schedule, self.config, generators, unet)
+            embedding = scale_embedding(unet, self.config.guidance, len(batch.seeds))
+            guidance = guidance_of(self.base, self.config) if embedding is None else None
+            denoiser = Denoiser(unet, schedule, guidance, controls, inpainting, self.on_estimate, embedding)
+            options = step_options(schedule.scheduler, generators, SOLVERS[self.config.sampler].eta)
+            return denoiser.denoise(latents, self._conditioning(batch, unet), options, on_step)
+
+    def _conditioning(self, batch: ImageBatch, unet: Any) -> Conditioning:
+        """Negative prompt first, if there is one. The sizes are in the UNet's precision, as in diffusers' pipelines."""
+        negative = [batch.negative] * len(batch.prompts) if batch.negative else []
+        rows = [*negative, *batch.prompts]
+        sizes = [number for size in micro_conditioning(self.config) for number in size]
+        return Conditioning(
+            stack_embeds([row.hidden[0] for row in rows]).to(unet.device, unet.dtype),  # padded to one length
+            torch.cat([row.pooled for row in rows]).to(unet.device),
+            torch.tensor([sizes], dtype=unet.dtype, device=unet.device).repeat(len(rows), 1),
+        )
 
     def _decode(self, latents: Tensor) -> list[MadeImage]:
         with self._vae_phase() as vae:
@@ -182,36 +176,6 @@ class ImageMaker:
 def offload_choice(config: GenerateConfig) -> bool | None:
     """None leaves it to the owner of the parts."""
     return {"auto": None, "phase": True, "none": False}[config.offload]
-
-
-def _pipeline(unet: nn.Module, scheduler: Any, from_image: bool) -> Any:
-    """Diffusers' SDXL pipeline around the UNet alone: text and VAE have their own phases."""
-    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
-
-    elsewhere = dict.fromkeys(["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
-    own: dict[str, Any] = {"unet": unet, "scheduler": scheduler}
-    pipeline_class = StableDiffusionXLImg2ImgPipeline if from_image else StableDiffusionXLPipeline
-    pipeline = pipeline_class(**elsewhere, **own, force_zeros_for_empty_prompt=False, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _conditioning(wanted: Sequence[TextEmbeds], unwanted: TextEmbeds | None) -> dict[str, Tensor]:
-    embeds = [*wanted, *[unwanted] * len(wanted)] if unwanted else [*wanted]
-    named = {"prompt_embeds": stack_embeds([one.hidden[0] for one in embeds])}  # all of one length
-    named["pooled_prompt_embeds"] = torch.cat([one.pooled for one in embeds])
-    if not unwanted:
-        return named
-    halves = {name: tensor.chunk(2) for name, tensor in named.items()}
-    return {prefix + name: half[side] for name, half in halves.items() for side, prefix in enumerate(("", "negative_"))}
-
-
-def _after_step(
-    on_step: OnStep, put_back: PutBack, pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What the pipeline calls; it goes on with the latents that it gets back."""
-    on_step(step + 1)
-    return {"latents": put_back(pipeline, step, tensors["latents"])}
 
 
 def _attention(config: GenerateConfig) -> AbstractContextManager[Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from ..files import array_sha256
 from ..images.crop import fit_image
 from ..sdxl.latents import LATENT_CHANNELS, VAE_SCALE, encode_posterior, scaled
 from .config import GenerateConfig
+from .schedulers import DenoisingSchedule
 
-Draws = Sequence[torch.Generator]
-PutBack = Callable[[Any, int, Tensor], Tensor]
+Generators = Sequence[torch.Generator]  # one for each image
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,21 +52,31 @@ class EncodedStart:
     std: Tensor | None
     mask: Tensor | None
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """A latent of the posterior, as diffusers' pipelines take one."""
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Latents sampled from the posterior, as diffusers' pipelines do."""
         if self.std is None:
             return self.mean
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
-class Beginning(NamedTuple):
-    """How a denoising begins: arguments for the pipeline, and what is done to the latents after each step.
+@dataclass(frozen=True)
+class Inpainting:
+    """The part of the start that denoising must keep. All tensors are on the device.
 
-    `put_back` gets the pipeline, the number of the step and the latents, and returns what the next step is to have.
+    `start` and `noise` are float32 [B, 4, h, w]; `mask` is float32 [B, 1, h, w], 1 where the image may change.
     """
 
-    arguments: dict[str, Any]
-    put_back: PutBack
+    start: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def restored(self, latents: Tensor, scheduler: Any, next_timestep: Tensor) -> Tensor:
+        """The latents with the kept area replaced by the start, noised for `next_timestep`; [1], empty at the end.
+
+        diffusers' StableDiffusionXLInpaintPipeline does the same with a UNet that was not trained for inpainting.
+        """
+        kept = scheduler.add_noise(self.start, self.noise, next_timestep) if len(next_timestep) else self.start
+        return ((1 - self.mask) * kept + self.mask * latents).to(latents.dtype)
 
 
 def start_images(
@@ -142,66 +152,37 @@ def _is_count(starts: int, config: GenerateConfig) -> bool:
     return starts in (1, len(config.prompts) * config.count)
 
 
-def begin(
-    pipeline: Any, schedule: Mapping[str, Any], config: GenerateConfig, starts: Sequence[EncodedStart], draws: Draws
-) -> Beginning:
-    """Noise for diffusers' StableDiffusionXLPipeline, or starts for its StableDiffusionXLImg2ImgPipeline.
+def noise_latents(schedule: DenoisingSchedule, config: GenerateConfig, generators: Generators, unet: Any) -> Tensor:
+    """Noise at the first level of the schedule, [B, 4, h, w] in the UNet's precision and on its device."""
+    return _noise(config, generators).to(unet.device, unet.dtype) * schedule.scheduler.init_noise_sigma
 
-    `schedule` is what the pipeline will be called with.
+
+def noised_starts(
+    schedule: DenoisingSchedule,
+    config: GenerateConfig,
+    starts: Sequence[EncodedStart],
+    generators: Generators,
+    unet: Any,
+) -> tuple[Tensor, Inpainting | None]:
+    """The starts at the first level of the schedule, as noise_latents, and what inpainting has to keep of them.
+
+    Noise is added in float32; diffusers' pipelines do it in the UNet's precision.
     """
-    if starts:
-        return _begin_with(pipeline, schedule, config, starts, draws)
-    latents = _noise(config, draws).to(pipeline.unet.dtype)
-    return Beginning({"width": config.width, "height": config.height, "latents": latents}, _put_nothing_back)
-
-
-def _begin_with(
-    pipeline: Any, schedule: Mapping[str, Any], config: GenerateConfig, starts: Sequence[EncodedStart], draws: Draws
-) -> Beginning:
-    """The starts with as much noise as the first step expects; the pipeline would draw it in the UNet's precision."""
-    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import retrieve_timesteps
-
-    device, dtype = pipeline.unet.device, pipeline.unet.dtype
-    strength = min(1.0, (config.steps + 0.5) / config.schedule_steps)  # of which the pipeline makes config.steps
-    start = torch.cat([start.draw(draw) for start, draw in zip(starts, draws, strict=True)]).to(device)
-    noise = _noise(config, draws).to(device)
-    _, steps = retrieve_timesteps(pipeline.scheduler, device=device, **schedule)
-    timesteps, _ = pipeline.get_timesteps(steps, strength, device)
-    latents = pipeline.scheduler.add_noise(start, noise, timesteps[:1].repeat(len(start)))
+    sampled = [start.sample(generator) for start, generator in zip(starts, generators, strict=True)]
+    start = torch.cat(sampled).to(unet.device)
+    noise = _noise(config, generators).to(unet.device)
+    latents = schedule.scheduler.add_noise(start, noise, schedule.timesteps[:1].repeat(len(start)))
     masks = [encoded.mask for encoded in starts if encoded.mask is not None]
-    if masks and config.denoise == 1:  # so begins diffusers' inpainting: nothing is left of what is painted over
-        latents = noise * pipeline.scheduler.init_noise_sigma
-    latents = latents.to(dtype)
-    arguments = {"image": latents, "latents": latents, "strength": strength}
-    return Beginning(
-        arguments, _putting_back(start, noise, torch.cat(masks).to(device)) if masks else _put_nothing_back
-    )
+    if masks and config.denoise == 1:  # as diffusers' inpainting: nothing remains of what is painted over
+        latents = noise * schedule.scheduler.init_noise_sigma
+    inpainting = Inpainting(start, noise, torch.cat(masks).to(unet.device)) if masks else None
+    return latents.to(unet.dtype), inpainting
 
 
-def _put_nothing_back(pipeline: Any, step: int, latents: Tensor) -> Tensor:
-    return latents
-
-
-def _putting_back(start: Tensor, noise: Tensor, mask: Tensor) -> PutBack:
-    """Outside of the mask the start with the noise of the coming step; after the last step, without.
-
-    So inpaints diffusers' StableDiffusionXLInpaintPipeline with a UNet that was not made for it.
-    """
-
-    def put_back(pipeline: Any, step: int, latents: Tensor) -> Tensor:
-        timesteps = pipeline.scheduler.timesteps[-pipeline.num_timesteps :]
-        kept = start
-        if step + 1 < len(timesteps):
-            kept = pipeline.scheduler.add_noise(start, noise, timesteps[step + 1 : step + 2])
-        return ((1 - mask) * kept + mask * latents).to(latents.dtype)
-
-    return put_back
-
-
-def _noise(config: GenerateConfig, draws: Draws) -> Tensor:
-    """float32 [B, 4, H/8, W/8], drawn on the CPU: the same on every device and at every precision."""
+def _noise(config: GenerateConfig, generators: Generators) -> Tensor:
+    """float32 [B, 4, H/8, W/8], sampled on the CPU: the same on every device and at every precision."""
     size = (1, LATENT_CHANNELS, config.height // VAE_SCALE, config.width // VAE_SCALE)
-    return torch.cat([torch.randn(size, generator=draw) for draw in draws])
+    return torch.cat([torch.randn(size, generator=generator) for generator in generators])
 
 
 def _masks_of_images(

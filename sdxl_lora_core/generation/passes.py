@@ -22,7 +22,7 @@ from ..text.text_model import TextEmbeds
 from .config import GenerateConfig
 from .guidance import is_guided
 from .image_keys import KEYED_LIBRARIES, image_facts, key_of, start_settings
-from .image_maker import ImageMaker
+from .image_maker import ImageBatch, ImageMaker
 from .init_images import EncodedStart, StartImage, enlarged
 from .prompt_encoder import TextPhase
 from .samplers import SOLVERS, require_libraries
@@ -187,14 +187,14 @@ class Pass:
         self, batch: Sequence[Request], ingredients: _Ingredients, report: Callable[[int], None]
     ) -> dict[str, GeneratedImage]:
         start = time.perf_counter()
-        made = self.maker.make(
-            [ingredients.texts[request.prompt] for request in batch],
-            ingredients.texts[self.config.negative_prompt] if is_guided(self.config) else None,
-            [request.seed for request in batch],
-            [ingredients.starts[start] for request in batch for start in request.starts],
-            [request.hints for request in batch],
-            lambda steps: report(steps * len(batch)),
+        inputs = ImageBatch(
+            prompts=[ingredients.texts[request.prompt] for request in batch],
+            negative=ingredients.texts[self.config.negative_prompt] if is_guided(self.config) else None,
+            seeds=[request.seed for request in batch],
+            starts=[ingredients.starts[start] for request in batch for start in request.starts],
+            hints=[request.hints for request in batch],
         )
+        made = self.maker.make(inputs, lambda steps: report(steps * len(batch)))
         seconds = (time.perf_counter() - start) / len(batch)
         images = {}
         for request, (pixels, latents) in zip(batch, made, strict=True):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..sdxl.base import SDXLBase, scheduler_config
+from ..sdxl.noise_levels import progress_of
 from .config import GenerateConfig
 from .samplers import SOLVERS, Solver
 
@@ -34,6 +37,31 @@ def scheduler_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]
     return {**noise, **solver.options, **eta, **_spacing(config, solver, noise)}
 
 
+class DenoisingSchedule(NamedTuple):
+    """One of diffusers' schedulers after `set_timesteps`, and the timesteps that remain to be run, noisiest first."""
+
+    scheduler: Any
+    timesteps: Tensor
+
+    @property
+    def progress(self) -> list[float]:
+        """For each timestep its position between the noisiest level of the training (0) and the cleanest (1)."""
+        levels = self.scheduler.config.num_train_timesteps
+        return [progress_of(timestep, levels) for timestep in self.timesteps.tolist()]
+
+
+def denoising_schedule(
+    base: SDXLBase, config: GenerateConfig, seeds: Sequence[int], device: torch.device
+) -> DenoisingSchedule:
+    """The last `config.steps` steps of the schedule that `config.denoise` lengthens, for the images of these seeds."""
+    scheduler = make_scheduler(base, config, seeds)
+    scheduler.set_timesteps(config.schedule_steps, device=device)
+    skipped = (config.schedule_steps - config.steps) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    return DenoisingSchedule(scheduler, scheduler.timesteps[skipped:])
+
+
 def make_scheduler(base: SDXLBase, config: GenerateConfig, seeds: Sequence[int]) -> Any:
     """A new scheduler for the images of these seeds."""
     settings = scheduler_settings(base, config)
@@ -41,7 +69,7 @@ def make_scheduler(base: SDXLBase, config: GenerateConfig, seeds: Sequence[int])
         settings["noise_sampler_seed"] = list(seeds)  # a Brownian path for each image
     scheduler = _build(SOLVERS[config.sampler].scheduler, settings)
     if config.sampler == "euler_ancestral":
-        _share_sigmas(scheduler, _build(SOLVERS["euler"].scheduler, settings))
+        scheduler.euler = _build(SOLVERS["euler"].scheduler, settings)
     if base.zero_terminal_snr and "rescale_betas_zero_snr" not in scheduler.config:
         scheduler.alphas_cumprod = _build(SOLVERS["euler"].scheduler, settings).alphas_cumprod
     return scheduler
@@ -90,7 +118,9 @@ def _spacing(config: GenerateConfig, solver: Solver, noise: dict[str, Any]) -> d
 def _build(name: str, settings: dict[str, Any]) -> Any:
     import diffusers
 
-    scheduler_class = getattr(diffusers, name)
+    scheduler_class: Any = getattr(diffusers, name)
+    if name == "EulerAncestralDiscreteScheduler":
+        scheduler_class = _with_eulers_sigmas()
     if settings.get("sigmas") == "normal" and hasattr(scheduler_class, "_convert_to_karras"):
         scheduler_class = _with_normal_sigmas(scheduler_class)
         settings = {**settings, "use_karras_sigmas": True}
@@ -109,13 +139,17 @@ def _with_normal_sigmas(scheduler_class: type[Any]) -> type[Any]:
     return WithNormalSigmas
 
 
-def _share_sigmas(ancestral: Any, euler: Any) -> None:
-    """The ancestral solver goes through Euler's noise levels: diffusers gives it no schedules of its own."""
-    own = ancestral.set_timesteps
+@functools.cache
+def _with_eulers_sigmas() -> type[Any]:
+    """The ancestral scheduler on Euler's noise levels: diffusers gives it no spacings of its own."""
+    from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
-    def set_timesteps(num_inference_steps: int, device: Any = None) -> None:
-        own(num_inference_steps, device)
-        euler.set_timesteps(num_inference_steps, device)
-        ancestral.sigmas, ancestral.timesteps = euler.sigmas, euler.timesteps
+    class WithEulersSigmas(EulerAncestralDiscreteScheduler):
+        euler: EulerDiscreteScheduler
 
-    ancestral.set_timesteps = set_timesteps
+        def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+            super().set_timesteps(num_inference_steps, device)
+            self.euler.set_timesteps(num_inference_steps, device)
+            self.sigmas, self.timesteps = self.euler.sigmas, self.euler.timesteps
+
+    return WithEulersSigmas

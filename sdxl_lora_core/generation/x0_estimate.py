@@ -1,8 +1,7 @@
-"""What a sampler takes the finished image to be while it is still at work, for pictures of it on the way."""
+"""An estimate of the clean latents during denoising, for preview images."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,24 +11,12 @@ from torch import Tensor
 OnEstimate = Callable[[Tensor], object]
 
 
-def tell_estimates(scheduler: Any, on_estimate: OnEstimate) -> None:
-    """Before each step of one of diffusers' schedulers `on_estimate` gets the estimate, float32 [B, 4, h, w]."""
-    own = scheduler.step
-
-    @functools.wraps(own)  # the pipeline looks at which arguments it takes
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **named: Any) -> Any:
-        on_estimate(clean_estimate(scheduler, model_output, timestep, sample))
-        return own(model_output, timestep, sample, *args, **named)
-
-    scheduler.step = step
-
-
 def clean_estimate(scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-    """The clean latents that the UNet's answer stands for, float32, at the scheduler's present step.
+    """The clean latents implied by a prediction at the scheduler's current step, float32 [B, 4, h, w].
 
-    With sample = a x0 + s noise, where a and s are the scheduler's own: epsilon is the noise, v = (a noise - s x0) / r
-    with r^2 = a^2 + s^2 (Salimans and Ho, arXiv 2202.00512, section 4, where r is 1). At the points between two steps
-    of dpmpp_sde it is rough: diffusers knows no noise level there.
+    Let sample = a x0 + s noise with the scheduler's own a and s. Epsilon is the noise, and v = (a noise - s x0) / r
+    with r^2 = a^2 + s^2 (Salimans and Ho, arXiv 2202.00512, section 4, where r is 1). At the intermediate points of
+    dpmpp_sde the estimate is rough, because diffusers has no noise level for them.
     """
     answer, sample = model_output.float(), sample.float()
     when = torch.as_tensor(timestep, device=sample.device).reshape(1)
