@@ -108,6 +108,21 @@ def trainings() -> dict[str, Workflow]:
 
 # Generations
 
+SAMPLERS = {
+    "dpmpp_2m_sde": "exponential",
+    "dpmpp_3m": "beta",
+    "dpmpp_sde": "karras",
+    "unipc": "normal",
+    "euler": "normal",
+    "euler_ancestral": "sgm_uniform",
+    "heun": "karras",
+    "ddim": "ddim_uniform",
+    "ddpm": "normal",
+    "pndm": "ddim_uniform",
+    "lcm": "sgm_uniform",
+    "tcd": "sgm_uniform",
+}
+
 
 def generation(more: Workflow, **changes: Any) -> Workflow:
     """One request; `more` are the nodes that it is linked to."""
@@ -160,24 +175,32 @@ def steered() -> Workflow:
 def generations() -> dict[str, Workflow]:
     plain: dict[str, dict[str, Any]] = {
         "two seeds": {"count": 2},
-        "euler": {"sampler": "euler", "scheduler": "normal"},
-        "euler_ancestral": {"sampler": "euler_ancestral", "scheduler": "sgm_uniform"},
-        "ddim": {"sampler": "ddim", "scheduler": "ddim_uniform"},
-        "dpmpp_2m_sde": {"sampler": "dpmpp_2m_sde", "scheduler": "exponential"},
         "guidance off": {"guidance": 1.0},
         "negative prompt": {"negative_prompt": "blurry, green"},
         "image to image": {"image": picture(), "denoise": 0.6},
         "inpainting": {"image": picture(), "mask": left_half(), "denoise": 0.8},
+        "inpainting from noise": {"image": picture(), "mask": left_half(), "count": 2, "batch_size": 2},
+        "guidance interval": {"guidance_start": 0.2, "guidance_end": 0.7, "guidance_rescale": 0.7},
+        "slices and a half batch": {"attention_slicing": True, "vae_slicing": True, "count": 3, "batch_size": 2},
         "second pass": {"hires_scale": 1.5, "hires_steps": 3},
         "micro-conditioning": {"original_width": 48, "crop_left": 32, "target_height": 128},
         "comfy syntax": {"prompt_syntax": "comfy", "prompt": "a (red:1.4) circle on a [navy] (background:0.7)"},
         "long prompt": {"long_prompts": "chunks", "prompt": " and ".join([PROMPT] * 12)},
         "batches and tiles": {"batch_size": 2, "count": 3, "vae_tiling": True, "guidance_rescale": 0.5},
     }
+    start = {"image": picture(), "mask": left_half(), "denoise": 0.6}
+    steering = {"controls": ["net", 0], "batch_size": 2, "count": 2}
     return {
         **{name: generation({}, **changes) for name, changes in plain.items()},
+        **{name: generation({}, sampler=name, scheduler=schedule) for name, schedule in SAMPLERS.items()},
+        **{
+            f"{name} inpainting": generation({}, sampler=name, scheduler=schedule, **start)
+            for name, schedule in SAMPLERS.items()
+        },
         "LoRA stack": generation(lora_stack(), lora_stack=["stack", 0]),
         "ControlNet": generation(steered(), controls=["net", 0]),
+        "ControlNet inpainting": generation(steered(), **steering, **start, guidance_end=0.5),
+        "ControlNet second pass": generation(steered(), **steering, hires_scale=1.5, sampler="heun"),
     }
 
 
@@ -211,7 +234,7 @@ def run_jobs(folder: Path, wanted: dict[str, Workflow]) -> None:
     if not Path(run_workflow.__file__).resolve().is_relative_to(Path.cwd().resolve()):
         raise RuntimeError(f"the tree in {Path.cwd()} runs the code of {run_workflow.__file__}")
     home = folder / "home"
-    if "ControlNet" in wanted:
+    if any("net" in graph for graph in wanted.values()):
         write_control_net(home / "models/controlnet" / CONTROL_NET)
     for name, graph in wanted.items():
         outputs = run_workflow.run(graph, home)
@@ -276,13 +299,13 @@ def verdict(ours: dict[str, bytes], theirs: dict[str, bytes]) -> str:
 def compare(ours: Path, theirs: Path, names: Iterable[str]) -> bool:
     """Prints a row for each job. Whether all are equal."""
     equal = True
-    print(f"{'job':<24}{'bytes here':>12}{'bytes there':>13}  result")
+    print(f"{'job':<30}{'bytes here':>12}{'bytes there':>13}  result")
     for name in names:
         found = files_of(ours / name), files_of(theirs / name)
         sizes = [sum(map(len, files.values())) for files in found]
         said = verdict(*found)
         equal &= said == "equal"
-        print(f"{name:<24}{sizes[0]:>12}{sizes[1]:>13}  {said}")
+        print(f"{name:<30}{sizes[0]:>12}{sizes[1]:>13}  {said}")
     return equal
 
 
