@@ -2,17 +2,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.sdxl.base import describe_base, open_base, quick_fingerprint
-from ..sdxl_lora_core.sdxl.precision import PRECISIONS
+from ..sdxl_lora_core.sdxl.base import describe_base, open_base, quick_fingerprint, require_predictable
 from ..sdxl_lora_core.sdxl.vae_override import with_vae
 from ..sdxl_lora_core.training.config.train_config import TrainConfig
 from . import choices
-from .host.folders import cache_folder
+from .host.folders import cache_folders
 from .previews import show
-from .widgets import train_widget, widget
+from .widgets import widget, widgets
 from .wires import CATEGORY
 
 OWN_VAE = "(the base's own)"
+_VAE_HELP = (
+    "Another VAE than the base's, from the vae folder, for training and generating. It has to be a VAE for SDXL: one "
+    "for Stable Diffusion 1.5 has the same layout and gives wrong colours."
+)
 
 
 class LoadSDXLBase:
@@ -28,38 +31,21 @@ class LoadSDXLBase:
     RETURN_NAMES = ("base", "info")
     OUTPUT_TOOLTIPS = (
         "The base model, for training and generating.",
-        "What the model is: layout, prediction type, precision, fingerprint.",
+        "A description of the model: layout, prediction type, precision, fingerprint.",
     )
     FUNCTION = "load"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        precision_help = "Precision of the weights in memory. auto: bf16 or fp16 on a GPU, fp32 on the CPU."
         return {
             "required": {
-                "base": (
-                    choices.names("base"),
-                    {"tooltip": "An SDXL checkpoint, a diffusers folder, or the bundled tiny model to try things out."},
-                ),
-                "precision": widget(
-                    TrainConfig,
-                    "precision",
-                    PRECISIONS,
-                    "Number format of the weights in memory. auto: bf16 or fp16 on a GPU, fp32 on the CPU.",
-                ),
+                "base": choices.combo("base", "An SDXL checkpoint, a diffusers folder, or the bundled tiny model."),
+                "precision": widget(TrainConfig, "precision", tooltip=precision_help),
             },
             "optional": {
-                "prediction": train_widget("prediction", advanced=True),
-                "zero_terminal_snr": train_widget("zero_terminal_snr", advanced=True),
-                "vae": (
-                    [OWN_VAE, *choices.names("vae")],
-                    {
-                        "default": OWN_VAE,
-                        "advanced": True,
-                        "tooltip": "Another VAE than the base's, from the vae folder, for training and generating. It "
-                        "has to be one for SDXL: that of Stable Diffusion 1.5 looks alike in a file, and gives wrong "
-                        "colours.",
-                    },
-                ),
+                **widgets(TrainConfig, ("prediction", "zero_terminal_snr"), advanced=True),
+                "vae": choices.combo("vae", _VAE_HELP, first=OWN_VAE, advanced=True),
             },
         }
 
@@ -73,18 +59,11 @@ class LoadSDXLBase:
         found = choices.content("base", base, quick_fingerprint)
         return found + choices.content("vae", _chosen(vae), quick_fingerprint)
 
-    def load(
-        self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto", vae: str = OWN_VAE
-    ) -> dict[str, Any]:
-        hashes = cache_folder() / "hashes"
-        opened = open_base(
-            choices.find("base", base), precision, hashes, prediction=prediction, zero_terminal_snr=zero_terminal_snr
-        )
-        if zero_terminal_snr == "on" and opened.prediction_type == "epsilon":
-            raise ValueError(
-                f"zero_terminal_snr is 'on' and prediction is {prediction!r}, so {opened.name} would predict epsilon "
-                "where there is only noise: set prediction to v_prediction, or zero_terminal_snr to auto"
-            )
+    def load(self, base: str, vae: str = OWN_VAE, **settings: Any) -> dict[str, Any]:
+        hashes = cache_folders().hashes
+        opened = open_base(choices.find("base", base), hash_memo=hashes, **settings)
+        if settings.get("zero_terminal_snr") == "on":
+            require_predictable(opened)
         if vae != OWN_VAE:
             opened = with_vae(opened, choices.find("vae", vae), hashes)
         info = describe_base(opened)

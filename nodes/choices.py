@@ -1,4 +1,4 @@
-"""The names that widgets offer for datasets, bases, LoRAs, ControlNets and CLIP models, and the paths behind them."""
+"""The names that widgets offer for datasets, bases, LoRAs, ControlNets and CLIP models, and their paths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from ..sdxl_lora_core.files import safe_path
 from ..sdxl_lora_core.lora.stack import LoRARef, StackEntry, open_stack
-from .host.folders import cache_folder, file_names, input_folder, roots
+from .host.folders import cache_folders, file_names, input_folder, roots
+from .widgets import Widget
 from .wires import read_stack, strengths_by_block
 
 Kind = Literal["dataset", "base", "vae", "lora", "control_net", "clip"]
@@ -24,7 +25,7 @@ _BUNDLED: dict[Kind, dict[str, Path]] = {
     "clip": {"tiny-clip (bundled)": _ASSETS / "tiny-clip"},
 }
 _DATASETS = " [datasets]"
-_WANTED: dict[Kind, str] = {
+_EXPECTED: dict[Kind, str] = {
     "dataset": "a folder inside ComfyUI's input folder",
     "base": "a .safetensors file in the checkpoints folder, or a folder with model_index.json in the diffusers folder",
     "vae": "a .safetensors file, or a folder with config.json, in the vae folder",
@@ -35,27 +36,34 @@ _WANTED: dict[Kind, str] = {
 
 
 def names(kind: Kind) -> list[str]:
-    """What a combo offers, the bundled ones last."""
+    """The names that a combo offers, the bundled ones last."""
     return [*sorted(_found(kind)), *_BUNDLED[kind]]
 
 
+def combo(kind: Kind, tooltip: str, first: str = "", **more: Any) -> Widget:
+    """A widget that offers the names of a kind; `first`, which is no file, is the default."""
+    if not first:
+        return names(kind), {"tooltip": tooltip, **more}
+    return [first, *names(kind)], {"default": first, "tooltip": tooltip, **more}
+
+
 def find(kind: Kind, name: str) -> Path:
-    """The file or folder behind a name. Raises FileNotFoundError, or ValueError for a path that leaves its folder."""
+    """The file or folder of a name. Raises FileNotFoundError, or ValueError for a path outside its folder."""
     if name in _BUNDLED[kind]:
         return _BUNDLED[kind][name]
     found = _found(kind)
     for root in found.get(name, []):
         if (path := root / name.removesuffix(_DATASETS)).exists():
             return path
-    # Not offered: a folder further down, or a file made a moment ago.
+    # Not offered: a folder further down, or a file written a moment ago.
     for root in _typed(kind):
         if (path := safe_path(root, name)).exists():
             return path
-    raise FileNotFoundError(f"{name!r} was not found: choose {_WANTED[kind]}. There are: {', '.join(names(kind))}")
+    raise FileNotFoundError(f"{name!r} was not found: choose {_EXPECTED[kind]}. There are: {', '.join(names(kind))}")
 
 
 def check(kind: Kind, name: str | None) -> bool | str:
-    """For VALIDATE_INPUTS: True, or what is wrong with the name. The name that a link will bring is None."""
+    """For VALIDATE_INPUTS: True, or an error message. The name is None if a link will bring it."""
     try:
         return name is None or find(kind, name).exists() or f"{name!r} is missing: install the pack again"
     except (OSError, ValueError) as error:
@@ -63,7 +71,7 @@ def check(kind: Kind, name: str | None) -> bool | str:
 
 
 def content(kind: Kind, name: str | None, fingerprint: Callable[[Path], str]) -> str:
-    """For IS_CHANGED: what stands behind the name now. Never raises."""
+    """For IS_CHANGED: a fingerprint of the name's present content. Never raises."""
     try:
         return fingerprint(find(kind, name)) if name else ""
     except (OSError, ValueError) as error:
@@ -71,15 +79,15 @@ def content(kind: Kind, name: str | None, fingerprint: Callable[[Path], str]) ->
 
 
 def stamp(path: Path) -> str:
-    """Sizes and times of a file, or of the files in a folder: other when the content may be other."""
+    """Sizes and modification times of a file, or of the files in a folder."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return " ".join(f"{file.name}-{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
 
 
 def find_embedding(name: str) -> Path | None:
-    """The file that `embedding:name` means: in any subfolder, with its ending or without. The uppermost one wins."""
+    """The file of `embedding:name`, in any subfolder, with or without extension. The topmost one wins."""
     files = sorted(file_names("embeddings"), key=lambda file: (len(Path(file).parts), file))
-    for spelled in (str, str.casefold):  # as it is written first: then as Windows' folders take it
+    for spelled in (str, str.casefold):  # exactly as written first, then case-insensitively as on Windows
         for ending in ("", ".safetensors", ".sft", ".pt", ".bin"):
             for file in files:
                 if spelled(f"/{Path(file).as_posix()}").endswith(spelled(f"/{name}{ending}")):
@@ -88,8 +96,8 @@ def find_embedding(name: str) -> Path | None:
 
 
 def open_loras(lora_stack: Any) -> tuple[StackEntry, ...]:
-    """What a LORA_STACK wire brings, opened. Raises as read_stack, lora_refs and open_stack do."""
-    return open_stack(lora_refs(read_stack(lora_stack)), cache_folder() / "hashes")
+    """Opens the LoRAs of a LORA_STACK. Raises as read_stack, lora_refs and open_stack do."""
+    return open_stack(lora_refs(read_stack(lora_stack)), cache_folders().hashes)
 
 
 def lora_refs(stack: Iterable[Any]) -> list[LoRARef]:
@@ -106,7 +114,7 @@ def lora_name_taken(file_name: str) -> bool:
 
 
 def _found(kind: Kind) -> dict[str, list[Path]]:
-    """For each name the roots it may lie in."""
+    """For each name the folders that may contain it."""
     match kind:
         case "dataset":
             return _subfolders([input_folder()]) | _subfolders(roots("datasets"), _DATASETS)

@@ -4,60 +4,52 @@ import functools
 from typing import Any
 
 from ..sdxl_lora_core.cache import maintenance
-from .host.folders import cache_folder
+from .host.folders import cache_folders
 from .host.progress import Progress
 from .previews import show
 from .wires import CATEGORY
 
+_ACTION_HELP = (
+    "prune: deletes the least recently used images until the rest fits the limit. verify: reads every image and "
+    "deletes damaged ones, which are generated again when needed."
+)
+_LIMIT_HELP = (
+    "Maximum size of the cached images in GB from now on. It is stored with the cache and applies to every ComfyUI "
+    "that shares it. 0 keeps the present limit."
+)
+
 
 class SDXLImageCache:
-    """Shows what the image cache holds, and makes it smaller."""
+    """Shows the contents of the image cache, and reduces its size."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Shows how many generated images are kept on disk and how much room they take, sets the limit, and removes "
-        "what was not used for longest."
+        "Shows how many generated images are cached on disk and how much space they take, sets the limit, and deletes "
+        "the least recently used ones."
     )
     SEARCH_ALIASES = ["cache size", "disk space", "prune cache", "cached images", "clean up"]
     RETURN_TYPES = ("STRING", "INT", "FLOAT")
     RETURN_NAMES = ("report", "images", "gigabytes")
-    OUTPUT_TOOLTIPS = ("What the node shows.", "How many images are kept.", "How much room they take, in GB.")
+    OUTPUT_TOOLTIPS = ("The text that the node shows.", "The number of cached images.", "Their size in GB.")
     OUTPUT_NODE = True
     FUNCTION = "run"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        limit = {"default": 0.0, "min": 0.0, "max": 1e6, "step": 1.0, "round": False, "tooltip": _LIMIT_HELP}
         return {
             "required": {
-                "action": (
-                    ["show", "prune", "verify"],
-                    {
-                        "default": "show",
-                        "tooltip": "prune: remove what was not used for longest until the rest fits the limit. "
-                        "verify: read every image and remove damaged ones. They are made anew when asked for.",
-                    },
-                ),
-                "limit_gb": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 1e6,
-                        "step": 1.0,
-                        "round": False,
-                        "tooltip": "The room that the images may take from now on, in GB. It is kept with the cache "
-                        "and holds for every ComfyUI that shares it. 0 leaves it as it is.",
-                    },
-                ),
+                "action": (["show", "prune", "verify"], {"default": "show", "tooltip": _ACTION_HELP}),
+                "limit_gb": ("FLOAT", limit),
             }
         }
 
     @classmethod
     def IS_CHANGED(cls, **widgets: Any) -> float:
-        return float("nan")  # the cache changes without this node
+        return float("nan")  # the cache changes independently of this node
 
     def run(self, action: str, limit_gb: float) -> dict[str, Any]:
-        images = cache_folder() / "images"
+        images = cache_folders().images
         if limit_gb:
             maintenance.set_limit(images, limit_gb)
         done = []

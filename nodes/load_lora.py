@@ -6,55 +6,48 @@ from ..sdxl_lora_core.lora.describe import describe_lora
 from ..sdxl_lora_core.lora.stack import read_blocks_of
 from . import choices
 from .previews import show
+from .widgets import link
 from .wires import CATEGORY, BlockStackEntry, read_stack, strengths_by_block
 
 INCOMING = "(incoming)"
+_BLOCKS_HELP = (
+    "Factors on strength_model by block of the UNet: mid_block=0, up_blocks.0=0.5. Other blocks keep the strength."
+)
 
 
 class LoadLoRA:
-    """Adds a LoRA to a stack, or weighs the one that comes in."""
+    """Adds a LoRA to a stack, or sets the strengths of the connected one."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Adds a LoRA to a stack. With (incoming) the strengths apply to the last LoRA of the stack that comes in, "
-        "so that one trained in this graph can be weighted."
+        "Adds a LoRA to a stack. With (incoming) the strengths apply to the last LoRA of the connected stack, for one "
+        "that is trained in the same graph."
     )
     SEARCH_ALIASES = ["lora loader", "lora stack", "apply lora", "lora strength"]
     RETURN_TYPES = ("LORA_STACK", "STRING")
     RETURN_NAMES = ("lora_stack", "info")
     OUTPUT_TOOLTIPS = (
-        "The incoming LoRAs and this one, for SDXL Generate (cached) or another pack's LoRA stack input.",
-        "Keys, rank, trigger words and what the LoRA was trained on.",
+        "The connected LoRAs and this one, for SDXL Generate (cached) or another pack's LoRA stack input.",
+        "The LoRA's keys, rank, trigger words and training base.",
     )
     FUNCTION = "load"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        file_help = f"A file in the loras folder. {INCOMING}: the last LoRA of the connected stack."
         strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
+        model_help = "Strength on the UNet. 0 turns it off."
+        clip_help = "Strength on the text encoders, for LoRAs that change them."
         return {
             "required": {
-                "lora_name": (
-                    [INCOMING, *choices.names("lora")],
-                    {"tooltip": f"A file in the loras folder. {INCOMING}: the last LoRA of the incoming stack."},
-                ),
-                "strength_model": ("FLOAT", {**strength, "tooltip": "Strength on the UNet. 0 turns it off."}),
-                "strength_clip": (
-                    "FLOAT",
-                    {**strength, "tooltip": "Strength on the text encoders, for LoRAs that change them."},
-                ),
+                "lora_name": ([INCOMING, *choices.names("lora")], {"tooltip": file_help}),
+                "strength_model": ("FLOAT", {**strength, "tooltip": model_help}),
+                "strength_clip": ("FLOAT", {**strength, "tooltip": clip_help}),
                 "enabled": ("BOOLEAN", {"default": True, "tooltip": "Off: the LoRA is left out of the stack."}),
             },
             "optional": {
-                "lora_stack": ("LORA_STACK", {"tooltip": "LoRAs to apply before this one."}),
-                "blocks": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "advanced": True,
-                        "tooltip": "Factors on strength_model by block of the UNet: mid_block=0, up_blocks.0=0.5. "
-                        "Blocks that are not named keep the strength.",
-                    },
-                ),
+                "lora_stack": link("LORA_STACK", "LoRAs to apply before this one."),
+                "blocks": ("STRING", {"default": "", "advanced": True, "tooltip": _BLOCKS_HELP}),
             },
         }
 
@@ -67,23 +60,22 @@ class LoadLoRA:
         return "" if lora_name == INCOMING else choices.content("lora", lora_name, choices.stamp)
 
     def load(
-        self,
-        lora_name: str,
-        strength_model: float,
-        strength_clip: float,
-        enabled: bool,
-        lora_stack: Any = None,
-        blocks: str = "",
+        self, lora_name: str, lora_stack: Any = None, enabled: bool = True, blocks: str = "", **strengths: float
     ) -> dict[str, Any]:
         stack = read_stack(lora_stack)
         if lora_name == INCOMING:
-            if not stack:
-                raise ValueError(f"lora_name is {INCOMING} but lora_stack brings no LoRA: connect one or choose a file")
-            incoming = stack.pop()
-            lora_name, blocks = incoming[0], blocks or strengths_by_block(incoming)
+            lora_name, blocks = _taken_from(stack, blocks)
         read_blocks_of(lora_name, blocks)
-        entry: Any = (lora_name, strength_model, strength_clip)
-        if blocks.strip():
-            entry = BlockStackEntry(entry, blocks)
-        info = describe_lora(choices.find("lora", lora_name)) if enabled else f"{lora_name} is off"
-        return show(([*stack, entry] if enabled else stack, info), info)
+        if not enabled:
+            return show((stack, info := f"{lora_name} is off"), info)
+        entry: Any = (lora_name, strengths["strength_model"], strengths["strength_clip"])
+        info = describe_lora(choices.find("lora", lora_name))
+        return show(([*stack, BlockStackEntry(entry, blocks) if blocks.strip() else entry], info), info)
+
+
+def _taken_from(stack: list[Any], blocks: str) -> tuple[str, str]:
+    """Removes the last LoRA from the stack; its name, and its block factors unless `blocks` replaces them."""
+    if not stack:
+        raise ValueError(f"lora_name is {INCOMING} but lora_stack has no LoRA: connect one or choose a file")
+    incoming = stack.pop()
+    return incoming[0], blocks or strengths_by_block(incoming)

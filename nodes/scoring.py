@@ -2,23 +2,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..sdxl_lora_core.evaluation.clip_model import load_clip
-from ..sdxl_lora_core.evaluation.clip_score import annotate, score_images
+from ..sdxl_lora_core.evaluation.clip_score import ScoreReport, annotate, score_images
+from ..sdxl_lora_core.runtime.loaded_parts import Loaded, PartRequest
 from . import choices
 from .host.memory import loaded_parts
 from .previews import show
+from .widgets import link
 from .wires import CATEGORY, from_image, to_image
+
+_CLIP_HELP = (
+    "A CLIP model folder in models/clip_score or models/clip_vision (config.json, tokenizer, .safetensors). The "
+    "bundled one knows only the bundled shapes."
+)
 
 
 class CLIPScore:
-    """Measures how well images fit their prompts."""
+    """Measures how well images match their prompts."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Measures with a CLIP model how well images fit a prompt, 0 to 100, and sorts them best first. "
-        "Compare scores of one CLIP model only with each other."
+        "Measures with a CLIP model how well images match a prompt, 0 to 100, and sorts them best first. "
+        "Compare only scores of the same CLIP model."
     )
     SEARCH_ALIASES = ["clip score", "clip similarity", "rank images", "best image", "evaluate lora", "image quality"]
     RETURN_TYPES = ("IMAGE", "IMAGE", "FLOAT", "FLOAT", "IMAGE", "STRING")
@@ -37,24 +45,12 @@ class CLIPScore:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        prompt_help = "The texts to score against: one line for all images, or one line for each."
         return {
             "required": {
-                "images": ("IMAGE", {"tooltip": "The images to score."}),
-                "prompt": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "multiline": True,
-                        "tooltip": "What they should show: one line for all images, or one line for each.",
-                    },
-                ),
-                "clip_model": (
-                    choices.names("clip"),
-                    {
-                        "tooltip": "A CLIP model folder in models/clip_score or models/clip_vision (config.json, "
-                        "tokenizer, .safetensors). The bundled one knows only the bundled shapes."
-                    },
-                ),
+                "images": link("IMAGE", "The images to score."),
+                "prompt": ("STRING", {"default": "", "multiline": True, "tooltip": prompt_help}),
+                "clip_model": choices.combo("clip", _CLIP_HELP),
             }
         }
 
@@ -67,21 +63,18 @@ class CLIPScore:
         return choices.content("clip", clip_model, choices.stamp)
 
     def score(self, images: Tensor, prompt: str, clip_model: str) -> dict[str, Any]:
-        pixels = from_image(images)
-        texts = prompt.strip().splitlines() or [""]
-        path = choices.find("clip", clip_model)
+        pixels, path = from_image(images), choices.find("clip", clip_model)
         with loaded_parts() as parts:
-            key = f"{path} {choices.stamp(path)}"
-            report = score_images(
-                pixels,
-                texts,
-                path,
-                parts.device,
-                load=lambda folder: parts.borrow("clip", key, lambda: load_clip(folder)),
-            )
-        ordered = [pixels[index] for index in report.order]
-        annotated = [annotate(pixels, report)[index] for index in report.order]
-        scores = [report.scores[index].clip_score for index in report.order]
-        outputs = (to_image(ordered), to_image(ordered[:1]), report.mean, scores, to_image(annotated), report.to_json())
-        summary = f"mean {report.mean:.2f}, best {scores[0]:.2f}"
-        return show(outputs, "\n".join([summary, *report.warnings]), annotated)
+            request = PartRequest("clip", f"{path} {choices.stamp(path)}", lambda: Loaded(load_clip(path)))
+            texts = prompt.strip().splitlines() or [""]
+            report = score_images(pixels, texts, path, parts.device, load=lambda _: parts.borrow(request).module)
+        return _outputs(pixels, report)
+
+
+def _outputs(pixels: list[np.ndarray], report: ScoreReport) -> dict[str, Any]:
+    ordered = [pixels[index] for index in report.order]
+    annotated = [annotate(pixels, report)[index] for index in report.order]
+    scores = [report.scores[index].clip_score for index in report.order]
+    outputs = (to_image(ordered), to_image(ordered[:1]), report.mean, scores, to_image(annotated), report.to_json())
+    summary = f"mean {report.mean:.2f}, best {scores[0]:.2f}"
+    return show(outputs, "\n".join([summary, *report.warnings]), annotated)

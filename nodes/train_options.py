@@ -1,4 +1,4 @@
-"""Further settings of a training run, a node for each group of them, on a link that chains."""
+"""The further settings of a training run: one node per group, on a link that chains."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ..sdxl_lora_core.settings import fields_of
-from ..sdxl_lora_core.training.config.train_config import TrainConfig
-from . import choices
-from .widgets import Widget, lines, train_widget
+from ..sdxl_lora_core.training.config.adapter import AdapterSettings
+from ..sdxl_lora_core.training.config.captions import CaptionSettings
+from ..sdxl_lora_core.training.config.loss import LossSettings
+from ..sdxl_lora_core.training.config.memory import MemorySettings
+from ..sdxl_lora_core.training.config.optimizer import OptimizerSettings
+from ..sdxl_lora_core.training.config.watch import WatchSettings
+from . import choices, training
+from .widgets import Widget, lines, link, widget
 from .wires import CATEGORY
 
 NO_FILE = "(none)"
 
 
 class TrainOptions:
-    """The settings of one group. Only those that were changed travel on, so that a preset can fill the others.
+    """The settings of GROUP that Train SDXL LoRA does not have itself.
 
-    FILES are the settings that name a file, with its kind.
+    Only changed settings are passed on, so that a preset can fill the others. FILES are the settings that name a file,
+    with its kind.
     """
 
-    GROUP: ClassVar[str]
+    GROUP: ClassVar[type]
     FILES: ClassVar[Mapping[str, choices.Kind]] = {}
     CATEGORY = f"{CATEGORY}/options"
     RETURN_TYPES = ("TRAIN_OPTIONS",)
@@ -30,22 +36,17 @@ class TrainOptions:
 
     @classmethod
     def settings(cls) -> list[str]:
-        return [name for name, field in fields_of(TrainConfig).items() if field.metadata.get("group") == cls.GROUP]
+        return [name for name in fields_of(cls.GROUP) if name not in (*training.FACE, *training.ADVANCED)]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        chain = (
-            "TRAIN_OPTIONS",
-            {"tooltip": "Settings from another options node. Where both set one, this one wins."},
-        )
+        chain = link("TRAIN_OPTIONS", "Settings from another options node. Where both set one, this node wins.")
         return {"required": {}, "optional": {"options": chain, **{name: cls.widget(name) for name in cls.settings()}}}
 
     @classmethod
     def widget(cls, name: str) -> Widget:
-        kind, shown = train_widget(name)
-        if name not in cls.FILES:
-            return kind, shown
-        return [NO_FILE, *choices.names(cls.FILES[name])], {**shown, "default": NO_FILE}
+        kind, shown = widget(cls.GROUP, name)
+        return choices.combo(cls.FILES[name], shown["tooltip"], first=NO_FILE) if name in cls.FILES else (kind, shown)
 
     @classmethod
     def check_file(cls, name: str, value: str | None) -> bool | str:
@@ -53,11 +54,11 @@ class TrainOptions:
 
     @classmethod
     def IS_CHANGED(cls, **settings: Any) -> str:
-        """Another file under the same name is another setting."""
+        """Changes when another file has the same name."""
         return " ".join(choices.content(kind, settings.get(name), choices.stamp) for name, kind in cls.FILES.items())
 
     def collect(self, options: Mapping[str, Any] | None = None, **settings: Any) -> tuple[dict[str, Any]]:
-        fields = fields_of(TrainConfig)
+        fields = fields_of(self.GROUP)
         values = {
             name: lines(value) if isinstance(fields[name].default, tuple) else value for name, value in settings.items()
         }
@@ -67,9 +68,9 @@ class TrainOptions:
 
 
 class AdapterOptions(TrainOptions):
-    GROUP = "adapter"
+    GROUP = AdapterSettings
     FILES = {"continue_from": "lora"}
-    DESCRIPTION = "What is trained: the kind of adapter, where it sits, how it starts, and how its file is written."
+    DESCRIPTION = "The adapter: its kind, the layers it is on, how it is initialised and saved."
     SEARCH_ALIASES = ["dora", "loha", "lokr", "lora+", "rslora", "pissa", "text encoder training", "lycoris"]
 
     @classmethod
@@ -78,29 +79,29 @@ class AdapterOptions(TrainOptions):
 
 
 class LossOptions(TrainOptions):
-    GROUP = "loss"
-    DESCRIPTION = "What counts as an error: weighting by noise level, robust losses, the noise and its timesteps."
+    GROUP = LossSettings
+    DESCRIPTION = "The loss: weighting by noise level, robust losses, the noise and its timesteps."
     SEARCH_ALIASES = ["min snr gamma", "noise offset", "huber loss", "v prediction", "debiased estimation"]
 
 
 class OptimizerOptions(TrainOptions):
-    GROUP = "optimizer"
-    DESCRIPTION = (
-        "How the weights move: the optimizer, its constants, the learning rate over the run, the average kept."
-    )
+    GROUP = OptimizerSettings
+    DESCRIPTION = "The optimizer, its hyperparameters, the learning rate schedule, and the moving average."
     SEARCH_ALIASES = ["adamw", "prodigy", "adafactor", "lion", "came", "ema", "schedule free", "learning rate"]
 
 
 class CaptionOptions(TrainOptions):
-    GROUP = "captions"
-    DESCRIPTION = "What a step sees of the dataset: shuffled and dropped tags, long captions, masks, regularisation."
+    GROUP = CaptionSettings
+    DESCRIPTION = (
+        "How captions are used: shuffled and dropped tags, long captions, masks, regularisation images, new tokens."
+    )
     SEARCH_ALIASES = ["shuffle tags", "tag dropout", "masked loss", "prior preservation", "dreambooth"]
 
 
 class WatchOptions(TrainOptions):
-    GROUP = "watch"
+    GROUP = WatchSettings
     FILES = {"clip_model": "clip"}
-    DESCRIPTION = "What is measured and shown while it trains, what is kept, and when it stops by itself."
+    DESCRIPTION = "What is measured and shown during training, which step is saved, and when training stops by itself."
     SEARCH_ALIASES = ["validation loss", "early stopping", "sample images", "keep best", "epochs", "checkpoints"]
 
     @classmethod
@@ -109,6 +110,6 @@ class WatchOptions(TrainOptions):
 
 
 class MemoryOptions(TrainOptions):
-    GROUP = "memory"
-    DESCRIPTION = "How the run fits into memory."
+    GROUP = MemorySettings
+    DESCRIPTION = "What saves memory."
     SEARCH_ALIASES = ["gradient checkpointing", "out of memory", "low vram", "micro batch"]

@@ -1,30 +1,33 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset
+from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset, with_validation
 from ..sdxl_lora_core.sdxl.base import SDXLBase
 from ..sdxl_lora_core.training.config.presets import PRESETS, Preset
+from ..sdxl_lora_core.training.config.train_config import TrainConfig
 from ..sdxl_lora_core.training.monitor.progress import StepReport
 from ..sdxl_lora_core.training.run.runs import RunFolders
 from . import choices
 from .host.comfy import nothing
-from .host.folders import cache_folder, output_folder
+from .host.folders import cache_folders, output_folder
 from .host.memory import device, loaded_parts, training_mode
 from .host.progress import Progress
 from .host.server import stop_button
 from .previews import show
-from .widgets import train_config, train_widget
+from .widgets import link, train_config, widgets
 from .wires import CATEGORY, to_image
 
-_FACE = ("lora_name", "steps", "learning_rate", "rank", "alpha", "batch_size", "seed", "sample_prompts")
-_ADVANCED = (
+if TYPE_CHECKING:
+    from ..sdxl_lora_core.training.train import TrainResult
+
+FACE = ("lora_name", "steps", "learning_rate", "rank", "alpha", "batch_size", "seed", "sample_prompts")
+ADVANCED = (
     "gradient_accumulation",
     "lr_schedule",
     "lr_warmup_steps",
@@ -35,9 +38,10 @@ _ADVANCED = (
     "gradient_checkpointing",
 )
 _PRESET_HELP = (
-    "A starting point for a kind of job. It fills every setting that still stands at its default, here and on option "
-    "nodes; run.yaml shows the result."
+    "A starting point for a kind of job. It fills every setting that is at its default, here and on option nodes; "
+    "run.yaml shows the result."
 )
+_VALIDATION_HELP = "Images to validate with and never to train on, from a second Load Caption Dataset."
 
 
 class TrainSDXLLoRA:
@@ -54,11 +58,11 @@ class TrainSDXLLoRA:
     OUTPUT_TOOLTIPS = (
         "The trained LoRA at strength 1, for SDXL Generate (cached) or Load LoRA (SDXL).",
         "The file's name inside the loras folder.",
-        "What the UNet learned, for ComfyUI's own Load LoRA Model and Save LoRA nodes; what text encoders learned is "
+        "The weights for the UNet, for ComfyUI's own Load LoRA Model and Save LoRA nodes; those for text encoders are "
         "in the file only.",
         "The loss over the steps.",
-        "An image for each sample prompt. Without sample prompts nothing connected here runs.",
-        "What was trained and how it went, as JSON.",
+        "An image for each sample prompt. Without sample prompts, connected nodes do not run.",
+        "A report of the run, as JSON.",
     )
     OUTPUT_NODE = True
     FUNCTION = "train"
@@ -67,18 +71,15 @@ class TrainSDXLLoRA:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "base": ("SDXL_BASE", {"tooltip": "The model to train on, from Load SDXL Base."}),
-                "dataset": ("CAPTION_DATASET", {"tooltip": "The images, from Load Caption Dataset."}),
-                **{option: train_widget(option) for option in _FACE},
+                "base": link("SDXL_BASE", "The model to train on, from Load SDXL Base."),
+                "dataset": link("CAPTION_DATASET", "The images, from Load Caption Dataset."),
+                **widgets(TrainConfig, FACE),
             },
             "optional": {
-                "options": ("TRAIN_OPTIONS", {"tooltip": "Further settings from option nodes."}),
-                **{option: train_widget(option, advanced=True) for option in _ADVANCED},
+                "options": link("TRAIN_OPTIONS", "Further settings from option nodes."),
+                **widgets(TrainConfig, ADVANCED, advanced=True),
                 "preset": (list(PRESETS), {"default": "none", "tooltip": _PRESET_HELP, "advanced": True}),
-                "validation": (
-                    "CAPTION_DATASET",
-                    {"tooltip": "Images to validate with and never to train on, from a second Load Caption Dataset."},
-                ),
+                "validation": link("CAPTION_DATASET", _VALIDATION_HELP),
             },
         }
 
@@ -91,39 +92,46 @@ class TrainSDXLLoRA:
         validation: CaptionDataset | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        from ..sdxl_lora_core.training.train import train  # a third of the engine, which no start of ComfyUI needs
+        config, left_out = train_config(options, settings, preset)
+        dataset = with_validation(dataset, validation) if validation else dataset
+        result = _train(base, dataset, _with_paths(config))
+        return _outputs(result, left_out)
 
-        config = train_config(options, settings, preset)
-        if config.continue_from:
-            config = replace(config, continue_from=str(choices.find("lora", config.continue_from)))
-        if config.clip_model:
-            config = replace(config, clip_model=str(choices.find("clip", config.clip_model)))
-        with training_mode(), loaded_parts() as parts, Progress() as progress, stop_button.offered() as should_stop:
 
-            def on_step(step: StepReport) -> None:
-                progress(step.done, step.total, step.phase, step.detail, step.preview)
+def _train(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> TrainResult:
+    # The training code is a third of the engine, which starting ComfyUI does not need.
+    from ..sdxl_lora_core.training.job import RunContext, TrainingJob
+    from ..sdxl_lora_core.training.train import train
 
-            result = train(
-                base,
-                dataset,
-                config,
-                folders=_run_folders(),
-                device=device(),
-                on_step=on_step,
-                should_stop=should_stop,
-                parts=parts,
-                validation=validation,
-            )
-        chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
-        samples = to_image(result.samples) if result.samples else nothing()
-        report = json.dumps(result.report, indent=2)
-        stack = [(result.lora_name, 1.0, 1.0)]
-        outputs = (stack, result.lora_name, result.state_dict, to_image([chart]), samples, report)
-        return show(outputs, report, [chart, *result.samples])
+    with training_mode(), loaded_parts() as parts, Progress() as progress, stop_button.offered() as should_stop:
+
+        def on_step(step: StepReport) -> None:
+            progress(step.done, step.total, step.phase, step.detail, step.preview)
+
+        context = RunContext(_run_folders(), device(), on_step, should_stop, parts)
+        return train(TrainingJob(base, dataset, config), context)
+
+
+def _with_paths(config: TrainConfig) -> TrainConfig:
+    """The config with paths in place of the names that the option nodes' combos offer."""
+    kinds: dict[str, choices.Kind] = {"continue_from": "lora", "clip_model": "clip"}
+    named: dict[str, choices.Kind] = {option: kind for option, kind in kinds.items() if getattr(config, option)}
+    return replace(
+        config, **{option: str(choices.find(kind, getattr(config, option))) for option, kind in named.items()}
+    )
 
 
 def _run_folders() -> RunFolders:
     output = output_folder()
     return RunFolders(
-        loras=output / "loras", runs=output / "lora_runs", cache=cache_folder(), taken=choices.lora_name_taken
+        loras=output / "loras", runs=output / "lora_runs", cache=cache_folders(), taken=choices.lora_name_taken
     )
+
+
+def _outputs(result: TrainResult, left_out: list[str]) -> dict[str, Any]:
+    chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
+    samples = to_image(result.samples) if result.samples else nothing()
+    report = result.report.to_json()
+    stack = [(result.lora_name, 1.0, 1.0)]
+    outputs = (stack, result.lora_name, result.state_dict, to_image([chart]), samples, report)
+    return show(outputs, "\n".join([*left_out, report]), [chart, *result.samples])

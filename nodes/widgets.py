@@ -1,66 +1,77 @@
-"""The widgets that stand for a setting, and the settings that come back from them."""
+"""Widgets made from settings, and the settings that come back from them."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..sdxl_lora_core.settings import Config, choices_of, default, fields_of, from_mapping, types_of
+from ..sdxl_lora_core.settings import Range, choices_of, declared, default, fields_of, from_mapping, types_of
 from ..sdxl_lora_core.training.config.presets import Preset, with_preset
 from ..sdxl_lora_core.training.config.train_config import TrainConfig
 
 Widget = tuple[str | list[str], dict[str, Any]]
+_KINDS = {int: "INT", float: "FLOAT", bool: "BOOLEAN"}
 
 
-def widget(
-    config: type[Config],
-    option: str,
-    kind: str | Sequence[str],
-    tooltip: str,
-    **options: Any,
-) -> Widget:
-    """An input for one setting, with its one stated default. A sequence of choices makes a combo."""
-    declared = kind if isinstance(kind, str) else list(kind)
-    return declared, {"default": default(config, option), "tooltip": tooltip, **options}
-
-
-def train_widget(option: str, **more: Any) -> Widget:
-    """An input for one setting of a training run: kind, choices, default, range and help are the setting's own."""
-    field, kind = fields_of(TrainConfig)[option], types_of(TrainConfig)[option]
-    shown: dict[str, Any] = {"default": field.default, "tooltip": field.metadata["help"]}
-    if choices := choices_of(TrainConfig, option):
+def widget(config: type, option: str, **more: Any) -> Widget:
+    """The widget of a setting: type, choices, default, range and help as declared, with `more` options of ComfyUI."""
+    kind = types_of(config)[option]
+    shown: dict[str, Any] = {"default": default(config, option), "tooltip": declared(config, option).help}
+    if choices := choices_of(config, option):
         return list(choices), {**shown, **more}
-    if kind in (int, float):
-        shown |= {"min": field.metadata["low"], "max": field.metadata["high"]}
-    if kind is float:
-        shown |= {"step": field.metadata["step"] or 0.01, "round": False}
-    if option == "seed":  # else the page adds a widget that changes it after every run
+    if option == "seed":  # otherwise the page adds a widget that changes it after every run
         shown["control_after_generate"] = False
-    if isinstance(field.default, tuple):  # a line each
-        shown |= {"default": "\n".join(field.default), "multiline": True}
-    return {int: "INT", float: "FLOAT", bool: "BOOLEAN"}.get(kind, "STRING"), {**shown, **more}
+    if isinstance(shown["default"], tuple):  # one line each
+        shown |= {"default": "\n".join(shown["default"]), "multiline": True}
+    return _KINDS.get(kind, "STRING"), {**shown, **_limits(kind, declared(config, option).range), **more}
 
 
-def train_config(options: Mapping[str, Any] | None, widgets: Mapping[str, Any], preset: Preset = "none") -> TrainConfig:
-    """The widgets' settings with those of TRAIN_OPTIONS; the preset fills what stands at its default in both.
+def widgets(config: type, options: Iterable[str], **more: Any) -> dict[str, Widget]:
+    return {option: widget(config, option, **more) for option in options}
 
-    Raises ValueError for an unknown option, and for one that contradicts a widget that was changed.
+
+def _limits(kind: type, allowed: Range | None) -> dict[str, Any]:
+    if allowed is None:
+        return {}
+    limits: dict[str, Any] = {"min": allowed.low, "max": allowed.high}
+    if kind is float:
+        return {**limits, "step": allowed.step or 0.01, **({} if allowed.rounded else {"round": False})}
+    return {**limits, **({"step": allowed.step} if allowed.step else {})}
+
+
+def train_config(
+    options: Mapping[str, Any] | None, widgets: Mapping[str, Any], preset: Preset = "none"
+) -> tuple[TrainConfig, list[str]]:
+    """The settings of a run: the widgets', those of TRAIN_OPTIONS, and the preset's where both are at their default.
+
+    The second value says which of the preset's settings do not fit and were left out. Raises ValueError for an unknown
+    option, and for one that contradicts a widget that was changed.
     """
     settings = dict(widgets)
     if isinstance(settings.get("sample_prompts"), str):
         settings["sample_prompts"] = lines(settings["sample_prompts"])
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    known = fields_of(TrainConfig)
     for option, value in (options or {}).items():
         if option not in known:
             raise ValueError(f"options: unknown setting {option}; known are {', '.join(sorted(known))}")
         chosen = settings.get(option, value)
-        if chosen not in (value, default(TrainConfig, option)):
+        if chosen not in (value, known[option].default):
             raise ValueError(f"options sets {option} to {value}, the widget {option} to {chosen}: set only one of them")
         settings[option] = value
-    return from_mapping(TrainConfig, with_preset(settings, preset), "TrainSDXLLoRA")
+    filled, left_out = with_preset(settings, preset)
+    return from_mapping(TrainConfig, filled, "TrainSDXLLoRA"), left_out
 
 
 def lines(text: str) -> tuple[str, ...]:
     """The lines of a multiline widget that are not empty."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def link(kind: str, tooltip: str) -> Widget:
+    """An input that only a link can bring."""
+    return kind, {"tooltip": tooltip}
+
+
+def settings_in(config: type, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a node's inputs that are settings of `config`."""
+    return {name: inputs[name] for name in fields_of(config) if name in inputs}

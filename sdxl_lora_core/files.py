@@ -1,4 +1,4 @@
-"""Paths that came from a widget, writes that survive a crash, and content hashes."""
+"""Safe paths from user input, free names, atomic writes and content hashes."""
 
 from __future__ import annotations
 
@@ -11,41 +11,51 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+
+Claimed = TypeVar("Claimed")
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _FORBIDDEN = set('<>:"|?*\\') | {chr(code) for code in range(32)}
 
 
 def safe_path(root: Path, user: str) -> Path:
-    """`user`, a relative path from a widget or a request, as a real path inside `root`.
+    """Resolves `user`, a relative path from a widget or a request, inside `root`.
 
-    Raises ValueError for anything that leaves `root` (absolute, drive, `..`, a link that points outside) and for names
-    that some operating system cannot hold.
+    Raises ValueError for a path outside `root` (absolute, drive, `..`, a link that points outside) and for names that
+    are invalid on some operating system.
     """
     parts = user.split("/")
     for part in parts:
         if part in ("", ".", "..") or part.endswith((" ", ".")) or _RESERVED.fullmatch(part) or _FORBIDDEN & set(part):
-            raise ValueError(f"{user!r} is not a usable relative path: name a file or folder inside {root.name!r}")
+            raise ValueError(f"{user!r} is not a valid relative path: give a file or folder inside {root.name!r}")
     resolved = root.resolve()
     path = (resolved / user).resolve()
     if not path.is_relative_to(resolved):
-        raise ValueError(f"{user!r} leads outside of {root.name!r}: name a file or folder inside it")
+        raise ValueError(f"{user!r} is outside of {root.name!r}: give a file or folder inside it")
     return path
 
 
-def next_names(wanted: str) -> Iterator[str]:
-    """`wanted`, then `wanted_00002` and so on, without end."""
+def claim_name(wanted: str, claim: Callable[[str], Claimed | None]) -> Claimed:
+    """The result of `claim` for the first of the names `wanted`, `wanted_00002` and so on that it accepts.
+
+    `claim` returns None for a name that is taken.
+    """
+    return next(result for name in _numbered(wanted) if (result := claim(name)) is not None)
+
+
+def _numbered(wanted: str) -> Iterator[str]:
     yield wanted
     for number in itertools.count(2):
         yield f"{wanted}_{number:05d}"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary file beside `path`, then moves that to `path`: whole or not at all.
+    """Calls `write` with a temporary file beside `path`, then moves it to `path`, so that the file is never partial.
 
-    Raises OSError with the path and the free space if the disk is full; the old file then still stands.
+    Raises OSError naming the file; an existing file is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -61,7 +71,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Returns once a file's bytes, or the names in a folder, would survive a power cut. Windows knows only files."""
+    """Returns once a file, or the entries of a folder, would survive a power failure. On Windows only for files."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -76,7 +86,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def canonical_json(value: object) -> str:
-    """One text for one value: sorted keys, no spaces, NaN refused."""
+    """JSON with sorted keys and no spaces: one text per value. Raises ValueError for NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -85,7 +95,7 @@ def json_sha256(value: object) -> str:
 
 
 def file_sha256(path: Path, memo: Path | None = None) -> str:
-    """SHA-256 of the file's bytes. `memo` is a folder that remembers it while inode, size and mtime stay the same."""
+    """SHA-256 of a file. `memo` is a folder that stores it while the inode, size and modification time are the same."""
     if memo is None:
         return _hash_file(path)
     stat = path.stat()
@@ -96,7 +106,7 @@ def file_sha256(path: Path, memo: Path | None = None) -> str:
         if re.fullmatch("[0-9a-f]{64}", known):  # a crash may have left it empty
             return known
     digest = _hash_file(path)
-    with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run a second hashing
+    with contextlib.suppress(OSError):  # on a full or read-only disk the next run hashes it again
         write_text_atomic(note, digest)
     return digest
 
@@ -107,6 +117,6 @@ def _hash_file(path: Path) -> str:
 
 
 def array_sha256(array: np.ndarray) -> str:
-    """Of type, shape and values."""
+    """SHA-256 of an array's type, shape and values."""
     described = f"{array.dtype.str}{array.shape}".encode()
     return hashlib.sha256(described + np.ascontiguousarray(array).tobytes()).hexdigest()

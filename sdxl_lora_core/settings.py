@@ -1,4 +1,7 @@
-"""What a setting of a config dataclass is: its default, its range and a sentence of help, stated once."""
+"""Declares the settings of config dataclasses: default, range and help text, each stated once.
+
+Widgets, help pages, the command line's list of settings and all checks are derived from these declarations.
+"""
 
 from __future__ import annotations
 
@@ -7,102 +10,66 @@ import functools
 import json
 import typing
 from collections.abc import Container, Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
 MAX_SEED = 2**64 - 1
-MANY = 1_000_000
+UNLIMITED = 1_000_000  # the upper end of a range that has no natural one
+
+
+class Range(NamedTuple):
+    """The values from `low` to `high`, both included.
+
+    `step` is that of the widget's arrows. The page rounds a number to it only where `rounded` is on.
+    """
+
+    low: float
+    high: float
+    step: float | None = None
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The declaration of a setting, beside its name, type and default (see setting)."""
+
+    help: str
+    range: Range | None
+    only_with: tuple[str, Container[Any]] | None
+    since: str
 
 
 def setting(
     default: Any,
     help: str,
+    range: Range | None = None,
     *,
-    low: float | None = None,
-    high: float | None = None,
-    step: float | None = None,
-    group: str = "",
     only_with: tuple[str, Container[Any]] | None = None,
     since: str = "",
 ) -> Any:
-    """A field with `help` (when to touch it), its range, the `step` of its widget and the option node that shows it.
+    """Declares a field of a config dataclass.
 
-    `only_with` names another setting and its values without which this one would do nothing. `since` is the version
-    that added the setting; it enters fingerprints only where it differs from its default, so that runs made before are
-    found again. Empty: it has been there since the first fingerprints and always enters them.
+    Args:
+        default: its default, or dataclasses.MISSING for a setting that has to be given.
+        help: what the setting does and when to change it.
+        range: the range of a number.
+        only_with: another setting and those of its values with which this setting has an effect.
+        since: the version that added the setting. Such a setting enters fingerprints only where it differs from its
+            default, so that earlier runs are still found. Empty: it has been there since the first fingerprints and
+            always enters them.
     """
-    metadata = {
-        "help": help,
-        "low": low,
-        "high": high,
-        "step": step,
-        "group": group,
-        "only_with": only_with,
-        "since": since,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"setting": Setting(help, range, only_with, since)})
 
 
-class _Something:
-    """Holds every value that is not empty, 0 or off."""
+class _NotEmpty:
+    """Contains every value that is true: neither empty, nor 0, nor False."""
 
     def __contains__(self, value: object) -> bool:
         return bool(value)
 
 
-SOMETHING: Container[Any] = _Something()
-
-
-def fields_of(config: type | object) -> Mapping[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-
-
-def without_later_defaults(config: Any) -> dict[str, Any]:
-    """The values of all settings but those that a later version added (`since`) and that stand at their default."""
-    fields = fields_of(config)
-    values = dataclasses.asdict(config)
-    return {
-        name: value
-        for name, value in values.items()
-        if not fields[name].metadata.get("since") or getattr(config, name) != fields[name].default
-    }
-
-
-@functools.cache
-def types_of(config: type) -> Mapping[str, Any]:
-    """The type of each field. Choices are Literals."""
-    return typing.get_type_hints(config)
-
-
-def choices_of(config: type, option: str) -> tuple[str, ...]:
-    """The values a setting may have; empty if it is no choice."""
-    kind = types_of(config)[option]
-    return get_args(kind) if get_origin(kind) is Literal else ()
-
-
-def check_settings(config: object) -> None:
-    """Raises ValueError naming the setting that is out of its range, no choice or without effect, and the remedy."""
-    for name, field in fields_of(config).items():
-        value, low, high = getattr(config, name), field.metadata.get("low"), field.metadata.get("high")
-        if low is not None and not low <= value <= (float("inf") if high is None else high):
-            limit = f"give a value from {low:g}" + ("" if high is None else f" to {high:g}")
-            raise ValueError(f"{name} is {value}: {limit}")
-        choices = choices_of(type(config), name)
-        if choices and value not in choices:
-            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-        _check_effect(config, field)
-
-
-def _check_effect(config: object, field: dataclasses.Field[Any]) -> None:
-    value, only_with = getattr(config, field.name), field.metadata.get("only_with")
-    if only_with is None or value == field.default:
-        return
-    other, values = only_with
-    if getattr(config, other) not in values:
-        raise ValueError(
-            f"{field.name} is {value} and does nothing while {other} is {getattr(config, other)!r}: "
-            f"change {other}, or set {field.name} back to {field.default}"
-        )
+NOT_EMPTY: Container[Any] = _NotEmpty()
 
 
 class IsDataclass(Protocol):
@@ -114,25 +81,83 @@ class IsDataclass(Protocol):
 Config = TypeVar("Config", bound=IsDataclass)
 
 
-def check_range(config: object, option: str, low: float, high: float) -> None:
-    value = getattr(config, option)
-    if not low <= value <= high:
-        raise ValueError(f"{option} is {value}: give a value from {low:g} to {high:g}")
+def fields_of(config: type | object) -> Mapping[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
 
 
-def check_choice(config: object, option: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, option)
-    if value not in choices:
+def declared(config: type | object, option: str) -> Setting:
+    return fields_of(config)[option].metadata["setting"]
+
+
+@functools.cache
+def types_of(config: type) -> Mapping[str, Any]:
+    """The type of each field. A choice is a Literal."""
+    return typing.get_type_hints(config)
+
+
+def choices_of(config: type, option: str) -> tuple[str, ...]:
+    """The values of a choice; empty for any other setting."""
+    kind = types_of(config)[option]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def without_later_defaults(config: Any) -> dict[str, Any]:
+    """The values of all settings, except those added by a later version (`since`) that are at their default."""
+    values = dataclasses.asdict(config)
+    return {
+        name: values[name]
+        for name, field in fields_of(config).items()
+        if not declared(config, name).since or getattr(config, name) != field.default
+    }
+
+
+def check_settings(config: object) -> None:
+    """Checks every setting by its declaration.
+
+    Raises ValueError naming a setting that is out of its range, not one of its choices, or has no effect.
+    """
+    for name, field in fields_of(config).items():
+        _check_range(config, name)
+        _check_choice(config, name)
+        _check_effect(config, field)
+
+
+def _check_range(config: object, option: str) -> None:
+    value, allowed = getattr(config, option), declared(config, option).range
+    if allowed is not None and not allowed.low <= value <= allowed.high:
+        raise ValueError(f"{option} is {value}: give a value from {_plain(allowed.low)} to {_plain(allowed.high)}")
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def _check_choice(config: object, option: str) -> None:
+    value, choices = getattr(config, option), choices_of(type(config), option)
+    if choices and value not in choices:
         raise ValueError(f"{option} is {value!r}: choose one of {', '.join(choices)}")
 
 
-def default(config: type[Config], option: str) -> Any:
-    """The one stated default of an option, for widgets."""
-    return {field.name: field.default for field in dataclasses.fields(config)}[option]
+def _check_effect(config: object, field: dataclasses.Field[Any]) -> None:
+    value, only_with = getattr(config, field.name), declared(config, field.name).only_with
+    if only_with is None or value == field.default:
+        return
+    other, values = only_with
+    if getattr(config, other) not in values:
+        raise ValueError(
+            f"{field.name} is {value} and has no effect while {other} is {getattr(config, other)!r}: "
+            f"change {other}, or set {field.name} back to {field.default}"
+        )
+
+
+def default(config: type, option: str) -> Any:
+    """The default of a setting; None where it has to be given."""
+    found = fields_of(config)[option].default
+    return None if found is MISSING else found
 
 
 def to_yaml(path: Path, sections: dict[str, Any]) -> None:
-    """Writes plain values and config dataclasses, a section each."""
+    """Writes plain values and config dataclasses, one section each."""
     import yaml
 
     from .files import write_text_atomic
@@ -141,12 +166,15 @@ def to_yaml(path: Path, sections: dict[str, Any]) -> None:
     write_text_atomic(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def from_mapping(config: type[Config], values: dict[str, Any], where: str) -> Config:
-    """The dataclass with `values`, checked by pydantic. Raises ValueError naming every unknown or wrong setting."""
+def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """Makes a config of `values`, with types checked by pydantic; `where` begins the messages.
+
+    Raises ValueError naming every unknown or invalid setting.
+    """
     from pydantic import TypeAdapter, ValidationError
 
-    known = {field.name for field in dataclasses.fields(config)}
-    unknown = sorted(set(values) - known)
+    known = fields_of(config)
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     try:

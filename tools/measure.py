@@ -35,9 +35,10 @@ class Function:
 
     @property
     def parameters(self) -> int:
+        """Without the first one of methods and of autograd functions."""
         arguments = self.node.args
         named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-        return sum(argument.arg not in ("self", "cls") for argument in named)
+        return sum(argument.arg not in ("self", "cls", "ctx") for argument in named)
 
     @property
     def name(self) -> str:

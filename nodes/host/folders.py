@@ -1,13 +1,14 @@
-"""ComfyUI's folders, and what stands in for them where it is absent."""
+"""ComfyUI's folders, and their substitutes outside ComfyUI."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from ...sdxl_lora_core.cache.folders import CacheFolders
 from .comfy import running
 
-SAVED = ("loras", "checkpoints", "diffusers", "embeddings")  # what this pack writes into folders of output/
+SAVED = ("loras", "checkpoints", "diffusers", "embeddings")  # folders of output/ that this pack writes to
 
 
 def output_folder() -> Path:
@@ -40,7 +41,7 @@ def roots(folder_type: str) -> list[Path]:
         return _roots_at_home(folder_type)
     import folder_paths
 
-    # extra_model_paths.yaml was read before: what it names stays.
+    # extra_model_paths.yaml was read before; its entries are kept.
     types = folder_paths.folder_names_and_paths
     types.setdefault("clip_score", ([os.path.join(folder_paths.models_dir, "clip_score")], set()))
     types.setdefault("sdxl_lora_cache", ([os.path.join(folder_paths.get_user_directory(), "sdxl_lora")], set()))
@@ -56,9 +57,9 @@ def file_names(folder_type: str) -> list[str]:
     return folder_paths.get_filename_list(folder_type)  # remembered until a folder changes
 
 
-def cache_folder() -> Path:
-    """Where latents, prompts, images and hashes are kept between runs."""
-    return roots("sdxl_lora_cache")[0]
+def cache_folders() -> CacheFolders:
+    """The folders of results that are kept between runs."""
+    return CacheFolders(roots("sdxl_lora_cache")[0])
 
 
 def add_output_folders() -> None:

@@ -1,4 +1,4 @@
-"""The device, and the one owner of the weights that stay on it between runs."""
+"""The device, and the one owner of the weights that stay loaded between runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def device() -> torch.device:
 
 
 class SDXLPart(nn.Module):
-    """A model for ComfyUI's ModelPatcher, which sets attributes that diffusers' models forbid."""
+    """Wraps a model for ComfyUI's ModelPatcher, which sets attributes that diffusers' models reject."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class SDXLPart(nn.Module):
 
 
 class ComfyParts(LoadedParts):
-    """Loaded parts that ComfyUI may evict. What it takes for other models, or for "Unload models", is freed."""
+    """Loaded parts that ComfyUI may evict for other models or by "Unload models", which frees their memory."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -44,28 +44,28 @@ class ComfyParts(LoadedParts):
         self._in_use: set[str] = set()
         self._moving = False
 
-    def arrive(self, part: str, module: nn.Module, room: int = 0) -> None:
-        if part not in self._patchers or self._patchers[part].model.part is not module:
-            self._patchers[part] = self._evictable(part, module)
-        self._in_use.add(part)
+    def to_device(self, name: str, module: nn.Module, room: int = 0) -> None:
+        if name not in self._patchers or self._patchers[name].model.part is not module:
+            self._patchers[name] = self._evictable(name, module)
+        self._in_use.add(name)
         self._load_in_use(room)
         if any(weight.device.type != self.device.type for weight in module.parameters()):
             raise ValueError(
-                f"ComfyUI left the {part} off the {self.device.type}, as it does when it is started with --novram: "
-                "start it without, because here parts are moved as a whole"
+                f"ComfyUI did not load the {name} to the {self.device.type}, as with --novram: start it without that "
+                "option, because this pack moves parts as a whole"
             )
 
-    def rest(self, part: str, offload: bool | None = None) -> None:
-        self._in_use.discard(part)
-        super().rest(part, offload)
+    def finish(self, name: str, offload: bool | None = None) -> None:
+        self._in_use.discard(name)
+        super().finish(name, offload)
 
-    def leave(self, part: str, module: nn.Module) -> None:
+    def to_cpu(self, name: str, module: nn.Module) -> None:
         with self._own_move():
-            self._patchers[part].detach()
+            self._patchers[name].detach()
 
-    def forget(self, part: str, module: nn.Module) -> None:
-        self._in_use.discard(part)
-        self._patchers.pop(part, None)
+    def released(self, name: str, module: nn.Module) -> None:
+        self._in_use.discard(name)
+        self._patchers.pop(name, None)
 
     def end_use(self) -> None:
         self._in_use.clear()
@@ -94,16 +94,16 @@ class ComfyParts(LoadedParts):
         return patcher
 
     def _evicted(self, part: str, holder: SDXLPart) -> None:
-        if self._moving or self._held.get(part, (None, None))[1] is not holder.part:
+        if self._moving or part not in self._held or self._held[part][1].module is not holder.part:
             return
-        # The weights go, the patcher stays: ComfyUI's list of models may not shrink while it is walked.
+        # Drop the weights but keep the patcher: ComfyUI's list of models must not shrink while it is iterated.
         del self._held[part]
         self._in_use.discard(part)
         holder.part = None
         self._drop_unlisted()
 
     def _drop_unlisted(self) -> None:
-        """Parts that had to make room for others of ours rest in memory, where ComfyUI does not see them any more."""
+        """Drops parts that made room for others of ours: they are in memory, where ComfyUI no longer sees them."""
         import comfy.model_management
 
         listed = [loaded.model for loaded in comfy.model_management.current_loaded_models]
@@ -117,7 +117,7 @@ def _whole_patcher() -> type[ModelPatcher]:
 
     class WholePatcher(ModelPatcher):
         def partially_unload(self, *args: Any, **kwargs: Any) -> int:
-            return 0  # diffusers' layers cannot run from two devices, so ComfyUI has to take the whole part
+            return 0  # diffusers' layers cannot run on two devices, so ComfyUI has to evict the whole part
 
     return WholePatcher
 
@@ -129,9 +129,8 @@ def _owner() -> LoadedParts:
 
 @contextmanager
 def loaded_parts() -> Iterator[LoadedParts]:
-    """The one owner of weights that stay between runs. After the block, or its failure, nothing counts as in use."""
+    """The one owner of weights that stay loaded between runs. After the block nothing is in use any more."""
     owner = _owner()
-    owner.borrowed.clear()
     try:
         yield owner
     finally:
@@ -141,7 +140,7 @@ def loaded_parts() -> Iterator[LoadedParts]:
 
 @contextmanager
 def training_mode() -> Iterator[None]:
-    """Inside, autograd works, though ComfyUI runs nodes in inference mode, and the device's memory is free."""
+    """Frees the device's memory and enables autograd, as ComfyUI runs nodes in inference mode."""
     _owner().drop_all()
     _unload_other_models()
     _announce_training(True)
@@ -161,7 +160,7 @@ def _unload_other_models() -> None:
 
 
 def _announce_training(begins: bool) -> None:
-    """Newer ComfyUIs want to know while a node trains."""
+    """Tells newer versions of ComfyUI that a node is training."""
     if running():
         import comfy.model_management
 

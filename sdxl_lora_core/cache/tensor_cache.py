@@ -1,4 +1,4 @@
-"""Tensors on disk by content: whole or not there, and made anew if damaged."""
+"""Tensors cached on disk by content."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..files import write_atomic
-from ..safetensors_file import save_tensors
+from ..safetensors_file import read_header, save_tensors
 
 log = logging.getLogger("sdxl_lora")
 
@@ -24,17 +22,17 @@ def store_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether the cached file is there and whole; a damaged one is made again."""
+    """Whether the cached file exists and is complete, by its header and size; a damaged one is computed again."""
     if not path.exists():
         return False
     try:
-        load_file(path)
-    except SafetensorError:
-        log.warning("the cached file %s is damaged and will be made again", path.name)
+        read_header(path)
+    except ValueError:
+        log.warning("the cached file %s is damaged and will be computed again", path.name)
         return False
     return True
 
 
 def minor_version(library: str) -> str:
-    """What a cached value depends on of a library: patches change no number."""
+    """The version of a library that cached values depend on: patch releases change no number."""
     return ".".join(version(library).split(".")[:2])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import maintenance
+from ..cache.folders import CacheFolders
 
 
 def add_commands(commands: Any, home: Path) -> None:
@@ -57,7 +58,7 @@ def _clear(options: argparse.Namespace) -> None:
 
 def _images(options: argparse.Namespace) -> Path:
     """Raises FileNotFoundError where there is no cache: a mistyped folder is not an empty cache."""
-    folder = options.home / "images"
+    folder = CacheFolders(options.home).images
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no image cache in {options.home}: name the folder with --home")
     return folder

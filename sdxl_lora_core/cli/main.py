@@ -9,7 +9,6 @@ sdxl-lora cache stats|verify|prune|clear      looks at the cache of generated im
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,16 +17,18 @@ from typing import Any
 
 import torch
 
+from ..cache.folders import CacheFolders
 from ..control.control_net import describe_control_net, open_control_net
 from ..dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from ..dataset.config import DatasetConfig
 from ..dataset.report import describe
 from ..lora.describe import describe_lora
 from ..runtime.distributed import FirstFailed
-from ..sdxl.base import SDXLBase, describe_base, open_base
+from ..sdxl.base import describe_base, open_base
 from ..sdxl.vae_override import with_vae
 from ..settings import from_mapping
 from ..training.config.train_config import TrainConfig
+from ..training.job import RunContext, TrainingJob
 from ..training.loop import Diverged
 from ..training.monitor.progress import StepReport
 from ..training.run.runs import RunFolders
@@ -68,9 +69,9 @@ def _tell(line: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    base, dataset, config = read_run(options.settings, options.home / "hashes")
-    loras = options.output / "loras"
-    folders = RunFolders(loras, options.output / "lora_runs", options.home, lambda name: (loras / name).exists())
+    cache, loras = CacheFolders(options.home), options.output / "loras"
+    job = read_run(options.settings, cache.hashes)
+    folders = RunFolders(loras, options.output / "lora_runs", cache, lambda name: (loras / name).exists())
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
     with _Bar() as bar, Interruption(_tell) as interruption:
 
@@ -79,22 +80,14 @@ def _train(options: argparse.Namespace) -> None:
                 bar(report)
             interruption.check()
 
-        result = train(
-            base,
-            dataset,
-            config,
-            folders=folders,
-            device=options.device,
-            on_step=on_step,
-            should_stop=interruption.should_stop,
-        )
+        result = train(job, RunContext(folders, options.device, on_step, interruption.should_stop))
     if speaks:
-        print(json.dumps(result.report, indent=2))
+        print(result.report.to_json())
         print(result.lora_path)
 
 
-def read_run(path: Path, hash_memo: Path | None) -> tuple[SDXLBase, CaptionDataset, TrainConfig]:
-    """What a run.yaml asks for, every setting checked before any model or image is opened.
+def read_run(path: Path, hash_memo: Path | None) -> TrainingJob:
+    """The job of a run.yaml. Every setting is checked before a model or an image is opened.
 
     Raises ValueError naming the settings that are wrong, FileNotFoundError for a base or dataset that is gone.
     """
@@ -116,7 +109,7 @@ def read_run(path: Path, hash_memo: Path | None) -> tuple[SDXLBase, CaptionDatas
     if dataset is None:
         raise ValueError(f"{path.name}: datasets is empty: name at least one folder")
     validation = _load(held_out, hash_memo)
-    return base, with_validation(dataset, validation) if validation else dataset, config
+    return TrainingJob(base, with_validation(dataset, validation) if validation else dataset, config)
 
 
 def _load(sources: Sequence[tuple[Path, DatasetConfig]], hash_memo: Path | None) -> CaptionDataset | None:
@@ -134,7 +127,7 @@ def _source(file: str, section: dict[str, Any]) -> tuple[Path, DatasetConfig]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    """A path is a base, a LoRA, a ControlNet or a dataset: the first reader that takes it describes it."""
+    """Describes a base, a LoRA, a ControlNet or a dataset, by the first reader that accepts the path."""
     readers: list[Callable[[Path], str]] = [
         lambda path: describe_base(open_base(path)),
         describe_lora,

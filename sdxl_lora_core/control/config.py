@@ -1,13 +1,13 @@
-"""How a ControlNet acts, and what it may be told of its picture."""
+"""The settings of a ControlNet."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..settings import check_choice, check_range
+from ..settings import Range, check_settings, setting
 
-# As a ControlNet-Union numbers them, in ComfyUI's words; auto is for nets that take one kind of picture.
+# In the order of ControlNet-Union's indices, with ComfyUI's names; auto is for nets that take one kind of image.
 ControlType = Literal[
     "auto",
     "openpose",
@@ -24,23 +24,30 @@ CONTROL_TYPES = get_args(ControlType)
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig:
-    """How a ControlNet acts: from start_percent to end_percent, shares of the way from the noisiest of the base's noise
-    levels to the cleanest (ComfyUI's words; 0 to 1). control_type is what the picture shows, for a ControlNet-Union.
-    """
+    """How strongly and when a ControlNet acts. Percents are fractions from 0 (noise) to 1 (image), as in ComfyUI."""
 
-    strength: float = 1.0
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-
-    control_type: ControlType = "auto"
+    strength: float = setting(
+        1.0, "How strongly it acts. 0 turns it off, at no cost.", Range(0, 10, step=0.01, rounded=True)
+    )
+    start_percent: float = setting(
+        0.0,
+        "The position between noise (0) and image (1) from which it acts, as in ComfyUI's Apply ControlNet.",
+        Range(0, 1, step=0.001, rounded=True),
+    )
+    end_percent: float = setting(
+        1.0,
+        "The position up to which it acts. About 0.5 leaves the details free and saves time.",
+        Range(0, 1, step=0.001, rounded=True),
+    )
+    control_type: ControlType = setting(
+        "auto",
+        "The kind of image, for a ControlNet-Union, which accepts several. auto: for all other ControlNets.",
+    )
 
     def __post_init__(self) -> None:
-        check_range(self, "strength", 0, 10)
-        check_range(self, "start_percent", 0, 1)
-        check_range(self, "end_percent", 0, 1)
-        check_choice(self, "control_type", CONTROL_TYPES)
+        check_settings(self)
         if self.start_percent >= self.end_percent:
             raise ValueError(
-                f"start_percent is {self.start_percent:g} and end_percent {self.end_percent:g}: the start comes first; "
-                "to turn the ControlNet off, set strength to 0"
+                f"start_percent is {self.start_percent:g} and end_percent {self.end_percent:g}: the start has to be "
+                "lower; to turn the ControlNet off, set strength to 0"
             )

@@ -1,4 +1,4 @@
-"""What steers an image by pictures: ControlNets, each with its hints and settings."""
+"""ControlNets, each with its hints and settings."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from ..files import array_sha256
 from ..images.crop import fit_image
 from .config import CONTROL_TYPES, ControlConfig
-from .control_net import ControlNet
+from .control_net import ControlNet, describe_control_net
 
-HintNumbers = tuple[int, ...]  # for one image, which of each control's hints is its own
+HintNumbers = tuple[int, ...]  # for one image, the index of its hint in each control
 
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """A ControlNet at work. `hints` are pictures of what it reads (edges, depth, ...), uint8 [H, W, 3]: one for all
-    images or one for each. They are scaled to cover the image and cut in the middle when it is made.
+    """A ControlNet with its hints: images of edges, depth and so on, uint8 [H, W, 3], one for all images or one each.
 
-    Raises ValueError without a hint, and for a control_type that the ControlNet does not have or lacks.
+    Hints are scaled to cover the image and cropped to the centre. Raises ValueError without a hint, and for a
+    control_type that does not fit the ControlNet.
     """
 
     net: ControlNet
@@ -30,11 +30,11 @@ class Control:
 
     def __post_init__(self) -> None:
         if not self.hints:
-            raise ValueError(f"ControlNet {self.net.name} has no image to steer by: connect one")
+            raise ValueError(f"ControlNet {self.net.name} has no image: connect one")
         _require_type(self.net, self.config.control_type)
 
     def key(self, number: int, width: int, height: int) -> dict[str, Any]:
-        """For the key of a cached image of that size, made with hint `number`: all that decides its pixels."""
+        """The part of the cache key of an image of that size with hint `number`."""
         return {
             "net": self.net.sha256,
             "hint": array_sha256(fit_image(self.hints[number], width, height)),
@@ -44,23 +44,34 @@ class Control:
         }
 
 
+def describe_control(control: Control) -> str:
+    """Lines for a person: the ControlNet, and when and how strongly it acts."""
+    config, images = control.config, len(control.hints)
+    height, width = control.hints[0].shape[:2]
+    acts = (
+        f"strength {config.strength:g} from {config.start_percent:.0%} to {config.end_percent:.0%} of the way, by "
+        f"{images} image{'s' * (images != 1)} of {width}x{height}"
+    )
+    return f"{describe_control_net(control.net)}\n{acts}"
+
+
 def active_controls(controls: Sequence[Control]) -> tuple[Control, ...]:
     return tuple(control for control in controls if control.config.strength)
 
 
 def type_index(config: ControlConfig) -> int:
-    """The number of the control_type in a ControlNet-Union."""
-    return CONTROL_TYPES.index(config.control_type) - 1  # auto, which comes first, is none of them
+    """The index of the control_type in a ControlNet-Union."""
+    return CONTROL_TYPES.index(config.control_type) - 1  # auto comes first and has no index
 
 
 def _require_type(net: ControlNet, control_type: str) -> None:
     known = CONTROL_TYPES[1 : 1 + net.control_types]
     if not known and control_type != "auto":
         raise ValueError(
-            f"control_type is {control_type!r}, but ControlNet {net.name} is no ControlNet-Union: set it to auto"
+            f"control_type is {control_type!r}, but ControlNet {net.name} is not a ControlNet-Union: set it to auto"
         )
     if known and control_type not in known:
         raise ValueError(
-            f"control_type is {control_type!r}, but ControlNet-Union {net.name} knows {', '.join(known)}: choose what "
-            "the image shows"
+            f"control_type is {control_type!r}, but ControlNet-Union {net.name} has {', '.join(known)}: choose the "
+            "kind of the image"
         )

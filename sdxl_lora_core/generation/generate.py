@@ -1,127 +1,123 @@
-"""Images from an SDXL base with a stack of LoRAs, each made once and alone."""
+"""Generates images from an SDXL base with a stack of LoRAs, each image only once."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
 
 from ..cache.image_cache import ImageCache
 from ..control.control import Control, HintNumbers, active_controls
 from ..control.control_net import require_fit
-from ..lora.stack import LoRARef, open_stack
-from ..runtime.loaded_parts import LoadedParts
-from ..sdxl.base import SDXLBase
+from ..lora.stack import StackEntry, open_stack
 from ..sdxl.precision import resolve_dtype
 from .config import GenerateConfig
-from .guidance import is_guided
-from .image_keys import control_settings, image_settings, key_of
+from .image_keys import control_settings, image_settings
 from .image_maker import ImageMaker, offload_choice
-from .init_images import StartImage, require_counts
-from .passes import Count, GeneratedImage, OnStep, Pass, Request
-from .png_metadata import graph_texts, image_texts
+from .init_images import require_counts
+from .job import GenerationContext, GenerationJob
+from .passes import GeneratedImage, Pass, Progress, Request, negative_prompt
+from .png_metadata import PngTexts, graph_texts
 from .prompt_encoder import TextPhase
 from .prompt_reader import PromptReader
-from .x0_estimate import OnEstimate
 
 
-def generate(
-    base: SDXLBase,
-    config: GenerateConfig,
-    loras: Sequence[LoRARef] = (),
-    *,
-    starts: Sequence[StartImage] = (),
-    controls: Sequence[Control] = (),
-    parts: LoadedParts,
-    cache_folder: Path | None,
-    hash_memo: Path | None = None,
-    prompt_cache: Path | None = None,
-    graph: Mapping[str, Any] | None = None,
-    find_embedding: Callable[[str], Path | None] = lambda name: None,
-    on_step: OnStep = lambda done, total: None,
-    on_estimate: OnEstimate | None = None,
-) -> list[GeneratedImage]:
-    """All images of the request: prompts outer, count inner, seeds seed ... seed + count - 1.
+def generate(job: GenerationJob, context: GenerationContext) -> list[GeneratedImage]:
+    """The images of a job, ordered by prompt, then by seed.
 
-    `starts` holds nothing, one start for all images, or one for each in their order; so do the hints of `controls`,
-    the ControlNets that steer all images together. One of strength 0 costs and changes nothing. Where there is a second
-    pass (`config.hires_scale`), the image of the first is cached for itself, and its start is all that enters the key.
-    `cache_folder` is the images/ folder (None: no cache), `hash_memo` remembers the hashes of LoRA files,
-    `prompt_cache` is the folder that holds prompts/, and `find_embedding` gives the file behind `embedding:name`. If
-    every image is in the cache, no weights are loaded and diffusers is not imported. Otherwise `on_step(done, total)`
-    counts the UNet's calls for the missing images, one or two for a denoising step. It may raise to cancel: the
-    exception passes through, and every image finished before is in the cache. `on_estimate` sees before each step what
-    the images of the batch look like so far: latents, float32 [B, 4, H/8, W/8], in the scale of the UNet.
+    If every image is in the cache, no weights are loaded and diffusers is not imported. With a second pass
+    (`config.hires_scale`) the image of the first pass is cached as well, and its key is part of the second one's key.
+    A callback that raises cancels the job; the exception is passed on, and the images finished before it are cached.
+    A cached PNG keeps the texts of the request that made it first; `texts` of an image always describes this request.
 
-    `graph` is ComfyUI's `prompt` and `workflow`: PNGs then say how they were made (see png_metadata). A cached PNG
-    goes on saying how it was made first; `texts` of an image is always about this request.
-
-    Raises FileNotFoundError or ValueError for a LoRA or an embedding that is missing or does not fit, ValueError for a
-    sampler that does not fit the base or lacks its library, for starts or hints of another number, for a ControlNet
-    that does not fit the base, and for an image that is not finite, or not in the cache where `config.cache` is "only".
+    Raises FileNotFoundError or ValueError for a LoRA or an embedding that is missing or does not fit. Raises ValueError
+    for a sampler that does not fit the base or lacks its library, for a wrong number of starts or hints, for a
+    ControlNet that does not fit the base, for an image that is not finite, and for one that is not cached if
+    `config.cache` is "only".
     """
-    require_counts(starts, config)
-    controls = active_controls(controls)
-    for control in controls:
-        require_fit(control.net, base)
-    stack = open_stack(loras, hash_memo)
-    dtype = resolve_dtype(base.precision, parts.device)
-    hashes = [entry.identity for entry in stack]
-    reader = PromptReader(config, find_embedding, hash_memo)
-    cache = ImageCache(cache_folder) if cache_folder and config.cache != "off" else None
-    count = Count(on_step)
-    drawn_by = None if graph is None else graph_texts(graph)
-
-    def session(one_pass: GenerateConfig, told: GenerateConfig) -> Pass:
-        """`told` is what the PNG says that was asked for."""
-        return Pass(
-            config=one_pass,
-            settings=image_settings(base, one_pass, hashes, dtype, parts.device),
-            cache=cache,
-            text_phase=TextPhase(reader, base, stack, parts, dtype, offload_choice(config), prompt_cache),
-            maker=ImageMaker(base, one_pass, stack, parts, dtype, controls, on_estimate),
-            texts=functools.partial(image_texts, base, told, stack, drawn_by, controls=controls),
-            steering=functools.cache(functools.partial(control_settings, one_pass, controls)),
-            count=count,
-        )
-
-    first = session(config.first_pass, config.first_pass)
-    requests = _requests(first, reader, starts, hint_numbers(controls, config))
+    require_counts(job.starts, job.config)
+    session = _Session(job, context)
+    for control in session.controls:
+        require_fit(control.net, job.base)
+    config = job.config
+    first = session.make_pass(config.first_pass, requested=config.first_pass)
+    requests = _requests(first, session, hint_numbers(session.controls, config))
     if config.hires_scale == 1:
         return first.images(requests)
-    second = session(config.second_pass, config)
-    return second.images(
-        [second.after(request) for request in requests], functools.partial(second.starting_from, first)
-    )
+    second = session.make_pass(config.second_pass, requested=config)
+    enlarging = [second.enlarging(request) for request in requests]
+    return second.images(enlarging, functools.partial(second.with_starts_from, first))
 
 
-def _requests(
-    session: Pass, reader: PromptReader, starts: Sequence[StartImage], hints: Sequence[HintNumbers]
-) -> list[Request]:
-    config = session.config
-    unwanted = reader.embeddings(config.negative_prompt) if is_guided(config) else ()
-    wanted = [(prompt, (config.seed + number) % 2**64) for prompt in config.prompts for number in range(config.count)]
-    own_starts = starts if len(starts) == len(wanted) else [*starts, None][:1] * len(wanted)
-    readings = {prompt: (reader.embeddings(prompt) + unwanted, reader.words(prompt)) for prompt in config.prompts}
-    requests = []
-    for (prompt, seed), start, own_hints in zip(wanted, own_starts, hints, strict=True):
-        embeddings, words = readings[prompt]
-        facts = session.facts(prompt, seed, embeddings, None if start is None else start.key, own_hints)
-        requests.append(Request(prompt, seed, embeddings, words, key_of(facts), facts, start, own_hints))
-    return requests
+@dataclass(frozen=True)
+class _Session:
+    """What both passes of a job share."""
+
+    job: GenerationJob
+    context: GenerationContext
+
+    @cached_property
+    def controls(self) -> tuple[Control, ...]:
+        return active_controls(self.job.controls)
+
+    @cached_property
+    def stack(self) -> tuple[StackEntry, ...]:
+        return open_stack(self.job.loras, self.context.hash_memo)
+
+    @cached_property
+    def reader(self) -> PromptReader:
+        return PromptReader(self.job.config, self.context.find_embedding, self.context.hash_memo)
+
+    @cached_property
+    def progress(self) -> Progress:
+        return Progress(self.context.on_step)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return resolve_dtype(self.job.base.precision, self.context.parts.device)
+
+    def make_pass(self, config: GenerateConfig, requested: GenerateConfig) -> Pass:
+        """`requested` is the configuration that is written into the PNGs."""
+        base, parts, cache = self.job.base, self.context.parts, self.context.cache
+        graph = None if self.context.graph is None else graph_texts(self.context.graph)
+        prompts, offload = cache.prompts if cache else None, offload_choice(config)
+        return Pass(
+            config=config,
+            settings=image_settings(base, config, [lora.identity for lora in self.stack], self.dtype, parts.device),
+            negative=negative_prompt(self.reader, config),
+            cache=ImageCache(cache.images) if cache and config.cache != "off" else None,
+            text_phase=TextPhase(self.reader, base, self.stack, parts, self.dtype, offload, prompts),
+            maker=ImageMaker(base, config, self.stack, parts, self.dtype, self.controls, self.context.on_estimate),
+            texts=PngTexts(base, requested, self.stack, graph, self.controls),
+            control_facts=functools.cache(functools.partial(control_settings, config, self.controls)),
+            progress=self.progress,
+        )
+
+
+def _requests(first: Pass, session: _Session, hints: Sequence[HintNumbers]) -> list[Request]:
+    config, starts = first.config, session.job.starts
+    prompts = [session.reader.parse(prompt) for prompt in config.prompts]
+    images = [(prompt, (config.seed + number) % 2**64) for prompt in prompts for number in range(config.count)]
+    own_starts = starts if len(starts) == len(images) else [*starts, None][:1] * len(images)
+    return [
+        first.request(prompt, seed, start, own_hints)
+        for (prompt, seed), start, own_hints in zip(images, own_starts, hints, strict=True)
+    ]
 
 
 def hint_numbers(controls: Sequence[Control], config: GenerateConfig) -> list[HintNumbers]:
-    """For each image of the request, in order.
+    """For each image, in order, the index of its hint in each control.
 
     Raises ValueError unless a control has one hint for all images or one for each.
     """
-    wanted = len(config.prompts) * config.count
+    images = len(config.prompts) * config.count
     for control in controls:
-        if len(control.hints) not in (1, wanted):
+        if len(control.hints) not in (1, images):
             raise ValueError(
-                f"ControlNet {control.net.name} has {len(control.hints)} images to steer by, but {wanted} images are "
-                f"asked for (prompts x count): give 1 for all of them, or {wanted}"
+                f"ControlNet {control.net.name} has {len(control.hints)} images, but {images} images are requested "
+                f"(prompts x count): give 1 for all of them, or {images}"
             )
-    return [tuple(image % len(control.hints) for control in controls) for image in range(wanted)]
+    return [tuple(image % len(control.hints) for control in controls) for image in range(images)]

@@ -1,4 +1,4 @@
-"""What an image depends on. All of it is the cache key; nothing else is."""
+"""The cache key of an image: everything that affects its pixels, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def image_settings(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that the images of one request share, as JSON values. `loras` are StackEntry's identities.
+    """The part of the key that all images of a request share, as JSON values. `loras` are StackEntry's identities.
 
-    Left out because no pixel depends on it: names, paths, the host, other images of the request, offload.
+    Names, paths, the host, the other images of the request and offloading are left out, as they affect no pixel.
     """
     guided = is_guided(config)
     return {
@@ -60,12 +60,12 @@ def image_settings(
 
 
 def start_settings(config: GenerateConfig, start: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What an image depends on that starts from another, which `start` names by its content; nothing otherwise."""
+    """The part of the key for an image that starts from another one, whose content is `start`; else empty."""
     return {} if start is None else {"start": start, "denoise": float(config.denoise)}
 
 
 def control_settings(config: GenerateConfig, controls: Sequence[Control], hints: HintNumbers) -> dict[str, Any]:
-    """What an image depends on that ControlNets steer, in their order; nothing without any."""
+    """The part of the key for ControlNets, in their order; empty without any."""
     keys = [control.key(hint, config.width, config.height) for control, hint in zip(controls, hints, strict=True)]
     return {"controls": keys} if keys else {}
 
@@ -77,15 +77,13 @@ def image_facts(
     embeddings: Sequence[str] = (),
     pictures: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Everything that one image depends on. `embeddings` are the hashes of the files that its two prompts name,
-    `pictures` its start_settings and control_settings."""
+    """Everything that one image depends on.
+
+    `embeddings` are the hashes of the files that its two prompts name, `pictures` its start_settings and
+    control_settings.
+    """
     used = {"embeddings": list(embeddings)} if embeddings else {}
     return {**settings, "prompt": prompt, "seed": seed, **used, **pictures}
-
-
-def image_key(settings: dict[str, Any], prompt: str, seed: int, *more: Any) -> str:
-    """Takes what image_facts takes."""
-    return key_of(image_facts(settings, prompt, seed, *more))
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

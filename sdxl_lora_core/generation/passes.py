@@ -1,4 +1,4 @@
-"""One pass of a request: which of its images are in the cache, and making those that are not."""
+"""One pass of a job: finds its images in the cache and generates the missing ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -17,28 +18,28 @@ from torch import Tensor
 
 from ..cache.image_cache import ImageCache
 from ..control.control import HintNumbers
-from ..text.embedding_files import EmbeddingFile
 from ..text.text_model import TextEmbeds
 from .config import GenerateConfig
 from .guidance import is_guided
 from .image_keys import KEYED_LIBRARIES, image_facts, key_of, start_settings
-from .image_maker import ImageBatch, ImageMaker
+from .image_maker import ImageBatch, ImageMaker, MadeImage
 from .init_images import EncodedStart, StartImage, enlarged
+from .job import OnStep
+from .png_metadata import PngTexts
 from .prompt_encoder import TextPhase
+from .prompt_reader import ParsedPrompt
 from .samplers import SOLVERS, require_libraries
 
-OnStep = Callable[[int, int], None]
-READERS = 4  # images read from the cache at a time; most of a reading is unpacking, which leaves Python to others
+READERS = 4  # images read from the cache in parallel; decompression releases Python's lock
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """`pixels` are uint8 [H, W, 3]; `hit`: they were in the cache; `seconds` is what making or reading took.
+    """`pixels` are uint8 [H, W, 3]; `hit` says that they came from the cache; `seconds` were spent on the image.
 
-    `words` are those of the prompt in one line, without the syntax.
-
-    `texts` are the text chunks for a PNG of it, by keyword. `latents` are float32 [4, H/8, W/8] in the VAE's own scale,
-    where the request keeps them.
+    `texts` are the text chunks of its PNG by keyword; `words` is the prompt in one line, without syntax. `latents` are
+    float32 [4, H/8, W/8] in the VAE's own scale, if the request keeps them. `lora_fit` has a line for each LoRA that
+    was merged for this image: how many of its modules the base has.
     """
 
     pixels: np.ndarray
@@ -50,105 +51,116 @@ class GeneratedImage:
     texts: Mapping[str, str]
     words: str
     latents: Tensor | None = None
+    lora_fit: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Request:
-    prompt: str
+    """One image of a pass.
+
+    `facts` are everything that its `key` is made of, `first` is the request for the image that it enlarges, and
+    `seconds` were spent on that one.
+    """
+
+    prompt: ParsedPrompt = field(compare=False)
     seed: int
-    embeddings: tuple[EmbeddingFile, ...]
-    words: str
     key: str
-    facts: dict[str, Any] = field(compare=False)  # all that the key is made of
+    facts: dict[str, Any] = field(compare=False)
     start: StartImage | None = field(compare=False)
     hints: HintNumbers = field(compare=False)
-    first: Request | None = field(default=None, compare=False)  # the one for the image that this one enlarges
-    seconds: float = field(default=0.0, compare=False)  # that were spent on it before
+    first: Request | None = field(default=None, compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def starts(self) -> tuple[StartImage, ...]:
         return () if self.start is None else (self.start,)
 
 
-class Count:
-    """The UNet's calls of both passes as one count. `before` were made in another pass, `ahead` are to follow."""
+class Progress:
+    """Counts UNet calls over all passes of a job."""
 
     def __init__(self, on_step: OnStep) -> None:
         self._on_step = on_step
-        self.before = self.ahead = 0
+        self.done = self.total = 0
 
-    def __call__(self, done: int, total: int) -> None:
-        self._on_step(self.before + done, self.before + total + self.ahead)
+    def expect(self, calls: int) -> None:
+        self.total += calls
+
+    def advance(self, calls: int = 0) -> None:
+        """Reports `calls` more as done. The callback may raise to cancel."""
+        self.done += calls
+        self._on_step(self.done, self.total)
 
 
 class _Ingredients(NamedTuple):
-    """What images are made of, encoded once for all that share it."""
+    """Inputs that several images share, encoded once."""
 
-    texts: dict[str, TextEmbeds]
+    prompts: dict[str, TextEmbeds]
     starts: dict[StartImage, EncodedStart]
+    lora_fit: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a call of `generate`: what its images share."""
+    """One pass of a job, with what its images share. `settings` are their common part of the key."""
 
     config: GenerateConfig
     settings: dict[str, Any]
+    negative: ParsedPrompt | None
     cache: ImageCache | None
     text_phase: TextPhase
     maker: ImageMaker
-    texts: Callable[[str, int, Sequence[EmbeddingFile]], dict[str, str]]
-    steering: Callable[[HintNumbers], dict[str, Any]]
-    count: Count
+    texts: PngTexts
+    control_facts: Callable[[HintNumbers], dict[str, Any]]
+    progress: Progress
 
-    @property
+    @cached_property
     def calls(self) -> int:
-        """Of the UNet, for each image."""
+        """UNet calls per image."""
         return SOLVERS[self.config.sampler].unet_calls(self.config.steps)
 
-    def facts(
-        self,
-        prompt: str,
-        seed: int,
-        embeddings: Sequence[EmbeddingFile],
-        start: Mapping[str, Any] | None,
-        hints: HintNumbers,
+    def request(self, prompt: ParsedPrompt, seed: int, start: StartImage | None, hints: HintNumbers) -> Request:
+        facts = self._facts(prompt, seed, None if start is None else start.key, hints)
+        return Request(prompt, seed, key_of(facts), facts, start, hints)
+
+    def enlarging(self, first: Request) -> Request:
+        """The request that enlarges the image of `first`. Its key needs only the key of that image."""
+        facts = self._facts(first.prompt, first.seed, {"first_pass": first.key}, first.hints)
+        return replace(first, key=key_of(facts), facts=facts, start=None, first=first)
+
+    def _facts(
+        self, prompt: ParsedPrompt, seed: int, start: Mapping[str, Any] | None, hints: HintNumbers
     ) -> dict[str, Any]:
-        pictures = {**start_settings(self.config, start), **self.steering(hints)}
-        return image_facts(self.settings, prompt, seed, [file.sha256 for file in embeddings], pictures)
+        negative = self.negative.embeddings if self.negative else ()
+        embeddings = [file.sha256 for file in (*prompt.embeddings, *negative)]
+        pictures = {**start_settings(self.config, start), **self.control_facts(hints)}
+        return image_facts(self.settings, prompt.text, seed, embeddings, pictures)
 
     def images(
-        self, requests: Sequence[Request], started: Callable[[Sequence[Request]], Sequence[Request]] = lambda _: _
+        self, requests: Sequence[Request], prepare: Callable[[Sequence[Request]], Sequence[Request]] = lambda _: _
     ) -> list[GeneratedImage]:
-        """`started` gives those that have to be made what they start from, where that has to be made as well."""
-        images = self.find(requests)
+        """The images of the requests, in order. `prepare` completes those that have to be generated."""
+        images = self._find(requests)
         missing = [request for request in dict.fromkeys(requests) if request.key not in images]
         if missing and self.config.cache == "only":
             raise ValueError(_not_cached(missing, len(images)))
-        images |= self.make(started(missing))
+        self.progress.expect(self.calls * len(missing))
+        images |= self._make(prepare(missing))
         return [images[request.key] for request in requests]
 
-    def after(self, first: Request) -> Request:
-        """The request that enlarges what `first` asks for. Its start is known by the key, before there is one."""
-        facts = self.facts(first.prompt, first.seed, first.embeddings, {"first_pass": first.key}, first.hints)
-        return replace(first, key=key_of(facts), facts=facts, start=None, first=first)
-
-    def starting_from(self, first: Pass, missing: Sequence[Request]) -> list[Request]:
-        before = [request.first for request in missing if request.first]
-        self.count.ahead = self.calls * len(missing)
-        images = first.images(before)
-        self.count.before, self.count.ahead = first.calls * sum(not image.hit for image in images), 0
+    def with_starts_from(self, first: Pass, missing: Sequence[Request]) -> list[Request]:
+        """The requests with the images of the first pass as their starts."""
+        wanted = [request.first for request in missing if request.first]
         return [
-            replace(request, start=enlarged(image.pixels, wanted.start, self.config), seconds=image.seconds)
-            for request, wanted, image in zip(missing, before, images, strict=True)
+            replace(request, start=enlarged(image.pixels, before.start, self.config), seconds=image.seconds)
+            for request, before, image in zip(missing, wanted, first.images(wanted), strict=True)
         ]
 
-    def find(self, requests: Sequence[Request]) -> dict[str, GeneratedImage]:
+    def _find(self, requests: Sequence[Request]) -> dict[str, GeneratedImage]:
         if self.cache is None or self.config.cache == "refresh":
             return {}
-        once = list(dict.fromkeys(requests))
         with ThreadPoolExecutor(READERS) as readers:
-            found = readers.map(functools.partial(self._read, self.cache), once)
+            found = readers.map(functools.partial(self._read, self.cache), dict.fromkeys(requests))
             return {image.key: image for image in found if image}
 
     def _read(self, cache: ImageCache, request: Request) -> GeneratedImage | None:
@@ -157,83 +169,83 @@ class Pass:
         latents = cache.load_latents(request.key) if self.config.keep_latents else None
         if pixels is None or (latents is None and self.config.keep_latents):
             return None
-        return self._image(request, pixels, latents, True, time.perf_counter() - start)
+        return self._image(request, pixels, latents, hit=True, seconds=time.perf_counter() - start)
 
-    def make(self, missing: Sequence[Request]) -> dict[str, GeneratedImage]:
+    def _make(self, missing: Sequence[Request]) -> dict[str, GeneratedImage]:
         if not missing:
             return {}
         require_libraries(self.config.sampler, self.config.scheduler)
         images: dict[str, GeneratedImage] = {}
-        steps, size = self.calls, self.config.batch_size
         ingredients = functools.cache(lambda: self._ingredients(missing))
-        self.count(0, steps * len(missing))
-        # In ComfyUI's inference mode every tensor made here, weights among them, would be unfit for training.
+        self.progress.advance()
+        # In ComfyUI's inference mode every tensor made here, weights included, would be unusable for training.
         with torch.inference_mode(False), torch.no_grad():
-            for first in range(0, len(missing), size):
-                report = functools.partial(self._report, steps * first, steps * len(missing))
-                images |= self._make_batch(missing[first : first + size], ingredients, report)
+            for first in range(0, len(missing), self.config.batch_size):
+                images |= self._make_batch(missing[first : first + self.config.batch_size], ingredients)
         return images
 
     def _make_batch(
-        self, batch: Sequence[Request], ingredients: Callable[[], _Ingredients], report: Callable[[int], None]
+        self, batch: Sequence[Request], ingredients: Callable[[], _Ingredients]
     ) -> dict[str, GeneratedImage]:
         keys = [request.key for request in batch]
-        with self.cache.locked(keys, waiting=lambda: report(0)) if self.cache else nullcontext():
-            images = self.find(batch)  # somebody may have made them while this process waited
+        with self.cache.locked(keys, waiting=self.progress.advance) if self.cache else nullcontext():
+            images = self._find(batch)  # another process may have generated them while this one waited
             left = [request for request in batch if request.key not in images]
-            return images | self._make_now(left, ingredients(), report) if left else images
+            if images:
+                self.progress.advance(self.calls * len(images))
+            return images | self._make_now(left, ingredients()) if left else images
 
-    def _make_now(
-        self, batch: Sequence[Request], ingredients: _Ingredients, report: Callable[[int], None]
-    ) -> dict[str, GeneratedImage]:
+    def _make_now(self, batch: Sequence[Request], ingredients: _Ingredients) -> dict[str, GeneratedImage]:
         start = time.perf_counter()
         inputs = ImageBatch(
-            prompts=[ingredients.texts[request.prompt] for request in batch],
-            negative=ingredients.texts[self.config.negative_prompt] if is_guided(self.config) else None,
+            prompts=[ingredients.prompts[request.prompt.text] for request in batch],
+            negative=ingredients.prompts[self.negative.text] if self.negative else None,
             seeds=[request.seed for request in batch],
             starts=[ingredients.starts[start] for request in batch for start in request.starts],
             hints=[request.hints for request in batch],
         )
-        made = self.maker.make(inputs, lambda steps: report(steps * len(batch)))
+        made = self.maker.make(inputs, lambda _: self.progress.advance(len(batch)))
         seconds = (time.perf_counter() - start) / len(batch)
-        images = {}
-        for request, (pixels, latents) in zip(batch, made, strict=True):
-            kept = latents if self.config.keep_latents else None
-            image = images[request.key] = self._image(request, pixels, kept, False, request.seconds + seconds)
-            if self.cache:
-                self.cache.store(image.key, pixels, self._manifest(request), image.texts, kept)
-        return images
+        return {
+            request.key: self._stored(request, image, ingredients.lora_fit, request.seconds + seconds)
+            for request, image in zip(batch, made, strict=True)
+        }
+
+    def _stored(self, request: Request, made: MadeImage, text_fit: tuple[str, ...], seconds: float) -> GeneratedImage:
+        latents = made.latents if self.config.keep_latents else None
+        image = self._image(request, made.pixels, latents, hit=False, seconds=seconds)
+        if self.cache:
+            versions = {name: version(name) for name in KEYED_LIBRARIES}
+            manifest = {"settings": request.facts, "versions": versions}
+            self.cache.store(image.key, made.pixels, manifest, image.texts, latents)
+        return replace(image, lora_fit=(*text_fit, *made.lora_fit))
 
     def _ingredients(self, requests: Sequence[Request]) -> _Ingredients:
         starts = dict.fromkeys(start for request in requests for start in request.starts)
-        return _Ingredients(self.text_phase.encode(self._texts(requests)), self.maker.encode(starts) if starts else {})
-
-    def _texts(self, requests: Sequence[Request]) -> list[str]:
-        texts = [request.prompt for request in requests]
-        return [*texts, self.config.negative_prompt] if is_guided(self.config) else texts
-
-    def _report(self, before: int, total: int, steps: int) -> None:
-        self.count(before + steps, total)
+        texts = [request.prompt.text for request in requests]
+        embeds, fit = self.text_phase.encode([*texts, self.negative.text] if self.negative else texts)
+        return _Ingredients(embeds, self.maker.encode(starts) if starts else {}, fit)
 
     def _image(
-        self, request: Request, pixels: np.ndarray, latents: Tensor | None, hit: bool, seconds: float
+        self, request: Request, pixels: np.ndarray, latents: Tensor | None, *, hit: bool, seconds: float
     ) -> GeneratedImage:
-        texts = self.texts(request.prompt, request.seed, request.embeddings)
+        prompt = request.prompt
+        negative = self.negative.embeddings if self.negative else ()
+        texts = self.texts.of_image(prompt.text, request.seed, (*prompt.embeddings, *negative))
         return GeneratedImage(
-            pixels, request.prompt, request.seed, request.key, hit, seconds, texts, request.words, latents
+            pixels, prompt.text, request.seed, request.key, hit, seconds, texts, prompt.words, latents
         )
 
-    def _manifest(self, request: Request) -> dict[str, Any]:
-        return {
-            "settings": request.facts,
-            "versions": {name: version(name) for name in KEYED_LIBRARIES},
-        }
+
+def negative_prompt(reader: Any, config: GenerateConfig) -> ParsedPrompt | None:
+    """The negative prompt; None if guidance is off and it has no effect."""
+    return reader.parse(config.negative_prompt) if is_guided(config) else None
 
 
 def _not_cached(missing: Sequence[Request], found: int) -> str:
-    names = "; ".join(f"{request.prompt!r} with seed {request.seed}" for request in missing[:3])
+    names = "; ".join(f"{request.prompt.text!r} with seed {request.seed}" for request in missing[:3])
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     return (
         f"cache is 'only' and {len(missing)} of {len(missing) + found} images are not in the cache: {names}{more}; "
-        "set cache to 'use' to make them"
+        "set cache to 'use' to generate them"
     )

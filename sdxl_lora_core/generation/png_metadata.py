@@ -1,10 +1,11 @@
-"""What a generated PNG says of itself: how it was made, for people and for sites, and that a model made it."""
+"""The texts in a generated PNG: how it was made, and the mark of generated media."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..images.png import AI_GENERATED, LONGEST_TEXT, XMP
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ..text.embedding_files import EmbeddingFile
     from .config import GenerateConfig
 
-_SHORT_HASH = 10  # what Civitai and A1111 call AutoV2: the first digits of the file's SHA-256
+_SHORT_HASH = 10  # AutoV2 of Civitai and A1111: the first digits of the file's SHA-256
 _SAMPLERS = {
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
@@ -36,69 +37,63 @@ _SCHEDULES = {"sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM"}
 
 
 def graph_texts(graph: Mapping[str, Any]) -> dict[str, str]:
-    """ComfyUI's `prompt` and `workflow` as it writes them itself, but without local paths."""
+    """ComfyUI's `prompt` and `workflow` as it writes them, but without local paths."""
     texts = {name: json.dumps(without_paths(value)) for name, value in graph.items() if value}
     return {name: text for name, text in texts.items() if len(text) <= LONGEST_TEXT}
 
 
-def image_texts(
-    base: SDXLBase,
-    config: GenerateConfig,
-    stack: Sequence[StackEntry],
-    graph: Mapping[str, str] | None,
-    prompt: str,
-    seed: int,
-    embeddings: Sequence[EmbeddingFile] = (),
-    controls: Sequence[Control] = (),
-) -> dict[str, str]:
-    """The texts of one image by keyword: the mark and, with a `graph` (see graph_texts), how it was made."""
-    if graph is None:
-        return {XMP: AI_GENERATED}
-    made = parameters(base, config, stack, prompt, seed, embeddings, controls)
-    return {"parameters": made, **graph, XMP: AI_GENERATED}
+@dataclass(frozen=True)
+class PngTexts:
+    """The texts of a request's PNGs. `config` is the request as the user made it, `graph` as graph_texts returns it."""
 
+    base: SDXLBase
+    config: GenerateConfig
+    stack: Sequence[StackEntry] = ()
+    graph: Mapping[str, str] | None = None
+    controls: Sequence[Control] = ()
 
-def parameters(
-    base: SDXLBase,
-    config: GenerateConfig,
-    stack: Sequence[StackEntry],
-    prompt: str,
-    seed: int,
-    embeddings: Sequence[EmbeddingFile] = (),
-    controls: Sequence[Control] = (),
-) -> str:
-    """The form that A1111 writes and Civitai reads, with the hashes by which they find models, LoRAs and embeddings."""
-    loras = {_plain_name(entry.ref.name): entry for entry in stack}
-    tags = [f"<lora:{name}:{_strengths(entry)}>" for name, entry in loras.items()]
-    lines = [" ".join([prompt, *tags])]
-    if config.negative_prompt:
-        lines.append(f"Negative prompt: {config.negative_prompt}")
-    hashes = {f"lora:{name}": entry.sha256[:_SHORT_HASH] for name, entry in loras.items()}
-    hashes |= {f"embed:{_plain_name(file.name)}": file.sha256[:_SHORT_HASH] for file in embeddings}
-    if base.layout == "single_file":  # a folder has no hash that others would know
-        hashes = {"model": dict(base.part_hashes)["unet"][:_SHORT_HASH], **hashes}
-    facts = {
-        "Steps": config.steps,
-        "Sampler": _SAMPLERS.get(config.sampler, config.sampler),
-        "Schedule type": _SCHEDULES.get(config.scheduler, config.scheduler.title()),
-        "CFG scale": f"{config.guidance:g}",
-        "Seed": seed,
-        "Size": f"{config.width}x{config.height}",
-        **({"Model hash": hashes["model"]} if "model" in hashes else {}),
-        "Model": _quoted(_plain_name(base.name)),
-        **({"Denoising strength": f"{config.denoise:g}"} if config.denoise < 1 else {}),
-        **_second_pass(config),
-        **{f"ControlNet {number}": json.dumps(_steering(control)) for number, control in enumerate(controls)},
-        **({"Hashes": json.dumps(hashes)} if hashes else {}),
-    }
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
+    def of_image(self, prompt: str, seed: int, embeddings: Sequence[EmbeddingFile] = ()) -> dict[str, str]:
+        """The texts of one image by keyword: the mark of generated media and, with a graph, how it was made."""
+        if self.graph is None:
+            return {XMP: AI_GENERATED}
+        return {"parameters": self.parameters(prompt, seed, embeddings), **self.graph, XMP: AI_GENERATED}
+
+    def parameters(self, prompt: str, seed: int, embeddings: Sequence[EmbeddingFile] = ()) -> str:
+        """A1111's text, as Civitai reads it, with the hashes by which it finds models, LoRAs and embeddings."""
+        loras = {_plain_name(entry.ref.name): entry for entry in self.stack}
+        lines = [" ".join([prompt, *(f"<lora:{name}:{_strengths(entry)}>" for name, entry in loras.items())])]
+        if self.config.negative_prompt:
+            lines.append(f"Negative prompt: {self.config.negative_prompt}")
+        hashes = {f"lora:{name}": entry.sha256[:_SHORT_HASH] for name, entry in loras.items()}
+        hashes |= {f"embed:{_plain_name(file.name)}": file.sha256[:_SHORT_HASH] for file in embeddings}
+        facts = self._facts(seed, hashes)
+        return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
+
+    def _facts(self, seed: int, hashes: Mapping[str, str]) -> dict[str, Any]:
+        config, base = self.config, self.base
+        if base.layout == "single_file":  # a folder has no hash that others would know
+            hashes = {"model": dict(base.part_hashes)["unet"][:_SHORT_HASH], **hashes}
+        return {
+            "Steps": config.steps,
+            "Sampler": _SAMPLERS.get(config.sampler, config.sampler),
+            "Schedule type": _SCHEDULES.get(config.scheduler, config.scheduler.title()),
+            "CFG scale": f"{config.guidance:g}",
+            "Seed": seed,
+            "Size": f"{config.width}x{config.height}",
+            **({"Model hash": hashes["model"]} if "model" in hashes else {}),
+            "Model": _quoted(_plain_name(base.name)),
+            **({"Denoising strength": f"{config.denoise:g}"} if config.denoise < 1 else {}),
+            **_second_pass(config),
+            **{f"ControlNet {number}": json.dumps(_control(one)) for number, one in enumerate(self.controls)},
+            **({"Hashes": json.dumps(hashes)} if hashes else {}),
+        }
 
 
 def _second_pass(config: GenerateConfig) -> dict[str, Any]:
     if config.hires_scale == 1:
         return {}
     return {
-        "Denoising strength": f"{config.hires_denoise:g}",  # of both passes A1111 means this one
+        "Denoising strength": f"{config.hires_denoise:g}",  # A1111 writes that of the second pass
         "Hires upscale": f"{config.hires_scale:g}",
         "Hires steps": config.hires_steps or config.steps,
         "Hires upscaler": "Lanczos",
@@ -106,9 +101,9 @@ def _second_pass(config: GenerateConfig) -> dict[str, Any]:
 
 
 def without_paths(value: Any) -> Any:
-    """The value with only the last name of each path that says where something lies on this machine.
+    """The value with each absolute path reduced to its last component.
 
-    Relative paths stay: they name a model or an image within ComfyUI's folders.
+    Relative paths are kept: they name a model or an image within ComfyUI's folders.
     """
     if isinstance(value, str):
         return "\n".join(map(_without_paths, value.split("\n")))
@@ -122,7 +117,7 @@ def without_paths(value: Any) -> Any:
 _ROOT = r"(?:file://|~[\\/]|[A-Za-z]:[\\/]|\\\\|/(?=[^\s/\\]))"
 _WHOLE = re.compile(rf'\s*["\']?{_ROOT}.*')
 _WITHIN = re.compile(rf"(?<![\w.:/\\~-]){_ROOT}(?:[^\s\\/\"'<>|]+[\\/])+")
-_LONGEST_PATH = 4096  # longer lines are data, an image in base64 for one
+_LONGEST_PATH = 4096  # longer lines are data, such as an image in base64
 
 
 def _without_paths(line: str) -> str:
@@ -138,13 +133,13 @@ def _plain_name(name: str) -> str:
 
 
 def _strengths(entry: StackEntry) -> str:
-    """One number for both, or the text encoders' and the UNet's."""
+    """One strength for both, or that of the text encoders and that of the UNet."""
     model, clip = entry.ref.strength_model, entry.ref.strength_clip
     return f"{model:g}" if model == clip else f"{clip:g}:{model:g}"
 
 
-def _steering(control: Control) -> str:
-    """As A1111's extension for ControlNets writes it."""
+def _control(control: Control) -> str:
+    """The text of a ControlNet, as A1111's extension writes it."""
     config = control.config
     facts = {
         "Module": "none",

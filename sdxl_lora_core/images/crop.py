@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from ..hashed_random import pick
+from ..hashed_random import random_index
 
 Bucket = tuple[int, int]
 
@@ -34,11 +34,11 @@ def center_crop(width: int, height: int, bucket: Bucket) -> Crop:
     return Crop(resized_w, resized_h, (resized_w - bucket_w) // 2, (resized_h - bucket_h) // 2, bucket_w, bucket_h)
 
 
-def random_crop(width: int, height: int, bucket: Bucket, *lot: object) -> Crop:
-    """center_crop's resize, and the cut at a place that `lot` decides."""
+def random_crop(width: int, height: int, bucket: Bucket, *key: object) -> Crop:
+    """center_crop's resize, and the cut at a place that `key` decides."""
     crop = center_crop(width, height, bucket)
-    left = pick(crop.resized_w - crop.bucket_w + 1, *lot, "left")
-    top = pick(crop.resized_h - crop.bucket_h + 1, *lot, "top")
+    left = random_index(crop.resized_w - crop.bucket_w + 1, *key, "left")
+    top = random_index(crop.resized_h - crop.bucket_h + 1, *key, "top")
     return replace(crop, left=left, top=top)
 
 

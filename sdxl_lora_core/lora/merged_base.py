@@ -1,4 +1,4 @@
-"""A base with LoRAs in its weights, written as a model of its own: one file, or a diffusers folder."""
+"""Saves a base with merged LoRAs as a model of its own: one file, or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..files import canonical_json, next_names, safe_path
+from ..files import canonical_json, claim_name, safe_path
 from ..safetensors_file import first_names, read_header, save_tensors
 from ..sdxl.base import TOKENIZERS, SDXLBase, scheduler_config
 from ..sdxl.checkpoint_names import published_names
@@ -22,7 +23,8 @@ from ..sdxl.loading import ENCODERS, PARTS, Part, save_encoder
 from ..sdxl.precision import DTYPES
 from .config import SaveBaseConfig
 from .saving import write_once
-from .stack import StackEntry, fit_of, load_merged
+from .stack import StackEntry
+from .stacked_part import StackedPart
 
 OnPart = Callable[[int, int], object]  # parts done, of how many
 
@@ -35,83 +37,88 @@ def save_merged_base(
     taken: Callable[[str], bool],
     on_part: OnPart = lambda done, total: None,
 ) -> tuple[Path, list[str]]:
-    """The new model in `folder`, under the next name that is free, and how much of each LoRA fitted.
+    """Saves the base with the LoRAs merged, under the next free name in `folder`.
 
-    `taken` says whether a model of that file or folder name exists anywhere. A folder is written a part at a time.
-    Raises ValueError for a LoRA that does not fit, and for values that `precision` cannot hold.
+    Returns its path and a line for each LoRA: how many of its modules fit. `taken` says whether a model of that file or
+    folder name exists anywhere. A folder is written part by part.
+    Raises ValueError for a LoRA that does not fit, and for values that `precision` cannot represent.
     """
+    merged = _MergedBase(base, stack, config, on_part)
     if config.layout == "single_file":
-        fit: list[str] = []
-
-        def write(file: Path) -> None:
-            _write_file(file, base, stack, config, fit, on_part)
-
-        return write_once(folder, config.base_name, taken, write), fit
-    return _write_folder(base, stack, config, folder, taken, on_part)
+        return write_once(folder, config.base_name, taken, merged.write_file), merged.fit
+    return merged.write_folder(folder, taken), merged.fit
 
 
-def _part(base: SDXLBase, part: Part, stack: Sequence[StackEntry], config: SaveBaseConfig) -> nn.Module:
-    """The same bits that generation has at this precision."""
-    module = load_merged(base, part, DTYPES[config.precision], stack)
-    bad = [name for name, tensor in module.state_dict().items() if not tensor.isfinite().all()]
-    if bad:
-        wide = "bf16 or fp32" if config.precision == "fp16" else "lower strengths"
-        raise ValueError(f"{first_names(bad)} of the {part} would hold infinity in {config.precision}: take {wide}")
-    return module
+@dataclass(frozen=True)
+class _MergedBase:
+    """A base with its LoRAs, to be written. `fit` is filled while its parts are merged."""
 
+    base: SDXLBase
+    stack: Sequence[StackEntry]
+    config: SaveBaseConfig
+    on_part: OnPart
+    fit: list[str] = field(default_factory=list)
 
-def _write_file(
-    file: Path, base: SDXLBase, stack: Sequence[StackEntry], config: SaveBaseConfig, fit: list[str], on_part: OnPart
-) -> None:
-    tensors = {}
-    for done, part in enumerate(PARTS):
-        on_part(done, len(PARTS))
-        module = _part(base, part, stack, config)
-        fit += fit_of(module)
-        tensors |= published_names(part, module.state_dict())
-    if base.prediction_type == "v_prediction":
-        tensors["v_pred"] = torch.tensor([])  # how checkpoints say it
-    if base.zero_terminal_snr:
-        tensors["ztsnr"] = torch.tensor([])
-    save_tensors(file, tensors, _metadata(base, stack, config))
-    on_part(len(PARTS), len(PARTS))
-
-
-def _write_folder(
-    base: SDXLBase,
-    stack: Sequence[StackEntry],
-    config: SaveBaseConfig,
-    folder: Path,
-    taken: Callable[[str], bool],
-    on_part: OnPart,
-) -> tuple[Path, list[str]]:
-    temporary = safe_path(folder, config.base_name)
-    temporary = temporary.with_name(f".{temporary.name}.{uuid.uuid4().hex}")
-    fit: list[str] = []
-    try:
+    def parts(self) -> Iterator[tuple[Part, nn.Module]]:
+        """Each part, with the same bits as in generation at this precision."""
         for done, part in enumerate(PARTS):
-            on_part(done, len(PARTS))
-            module: Any = _part(base, part, stack, config)
-            fit += fit_of(module)
-            if part in ENCODERS:
-                save_encoder(module, temporary / part)
-            else:
-                module.save_pretrained(temporary / part, safe_serialization=True)
+            self.on_part(done, len(PARTS))
+            merged = StackedPart(self.base, part, DTYPES[self.config.precision], self.stack).load()
+            self._require_finite(part, merged.module)
+            self.fit.extend(merged.state.fit)
+            yield part, merged.module
+
+    def _require_finite(self, part: Part, module: nn.Module) -> None:
+        bad = [name for name, tensor in module.state_dict().items() if not tensor.isfinite().all()]
+        if bad:
+            precision = self.config.precision
+            remedy = "precision bf16 or fp32" if precision == "fp16" else "lower strengths"
+            raise ValueError(f"{first_names(bad)} of the {part} would be infinite in {precision}: choose {remedy}")
+
+    def write_file(self, file: Path) -> None:
+        tensors = {}
+        for part, module in self.parts():
+            tensors |= published_names(part, module.state_dict())
+        if self.base.prediction_type == "v_prediction":
+            tensors["v_pred"] = torch.tensor([])  # the markers that checkpoints use
+        if self.base.zero_terminal_snr:
+            tensors["ztsnr"] = torch.tensor([])
+        save_tensors(file, tensors, _metadata(self.base, self.stack, self.config))
+        self.on_part(len(PARTS), len(PARTS))
+
+    def write_folder(self, folder: Path, taken: Callable[[str], bool]) -> Path:
+        temporary = safe_path(folder, self.config.base_name)
+        temporary = temporary.with_name(f".{temporary.name}.{uuid.uuid4().hex}")
+        try:
+            for part, module in self.parts():
+                _save_part(part, module, temporary / part)
+            self._write_settings(temporary)
+            self.on_part(len(PARTS), len(PARTS))
+            return claim_name(self.config.base_name, lambda name: _rename(temporary, safe_path(folder, name), taken))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write_settings(self, folder: Path) -> None:
         for name in TOKENIZERS:
-            shutil.copytree(base.configs / name, temporary / name)
-        scheduler = {"_class_name": "EulerDiscreteScheduler", **scheduler_config(base)}
-        _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-        _write_json(temporary / "sdxl_lora.json", _recipe(stack))
-        _write_json(temporary / "model_index.json", _index())
-        on_part(len(PARTS), len(PARTS))
-        for name in next_names(config.base_name):
-            path = safe_path(folder, name)
-            if not path.exists() and not taken(name):
-                os.rename(temporary, path)
-                return path, fit
-        raise AssertionError("unreachable: names never end")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(self.base.configs / name, folder / name)
+        scheduler = {"_class_name": "EulerDiscreteScheduler", **scheduler_config(self.base)}
+        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        _write_json(folder / "sdxl_lora.json", _recipe(self.stack))
+        _write_json(folder / "model_index.json", _index())
+
+
+def _save_part(part: Part, module: Any, folder: Path) -> None:
+    if part in ENCODERS:
+        save_encoder(module, folder)
+    else:
+        module.save_pretrained(folder, safe_serialization=True)
+
+
+def _rename(temporary: Path, path: Path, taken: Callable[[str], bool]) -> Path | None:
+    if path.exists() or taken(path.name):
+        return None
+    os.rename(temporary, path)
+    return path
 
 
 def _index() -> dict[str, Any]:
@@ -131,7 +138,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _metadata(base: SDXLBase, stack: Sequence[StackEntry], config: SaveBaseConfig) -> dict[str, str]:
-    """What the base's file says of itself, and what was merged into it."""
+    """The base's own metadata, and what was merged into it."""
     own = dict(read_header(base.path).metadata) if base.layout == "single_file" else {}
     for key in ("modelspec.hash_sha256", "modelspec.thumbnail"):
         own.pop(key, None)

@@ -1,22 +1,21 @@
-"""A stack of LoRAs written as one file: resized, in another format, or merged. Nothing is ever overwritten."""
+"""Saves a stack of LoRAs as one file: resized, in another format, or merged. Nothing is ever overwritten."""
 
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import canonical_json, flush_to_disk, next_names, safe_path
+from ..files import canonical_json, claim_name, flush_to_disk, safe_path
 from ..sdxl.precision import DTYPES
-from .config import FileFormat, MergeLoRAsConfig, SaveLoRAConfig
+from .config import MergeLoRAsConfig, SaveLoRAConfig
 from .files import write_lora
-from .merge_loras import OnModule, Reduction, Share, combine, resize, single
+from .merge_loras import OnModule, Reduction, combine, resize, single
 from .metadata import IMPLEMENTATIONS, read_tag_counts, trigger_words
 from .modules import LoRAFile
 from .stack import StackEntry
@@ -25,58 +24,36 @@ _RECIPE = "sdxl_lora.recipe"
 _OF_ONE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "modelspec.thumbnail", _RECIPE)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A LoRA to be saved: as it takes part, and what tells it from others, as JSON values."""
-
-    share: Share
-    identity: Any
-
-
-def sources_of(stack: Sequence[StackEntry]) -> list[Source]:
-    return [Source(Share(entry.ref.name, entry.file, entry.strength_by_module), entry.identity) for entry in stack]
-
-
-def source_of_file(name: str, file: LoRAFile) -> Source:
-    """A LoRA that is in memory, at strength 1."""
-    content = hashlib.sha256()
-    for part, modules in file.parts().items():
-        for path, module in sorted(modules.items()):
-            content.update(f"{part}.{path} {module.alpha}".encode())
-            for tensor in module.factors.values():
-                content.update(tensor.float().contiguous().numpy().tobytes())
-    return Source(Share(name, file, lambda _: lambda _: 1.0), [content.hexdigest(), 1.0, 1.0])
-
-
 def save_lora(
-    sources: Sequence[Source],
+    stack: Sequence[StackEntry],
     config: SaveLoRAConfig,
     folder: Path,
     taken: Callable[[str], bool],
     on_module: OnModule = lambda done, total: None,
 ) -> Path:
-    """The stack as one file that acts as all of them together. One LoRA keeps its kind, several become one LoRA.
+    """Saves the stack as one file with the same effect. A single LoRA keeps its kind, several become one LoRA.
 
-    `taken` says whether a file name exists in any folder of LoRAs. Equal content under the wanted name is found again.
-    Raises ValueError for an empty stack, and for what the format or a sum cannot hold.
+    `taken` says whether a file name exists in any folder of LoRAs. A file with equal content under the name is reused.
+    Raises ValueError for an empty stack, and for LoRAs that cannot be added up or written in the format.
     """
-    shares = _shares(sources)
-    whole = single(shares[0]) if len(shares) == 1 else combine(shares, "concatenate", 0)
-    file = resize(whole, config.rank, config.energy, on_module) if config.rank or config.energy < 1 else whole
+    _require_some(stack)
+    merged = single(stack[0]) if len(stack) == 1 else combine(stack, "concatenate", 0)
+    file = resize(merged, config.rank, config.energy, on_module) if config.rank or config.energy < 1 else merged
     recipe = {key: value for key, value in asdict(config).items() if key in ("rank", "energy")}
-    return _write(file, sources, recipe, config, folder, taken)
+    return _write(file, stack, recipe, config, folder, taken)
 
 
 def merge_loras(
-    sources: Sequence[Source],
+    stack: Sequence[StackEntry],
     config: MergeLoRAsConfig,
     folder: Path,
     taken: Callable[[str], bool],
     on_module: OnModule = lambda done, total: None,
 ) -> Path:
-    """save_lora by a method of merging. The strengths of the stack are the weights."""
+    """As save_lora, merged by `config.method`. The strengths of the stack are the weights."""
+    _require_some(stack)
     reduction = Reduction(config.density, config.seed)
-    file = combine(_shares(sources), config.method, config.rank, reduction, on_module)
+    file = combine(stack, config.method, config.rank, reduction, on_module)
     used = {
         "concatenate": (),
         "linear": (),
@@ -84,41 +61,40 @@ def merge_loras(
         "ties": ("rank", "density"),
     }.get(config.method, ("rank", "density", "seed"))
     recipe = {key: value for key, value in asdict(config).items() if key in ("method", *used)}
-    return _write(file, sources, recipe, config, folder, taken)
+    return _write(file, stack, recipe, config, folder, taken)
 
 
-def _shares(sources: Sequence[Source]) -> list[Share]:
-    if not sources:
-        raise ValueError("lora_stack brings no LoRA with a strength: connect Load LoRA or Train SDXL LoRA")
-    return [source.share for source in sources]
+def _require_some(stack: Sequence[StackEntry]) -> None:
+    if not stack:
+        raise ValueError("lora_stack has no LoRA with a strength: connect Load LoRA or Train SDXL LoRA")
 
 
 def _write(
     file: LoRAFile,
-    sources: Sequence[Source],
+    stack: Sequence[StackEntry],
     recipe: Mapping[str, Any],
     config: SaveLoRAConfig | MergeLoRAsConfig,
     folder: Path,
     taken: Callable[[str], bool],
 ) -> Path:
     if not any(file.parts().values()) and not file.tokens:
-        raise ValueError("nothing is left of the stack to be saved: every strength is 0")
-    recipe = {**recipe, "loras": [source.identity for source in sources]}
-    file.metadata = saved_metadata(file, [source.share for source in sources], config.lora_name, config.format, recipe)
+        raise ValueError("nothing of the stack is left to save: every strength is 0")
+    recipe = {**recipe, "loras": [entry.identity for entry in stack]}
+    file.metadata = saved_metadata(file, stack, config, recipe)
     dtype = DTYPES[config.precision]
     return write_once(folder, config.lora_name, taken, lambda path: write_lora(path, file, dtype, config.format))
 
 
 def saved_metadata(
-    file: LoRAFile, shares: Sequence[Share], name: str, format: FileFormat, recipe: Mapping[str, Any]
+    file: LoRAFile, stack: Sequence[StackEntry], config: SaveLoRAConfig | MergeLoRAsConfig, recipe: Mapping[str, Any]
 ) -> dict[str, str]:
-    """What all LoRAs say alike, and of what they say differently the words and tags of all. And how it was made."""
-    sources = [share.file.metadata for share in shares]
+    """The metadata that all LoRAs agree on, the trigger words and tags of all of them, and the recipe."""
+    sources = [entry.file.metadata for entry in stack]
     common = {key: value for key, value in sources[0].items() if all(other.get(key) == value for other in sources)}
     kept = {key: value for key, value in common.items() if key not in _OF_ONE_FILE}
     modules = [module for found in file.parts().values() for module in found.values() if module.rank]
     ranks, alphas = ({getattr(module, what) for module in modules} for what in ("rank", "alpha"))
-    title = name.rpartition("/")[2]
+    title = config.lora_name.rpartition("/")[2]
     values: dict[str, Any] = {
         "ss_base_model_version": kept.get("ss_base_model_version", "sdxl_base_v1-0"),
         "ss_network_module": kept.get("ss_network_module", "networks.lora"),
@@ -127,9 +103,9 @@ def saved_metadata(
         "ss_output_name": title,
         "modelspec.sai_model_spec": kept.get("modelspec.sai_model_spec", "1.0.0"),
         "modelspec.architecture": kept.get("modelspec.architecture", "stable-diffusion-xl-v1-base/lora"),
-        "modelspec.implementation": IMPLEMENTATIONS[format],
+        "modelspec.implementation": IMPLEMENTATIONS[config.format],
         "modelspec.title": title,
-        "modelspec.merged_from": ", ".join(_plain(share.name) for share in shares),
+        "modelspec.merged_from": ", ".join(_plain(entry.ref.name) for entry in stack),
         _RECIPE: canonical_json(recipe),
     }
     if words := list(dict.fromkeys(word for source in sources for word in trigger_words(source))):
@@ -140,7 +116,7 @@ def saved_metadata(
 
 
 def _plain(name: str) -> str:
-    """Without folders, which may tell of the machine."""
+    """Without folders, which may reveal something about the machine."""
     return name.replace("\\", "/").rpartition("/")[2].removesuffix(".safetensors")
 
 
@@ -153,9 +129,9 @@ def _all_tags(sources: Sequence[Mapping[str, str]]) -> dict[str, dict[str, int]]
 
 
 def write_once(folder: Path, name: str, taken: Callable[[str], bool], write: Callable[[Path], object]) -> Path:
-    """Writes `name`.safetensors into the folder, under the next name that is free. Equal bytes are found again.
+    """Writes `name`.safetensors into the folder, under the next free name, unless a file with equal bytes exists.
 
-    Raises ValueError for a name that leaves the folder.
+    Raises ValueError for a name outside the folder.
     """
     temporary = safe_path(folder, f"{name}.safetensors")
     temporary = temporary.with_name(f".{temporary.name}.{uuid.uuid4().hex}")
@@ -163,20 +139,23 @@ def write_once(folder: Path, name: str, taken: Callable[[str], bool], write: Cal
         temporary.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         flush_to_disk(temporary)
-        for candidate in next_names(name):
-            path = safe_path(folder, f"{candidate}.safetensors")
-            if path.is_file() and filecmp.cmp(temporary, path, shallow=False):
-                return path
-            if not taken(f"{candidate}.safetensors") and _claimed(path):
-                os.replace(temporary, path)
-                return path
-        raise AssertionError("unreachable: names never end")
+        return claim_name(name, lambda candidate: _move(temporary, folder, f"{candidate}.safetensors", taken))
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _claimed(path: Path) -> bool:
-    """Whether this process is the one that made the file of this name."""
+def _move(temporary: Path, folder: Path, file_name: str, taken: Callable[[str], bool]) -> Path | None:
+    path = safe_path(folder, file_name)
+    if path.is_file() and filecmp.cmp(temporary, path, shallow=False):
+        return path
+    if taken(file_name) or not _created(path):
+        return None
+    os.replace(temporary, path)
+    return path
+
+
+def _created(path: Path) -> bool:
+    """Whether this process, and no other, has created the file."""
     try:
         path.open("xb").close()
     except FileExistsError:

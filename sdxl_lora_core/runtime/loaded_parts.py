@@ -1,111 +1,116 @@
-"""The owner of loaded weights: one module per part, reloaded only when its content key changes."""
+"""The owner of loaded weights: one module per part of a model, reloaded only when its content key changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-Change = Callable[[nn.Module], bool]
+
+class Loaded(NamedTuple):
+    """A module, and the `state` that its loader needs to change it later."""
+
+    module: nn.Module
+    state: Any = None
 
 
-def _never(_: nn.Module) -> bool:
-    return False
+def _cannot_change(_: Loaded) -> Loaded | None:
+    return None
+
+
+@dataclass(frozen=True)
+class PartRequest:
+    """A part that is needed on the device.
+
+    `key` changes with the content of the weights. If the part is held with another key, `change` may modify it in
+    place; if that returns None, `load` is called. `change` may raise ValueError only as long as it has not changed
+    anything. `room` is the memory in bytes that computing with the part takes beside its weights. `offload` overrides
+    the owner's setting: whether the part leaves the device after use.
+    """
+
+    name: str
+    key: str
+    load: Callable[[], Loaded]
+    change: Callable[[Loaded], Loaded | None] = _cannot_change
+    room: int = 0
+    offload: bool | None = None
 
 
 class LoadedParts:
-    """Holds at most one module for each part of a model and moves whole parts to and from the device.
+    """Holds at most one module per part and moves whole parts to and from the device.
 
-    `offload` says whether a part leaves the device when its phase is over. Subclasses with another memory manager
-    override `arrive`, `leave` and `forget`.
+    `offload` says whether a part leaves the device after use. Subclasses with another memory manager override
+    `to_device`, `to_cpu` and `released`.
     """
 
     def __init__(self, device: torch.device, offload: bool = False) -> None:
         self.device = device
         self.offload = offload
-        self.borrowed: set[str] = set()  # whoever wants to know what was used empties it before
-        self._held: dict[str, tuple[str, nn.Module]] = {}
+        self._held: dict[str, tuple[str, Loaded]] = {}
 
     @contextmanager
-    def phase(
-        self,
-        part: str,
-        key: str,
-        load: Callable[[], nn.Module],
-        offload: bool | None = None,
-        change: Change = _never,
-        room: int = 0,
-    ) -> Iterator[nn.Module]:
-        """borrow, and rest afterwards, whatever happens in between."""
+    def phase(self, request: PartRequest) -> Iterator[Loaded]:
+        """The part on the device, for the duration of the block."""
         try:
-            yield self.borrow(part, key, load, change, room)
+            yield self.borrow(request)
         finally:
-            self.rest(part, offload)
+            self.finish(request.name, request.offload)
 
-    def borrow(
-        self, part: str, key: str, load: Callable[[], nn.Module], change: Change = _never, room: int = 0
-    ) -> nn.Module:
-        """The module of `part` on the device, where `room` is what computing with it takes beside the weights (bytes).
-
-        When what is held has another key than `key`, `change` may turn it into what is wanted where it lies; where it
-        says that it cannot, `load` is called. It raises ValueError only as long as it has changed nothing.
-        """
+    def borrow(self, request: PartRequest) -> Loaded:
+        """The part on the device, until `finish`."""
         # ComfyUI calls from inside inference mode; weights loaded or moved in there could never be trained on.
         with torch.inference_mode(False), torch.no_grad():
-            if part in self._held and self._held[part][0] != key:
-                self._change(part, key, change)
-            if part not in self._held:
-                self._held[part] = key, load()
-            module = self._held[part][1]
-            self.arrive(part, module, room)
-            self.borrowed.add(part)
-            return module
+            name = request.name
+            if name in self._held and self._held[name][0] != request.key:
+                self._change(request)
+            if name not in self._held:
+                self._held[name] = request.key, request.load()
+            loaded = self._held[name][1]
+            self.to_device(name, loaded.module, request.room)
+            return loaded
 
-    def _change(self, part: str, key: str, change: Change) -> None:
-        module = self._held[part][1]
+    def _change(self, request: PartRequest) -> None:
         try:
-            changed = change(module)
+            changed = request.change(self._held[request.name][1])
         except ValueError:
-            raise  # what is wanted does not fit, and what is held is whole
+            raise  # the request does not fit, and the held part is unchanged
         except BaseException:
-            self.drop(part)
+            self.drop(request.name)
             raise
-        if changed:
-            self._held[part] = key, module
+        if changed is None:
+            self.drop(request.name)
         else:
-            self.drop(part)
+            self._held[request.name] = request.key, changed
 
-    def held(self, part: str) -> nn.Module | None:
-        """The module of `part` if it is loaded, wherever it lies."""
-        return self._held[part][1] if part in self._held else None
-
-    def rest(self, part: str, offload: bool | None = None) -> None:
-        """The phase that needed `part` is over. `offload` decides for this call in place of the owner's own setting."""
-        if part in self._held and (self.offload if offload is None else offload):
+    def finish(self, name: str, offload: bool | None = None) -> None:
+        """Ends the use of a part. `offload` overrides the owner's setting for this call."""
+        if name in self._held and (self.offload if offload is None else offload):
             with torch.inference_mode(False), torch.no_grad():
-                self.leave(part, self._held[part][1])
+                self.to_cpu(name, self._held[name][1].module)
 
-    def drop(self, part: str) -> None:
-        """Lets go of `part`; the next borrow loads it anew."""
-        if part in self._held:
-            self.forget(part, self._held.pop(part)[1])
+    def drop(self, name: str) -> None:
+        """Releases a part; the next `borrow` loads it again."""
+        if name in self._held:
+            self.released(name, self._held.pop(name)[1].module)
 
-    def drop_others(self, kind: str, wanted: Collection[str]) -> None:
-        """Lets go of the parts whose names begin with `kind` and are not in `wanted`."""
-        for part in [part for part in self._held if part.startswith(kind) and part not in wanted]:
-            self.drop(part)
+    def drop_others(self, prefix: str, kept: Collection[str]) -> None:
+        """Releases the parts whose names begin with `prefix` and are not in `kept`."""
+        for name in [name for name in self._held if name.startswith(prefix) and name not in kept]:
+            self.drop(name)
 
     def drop_all(self) -> None:
-        for part in list(self._held):
-            self.drop(part)
+        for name in list(self._held):
+            self.drop(name)
 
-    def arrive(self, part: str, module: nn.Module, room: int = 0) -> None:
+    def to_device(self, name: str, module: nn.Module, room: int = 0) -> None:
         module.to(self.device)
 
-    def leave(self, part: str, module: nn.Module) -> None:
+    def to_cpu(self, name: str, module: nn.Module) -> None:
         module.to("cpu")
 
-    def forget(self, part: str, module: nn.Module) -> None:
+    def released(self, name: str, module: nn.Module) -> None:
         """Called with a part that is no longer held."""

@@ -80,9 +80,9 @@ def open_base(
 
 
 def predicting(base: SDXLBase, prediction: PredictionOverride, zero_terminal_snr: Override) -> SDXLBase:
-    """The base said to predict so, on such a noise schedule, whatever its file says; auto leaves it as it is.
+    """The base with another prediction type or noise schedule than its file states; auto keeps the file's.
 
-    Raises ValueError for another value.
+    Raises ValueError for any other value.
     """
     if prediction not in get_args(PredictionOverride):
         raise ValueError(f"prediction is {prediction!r}: choose one of {', '.join(get_args(PredictionOverride))}")
@@ -95,8 +95,20 @@ def predicting(base: SDXLBase, prediction: PredictionOverride, zero_terminal_snr
     )
 
 
+def require_predictable(base: SDXLBase, other_remedy: str = "") -> None:
+    """Raises ValueError for epsilon prediction with zero terminal SNR (Lin et al., arXiv 2305.08891, section 3.1).
+
+    At the last timestep the input is pure noise, so that epsilon carries no information about the image.
+    """
+    if base.prediction_type == "epsilon" and base.zero_terminal_snr:
+        raise ValueError(
+            f"{base.name} would predict epsilon with zero terminal SNR, where the first input is pure noise: set "
+            f"prediction to v_prediction if the base was trained so, else zero_terminal_snr to off{other_remedy}"
+        )
+
+
 def said_to_predict(base: SDXLBase) -> dict[str, Any]:
-    """What `predicting` takes to say of the base's files what is said of the base."""
+    """The arguments of `predicting` that reproduce this base's prediction type and schedule."""
     return {"prediction": base.prediction_type, "zero_terminal_snr": "on" if base.zero_terminal_snr else "off"}
 
 

@@ -9,7 +9,6 @@ import torch
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 WeightType = Literal["fp16", "bf16", "fp32"]
 PRECISIONS = get_args(Precision)
-SAVE_PRECISIONS = get_args(WeightType)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -1,9 +1,11 @@
-"""Prompt embeddings, computed once and kept on disk by content."""
+"""Prompt embeddings, computed once and cached on disk by content."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,61 +16,66 @@ from ..cache.tensor_cache import OnItem, is_readable, minor_version, store_tenso
 from ..files import json_sha256
 from ..runtime.device import release_memory
 from ..sdxl.base import SDXLBase, load_part, load_tokenizers
+from ..sdxl.loading import Part
 from .encoding import encode_prompt_sdxl
 
 
 def load_prompt(path: Path) -> tuple[Tensor, Tensor]:
-    """Embeddings [77 n, C] and pooled embeddings [P] of one prompt."""
+    """The embeddings [77 n, C] and pooled embeddings [P] of one prompt."""
     tensors = load_file(path)
     return tensors["embeds"], tensors["pooled"]
 
 
 def store_prompt(path: Path, embeds: Tensor, pooled: Tensor) -> None:
-    """Writes what `load_prompt` reads."""
+    """Writes a file for `load_prompt`."""
     store_tensors(path, {"embeds": embeds, "pooled": pooled})
 
 
-def prompt_file(
-    base: SDXLBase,
-    prompt: str,
-    cache: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    chunks: int = 1,
-    reading: Mapping[str, Any] | None = None,
-) -> Path:
-    """Where a prompt's embeddings lie, or will lie. Kinds of device differ in the last bits, so each has its own.
+@dataclass(frozen=True)
+class PromptKeys:
+    """Names the files of prompt embeddings by what they depend on.
 
-    `reading` is what else they depend on, where a prompt is not read as captions are.
+    Embeddings differ in the last bits between kinds of devices, so each kind has its own. `chunks` is the number of
+    75-token chunks of a caption.
     """
-    hashes = dict(base.part_hashes)
-    key = json_sha256(
-        {
-            "prompt": prompt,
-            "encoders": [hashes[part] for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")],
-            "dtype": str(dtype),
-            "device": device.type,
-            "library": minor_version("transformers"),
-        }
-        | ({"chunks": chunks} if chunks > 1 else {})
-        | dict(reading or {})
-    )
-    return cache / "prompts" / "v1" / key[:2] / f"{key}.safetensors"
+
+    base: SDXLBase
+    dtype: torch.dtype
+    device: torch.device
+    chunks: int = 1
+
+    def file(self, folder: Path, prompt: str, reading: Mapping[str, Any] = MappingProxyType({})) -> Path:
+        """The path of a prompt's embeddings.
+
+        `reading` is what they depend on if the prompt is not read as a caption.
+        """
+        hashes = dict(self.base.part_hashes)
+        key = json_sha256(
+            {
+                "prompt": prompt,
+                "encoders": [hashes[part] for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")],
+                "dtype": str(self.dtype),
+                "device": self.device.type,
+                "library": minor_version("transformers"),
+                **({"chunks": self.chunks} if self.chunks > 1 else {}),
+                **reading,
+            }
+        )
+        return folder / key[:2] / f"{key}.safetensors"
 
 
-def cache_prompts(
-    base: SDXLBase, prompts: Mapping[str, Path], device: torch.device, dtype: torch.dtype, chunks: int, on_item: OnItem
-) -> None:
-    """Encodes what is not on disk yet, each to its prompt_file. The text encoders are gone from memory on return."""
+def cache_prompts(keys: PromptKeys, prompts: Mapping[str, Path], on_item: OnItem) -> None:
+    """Encodes the prompts that are not on disk yet, each to its file. The text encoders are released on return."""
     missing = {prompt: path for prompt, path in prompts.items() if not is_readable(path)}
     if not missing:
         return
-    tokenizers = load_tokenizers(base)
-    encoders = [load_part(base, part, dtype, device) for part in ("text_encoder", "text_encoder_2")]
+    tokenizers = load_tokenizers(keys.base)
+    parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
+    encoders = [load_part(keys.base, part, keys.dtype, keys.device) for part in parts]
     for done, (prompt, path) in enumerate(missing.items()):
         on_item("encoding captions", done, len(missing))
         with torch.no_grad():
-            embeds, pooled = encode_prompt_sdxl([prompt], tokenizers, encoders, chunks)
+            embeds, pooled = encode_prompt_sdxl([prompt], tokenizers, encoders, keys.chunks)
         store_prompt(path, embeds[0].cpu(), pooled[0].cpu())
     del encoders
-    release_memory(device)
+    release_memory(keys.device)

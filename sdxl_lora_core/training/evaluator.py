@@ -1,4 +1,4 @@
-"""What is measured and kept of a run while it trains: the validation loss, sample images, the best adapter so far."""
+"""Evaluates a run while it trains: validation loss, sample images, and the best adapter so far."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from ..runtime.device import release_memory
 from ..runtime.distributed import Processes
 from .config.train_config import TrainConfig
 from .data.batches import VALIDATION_TIMESTEPS, TrainingData
-from .model.trainable import Learner
+from .model.trainable import TrainableSDXL
 from .monitor.journal import Journal
 from .monitor.progress import OnStep, StepReport
 from .monitor.sample_images import Samples
-from .monitor.validation import best_look, samples_due, validation_due
+from .monitor.validation import best_evaluation, samples_due, validation_due
 from .optim.weight_average import Averaging
-from .run.loop_state import Look, LoopState
+from .run.loop_state import Evaluation, LoopState
 
 Sample = Callable[[LoRAFile, int, OnStep], Samples]
 
 
 @dataclass
 class Evaluator:
-    """Evaluates the learner after the steps that `config` names, and notes the results in `state`.
+    """Evaluates the model after the steps that `config` chooses, and adds the results to `state`.
 
-    `sample` draws with a LoRA while the device is free. `best` are copies on the CPU of the parameters that keep_best
-    would keep.
+    `sample` generates images with a LoRA while the device is free. `best` are copies on the CPU of the parameters that
+    keep_best would save.
     """
 
-    learner: Learner
+    model: TrainableSDXL
     averaging: Averaging
     data: TrainingData
     config: TrainConfig
@@ -40,74 +40,75 @@ class Evaluator:
     sample: Sample
     journal: Journal
     state: LoopState
+    device: torch.device
     best: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        kept = self.learner.learning if self.config.keep_best != "off" else ()
+        kept = self.model.parameters_to_train if self.config.keep_best != "off" else ()
         self.best = [parameter.detach().to("cpu", copy=True) for parameter in kept]
 
-    def look(self, on_step: OnStep, last: bool = False) -> Look | None:
-        """Sees what is due after this step and was not seen before, and keeps the best adapter so far."""
+    def evaluate(self, on_step: OnStep, last: bool = False) -> Evaluation | None:
+        """Runs the evaluations that are due at this step, and keeps the best adapter so far. None if none is due."""
         state, config = self.state, self.config
-        seen = next((look for look in state.looks if look.step == state.step), Look(state.step))
-        validates = seen.validation_loss is None and (last or validation_due(config, state.step))
-        draws = not seen.clip_scores and samples_due(config, state.step, last)
-        look = seen
+        known = next((past for past in state.looks if past.step == state.step), Evaluation(state.step))
+        validates = known.validation_loss is None and (last or validation_due(config, state.step))
+        samples = not known.clip_scores and samples_due(config, state.step, last)
+        found = known
         if validates and self.data.validation:
-            look = replace(look, validation_loss=self.validation_loss(on_step))
-        if draws:
-            look = replace(look, clip_scores=self._draw_samples(on_step))
-        if look == seen:
+            found = replace(found, validation_loss=self.validation_loss(on_step))
+        if samples:
+            found = replace(found, clip_scores=self._sample(on_step))
+        if found == known:
             return None
-        state.looks = [*(past for past in state.looks if past.step != state.step), look]
-        if best_look(config, state.looks) is look:
+        state.looks = [*(past for past in state.looks if past.step != state.step), found]
+        if best_evaluation(config, state.looks) is found:
             self._keep_best()
-        return look
+        return found
 
     def restore_best(self) -> None:
-        """Gives the learner the best parameters."""
-        for parameter, best in zip(self.learner.learning, self.best, strict=True):
+        """Restores the best parameters."""
+        for parameter, best in zip(self.model.parameters_to_train, self.best, strict=True):
             parameter.data.copy_(best)
 
     def learned(self) -> LoRAFile:
-        """What was learned, as it would be saved now."""
+        """The LoRA as it would be saved now."""
         with self.averaging.in_place():
-            return self.learner.learned()
+            return self.model.learned()
 
     @torch.no_grad()
     def validation_loss(self, on_step: OnStep) -> float:
-        self.learner.eval()
+        self.model.eval()
         total = len(self.data.validation) * len(VALIDATION_TIMESTEPS)
         losses = torch.zeros(total, dtype=torch.float64)
         with self.averaging.in_place():
             for done, batch in enumerate(self.data.validation_batches()):
                 on_step(StepReport("validating", done, total))
                 if done % self.processes.count == self.processes.rank:
-                    losses[done] = self.learner.squared_errors(batch).item()
+                    losses[done] = self.model.squared_errors(batch.to(self.device)).item()
         self.processes.add_up([losses])
         return losses.mean().item()
 
-    def _draw_samples(self, on_step: OnStep) -> tuple[float | None, ...]:
-        """The first process draws, the others wait for the scores, which decide what is kept."""
+    def _sample(self, on_step: OnStep) -> tuple[float | None, ...]:
+        """The CLIP scores of samples. The first process generates them, the others wait for the scores."""
         scores: tuple[float | None, ...] = ()
         with self.processes.one_after_the_other():
             if self.processes.is_first:
-                scores = self._draw_samples_here(on_step)
+                scores = self._sample_here(on_step)
         return self.processes.share(scores)
 
-    def _draw_samples_here(self, on_step: OnStep) -> tuple[float | None, ...]:
-        """Meanwhile the model waits in main memory, so that the device is free; it comes back to the bit."""
+    def _sample_here(self, on_step: OnStep) -> tuple[float | None, ...]:
+        """Generates samples while the model is in main memory, so that the device is free."""
         learned = self.learned()
-        self.learner.to("cpu")
-        release_memory(self.data.device)
+        self.model.to("cpu")
+        release_memory(self.device)
         try:
             samples = self.sample(learned, self.state.step, on_step)
         finally:
-            self.learner.to(self.data.device)
+            self.model.to(self.device)
         self.journal.show(samples.pixels, self.state.step)
         return samples.clip_scores
 
     def _keep_best(self) -> None:
         with self.averaging.in_place():
-            for best, parameter in zip(self.best, self.learner.learning, strict=True):
+            for best, parameter in zip(self.best, self.model.parameters_to_train, strict=True):
                 best.copy_(parameter.detach())

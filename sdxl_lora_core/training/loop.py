@@ -1,4 +1,4 @@
-"""The training loop: steps, looks, checkpoints, from the cached data to what was learned."""
+"""The training loop: from cached data to a trained adapter, by steps, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -7,33 +7,30 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..dataset.caption_dataset import CaptionDataset
-from ..lora.modules import LoRAFile
 from ..runtime.determinism import deterministic_steps
 from ..runtime.device import release_memory
-from ..runtime.distributed import Processes
-from ..sdxl.base import SDXLBase
-from ..sdxl.precision import resolve_dtype
-from .config.train_config import TrainConfig
 from .data.batches import TrainingData
-from .evaluator import Evaluator, Sample
-from .model.trainable import Learner
+from .data.feed import Feed
+from .evaluator import Evaluator
+from .job import RunContext, TrainingJob
+from .model.trainable import TrainableSDXL
 from .monitor.journal import Journal
-from .monitor.progress import Meter, OnStep, StepReport
-from .monitor.validation import best_look, converged
+from .monitor.progress import Meter, StepReport
+from .monitor.validation import best_evaluation, converged
 from .optim.accumulation import Gradients, size_of
 from .optim.lr_schedule import learning_rate
 from .optim.memory_plan import set_checkpointing
 from .optim.optimizers import make_optimizer, set_learning_rates, state_copies
 from .optim.weight_average import Averaging
-from .run.checkpoints import Checkpoint, Checkpoints
+from .outputs import RunOutputs
+from .run.checkpoints import Checkpoint
 from .run.loop_state import LoopState, Trained
 
 log = logging.getLogger("sdxl_lora")
@@ -42,97 +39,81 @@ GIVE_UP_AFTER = 5
 
 
 class Diverged(RuntimeError):
-    """Training went where there are no numbers."""
-
-
-WriteAdapter = Callable[[Path, LoRAFile, int], None]
+    """Losses or gradients were not finite for too long."""
 
 
 def train_adapter(
-    base: SDXLBase,
-    dataset: CaptionDataset,
-    config: TrainConfig,
-    *,
-    cache: Path,
-    checkpoints: Checkpoints,
-    start: Checkpoint | None,
-    write_adapter: WriteAdapter,
-    sample: Sample,
-    journal: Journal,
-    device: torch.device,
-    on_step: OnStep,
-    should_stop: Callable[[], bool],
-    processes: Processes,
+    job: TrainingJob, context: RunContext, outputs: RunOutputs, journal: Journal, start: Checkpoint | None
 ) -> Trained:
-    """Caches, then trains until `config.steps` or `should_stop`, from the newest of `checkpoints`, else from `start`.
+    """Caches the data, then trains until `config.steps` or `should_stop`.
 
-    `write_adapter` writes a LoRA file of what was learned after a number of steps, `sample` draws with it while the
-    device is free. `on_step` may raise to cancel:
-    a checkpoint is written first and the exception passes through. Raises ValueError for an image that changed,
-    Diverged when losses are not finite, torch.OutOfMemoryError when nothing more can be saved, OSError when a cache
-    or checkpoint cannot be written.
+    Training resumes from the run's newest checkpoint, otherwise from `start`. An exception of `on_step` passes through
+    after a checkpoint. Raises ValueError for an image that changed, Diverged if losses are not finite,
+    torch.OutOfMemoryError if memory cannot be reduced further, OSError if a cache or checkpoint cannot be written.
     """
-    dtype = resolve_dtype(config.precision, device)
-    data = TrainingData(base, dataset, config, cache, device, dtype)
-    with processes.one_after_the_other():
-        data.cache(lambda phase, done, total: on_step(StepReport(phase, done, total)))
-    loop = Loop(base, config, data, device, dtype, checkpoints, write_adapter, sample, journal, processes)
-    with loop, deterministic_steps(config.deterministic):
-        return loop.run(start, on_step, should_stop)
+    data = TrainingData(job, context.folders.cache, context.device)
+    with context.processes.one_after_the_other():
+        data.cache(lambda phase, done, total: context.on_step(StepReport(phase, done, total)))
+    with Loop(data, context, outputs, journal) as loop, deterministic_steps(job.config.deterministic):
+        return loop.run(start)
 
 
 class Loop:
-    """What learns, the optimizer and where they stand. Closing it frees their memory."""
+    """Steps and saves. It owns the model, the optimizer and the state of the run; leaving it frees their memory."""
 
-    def __init__(
-        self,
-        base: SDXLBase,
-        config: TrainConfig,
-        data: TrainingData,
-        device: torch.device,
-        dtype: torch.dtype,
-        checkpoints: Checkpoints,
-        write_adapter: WriteAdapter,
-        sample: Sample,
-        journal: Journal,
-        processes: Processes,
-    ) -> None:
-        self.config, self.data, self.device, self.dtype = config, data, device, dtype
-        self.checkpoints, self.write_adapter, self.journal = checkpoints, write_adapter, journal
-        self.processes = processes
-        self.learner = Learner(base, config, device, dtype)
-        self.parameters = self.learner.learning
-        self.optimizer = make_optimizer(self.learner.groups, config)
-        self.averaging = Averaging(self.parameters, self.optimizer, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.gradients = Gradients(self.learner, data, config, self.scaler, processes)
+    def __init__(self, data: TrainingData, context: RunContext, outputs: RunOutputs, journal: Journal) -> None:
+        self.config, self.data, self.device = data.config, data, context.device
+        self.checkpoints, self.outputs, self.journal = outputs.run.checkpoints, outputs, journal
+        self.processes, self.on_step, self.should_stop = context.processes, context.on_step, context.should_stop
+        self.model = TrainableSDXL(data.job, self.device)
+        self.parameters = self.model.parameters_to_train
+        self.optimizer = make_optimizer(self.model.groups, self.config)
+        self.averaging = Averaging(self.parameters, self.optimizer, self.config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=data.dtype == torch.float16)
+        self.feed = Feed(data, self.device)
+        self.gradients = Gradients(self.model, self.feed, self.config, self.scaler, self.processes)
         self.state = LoopState()
         self.saved_step = 0
-        self.counted = time.monotonic()  # until when state.seconds has been counted
-        self.evaluator = Evaluator(self.learner, self.averaging, data, config, processes, sample, journal, self.state)
+        self.counted = time.monotonic()  # the time up to which state.seconds is counted
+        self.evaluator = self._make_evaluator()
+
+    def _make_evaluator(self) -> Evaluator:
+        return Evaluator(
+            self.model,
+            self.averaging,
+            self.data,
+            self.config,
+            self.processes,
+            self.outputs.sample_images,
+            self.journal,
+            self.state,
+            self.device,
+        )
 
     def __enter__(self) -> Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.learner, self.gradients, self.optimizer, self.averaging, self.evaluator, self.parameters
+        """Drops the references here, because the traceback of an exception keeps this object alive."""
+        self.feed.close()
+        del self.model, self.gradients, self.optimizer, self.averaging, self.evaluator, self.parameters, self.feed
         release_memory(self.device)
 
     @property
     def weights(self) -> list[Tensor]:
-        """What a checkpoint keeps: the parameters that learn, their moving average and the best so far, if any."""
+        """The tensors of a checkpoint: the trained parameters, their moving average and the best so far, if any."""
         return [*self.parameters, *self.averaging.ema, *self.evaluator.best]
 
-    def run(self, start: Checkpoint | None, on_step: OnStep, should_stop: Callable[[], bool]) -> Trained:
+    def run(self, start: Checkpoint | None) -> Trained:
         weights = len(self.weights) // len(self.parameters)
-        adapter = 2 if self.config.init == "pissa" else 1  # its file holds the start beside what was learned
+        adapter = 2 if self.config.init == "pissa" else 1  # its file has the initial values as well
         require_space(self.checkpoints.folder, self.parameters, weights + state_copies(self.config) + adapter)
         if checkpoint := self.checkpoints.newest() or start:
             self.restore(checkpoint)
         else:
             self.gradients.plan(self.state)
-        set_checkpointing(self.learner.unet, self.state.gradient_checkpointing)
-        self.evaluator.look(on_step)  # at the base, or what a cancel left undone
+        set_checkpointing(self.model.unet, self.state.gradient_checkpointing)
+        self.evaluator.evaluate(self.on_step)  # of the base, or the evaluation that a cancel interrupted
         self.journal.open(self.state)
         meter, stopped = Meter(self.state.losses, self.device), False
         while not self.is_over and not stopped:
@@ -140,11 +121,11 @@ class Loop:
                 self.update()
             self.check_recent_steps()
             with self.saved_on_failure():
-                self.follow(meter, on_step)
-            stopped = self.processes.any(should_stop())
+                self.follow(meter)
+            stopped = self.processes.any(self.should_stop())
         self.save()
         self.check_result()
-        return self.finish(on_step, stopped)
+        return self.finish(stopped)
 
     @property
     def is_over(self) -> bool:
@@ -155,38 +136,38 @@ class Loop:
         self.state = self.evaluator.state = checkpoint.state
         self.state.resumed += 1
         self.scaler.load_state_dict(checkpoint.scaler)
-        log.info("the training goes on from step %d", self.state.step)
+        log.info("training resumes at step %d", self.state.step)
         if checkpoint.path.parent == self.checkpoints.folder:
             self.saved_step = self.state.step
 
-    def follow(self, meter: Meter, on_step: OnStep) -> None:
-        """Looks at the update just taken, writes it down, saves and reports it."""
+    def follow(self, meter: Meter) -> None:
+        """Evaluates, records, saves and reports the last update."""
         state = self.state
         report = meter.report(state.step, self.config.steps, state.losses[-1], state.learning_rates[-1])
-        look = self.evaluator.look(on_step)
-        self.journal.write(report, look)
+        evaluation = self.evaluator.evaluate(self.on_step)
+        self.journal.write(report, evaluation)
         saves = state.step % self.config.checkpoint_every == 0
         if saves:
             self.save()
-        if look or saves:
-            self.journal.draw(state, best_look(self.config, state.looks))
-        on_step(report)
+        if evaluation or saves:
+            self.journal.plot(state, best_evaluation(self.config, state.looks))
+        self.on_step(report)
 
-    def finish(self, on_step: OnStep, stopped: bool) -> Trained:
-        """The last look comes after the last checkpoint: a run that goes on from there has not seen it."""
-        if self.evaluator.look(on_step, last=True):
+    def finish(self, stopped: bool) -> Trained:
+        """The last evaluation follows the last checkpoint, so that a longer run resumes without it."""
+        if self.evaluator.evaluate(self.on_step, last=True):
             self.journal.open(self.state)
-        kept = best_look(self.config, self.state.looks)
-        self.journal.draw(self.state, kept, now=True)
+        kept = best_evaluation(self.config, self.state.looks)
+        self.journal.plot(self.state, kept, now=True)
         self.count_seconds()
         if kept is None:
             return Trained(self.evaluator.learned(), self.state, None, stopped and not self.is_over)
         self.evaluator.restore_best()
-        return Trained(self.learner.learned(), self.state, kept, stopped and not self.is_over)
+        return Trained(self.model.learned(), self.state, kept, stopped and not self.is_over)
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
-        """Around what may fail or be cancelled between two updates: no step that was taken is lost."""
+        """Saves a checkpoint if the block fails or is cancelled, so that no step is lost."""
         try:
             yield
         except BaseException:
@@ -194,11 +175,11 @@ class Loop:
             raise
 
     def save(self) -> None:
-        """Writes a checkpoint unless this step has one. A disk that fills up costs the checkpoint, not the run."""
+        """Writes a checkpoint unless this step has one. A full disk costs the checkpoint, not the run."""
         if self.saved_step == self.state.step or not self.processes.is_first:
             return
         if not all(parameter.isfinite().all() for parameter in self.parameters):
-            log.warning("no checkpoint at step %d: the LoRA holds values that are not finite", self.state.step)
+            log.warning("no checkpoint at step %d: the LoRA has values that are not finite", self.state.step)
             return
         self.count_seconds()
         self.state.checkpoints.append(self.state.step)
@@ -208,7 +189,7 @@ class Loop:
                 self.weights,
                 self.optimizer,
                 self.scaler.state_dict(),
-                lambda path: self.write_adapter(path, self.evaluator.learned(), self.state.step),
+                lambda path: self.outputs.write_checkpoint_adapter(path, self.evaluator.learned(), self.state.step),
             )
             self.saved_step = self.state.step
         except OSError as error:
@@ -221,10 +202,10 @@ class Loop:
         self.counted = now
 
     def update(self) -> None:
-        """One optimizer update; not taken where the loss or the gradient is not finite."""
+        """One optimizer update; skipped if the loss or the gradient is not finite."""
         step = self.state.step
         rate = learning_rate(self.config, step, self.state.schedule_start)
-        set_learning_rates(self.optimizer, self.learner.groups, rate)
+        set_learning_rates(self.optimizer, self.model.groups, rate)
         with self.saved_on_failure():
             loss = self.gradients.of_update(self.state)
         self.scaler.unscale_(self.optimizer)
@@ -235,7 +216,7 @@ class Loop:
             self.averaging.update(step + 1)
         else:
             self.state.skipped.append(step + 1)
-            log.warning("step %d is not taken: loss %s, gradient norm %s", step + 1, loss, norm.item())
+            log.warning("step %d is skipped: loss %s, gradient norm %s", step + 1, loss, norm.item())
         self.scaler.update()
         self.gradients.clear()
         self.state.step = step + 1
@@ -243,10 +224,10 @@ class Loop:
         self.state.learning_rates.append(rate)
 
     def check_recent_steps(self) -> None:
-        """Gives up after some steps in a row that could not be taken, and goes back to the state before them.
+        """Gives up after some skipped steps in a row, and restores the state before them.
 
-        A second try would fail again, since all that is random depends on the step. fp16's loss scale is found by steps
-        that fail, so it has to be at its lowest first.
+        Repeating them would fail again, because randomness depends on the step only. The loss scale of fp16 is found by
+        failing steps, so it has to be at its minimum first.
         """
         failed = trailing_steps(self.state.skipped, self.state.step)
         if failed < GIVE_UP_AFTER or self.scaler.get_scale() > 1:
@@ -254,7 +235,7 @@ class Loop:
         first = self.state.step - failed + 1
         self.state.rewind(failed)
         self.save()
-        self.checkpoints.forget_after(self.state.step)
+        self.checkpoints.remove_after(self.state.step)
         kept = self.checkpoints.newest()
         where = f"the LoRA of {kept.path.name} is kept in {kept.path}" if kept else "there is no LoRA to keep"
         raise Diverged(
@@ -271,7 +252,7 @@ class Loop:
 
 
 def trailing_steps(steps: Sequence[int], last: int) -> int:
-    """How many of the ascending `steps` are the run ... last-2, last-1, last."""
+    """The number of the ascending `steps` that end consecutively at `last`."""
     count = 0
     while count < len(steps) and steps[-1 - count] == last - count:
         count += 1
@@ -279,7 +260,7 @@ def trailing_steps(steps: Sequence[int], last: int) -> int:
 
 
 def require_space(folder: Path, parameters: Sequence[Tensor], copies: int) -> None:
-    """Raises OSError while nothing is lost yet: three checkpoints with so many `copies` of them each, and the LoRA."""
+    """Raises OSError unless there is space for three checkpoints of `copies` times the parameters, and the LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
     needed = (3 * copies + 1) * size_of(parameters)
     free = shutil.disk_usage(folder).free
@@ -287,5 +268,5 @@ def require_space(folder: Path, parameters: Sequence[Tensor], copies: int) -> No
         raise OSError(
             errno.ENOSPC,
             f"the run needs about {needed / 1e6:.0f} MB for its checkpoints and {free / 1e6:.0f} MB are free: "
-            "make room or lower the rank; training has not started",
+            "free some space or lower the rank; training has not started",
         )

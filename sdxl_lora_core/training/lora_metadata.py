@@ -1,62 +1,51 @@
-"""The words in a LoRA file's header: kohya's `ss_*` and Stability's `modelspec.*`, as galleries and loaders read them.
+"""The metadata of a trained LoRA: kohya's `ss_*` and Stability's `modelspec.*`, as galleries and loaders read them.
 
-Only what follows from the run's settings and data: no clock, path, host or duration, so equal runs give equal bytes.
+It follows from the run's settings and data only, without times, paths or hosts, so that equal runs give equal bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
+from ..dataset.caption_dataset import CaptionDataset, CaptionEntry
 from ..files import canonical_json
-from ..lora.metadata import IMPLEMENTATIONS
-from ..sdxl.precision import Precision
+from ..lora.metadata import IMPLEMENTATIONS, tag_counts
+from ..sdxl.precision import DTYPES
 from ..text.encoding import CHUNK_TOKENS
 from .config.train_config import TrainConfig
+from .job import TrainingJob
 from .optim.optimizers import CLASSES, optimizer_settings
 
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """Training images that are shown equally often: their number, their repeats, and how often each tag occurs."""
+    """The training images of a folder: their number, their repeats, and how often each tag occurs."""
 
     images: int
     repeats: int = 1
     tags: Mapping[str, int] = field(default_factory=dict)
 
 
-def lora_metadata(
-    config: TrainConfig,
-    *,
-    name: str,
-    base_name: str,
-    base_hash: str,
-    prediction_type: str,
-    zero_terminal_snr: bool,
-    precision: Precision,
-    resolution: int,
-    folders: Mapping[str, FolderFacts],
-    trigger_words: Sequence[str] = (),
-    steps: int | None = None,
-    regularisation_images: int = 0,
-) -> dict[str, str]:
-    """Metadata for write_lora. `precision` is the one computed in, `steps` those taken (config.steps unless cut short).
-
-    `base_hash` is the base's fingerprint, `folders` are those of the training images, by name.
-    """
-    v_prediction = prediction_type == "v_prediction"
+def lora_metadata(job: TrainingJob, name: str, steps: int, dtype: torch.dtype) -> dict[str, str]:
+    """The metadata of the LoRA `name` after `steps` updates, computed at precision `dtype`."""
+    base, config = job.base, job.config
+    v_prediction = base.prediction_type == "v_prediction"
+    precision = next(option for option, computed in DTYPES.items() if computed == dtype)
     values: dict[str, object] = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_output_name": name,
-        "ss_sd_model_name": base_name,
-        "ss_sd_model_hash": base_hash[:8],
-        "ss_new_sd_model_hash": base_hash,
+        "ss_sd_model_name": base.name,
+        "ss_sd_model_hash": base.fingerprint[:8],
+        "ss_new_sd_model_hash": base.fingerprint,
         "ss_v_parameterization": v_prediction,
-        "ss_zero_terminal_snr": zero_terminal_snr,
+        "ss_zero_terminal_snr": base.zero_terminal_snr,
         "ss_mixed_precision": "no" if precision == "fp32" else precision,
-        "ss_steps": config.steps if steps is None else steps,
-        **_dataset_values(folders, resolution, config.batch_size, trigger_words),
-        "ss_num_reg_images": regularisation_images,
+        "ss_steps": steps,
+        **_dataset_values(job),
+        "ss_num_reg_images": len(job.dataset.regularisation),
         **_caption_values(config),
         **_training_values(config),
         **_loss_values(config),
@@ -64,11 +53,11 @@ def lora_metadata(
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": IMPLEMENTATIONS[config.save_format],
         "modelspec.title": name,
-        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.resolution": f"{job.resolution}x{job.resolution}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
     }
-    if trigger_words:
-        values["modelspec.trigger_phrase"] = ", ".join(trigger_words)
+    if job.trigger_words:
+        values["modelspec.trigger_phrase"] = ", ".join(job.trigger_words)
     return {key: str(value) for key, value in values.items()}
 
 
@@ -97,7 +86,7 @@ def _text_encoder_values(config: TrainConfig) -> dict[str, object]:
 
 
 def _loss_values(config: TrainConfig) -> dict[str, object]:
-    """Those that are in use, by kohya's names where it has one."""
+    """The settings in use, by kohya's names where it has one."""
     values: dict[str, object] = {
         "ss_loss_type": config.loss if config.loss != "mse" else None,
         "ss_huber_c": config.huber_delta if config.loss != "mse" else None,
@@ -112,7 +101,7 @@ def _loss_values(config: TrainConfig) -> dict[str, object]:
 
 
 def _caption_values(config: TrainConfig) -> dict[str, object]:
-    """Those that are in use, by kohya's names."""
+    """The settings in use, by kohya's names."""
     values: dict[str, object] = {
         "ss_shuffle_caption": config.shuffle_tags,
         "ss_keep_tokens": config.keep_tags,
@@ -125,7 +114,7 @@ def _caption_values(config: TrainConfig) -> dict[str, object]:
 
 
 def _network_values(config: TrainConfig) -> dict[str, object]:
-    """Plain LoRA is kohya's own network, all others are LyCORIS'. A file from PiSSA has twice the rank and alpha."""
+    """The adapter: kohya's own network for LoRA, LyCORIS for all others. PiSSA doubles rank and alpha in the file."""
     doubled = 2 if config.init == "pissa" else 1
     arguments: dict[str, str] = {"target_modules": config.target_modules}
     if config.adapter != "lora":
@@ -147,15 +136,14 @@ def _network_values(config: TrainConfig) -> dict[str, object]:
     }
 
 
-def _dataset_values(
-    folders: Mapping[str, FolderFacts], resolution: int, batch_size: int, trigger_words: Sequence[str]
-) -> dict[str, object]:
+def _dataset_values(job: TrainingJob) -> dict[str, object]:
+    folders, trigger_words, resolution = _folders(job.dataset), job.trigger_words, job.resolution
     shown = sum(folder.images * folder.repeats for folder in folders.values())
     tags = {name: dict.fromkeys(trigger_words, folder.images) | dict(folder.tags) for name, folder in folders.items()}
     classes = ", ".join(trigger_words)
     dataset = {
         "is_dreambooth": True,
-        "batch_size_per_device": batch_size,
+        "batch_size_per_device": job.config.batch_size,
         "num_train_images": shown,
         "resolution": [resolution, resolution],
         "enable_bucket": True,
@@ -174,3 +162,17 @@ def _dataset_values(
         "ss_datasets": canonical_json([dataset]),
         "ss_tag_frequency": canonical_json(tags),
     }
+
+
+def _folders(dataset: CaptionDataset) -> dict[str, FolderFacts]:
+    """The training images by kohya's names of folders, `3_cat`; by the dataset's name if there is only one folder."""
+    groups: dict[tuple[int, str], list[CaptionEntry]] = {}
+    for entry in dataset.entries:
+        groups.setdefault((entry.repeats, entry.image.parent.name), []).append(entry)
+    facts = {
+        f"{repeats}_{name.removeprefix(f'{repeats}_')}": FolderFacts(
+            len(entries), repeats, tag_counts(entry.caption for entry in entries)
+        )
+        for (repeats, name), entries in groups.items()
+    }
+    return facts if len(facts) > 1 else {dataset.name: next(iter(facts.values()))}

@@ -1,51 +1,106 @@
-"""What a finished run says of itself, as JSON values: what was trained and how it went."""
+"""The report of a run, and its settings file."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ..dataset.caption_dataset import CaptionDataset
-from ..sdxl.base import SDXLBase
+from ..dataset.config import DatasetConfig
+from ..files import write_text_atomic
+from ..sdxl.base import said_to_predict
+from ..settings import fields_of, to_yaml
 from .config.captions import placeholder_ids, tokens_of
 from .config.train_config import TrainConfig, learning_encoders
-from .data.batches import all_trigger_words
-from .data.caption_variants import cut_captions
+from .data.caption_variants import truncated_captions
+from .job import TrainingJob
 from .monitor.charts import smoothed
 from .run.loop_state import LoopState, Trained
 from .run.runs import Run
-from .run_length import passes_per_epoch
+from .run_length import batches_per_epoch
 
 
-def make_report(
-    run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, trained: Trained
-) -> dict[str, Any]:
-    """The contents of report.json. `trained` is what the training loop left."""
-    state = trained.state
-    report: dict[str, Any] = {
-        "lora": run.lora_path.name,
-        "base": base.name,
-        "images": len(dataset.entries),
-        "steps": state.step,
-        "epochs": _epochs(dataset, config, state.step),
-        "loss": _finite(smoothed(state.losses)[-1]),
-        "modules": sum(map(len, trained.learned.parts().values())),
-        "adapter": config.adapter,
-        "rank": _ranks(trained),
-        "trigger_words": all_trigger_words(dataset, config),
-        "memory": state.memory,
-        "skipped_steps": state.skipped,
-        "skipped_files": [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped],
-    }
-    return report | _notes(run, base, dataset, config) | _course(config, trained)
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """The contents of report.json: what was trained, and how the run went.
+
+    Fields with the default None concern some runs only; JSON leaves them out where they are None. `reused` and
+    `clip_scores` describe this call and are not in the file.
+    """
+
+    lora: str
+    base: str
+    images: int
+    steps: int
+    epochs: float
+    loss: float | None  # None if it is not finite
+    modules: int
+    adapter: str
+    rank: int | list[int]
+    trigger_words: list[str]
+    memory: str
+    skipped_steps: list[int]
+    skipped_files: list[str]
+    regularisation_images: int | None = None
+    cut_captions: list[str] | None = None
+    text_encoders: str | None = None
+    new_tokens: dict[str, str] | None = None
+    note: str | None = None
+    stopped: str | None = None
+    early_stopping: str | None = None
+    continued: str | None = None
+    validation_loss: float | None = None
+    validation_loss_before: float | None = None
+    kept: str | None = None
+    reused: bool | None = None
+    clip_scores: Sequence[float | None] | None = field(default=None)
+
+    @classmethod
+    def read(cls, file: Path) -> RunReport:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return cls(**{name: value for name, value in values.items() if name in fields_of(cls)})
+
+    def write(self, file: Path) -> None:
+        write_text_atomic(file, self.to_json())
+
+    def to_json(self) -> str:
+        always = {"loss"} if self.validation_loss_before is None else {"loss", "validation_loss"}
+        values = {name: value for name, value in vars(self).items() if value is not None or name in always}
+        return json.dumps(values, indent=2)
 
 
-def _notes(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> dict[str, Any]:
-    """What holds for some runs only, known before they begin."""
-    notes: dict[str, Any] = {}
-    if dataset.regularisation:
-        notes["regularisation_images"] = len(dataset.regularisation)
-    if cut := cut_captions(base, dataset.entries, config.caption_chunks, placeholder_ids(config)):
+def make_report(run: Run, job: TrainingJob, trained: Trained) -> RunReport:
+    """The report of a run from the result of its training loop."""
+    state, dataset = trained.state, job.dataset
+    return RunReport(
+        lora=run.lora_path.name,
+        base=job.base.name,
+        images=len(dataset.entries),
+        steps=state.step,
+        epochs=round(state.step * job.config.gradient_accumulation / batches_per_epoch(job), 2),
+        loss=_finite(smoothed(state.losses)[-1]),
+        modules=sum(map(len, trained.learned.parts().values())),
+        adapter=job.config.adapter,
+        rank=_ranks(trained),
+        trigger_words=job.trigger_words,
+        memory=state.memory,
+        skipped_steps=state.skipped,
+        skipped_files=[f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped],
+        **_notes(run, job),
+        **_course(job.config, trained),
+    )
+
+
+def _notes(run: Run, job: TrainingJob) -> dict[str, Any]:
+    """Fields that concern some runs only and are known before training."""
+    config, notes = job.config, {}
+    if job.dataset.regularisation:
+        notes["regularisation_images"] = len(job.dataset.regularisation)
+    if cut := truncated_captions(job.base, job.dataset.entries, config.caption_chunks, placeholder_ids(config)):
         notes["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut]
     if encoders := learning_encoders(config):
         notes["text_encoders"] = f"{' and '.join(encoders)} read the captions in every step, without the cache"
@@ -59,7 +114,7 @@ def _notes(run: Run, base: SDXLBase, dataset: CaptionDataset, config: TrainConfi
 
 
 def _course(config: TrainConfig, trained: Trained) -> dict[str, Any]:
-    """How the run began and ended, where that is not from nothing after its last step."""
+    """Fields that say how the run began and ended, if not from the base and after its last step."""
     state = trained.state
     course: dict[str, Any] = {}
     if trained.stopped_early:
@@ -74,16 +129,12 @@ def _course(config: TrainConfig, trained: Trained) -> dict[str, Any]:
         )
     if state.continued_from:
         course["continued"] = _continued(state, config)
-    if validated := [look for look in state.looks if look.validation_loss is not None]:
+    if validated := [past for past in state.looks if past.validation_loss is not None]:
         course["validation_loss"] = (trained.kept or validated[-1]).validation_loss
         course["validation_loss_before"] = validated[0].validation_loss
     if trained.kept:
         course["kept"] = f"the file holds step {trained.kept.step}, the best by {config.keep_best}"
     return course
-
-
-def _epochs(dataset: CaptionDataset, config: TrainConfig, steps: int) -> float:
-    return round(steps * config.gradient_accumulation / passes_per_epoch(dataset, config), 2)
 
 
 def _continued(state: LoopState, config: TrainConfig) -> str:
@@ -96,10 +147,34 @@ def _continued(state: LoopState, config: TrainConfig) -> str:
 
 
 def _ranks(trained: Trained) -> int | list[int]:
-    """Of the saved file: PiSSA's is twice the setting, and blocks may have their own."""
+    """The ranks in the saved file: PiSSA doubles the setting, and blocks may have their own."""
     ranks = sorted({module.rank for part in trained.learned.parts().values() for module in part.values()})
     return ranks[0] if len(ranks) == 1 else ranks
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def save_settings(run: Run, job: TrainingJob, facts: dict[str, Any]) -> None:
+    """Writes run.yaml, with which the command line repeats the run: all settings, and the paths of base and images."""
+    base = job.base
+    to_yaml(
+        run.folder / "run.yaml",
+        {
+            "base": {
+                "path": str(base.path),
+                "precision": base.precision,
+                **said_to_predict(base),
+                **({"vae": str(base.vae)} if base.vae else {}),
+            },
+            "datasets": _sections(job.dataset.sources),
+            "validation": _sections(job.dataset.validation_sources),
+            "train": job.config,
+            "run": facts,
+        },
+    )
+
+
+def _sections(sources: Sequence[tuple[Path, DatasetConfig]]) -> list[dict[str, Any]]:
+    return [{"folder": str(folder), **dataclasses.asdict(settings)} for folder, settings in sources]

@@ -1,4 +1,4 @@
-"""How long a run is: epochs as steps, and more steps for a run that ended."""
+"""The length of a run: epochs as steps, and the starting point of a longer run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..dataset.buckets import epoch_batches
-from ..dataset.caption_dataset import CaptionDataset
 from .config.train_config import TrainConfig
-from .data.class_images import planned_class_images
+from .data.class_images import with_planned_class_images
+from .job import TrainingJob
 from .optim.lr_schedule import learning_rate
 from .run.checkpoints import Checkpoint
 from .run.runs import Run
@@ -18,38 +17,37 @@ from .run.runs import Run
 log = logging.getLogger("sdxl_lora")
 
 
-def with_steps(config: TrainConfig, dataset: CaptionDataset) -> TrainConfig:
-    """The settings with `steps` in place of `epochs`: enough updates to see every image that often, repeats counted."""
+def with_steps(job: TrainingJob) -> TrainingJob:
+    """The job with `steps` in place of `epochs`: enough updates to see every image that often, repeats included."""
+    config = job.config
     if config.epochs == 0:
-        return config
-    steps = math.ceil(config.epochs * passes_per_epoch(dataset, config) / config.gradient_accumulation)
+        return job
+    steps = math.ceil(config.epochs * batches_per_epoch(job) / config.gradient_accumulation)
     warmup = config.lr_warmup_steps
     if warmup >= steps:
-        asked, warmup = warmup, steps // 10
-        log.warning("lr_warmup_steps is %d and the epochs are %d steps: warming up over %d", asked, steps, warmup)
-    return replace(config, steps=steps, epochs=0, lr_warmup_steps=warmup)
+        requested, warmup = warmup, steps // 10
+        log.warning("lr_warmup_steps is %d and the epochs are %d steps: warming up over %d", requested, steps, warmup)
+    return replace(job, config=replace(config, steps=steps, epochs=0, lr_warmup_steps=warmup))
 
 
-def passes_per_epoch(dataset: CaptionDataset, config: TrainConfig) -> int:
-    """Passes that see every image as often as its repeats say. An update takes `gradient_accumulation` of them."""
-    entries = [*dataset.entries, *dataset.regularisation, *planned_class_images(dataset, config)]
-    buckets, repeats = [entry.bucket for entry in entries], [entry.repeats for entry in entries]
-    return len(epoch_batches(buckets, repeats, config.batch_size, config.seed, epoch=0))
+def batches_per_epoch(job: TrainingJob) -> int:
+    """The number of batches that see every image as often as its repeats say, class images included."""
+    return len(with_planned_class_images(job).epoch_batches(0))
 
 
 def starting_point(related: Sequence[Run], config: TrainConfig) -> Checkpoint | None:
-    """The latest checkpoint of the related runs from which this run can go on; None to begin at the base.
+    """The latest checkpoint of related runs from which this run can continue; None to start at the base.
 
-    Where the steps taken there had the learning rates that this run gives them, as with a constant one, the result is
-    that of a single long run, byte for byte. Otherwise the schedule, warm-up included, begins anew with the next step,
-    and only a run that was planned to be no longer than this one is a start.
+    If its steps had the learning rates that this run would have used, as with a constant one, the result equals that of
+    one long run, byte for byte. Otherwise the schedule, warm-up included, restarts at the next step, and only a run
+    that was not planned to be longer than this one is used.
     """
     starts = []
     for run in related:
         try:
             checkpoint = run.checkpoints.newest()
         except ValueError as error:
-            log.warning("%s is no start: %s", run.name, error)
+            log.warning("%s cannot be continued: %s", run.name, error)
             continue
         if checkpoint is None or checkpoint.state.step > config.steps:
             continue

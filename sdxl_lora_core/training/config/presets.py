@@ -12,7 +12,7 @@ Preset = Literal["none", "character", "style", "object", "low memory (8 GB)", "f
 
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "none": {},
-    # A face has to keep its detail in any surroundings: more rank, and captions that are sometimes left out.
+    # A face has to keep its detail in any context: a higher rank, and some caption dropout.
     "character": {
         "rank": 16,
         "alpha": 8.0,
@@ -22,7 +22,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
         "target_modules": "all-linear",
         "caption_dropout": 0.05,
     },
-    # A style is in texture and light: convolutions learn, too, and the noise offset lets brightness move.
+    # A style is in texture and light: convolutions are trained as well, and the noise offset frees the brightness.
     "style": {
         "rank": 16,
         "alpha": 16.0,
@@ -33,7 +33,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
         "noise_offset": 0.03,
         "caption_dropout": 0.1,
     },
-    # One thing from few images: attention alone, so that less is memorised.
+    # One object from few images: attention layers only, so that less is memorised.
     "object": {
         "alpha": 8.0,
         "lr_warmup_steps": 50,
@@ -48,22 +48,21 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
 }
 
 
-def with_preset(settings: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
-    """`settings` with the preset's value wherever the setting is missing or still stands at its default.
+def with_preset(settings: Mapping[str, Any], preset: Preset) -> tuple[dict[str, Any], list[str]]:
+    """`settings` with the preset's value wherever a setting is missing or at its default.
 
-    What somebody has changed wins: a preset's value that would contradict it is left out.
+    Settings that the user has changed are kept. A value of the preset that contradicts them is left out; the second
+    value has a line for each of those, with the reason.
     """
-    filled = dict(settings)
+    filled, left_out = dict(settings), []
     for name, value in PRESETS[preset].items():
         default = fields_of(TrainConfig)[name].default
-        if filled.get(name, default) == default and _accepted({**filled, name: value}):
+        if filled.get(name, default) != default:
+            continue
+        try:
+            TrainConfig(**{**filled, name: value})
+        except ValueError as error:
+            left_out.append(f"preset {preset}: {name} {value} is left out, because {error}")
+        else:
             filled[name] = value
-    return filled
-
-
-def _accepted(settings: Mapping[str, Any]) -> bool:
-    try:
-        TrainConfig(**settings)
-    except ValueError:
-        return False
-    return True
+    return filled, left_out

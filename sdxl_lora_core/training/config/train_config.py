@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...sdxl.loading import ENCODERS, Part
-from ...settings import MANY, MAX_SEED, check_settings, fields_of, setting
+from ...settings import MAX_SEED, UNLIMITED, Range, check_settings, fields_of, setting
 from .adapter import AdapterSettings, check_adapter, encoder_rate
 from .captions import CaptionSettings, check_captions, tokens_of
 from .loss import LossSettings, check_loss
@@ -30,19 +30,18 @@ _OF_LORAS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a run is called, how long it is, and what all its random numbers follow from."""
+    """The name, length and seed of a run."""
 
     lora_name: str = setting(
-        "my_lora", "File name of the LoRA. If another LoRA has it, a number is appended; nothing is overwritten."
+        "my_lora", "File name of the LoRA. If it is taken, a number is appended; nothing is overwritten."
     )
     steps: int = setting(
-        1000, "Number of weight updates. About 50 to 100 per image is a usual start.", low=1, high=MANY
+        1000, "Number of optimizer updates. 50 to 100 per image is a usual start.", Range(1, UNLIMITED)
     )
     seed: int = setting(
         0,
-        "Decides the start values, the order of images and the noise. The same seed repeats a run.",
-        low=0,
-        high=MAX_SEED,
+        "Seed of the initial values, the order of images and the noise. The same seed repeats a run.",
+        Range(0, MAX_SEED),
     )
 
 
@@ -52,11 +51,11 @@ class TrainConfig(
 ):
     """One training run. `steps` are optimizer updates; each sees batch_size x gradient_accumulation images.
 
-    The settings are those of the groups, under one name each: a function that reads one group takes that group's type.
-    dataclasses lists the fields of the last base first.
+    It has all settings of the groups that it inherits from; a function that reads one group takes that group's type.
+    dataclasses lists the fields of the last base class first.
     """
 
-    # What a run is called, how long it lasts and what is shown of it does not change a single step.
+    # Settings that do not change a single training step.
     OUTSIDE_FINGERPRINT = (
         "lora_name",
         "steps",
@@ -77,7 +76,7 @@ class TrainConfig(
 
     @property
     def rates(self) -> dict[str, float]:
-        """The learning rates that something learns at, by setting."""
+        """The learning rates in use, by setting."""
         rates = {
             "learning_rate": self.learning_rate if self.train_unet else 0,
             "text_encoder_learning_rate": self.text_encoder_learning_rate,
@@ -88,7 +87,7 @@ class TrainConfig(
 
     @property
     def leading_rate(self) -> float:
-        """The one that is shown and scheduled; all others are factors of it."""
+        """The learning rate that is displayed and scheduled; all others are proportional to it."""
         return next(iter(self.rates.values()))
 
     def __post_init__(self) -> None:
@@ -102,7 +101,7 @@ class TrainConfig(
         check_memory(self)
         if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
             raise ValueError(
-                f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end before"
+                f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end earlier"
             )
         if (
             not self.lora_name
@@ -115,11 +114,11 @@ class TrainConfig(
 
 
 def check_what_learns(config: TrainConfig) -> None:
-    """Raises ValueError if nothing learns, if new tokens cannot be read, or if Prodigy is to find several rates."""
+    """Raises ValueError if nothing is trained, new_tokens is invalid, or Prodigy would have to find several rates."""
     tokens_of(config)
     if not config.rates:
         raise ValueError(
-            "train_unet is off and nothing else learns: turn it on, give a text encoder a learning rate, or name "
+            "train_unet is off and nothing else is trained: turn it on, give a text encoder a learning rate, or set "
             "new_tokens"
         )
     if list(config.rates) == ["token_learning_rate"]:
@@ -131,8 +130,8 @@ def check_what_learns(config: TrainConfig) -> None:
 def _check_prodigy(config: TrainConfig) -> None:
     if config.leading_rate < 0.1:
         raise ValueError(
-            f"optimizer is 'prodigy' and {next(iter(config.rates))} is {config.leading_rate}: it finds its own rate "
-            "and multiplies it with this one, so set it to 1"
+            f"optimizer is 'prodigy' and {next(iter(config.rates))} is {config.leading_rate}: it multiplies "
+            "this rate by its own, so set it to 1"
         )
     own_rates = config.block_learning_rates or config.lora_plus_ratio != 1
     if own_rates or len(set(config.rates.values())) > 1:
@@ -148,11 +147,11 @@ def _refuse_settings_of_loras(config: TrainConfig) -> None:
     for name, field in fields_of(config).items():
         if name in _OF_LORAS and getattr(config, name) != field.default:
             raise ValueError(
-                f"{name} is {getattr(config, name)} and only new_tokens learn, without a LoRA: set it back to "
-                f"{field.default}, or let the UNet or a text encoder learn"
+                f"{name} is {getattr(config, name)} and only new_tokens are trained, without a LoRA: set it back to "
+                f"{field.default}, or train the UNet or a text encoder"
             )
 
 
 def learning_encoders(config: TrainConfig) -> tuple[Part, ...]:
-    """Those with a learning rate of their own; both where there are new tokens, which both have to know."""
+    """The text encoders that run in every step: those with a learning rate; both if there are new tokens."""
     return tuple(part for part in ENCODERS if config.new_tokens or encoder_rate(config, part))

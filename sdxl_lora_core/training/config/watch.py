@@ -1,11 +1,11 @@
-"""How long a run is, and what is measured and kept of it while it trains."""
+"""The settings of validation, sample images, checkpoints and early stopping."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ...settings import MANY, SOMETHING, setting
+from ...settings import NOT_EMPTY, UNLIMITED, Range, setting
 
 KeepBest = Literal["off", "validation_loss", "clip_score"]
 TensorBoard = Literal["auto", "off"]
@@ -13,75 +13,61 @@ TensorBoard = Literal["auto", "off"]
 
 @dataclass(frozen=True, kw_only=True)
 class WatchSettings:
-    """What is measured and kept while the run trains, and when it ends by itself."""
+    """What is measured and saved during training, and when training stops by itself."""
 
-    sample_prompts: tuple[str, ...] = setting((), "One prompt a line; the finished LoRA draws each once. Empty: none.")
+    sample_prompts: tuple[str, ...] = setting(
+        (), "One prompt per line; the finished LoRA generates an image for each. Empty: none."
+    )
     epochs: int = setting(
         0,
-        "Trains until every image was seen this often, repeats counted, instead of for `steps`. 0: steps count.",
-        low=0,
-        high=MANY,
-        group="watch",
+        "Number of passes over the dataset, repeats included, instead of `steps`. 0: steps are used.",
+        Range(0, UNLIMITED),
     )
     checkpoint_every: int = setting(
-        250, "Steps between checkpoints. Lower it where a crash is likely.", low=1, high=MANY, group="watch"
+        250, "Steps between checkpoints. Lower it if crashes are likely.", Range(1, UNLIMITED)
     )
     validate_every: int = setting(
         0,
-        "Steps between measurements of the loss on held-out images. 0: only before and after the training.",
-        low=0,
-        high=MANY,
-        group="watch",
+        "Steps between evaluations of the loss on held-out images. 0: only before and after training.",
+        Range(0, UNLIMITED),
     )
     early_stopping: int = setting(
-        0,
-        "Stops when so many validations in a row bring no lower loss. 3 to 5 is usual; 0: never.",
-        low=0,
-        high=1000,
-        group="watch",
+        0, "Stops after this many validations in a row without a lower loss. 3 to 5 is usual; 0: never.", Range(0, 1000)
     )
     keep_best: KeepBest = setting(
         "off",
-        "What the file holds: off, the last step; otherwise the step with the lowest validation loss, or with the "
-        "highest mean CLIP score of the samples.",
-        group="watch",
+        "Which step is saved: off, the last one; otherwise that with the lowest validation loss, or with the highest "
+        "mean CLIP score of the samples.",
     )
     sample_every: int = setting(
         0,
-        "Steps between samples while it trains: each costs an image's generation a prompt. 0: only at the end.",
-        low=0,
-        high=MANY,
-        group="watch",
+        "Steps between sample images during training; each takes the time to generate them. 0: only at the end.",
+        Range(0, UNLIMITED),
     )
     clip_model: str = setting(
         "",
-        "CLIP model that scores the samples, by its name on the CLIP Score node. Without one they get no score.",
-        group="watch",
-        only_with=("sample_prompts", SOMETHING),
+        "CLIP model that scores the samples, as named on the CLIP Score node. Empty: no scores.",
+        only_with=("sample_prompts", NOT_EMPTY),
     )
     tensorboard: TensorBoard = setting(
-        "auto", "auto: event files in the run folder if tensorboard is installed. off: never.", group="watch"
+        "auto", "auto: writes event files to the run folder if tensorboard is installed. off: never."
     )
     sample_steps: int = setting(
         25,
-        "Denoising steps of a sample. Fewer are faster and rougher.",
-        low=1,
-        high=200,
-        group="watch",
-        only_with=("sample_prompts", SOMETHING),
+        "Denoising steps of a sample image. Fewer are faster and less detailed.",
+        Range(1, 200),
+        only_with=("sample_prompts", NOT_EMPTY),
     )
     sample_guidance: float = setting(
         7.0,
-        "Guidance scale of a sample. Take the one that you generate with.",
-        low=0,
-        high=50,
-        group="watch",
-        only_with=("sample_prompts", SOMETHING),
+        "Guidance scale of a sample image. Use the value you generate with.",
+        Range(0, 50),
+        only_with=("sample_prompts", NOT_EMPTY),
     )
 
 
 def check_watching(settings: WatchSettings) -> None:
-    """What looks at the run has to be looked with."""
+    """Raises ValueError for an evaluation option without the data or model it evaluates with."""
     if settings.early_stopping and not settings.validate_every:
         raise ValueError(
             f"early_stopping is {settings.early_stopping} and validate_every is 0: set validate_every to the steps "

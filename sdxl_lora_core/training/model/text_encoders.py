@@ -1,4 +1,4 @@
-"""The text encoders that learn. They run in every step, where the others' embeddings come from the disk."""
+"""The text encoders that are trained. They run in every step; the embeddings of the others are cached."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ...lora.modules import LoRAFile
-from ...sdxl.base import SDXLBase, load_part, load_tokenizers
+from ...sdxl.base import load_part, load_tokenizers
 from ...sdxl.loading import ENCODERS, Part
 from ...text.encoding import TokenIds, encode_text, stack_embeds
 from ...text.new_tokens import TokenEmbedding, add_tokens, start_vectors
 from ..config.adapter import encoder_rate
 from ..config.captions import tokens_of
 from ..config.train_config import TrainConfig, learning_encoders
+from ..job import TrainingJob
 from .adapters import Adapter, ParameterGroup
 
 
-class LearningEncoders(nn.Module):
-    """Text encoders with a LoRA, with new tokens, or with both. `start` is the file that training continues from."""
+class TrainedEncoders(nn.Module):
+    """Text encoders with a LoRA, new tokens, or both. `start` is the file that training continues from."""
 
-    def __init__(
-        self, base: SDXLBase, config: TrainConfig, start: LoRAFile | None, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, job: TrainingJob, start: LoRAFile | None, device: torch.device) -> None:
         super().__init__()
+        base, config, dtype = job.base, job.config, job.dtype(device)
         self.chunks = config.caption_chunks
         self.tokenizers: dict[Part, Any] = dict(zip(ENCODERS, load_tokenizers(base), strict=True))
         self.encoders: dict[Part, Any] = {}
@@ -53,9 +53,9 @@ class LearningEncoders(nn.Module):
     def forward(
         self, captions: Sequence[str], embeds: Tensor | None, pooled: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The captions' embeddings [B, T, C] and pooled ones [B, P]: those given, renewed where an encoder learns.
+        """The embeddings [B, T, C] and pooled embeddings [B, P] of the captions.
 
-        None is given where all of them do.
+        Those of trained encoders are computed; the others are taken from the arguments, None if all are trained.
         """
         hidden: dict[Part, Tensor] = {}
         for part, encoder in self.encoders.items():
@@ -69,7 +69,7 @@ class LearningEncoders(nn.Module):
         return torch.cat([hidden[part] for part in ENCODERS], dim=-1), pooled
 
     def tokens(self) -> dict[str, Mapping[Part, Tensor]]:
-        """The vectors of each new token as they are now, copied to the CPU."""
+        """The present vectors of each new token, copied to the CPU."""
         first = min((ids[0] for ids in self.token_ids.values()), default=0)
         return {
             name: {

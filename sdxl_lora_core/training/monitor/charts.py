@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Charts of a run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RAW, LOSS, VALIDATION, RATE = "#b9c9e0", "#1f4e8c", "#b3261e", "#8a8a8a"
 SAMPLES, CHECKPOINTS, KEPT = "#2e7d32", "#6a4c93", "#333333"
 
 
-def draw_loss_chart(path: Path, title: str, state: LoopState, kept: int | None = None) -> None:
-    """Writes a PNG of 960 x 540: losses with marks of what fell where, mean CLIP scores if any, learning rate.
+def plot_losses(path: Path, title: str, state: LoopState, kept: int | None = None) -> None:
+    """Writes a PNG of 960 x 540: losses with marked events, mean CLIP scores if any, and the learning rate.
 
-    `kept` is the step that the file holds where that need not be the last one: a line through all of it.
+    `kept` is the step that is saved if it is not the last one, shown as a vertical line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -26,18 +26,18 @@ def draw_loss_chart(path: Path, title: str, state: LoopState, kept: int | None =
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    scores = [(look.step, look.clip_score) for look in state.looks if look.clip_score is not None]
+    scores = [(past.step, past.clip_score) for past in state.looks if past.clip_score is not None]
     heights = (5, 1, 1) if scores else (5, 1)
     losses, *others, rates = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(title)
-    _draw_losses(losses, state)
-    _draw_marks(losses, state)
+    _plot_losses(losses, state)
+    _plot_marks(losses, state)
     for axes in others:
         axes.plot(*zip(*scores, strict=True), color=SAMPLES, linewidth=1.5, marker="^", markersize=4)
         _label(axes, "CLIP\nscore")
-    _draw_rates(rates, state)
+    _plot_rates(rates, state)
     if kept is not None:
-        _draw_kept((losses, *others, rates), kept)
+        _plot_kept((losses, *others, rates), kept)
     losses.legend(
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
@@ -54,14 +54,14 @@ def draw_loss_chart(path: Path, title: str, state: LoopState, kept: int | None =
 
 
 def smoothed(losses: Sequence[float], span: int = 50) -> list[float]:
-    """The course of the Smoothing over `span` values."""
+    """The moving average of the losses over about `span` values (see Smoothing)."""
     smoothing = Smoothing(span)
     return [smoothing.add(loss) for loss in losses]
 
 
-def _draw_losses(axes: Any, state: LoopState) -> None:
+def _plot_losses(axes: Any, state: LoopState) -> None:
     steps = range(1, len(state.losses) + 1)
-    validations = [(look.step, look.validation_loss) for look in state.looks if look.validation_loss is not None]
+    validations = [(past.step, past.validation_loss) for past in state.looks if past.validation_loss is not None]
     averages = smoothed(state.losses)
     axes.plot(steps, state.losses, color=RAW, linewidth=0.7, label="loss")
     axes.plot(steps, averages, color=LOSS, linewidth=2, label="loss, smoothed")
@@ -78,11 +78,11 @@ def _draw_losses(axes: Any, state: LoopState) -> None:
     _label(axes, "loss")
 
 
-def _draw_marks(axes: Any, state: LoopState) -> None:
+def _plot_marks(axes: Any, state: LoopState) -> None:
     """Along the lower edge, checkpoints above and samples below it, so that they hide no curve and not each other."""
     marks = [
         ("checkpoint", state.checkpoints, "|", 0.025, CHECKPOINTS),
-        ("samples", [look.step for look in state.looks if look.clip_scores], "^", -0.025, SAMPLES),
+        ("samples", [past.step for past in state.looks if past.clip_scores], "^", -0.025, SAMPLES),
     ]
     for name, steps, marker, height, color in marks:
         if steps:
@@ -102,12 +102,12 @@ def _draw_marks(axes: Any, state: LoopState) -> None:
     axes.tick_params(axis="x", bottom=False)
 
 
-def _draw_kept(rows: Sequence[Any], step: int) -> None:
+def _plot_kept(rows: Sequence[Any], step: int) -> None:
     for axes in rows:
         axes.axvline(step, color=KEPT, linewidth=1, linestyle="--", zorder=1, label=f"kept: step {step}")
 
 
-def _draw_rates(axes: Any, state: LoopState) -> None:
+def _plot_rates(axes: Any, state: LoopState) -> None:
     highest = max(state.learning_rates, default=0.0) or 1.0
     axes.plot(range(1, len(state.learning_rates) + 1), state.learning_rates, color=RATE, linewidth=1.5)
     axes.set_ylim(0, highest * 1.2)

@@ -1,4 +1,4 @@
-"""What a run leaves for a person to follow it by: its metrics and its chart, kept up to date while it trains."""
+"""The metrics and the chart of a run, updated while it trains."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from pathlib import Path
 import numpy as np
 
 from ..config.watch import TensorBoard
-from ..run.loop_state import Look, LoopState
-from .charts import draw_loss_chart
+from ..run.loop_state import Evaluation, LoopState
+from .charts import plot_losses
 from .metrics import Metrics, Row
 from .progress import Smoothing, StepReport
 
 log = logging.getLogger("sdxl_lora")
 
-CHART_SECONDS = 10  # between two drawings while the run goes on: drawing takes a quarter of a second
+CHART_SECONDS = 10  # between two charts during training: plotting takes a quarter of a second
 
 
 class Journal:
-    """Writes into the run's folder. Whatever fails here is warned about and never ends the run.
+    """Writes metrics and charts into the run's folder. Errors are logged and never end the run.
 
-    Without a folder it writes nothing: of several processes, only the first one keeps a journal.
+    Without a folder it writes nothing: of several processes only the first one writes.
     """
 
     def __init__(self, folder: Path | None, title: str, tensorboard: TensorBoard) -> None:
         self._folder, self._title = folder, title
         self._tensorboard: TensorBoard = tensorboard
-        self._drawn = -math.inf
+        self._plotted = -math.inf
         self._metrics: Metrics | None = None
 
     def open(self, state: LoopState) -> None:
-        """To be called with what a resumed run has behind it, and again whenever the run goes back to an older step."""
+        """Starts the metrics with the past of a resumed run. Call again when the run goes back to an earlier step."""
         self.close()
         if self._folder:
             self._metrics = Metrics(self._folder, self._tensorboard, list(_past(state)))
@@ -43,42 +43,40 @@ class Journal:
         if self._metrics:
             self._metrics.close()
 
-    def write(self, report: StepReport, look: Look | None) -> None:
-        """The row of one update."""
+    def write(self, report: StepReport, evaluation: Evaluation | None) -> None:
+        """Adds the row of an update."""
         row = Row(
             report.done,
             report.loss,
             report.smoothed,
             report.learning_rate,
-            look.validation_loss if look else None,
+            evaluation.validation_loss if evaluation else None,
             report.images_per_second,
             report.memory,
         )
         if self._metrics:
             self._metrics.add(row)
 
-    def show(self, pictures: Sequence[np.ndarray], step: int) -> None:
+    def show(self, images: Sequence[np.ndarray], step: int) -> None:
         """Samples, uint8 [H, W, 3], for TensorBoard."""
-        for number, pixels in enumerate(pictures):
+        for number, pixels in enumerate(images):
             if self._metrics:
                 self._metrics.add_picture(f"sample/{number:02d}", pixels, step)
 
-    def draw(self, state: LoopState, kept: Look | None, now: bool = False) -> None:
-        """loss.png as the run stands, with the look that would be kept. Not more often than every CHART_SECONDS
-        unless it has to be `now`.
-        """
-        if self._folder is None or (not now and time.monotonic() - self._drawn < CHART_SECONDS):
+    def plot(self, state: LoopState, kept: Evaluation | None, now: bool = False) -> None:
+        """Writes loss.png, marking the step that would be saved. At most every CHART_SECONDS, unless `now`."""
+        if self._folder is None or (not now and time.monotonic() - self._plotted < CHART_SECONDS):
             return
         try:
-            draw_loss_chart(self._folder / "loss.png", self._title, state, kept.step if kept else None)
+            plot_losses(self._folder / "loss.png", self._title, state, kept.step if kept else None)
         except OSError as error:
-            log.warning("the chart could not be drawn: %s", error)
-        self._drawn = time.monotonic()
+            log.warning("the chart could not be written: %s", error)
+        self._plotted = time.monotonic()
 
 
 def _past(state: LoopState) -> Iterator[Row]:
-    """The rows of what a resumed run has behind it."""
-    validation = {look.step: look.validation_loss for look in state.looks}
+    """The rows of the past steps of a resumed run."""
+    validation = {past.step: past.validation_loss for past in state.looks}
     smoothing = Smoothing()
     if 0 in validation:
         yield Row(0, validation_loss=validation[0])

@@ -1,6 +1,6 @@
-"""When a run is looked at while it trains, when it may stop early, and which of its adapters is the best so far.
+"""When a run is evaluated, when it stops early, and which of its adapters is the best so far.
 
-All of it follows from the looks in the run's state, so that a resumed run decides as one that never stopped.
+All of it follows from the evaluations in the run's state, so that a resumed run decides as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from pathlib import Path
 from ...dataset.caption_dataset import CaptionDataset
 from ...evaluation.clip_model import require_clip_folder
 from ..config.train_config import TrainConfig
-from ..run.loop_state import Look
+from ..run.loop_state import Evaluation
 
 
 def validation_due(config: TrainConfig, step: int) -> bool:
-    """Apart from the look at the last step, which is due whatever step that is."""
+    """Whether to validate after this step; the last step is always validated."""
     return step == 0 or _every(config.validate_every, step)
 
 
 def samples_due(config: TrainConfig, step: int, last: bool) -> bool:
-    """The last step counts where samples are compared; otherwise those of the finished file show it."""
+    """Whether to generate samples after this step; after the last one only if they are compared."""
     return step > 0 and (_every(config.sample_every, step) or (last and config.keep_best == "clip_score"))
 
 
-def converged(config: TrainConfig, looks: Sequence[Look]) -> bool:
+def converged(config: TrainConfig, evaluations: Sequence[Evaluation]) -> bool:
     """Whether the last `early_stopping` validations all failed to undercut the lowest loss before them."""
-    losses = [_or_infinite(look.validation_loss) for look in looks if look.step and look.validation_loss is not None]
+    losses = [_or_infinite(e.validation_loss) for e in evaluations if e.step and e.validation_loss is not None]
     return 0 < config.early_stopping <= len(losses) - 1 - losses.index(min(losses)) if losses else False
 
 
-def best_look(config: TrainConfig, looks: Sequence[Look]) -> Look | None:
-    """The look whose adapter `keep_best` keeps: the first of equals. The untrained adapter does not compete."""
-    rated = [look for look in looks if look.step and math.isfinite(_rating(config, look))]
-    return max(rated, key=lambda look: _rating(config, look), default=None)
+def best_evaluation(config: TrainConfig, evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The evaluation whose adapter `keep_best` saves, the first of equals; never that of the untrained adapter."""
+    rated = [e for e in evaluations if e.step and math.isfinite(_rating(config, e))]
+    return max(rated, key=lambda e: _rating(config, e), default=None)
 
 
-def require_lookable(config: TrainConfig, dataset: CaptionDataset) -> None:
-    """Raises FileNotFoundError or ValueError where the held-out images or the CLIP model to look with are missing."""
+def require_evaluable(config: TrainConfig, dataset: CaptionDataset) -> None:
+    """Raises FileNotFoundError or ValueError if the held-out images or the CLIP model of an evaluation are missing."""
     if config.clip_model:
         require_clip_folder(Path(config.clip_model))
     settings = {"validate_every": config.validate_every, "early_stopping": config.early_stopping}
@@ -50,9 +50,10 @@ def require_lookable(config: TrainConfig, dataset: CaptionDataset) -> None:
             )
 
 
-def _rating(config: TrainConfig, look: Look) -> float:
-    """Higher is better; minus infinity where it is not known."""
-    value = {"off": None, "validation_loss": look.validation_loss, "clip_score": look.clip_score}[config.keep_best]
+def _rating(config: TrainConfig, evaluation: Evaluation) -> float:
+    """Higher is better; minus infinity if unknown."""
+    ratings = {"off": None, "validation_loss": evaluation.validation_loss, "clip_score": evaluation.clip_score}
+    value = ratings[config.keep_best]
     if value is None or not math.isfinite(value):
         return -math.inf
     return -value if config.keep_best == "validation_loss" else value

@@ -1,4 +1,4 @@
-"""The gradient of an update: cut into passes that fit the memory, added up over passes and processes."""
+"""The gradient of an update, accumulated over forward passes that fit into memory and over processes."""
 
 from __future__ import annotations
 
@@ -13,59 +13,54 @@ from ...hashed_random import generator
 from ...runtime.device import free_memory, is_out_of_memory, release_memory
 from ...runtime.distributed import Processes
 from ..config.train_config import TrainConfig, learning_encoders
-from ..data.batches import Batch, TrainingData
-from ..model.trainable import Learner
+from ..data.batches import Batch, PassOfUpdate
+from ..data.feed import Feed
+from ..model.trainable import TrainableSDXL
 from ..run.loop_state import LoopState
-from .memory_plan import kept_bytes, plan_memory, set_checkpointing
+from .memory_plan import Measured, plan_memory, set_checkpointing
 from .optimizers import state_copies
 
 log = logging.getLogger("sdxl_lora")
 
 
 class Gradients:
-    """Computes what `learner` learns from an update's images. `scaler` is fp16's loss scale."""
+    """Computes the gradients of a model over the images of an update. `scaler` is the loss scaler of fp16."""
 
     def __init__(
-        self,
-        learner: Learner,
-        data: TrainingData,
-        config: TrainConfig,
-        scaler: torch.amp.GradScaler,
-        processes: Processes,
+        self, model: TrainableSDXL, feed: Feed, config: TrainConfig, scaler: torch.amp.GradScaler, processes: Processes
     ) -> None:
-        self.learner, self.data, self.config = learner, data, config
+        self.model, self.feed, self.config = model, feed, config
         self.scaler, self.processes = scaler, processes
 
     def plan(self, state: LoopState) -> None:
-        """Chooses how the run fits, before its first step. One that goes on keeps the choice."""
-        config, learner, free = self.config, self.learner, free_memory(self.data.device)
+        """Chooses how the run fits into memory, before its first step. A resumed run keeps the choice."""
+        config, model, data = self.config, self.model, self.feed.data
+        free = free_memory(self.feed.device)
         if config.memory_limit_gb:
             free = min(free, config.memory_limit_gb * 1e9)
-        areas = [width * height for width, height in self.data.buckets]
-        images = config.images_per_pass or config.batch_size
-        batch = self.data.batch([areas.index(max(areas))], 0, 0)
-        learner.train()
-        if config.adapter in ("loha", "lokr"):  # they draw whether they act, which no count can follow
-            learner.eval()
+        areas = [entry.bucket[0] * entry.bucket[1] for entry in data.job.entries]
+        batch = data.batch(PassOfUpdate(0, (areas.index(max(areas)),))).to(self.feed.device)
+        model.train()
+        if config.adapter in ("loha", "lokr"):  # their dropout depends on random values, which cannot be traced
+            model.eval()
         copies = 1 + state_copies(config) + bool(config.ema_decay)
-        shapes = what_decides_shapes(batch, config)
         plan = plan_memory(
-            lambda: kept_bytes(lambda: learner.predict(batch), learner, shapes, self.data.cache_folder),
-            learner.unet,
+            Measured(lambda: model.predict(batch), model, shapes_of(batch, config), data.folders.memory_plans),
             config.gradient_checkpointing,
-            images,
-            copies * size_of(learner.learning),
+            config.images_per_pass or config.batch_size,
+            copies * size_of(model.parameters_to_train),
             free,
         )
         state.gradient_checkpointing, state.images_per_pass = plan.checkpointing, plan.images_per_pass
-        state.memory = f"{str(learner.dtype).removeprefix('torch.')}, {plan.reason}"
+        state.memory = f"{str(model.dtype).removeprefix('torch.')}, {plan.reason}"
         if plan.tight:
-            log.warning("this run may not fit, or spill into memory that is many times slower: %s", plan.reason)
+            log.warning("this run may not fit, or use shared memory that is many times slower: %s", plan.reason)
 
     def of_update(self, state: LoopState) -> float:
-        """Leaves the gradient of the mean loss over the effective batch in the parameters and returns that loss.
+        """Stores the gradient of the mean loss over the effective batch in the parameters and returns that loss.
 
-        Raises torch.OutOfMemoryError when nothing more can be saved; until then `state` takes smaller passes.
+        If memory runs out, `state` is changed to smaller passes or more checkpointing. Raises torch.OutOfMemoryError
+        when neither is left.
         """
         while True:
             try:
@@ -74,20 +69,20 @@ class Gradients:
                 if not is_out_of_memory(error):
                     raise
                 cause = str(error)
-            self._need_less_memory(state, cause)  # out of the except block, whose traceback keeps the failed graph
+            self._reduce_memory(state, cause)  # outside of the except block, whose traceback keeps the failed graph
 
     def clear(self) -> None:
-        for parameter in self.learner.learning:
+        for parameter in self.model.parameters_to_train:
             parameter.grad = None
 
-    def _need_less_memory(self, state: LoopState, cause: str) -> None:
-        """Halves the pass, then turns gradient checkpointing on; raises torch.OutOfMemoryError if nothing is left.
+    def _reduce_memory(self, state: LoopState, cause: str) -> None:
+        """Halves the pass, then turns gradient checkpointing on.
 
-        The batch and its random numbers stay as they are; sums are rounded in another order, and layer dropout draws
-        its masks anew for each pass.
+        The batch and its random numbers stay the same; sums are rounded in another order, and layer dropout samples new
+        masks for each pass.
         """
         self.clear()
-        release_memory(self.data.device)
+        release_memory(self.feed.device)
         step, images = state.step + 1, state.images_per_pass
         if images > 1:
             state.images_per_pass = (images + 1) // 2
@@ -96,60 +91,68 @@ class Gradients:
             )
         elif self.config.gradient_checkpointing == "auto" and state.gradient_checkpointing != "on":
             state.gradient_checkpointing = "on"
-            set_checkpointing(self.learner.unet, "on")
+            set_checkpointing(self.model.unet, "on")
             log.warning("out of memory at step %d: gradient checkpointing is on from here, steps take longer", step)
         else:
             remedy = "" if state.gradient_checkpointing == "on" else "set gradient_checkpointing to auto, or "
             raise torch.OutOfMemoryError(
                 f"out of memory at step {step} with a single image a pass: {remedy}lower the dataset's resolution "
-                f"or the rank (now {self.config.rank}), or close what else uses the memory ({cause})"
+                f"or the rank (now {self.config.rank}), or close other programs that use the memory ({cause})"
             )
 
     def _accumulate(self, state: LoopState) -> float:
-        batches = self.data.micro_batches(state.step)
-        total = sum(len(indices) for indices in batches)
-        self.learner.train()
-        loss = 0.0
-        for position, indices in passes(batches, state.images_per_pass, self.processes):
-            batch = self.data.batch(indices, state.step, position, apart=self.processes.count)
-            with layer_dropout(self.config, state.step, position, self.data.device):
-                part = self.learner.losses(batch).sum() / total
-                self.scaler.scale(part).backward()
-            loss += part.item()
-        return self._sum_over_processes(loss)
+        own, following = self._passes(state.step, state), self._passes(state.step + 1, state)[:1]
+        images = sum(map(len, self.feed.data.micro_batches(state.step)))
+        self.model.train()
+        losses: list[Tensor] = []
+        for number, current in enumerate(own):
+            batch = self.feed.batch(current, next(iter([*own[number + 1 :], *following]), None))
+            with layer_dropout(self.config, current.step, current.first, self.feed.device):
+                loss = self.model.losses(batch).sum() / images
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        # One transfer an update. Added up as Python floats in the order of the passes.
+        values = torch.stack(losses).tolist() if losses else []
+        return self._sum_over_processes(sum(values, 0.0))
+
+    def _passes(self, step: int, state: LoopState) -> list[PassOfUpdate]:
+        """This process's passes of an update; none after the last one."""
+        if step >= self.config.steps:
+            return []
+        return list(passes(step, self.feed.data.micro_batches(step), state.images_per_pass, self.processes))
 
     def _sum_over_processes(self, loss: float) -> float:
         """Adds the other processes' gradients to this one's, and their losses to `loss`."""
         gradients = []
-        for parameter in self.learner.learning:
-            if parameter.grad is None:  # no image of the update was this process's, or SDXL skips the encoder's layer
+        for parameter in self.model.parameters_to_train:
+            if parameter.grad is None:  # none of the images was this process's, or SDXL does not use the layer's output
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         if self.processes.count == 1:
             return loss
-        total = torch.tensor([loss], device=self.data.device)
+        total = torch.tensor([loss], device=self.feed.device)
         self.processes.add_up([total, *gradients])
         return total.item()
 
 
-def passes(batches: Sequence[Sequence[int]], size: int, processes: Processes) -> Iterator[tuple[int, Sequence[int]]]:
-    """This process's share of the batches, cut into forward passes of at most `size` images.
+def passes(step: int, batches: Sequence[Sequence[int]], size: int, processes: Processes) -> Iterator[PassOfUpdate]:
+    """This process's share of an update's batches, divided into forward passes of at most `size` images.
 
-    An image's position in the whole update says whose it is. Each pass comes with the position of its first image; the
-    next ones are `processes.count` apart.
+    An image's position in the whole update decides which process trains on it.
     """
     before = 0
     for batch in batches:
         first = (processes.rank - before) % processes.count
         mine = batch[first :: processes.count]
         for start in range(0, len(mine), size):
-            yield before + first + start * processes.count, mine[start : start + size]
+            indices = tuple(mine[start : start + size])
+            yield PassOfUpdate(step, indices, before + first + start * processes.count, processes.count)
         before += len(batch)
 
 
 @contextmanager
 def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.device) -> Iterator[None]:
-    """Seeds the dropout layers by step and position and puts the global random state back afterwards."""
+    """Seeds the dropout layers by step and position, and restores the global random state afterwards."""
     if not (config.dropout or config.rank_dropout or config.module_dropout):
         yield
         return
@@ -159,10 +162,11 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
         yield
 
 
-def what_decides_shapes(batch: Batch, config: TrainConfig) -> list[object]:
-    """How large the tensors of the forward pass are. Encoders that learn read the captions in it, whatever the length.
+def shapes_of(batch: Batch, config: TrainConfig) -> list[object]:
+    """What the tensor shapes of the forward pass depend on.
 
-    Only then do the captions matter: other data sets share a count.
+    Captions are part of it only if a text encoder is trained, which reads captions of any length; otherwise datasets
+    share a measurement.
     """
     shapes: list[object] = [list(batch.latents.shape), None if batch.embeds is None else list(batch.embeds.shape)]
     if learning_encoders(config):
@@ -171,5 +175,5 @@ def what_decides_shapes(batch: Batch, config: TrainConfig) -> list[object]:
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
-    """In bytes."""
+    """The size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

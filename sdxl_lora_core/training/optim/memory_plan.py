@@ -1,7 +1,7 @@
-"""How a run fits into memory: gradient checkpointing and images a pass, planned from what a forward pass keeps.
+"""Plans how a run fits into memory: gradient checkpointing and images per pass.
 
-What a pass keeps for its backward pass is counted on tensors without contents, so the count costs no memory and holds
-for this UNet, this adapter and this size of images, whatever they are. It takes seconds, so it is kept on disk.
+The plan is based on the bytes that a forward pass saves for its backward pass. They are measured on fake tensors, which
+takes no memory and is exact for this UNet, adapter and image size. It takes seconds, so the result is cached on disk.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ...cache.tensor_cache import minor_version
 from ...files import json_sha256, write_text_atomic
 from ..config.memory import Checkpointing
 
-_OVERHEAD = 1.15  # of what a pass keeps: the tensors that the backward pass makes on its way
-_RESERVE = 512 * 2**20  # bytes for the libraries' own workspace
+_OVERHEAD = 1.15  # factor on the saved bytes for temporary tensors of the backward pass
+_RESERVE = 512 * 2**20  # bytes for the workspace of libraries
 _GEGLU = "GEGLU"
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run does to fit. `reason` is a sentence for the report; `tight` if even so it may not fit."""
+    """How a run uses memory. `reason` is a sentence for the report; `tight` says that it may not fit nevertheless."""
 
     checkpointing: Checkpointing
     images_per_pass: int
@@ -36,21 +36,45 @@ class MemoryPlan:
     tight: bool = False
 
 
-def plan_memory(
-    measure: Callable[[], int], unet: nn.Module, wanted: Checkpointing, batch_size: int, learning: int, free: float
-) -> MemoryPlan:
-    """The fastest way that fits into `free` bytes.
+@dataclass(frozen=True)
+class Measured:
+    """The forward pass of one image of the largest size through `model`, to be measured.
 
-    `measure` gives the bytes that one image of the largest size keeps in the UNet's present mode. Halving the pass
-    costs least and comes first, then recomputing the feed-forward layers, then recomputing every block. `wanted` other
-    than auto leaves only the pass to choose. `learning` are the bytes of gradients, optimizer state and averages.
+    `shapes`, JSON values, are what the shapes of its tensors depend on. `folder` caches the results: the same model in
+    the same mode saves the same for the same shapes, so it is measured once for all runs.
     """
-    fixed = _RESERVE + learning
-    modes: tuple[Checkpointing, ...] = ("off", "selective", "on") if wanted == "auto" else (wanted,)
+
+    forward: Callable[[], object]
+    model: Any
+    shapes: Sequence[object]
+    folder: Path
+
+    def saved_bytes(self) -> int:
+        """Bytes saved for the backward pass, without the model's own weights. Nothing is computed."""
+        note = self.folder / f"{json_sha256(_dependencies(self.model, self.shapes))}.json"
+        known = _read_count(note)
+        if known is None:
+            known = _count(self.forward, self.model)
+            with contextlib.suppress(OSError):  # on a full or read-only disk the next run measures again
+                write_text_atomic(note, json.dumps({"kept_bytes": known}))
+        return known
+
+
+def plan_memory(
+    measured: Measured, requested: Checkpointing, batch_size: int, training_bytes: int, free: float
+) -> MemoryPlan:
+    """The fastest plan that fits into `free` bytes.
+
+    Halving the pass costs least and comes first, then recomputing the feed-forward layers, then recomputing every
+    block. If `requested` is not auto, only the images per pass are chosen. `training_bytes` are those of gradients,
+    optimizer state and averages.
+    """
+    fixed = _RESERVE + training_bytes
+    modes: tuple[Checkpointing, ...] = ("off", "selective", "on") if requested == "auto" else (requested,)
     needed = 0
     for mode in modes:
-        set_checkpointing(unet, mode)
-        an_image = measure()
+        set_checkpointing(measured.model.unet, mode)
+        an_image = measured.saved_bytes()
         images = batch_size
         while images > 1 and fixed + _OVERHEAD * an_image * images > free:
             images = (images + 1) // 2
@@ -67,23 +91,8 @@ def _reason(mode: Checkpointing, images: int, needed: int, free: float) -> str:
     )
 
 
-def kept_bytes(forward: Callable[[], object], model: nn.Module, inputs: Sequence[object], cache: Path) -> int:
-    """Bytes that `forward` keeps for its backward pass, the model's own weights left out. Nothing is computed.
-
-    `inputs`, which JSON can hold, say what decides the shapes: the same model in the same mode keeps the same for the
-    same shapes, and is counted once for all runs with this `cache`.
-    """
-    note = cache / "memory" / "v1" / f"{json_sha256(_decisive(model, inputs))}.json"
-    known = _read_count(note)
-    if known is None:
-        known = _count(forward, model)
-        with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run a second count
-            write_text_atomic(note, json.dumps({"kept_bytes": known}))
-    return known
-
-
 def _read_count(note: Path) -> int | None:
-    """None where there is none, or one that a crash or a hand damaged."""
+    """The cached result; None if there is none or it is damaged."""
     try:
         known = json.loads(note.read_text(encoding="ascii"))["kept_bytes"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -91,12 +100,12 @@ def _read_count(note: Path) -> int | None:
     return known if type(known) is int and known >= 0 else None
 
 
-def _decisive(model: nn.Module, inputs: Sequence[object]) -> dict[str, object]:
-    """All that a count depends on. What this module and the adapters' own layers do is in the number of its folder."""
+def _dependencies(model: nn.Module, shapes: Sequence[object]) -> dict[str, object]:
+    """Everything that a result depends on. The code of this module is identified by the version of the folder."""
     device = next(model.parameters()).device
     return {
         "modules": [_mode(name, module) for name, module in model.named_modules()],
-        "inputs": inputs,
+        "inputs": shapes,
         "device": [device.type, *(torch.cuda.get_device_capability(device) if device.type == "cuda" else ())],
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "libraries": {name: minor_version(name) for name in ("torch", "diffusers", "peft", "transformers")},
@@ -118,10 +127,10 @@ def _mode(name: str, module: nn.Module) -> list[object]:
 def _count(forward: Callable[[], object], model: nn.Module) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    kept: dict[int, torch.UntypedStorage] = {}  # as long as they live, their addresses are theirs alone
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def note(tensor: Tensor) -> None:
-        """Returns nothing: a graph that holds its own tensors is a cycle through C++ that no collection frees."""
+        """Returns None: a graph that holds its own tensors is a cycle through C++ that is never collected."""
         storage = tensor.untyped_storage()
         if not isinstance(tensor, nn.Parameter) and storage._cdata not in weights:
             kept[storage._cdata] = storage
@@ -135,11 +144,11 @@ def _count(forward: Callable[[], object], model: nn.Module) -> int:
 
 
 def _never_unpacked(_: object) -> Tensor:
-    raise AssertionError("the memory plan's pass goes forward only")
+    raise AssertionError("the memory plan runs no backward pass")
 
 
 def set_checkpointing(unet: Any, mode: Checkpointing) -> None:
-    """off: keeps all. selective: computes the middle of feed-forward layers again. on: computes every block again."""
+    """off: saves everything. selective: recomputes the feed-forward layers. on: recomputes every block."""
     unet.disable_gradient_checkpointing()
     for module in unet.modules():
         if type(module).__name__ == _GEGLU:

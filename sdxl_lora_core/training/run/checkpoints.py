@@ -1,8 +1,8 @@
-"""A run's state on disk: safetensors and JSON, whole or not there, two kept.
+"""The checkpoints of a run: safetensors and JSON, always complete, the newest two.
 
 A checkpoint is a folder `step-000500/` of three files: `adapter.safetensors` (a LoRA in the run's format, which loaders
-read), `state.safetensors` (what the run needs to go on) and `state.json`, written last, with the hashes of all of it.
-The folder gets its name only after everything has reached the disk.
+read), `state.safetensors` (the tensors for resuming) and `state.json`, written last, with the hashes of all files. The
+folder gets its name only after everything has been written to disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from ...files import file_sha256, flush_to_disk, write_text_atomic
 from ...safetensors_file import save_tensors
 from .loop_state import LoopState
-from .optimizer_state import put_together, take_apart
+from .optimizer_state import restore_state, split_state
 
 log = logging.getLogger("sdxl_lora")
 
@@ -38,7 +38,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint. Its tensors stay on disk until they are restored; `optimizer` says where each belongs."""
+    """A complete checkpoint. Its tensors are on disk; `optimizer` says where each of them belongs."""
 
     path: Path
     state: LoopState
@@ -46,11 +46,11 @@ class Checkpoint:
     optimizer: Any
 
     def restore(self, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Gives `weights`, in the order in which they were saved, and the optimizer what they had."""
+        """Restores `weights`, in the order in which they were saved, and the optimizer."""
         tensors = load_file(self.path / STATE)
         for i, weight in enumerate(weights):
             weight.data.copy_(tensors[f"weight.{i}"])
-        put_together(optimizer, tensors, self.optimizer)
+        restore_state(optimizer, tensors, self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Checkpoints:
         scaler: dict[str, Any],
         write_adapter: Callable[[Path], object],
     ) -> None:
-        """Writes `step-XXXXXX`, then removes all but the newest two. On failure raises OSError and removes none.
+        """Writes `step-XXXXXX`, then removes all but the newest two. Raises OSError, and then removes none.
 
-        `weights` are the adapter's parameters and all that moves with them, in an order that is the same every time.
+        `weights` are the trained parameters with their averages, in a fixed order.
         """
         final = self.folder / f"step-{state.step:06d}"
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
         temporary.mkdir(parents=True)
         try:
-            moments, plan = take_apart(optimizer)
+            moments, plan = split_state(optimizer)
             tensors = {f"weight.{i}": weight.detach().cpu() for i, weight in enumerate(weights)}
             save_tensors(temporary / STATE, tensors | moments)
             flush_to_disk(temporary / STATE)
@@ -98,7 +98,7 @@ class Checkpoints:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for _, old in _numbered(self.folder)[KEPT:]:
-            if old != final:  # a run that went back to an earlier step needs that one most
+            if old != final:  # a run that went back to an earlier step needs this one
                 shutil.rmtree(old, ignore_errors=True)
 
     @property
@@ -106,33 +106,33 @@ class Checkpoints:
         return bool(_numbered(self.folder))
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None if there is none.
+        """The newest complete checkpoint; None if there is none.
 
-        Raises ValueError for one that another version wrote: going on without it would in the end delete it.
+        Raises ValueError for one of another version, which a new run would eventually delete.
         """
         for _, path in _numbered(self.folder):
             try:
                 document = _verified(path, self.fingerprint)
             except (OSError, ValueError, KeyError) as error:
-                log.warning("checkpoint %s is passed over: %s", path.name, error)
+                log.warning("checkpoint %s is skipped: %s", path.name, error)
                 continue
             if document["schema"] != SCHEMA:
                 raise ValueError(
                     f"checkpoint {path.name} in {self.folder} has schema {document['schema']} and this version reads "
-                    f"{SCHEMA}: finish the run with the version that began it, or begin anew under another lora_name"
+                    f"{SCHEMA}: finish the run with the version that started it, or start again with another lora_name"
                 )
             state = LoopState.from_json(document["loop"])
             return Checkpoint(path, state, document["scaler"], document["optimizer"])
         return None
 
-    def forget_after(self, step: int) -> None:
+    def remove_after(self, step: int) -> None:
         """Removes the checkpoints of later steps."""
         for number, path in _numbered(self.folder):
             if number > step:
                 shutil.rmtree(path, ignore_errors=True)
 
     def sweep(self) -> None:
-        """What a process that was killed in a save has left. Nobody else writes here, so no living one needs it."""
+        """Removes temporary folders of a process that was killed while saving. Nobody else writes here."""
         for leftover in self.folder.glob(".tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -152,7 +152,7 @@ def _verified(path: Path, fingerprint: str) -> dict[str, Any]:
 
 
 def _seal(document: dict[str, Any]) -> str:
-    """Losses may be NaN, which canonical JSON refuses."""
+    """The hash of a document. Losses may be NaN, which canonical JSON does not allow."""
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 

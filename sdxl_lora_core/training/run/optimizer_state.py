@@ -1,4 +1,4 @@
-"""Any optimizer's state as safetensors and JSON can hold it: tensors by name, and a plan with names in their places."""
+"""Splits an optimizer's state into named tensors (safetensors) and a JSON structure that refers to them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def take_apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
-    """Copies of the state's tensors on the CPU, and the plan, which is JSON: numbers, flags, lists and their nesting.
+def split_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
+    """Copies of the state's tensors on the CPU, and the structure as JSON.
 
-    Raises TypeError for a value of another kind.
+    Raises TypeError for a value that JSON cannot represent.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -31,8 +31,8 @@ def take_apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any
     return tensors, plan_of(optimizer.state_dict(), "optimizer")
 
 
-def put_together(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plan: Any) -> None:
-    """Gives the optimizer the state that `take_apart` took."""
+def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plan: Any) -> None:
+    """Gives the optimizer the state that `split_state` took."""
 
     def value_of(plan: Any) -> Any:
         if not isinstance(plan, dict):
