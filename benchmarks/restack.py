@@ -23,7 +23,9 @@ from torch import nn
 
 from sdxl_lora_core.lora.files import write_lora
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora.stack import LoRARef, StackEntry, load_merged, open_stack, restack
+from sdxl_lora_core.lora.stack import LoRARef, StackEntry, open_stack
+from sdxl_lora_core.lora.stacked_part import StackedPart
+from sdxl_lora_core.runtime.loaded_parts import Loaded
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
 
 COUNT, RANK = 5, 8
@@ -74,20 +76,30 @@ def measure(base: SDXLBase, before: dict[str, str], files: list[Path], names: li
         pairs = zip(files, strengths, strict=True)
         return open_stack([LoRARef(path, path.stem, strength, 0.0) for path, strength in pairs], None)
 
-    unet = load_merged(base, "unet", torch.bfloat16, stack(1.0, 1.0, 1.0, 1.0, 1.0))
+    def part(entries: tuple[StackEntry, ...]) -> StackedPart:
+        return StackedPart(base, "unet", torch.bfloat16, entries)
+
+    loaded = part(stack(1.0, 1.0, 1.0, 1.0, 1.0)).load()
+    unet = loaded.module
     times = []
     for strength in (0.9, 0.8, 0.7):
         entries = stack(1.0, 1.0, strength, 1.0, 1.0)
         with Peak() as peak:
             start = time.perf_counter()
-            assert restack(unet, base, "unet", torch.bfloat16, entries)
+            loaded = restacked(loaded, part(entries))
             times.append(time.perf_counter() - start)
     touched = sum(unet.get_submodule(name).weight.nbytes for name in names)  # type: ignore[misc]
     seconds = ", ".join(f"{value:.2f}" for value in times)
     print(f"{len(names)} modules: one strength changed in {seconds} s on {torch.get_num_threads()} threads;", end=" ")
     print(f"extra memory {peak.bytes / 1e6:.0f} MB, the touched weights are {touched / 1e6:.0f} MB")
-    assert restack(unet, base, "unet", torch.bfloat16, stack(0, 0, 0, 0, 0))
+    restacked(loaded, part(stack(0, 0, 0, 0, 0)))
     print("  taken off: every tensor is the base's:", content(unet) == before)
+
+
+def restacked(loaded: Loaded, wanted: StackedPart) -> Loaded:
+    changed = wanted.restack(loaded)
+    assert changed is not None
+    return changed
 
 
 class Peak:

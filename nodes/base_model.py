@@ -59,10 +59,13 @@ class LoadSDXLBase:
         found = choices.content("base", base, quick_fingerprint)
         return found + choices.content("vae", _chosen(vae), quick_fingerprint)
 
-    def load(self, base: str, vae: str = OWN_VAE, **settings: Any) -> dict[str, Any]:
+    def load(
+        self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto", vae: str = OWN_VAE
+    ) -> dict[str, Any]:
         hashes = cache_folders().hashes
-        opened = open_base(choices.find("base", base), hash_memo=hashes, **settings)
-        if settings.get("zero_terminal_snr") == "on":
+        said = {"prediction": prediction, "zero_terminal_snr": zero_terminal_snr}
+        opened = open_base(choices.find("base", base), precision, hashes, **said)
+        if zero_terminal_snr == "on":
             require_predictable(opened)
         if vae != OWN_VAE:
             opened = with_vae(opened, choices.find("vae", vae), hashes)

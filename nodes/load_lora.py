@@ -60,7 +60,13 @@ class LoadLoRA:
         return "" if lora_name == INCOMING else choices.content("lora", lora_name, choices.stamp)
 
     def load(
-        self, lora_name: str, lora_stack: Any = None, enabled: bool = True, blocks: str = "", **strengths: float
+        self,
+        lora_name: str,
+        strength_model: float,
+        strength_clip: float,
+        enabled: bool,
+        lora_stack: Any = None,
+        blocks: str = "",
     ) -> dict[str, Any]:
         stack = read_stack(lora_stack)
         if lora_name == INCOMING:
@@ -68,7 +74,7 @@ class LoadLoRA:
         read_blocks_of(lora_name, blocks)
         if not enabled:
             return show((stack, info := f"{lora_name} is off"), info)
-        entry: Any = (lora_name, strengths["strength_model"], strengths["strength_clip"])
+        entry: Any = (lora_name, strength_model, strength_clip)
         info = describe_lora(choices.find("lora", lora_name))
         return show(([*stack, BlockStackEntry(entry, blocks) if blocks.strip() else entry], info), info)
 

@@ -19,11 +19,12 @@ def widget(config: type, option: str, **more: Any) -> Widget:
     shown: dict[str, Any] = {"default": default(config, option), "tooltip": declared(config, option).help}
     if choices := choices_of(config, option):
         return list(choices), {**shown, **more}
-    if option == "seed":  # otherwise the page adds a widget that changes it after every run
-        shown["control_after_generate"] = False
     if isinstance(shown["default"], tuple):  # one line each
         shown |= {"default": "\n".join(shown["default"]), "multiline": True}
-    return _KINDS.get(kind, "STRING"), {**shown, **_limits(kind, declared(config, option).range), **more}
+    shown |= _limits(kind, declared(config, option).range)
+    if option == "seed":  # otherwise the page adds a widget that changes it after every run
+        shown["control_after_generate"] = False
+    return _KINDS.get(kind, "STRING"), {**shown, **more}
 
 
 def widgets(config: type, options: Iterable[str], **more: Any) -> dict[str, Widget]:

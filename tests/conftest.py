@@ -16,16 +16,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.monitor import journal
-from sdxl_lora_core.training.monitor.charts import draw_loss_chart
-from sdxl_lora_core.training.optim import accumulation
-from sdxl_lora_core.training.optim.memory_plan import kept_bytes
+from sdxl_lora_core.training.monitor.charts import plot_losses
+from sdxl_lora_core.training.optim.memory_plan import Measured
 from sdxl_lora_core.training.run.runs import RunFolders
-from sdxl_lora_core.training.train import TrainResult, train
+from sdxl_lora_core.training.train import TrainResult
 from tests.micro.published import bare, published_openclip, published_unet, published_vae
-from tests.micro.runs import CPU, SMALL, Train, Trained, load
+from tests.micro.runs import SMALL, Train, Trained, load, train_on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function) and {"run", "trained"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
 
+
+SAVED_BYTES = Measured.saved_bytes
 
 # SDXL in every respect but size. No two widths that a mistake could swap are equal.
 MICRO_UNET: dict[str, Any] = {
@@ -116,28 +118,28 @@ def quick_collection() -> None:
 def fixed_plan() -> Iterator[None]:
     """A training keeps nothing, says the memory plan, which would count for 3 s for each new shape. See `real_plan`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulation, "kept_bytes", lambda forward, model, inputs, cache: 0)
+        patch.setattr(Measured, "saved_bytes", lambda self: 0)
         yield
 
 
 @pytest.fixture
 def real_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory plan counts, as it does outside the tests."""
-    monkeypatch.setattr(accumulation, "kept_bytes", kept_bytes)
+    monkeypatch.setattr(Measured, "saved_bytes", SAVED_BYTES)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def blank_charts() -> Iterator[None]:
     """A training's chart is blank, where matplotlib would take a third of a small run to draw it. See `real_charts`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "draw_loss_chart", lambda path, *_: Image.new("RGB", (1, 1)).save(path, format="PNG"))
+        patch.setattr(journal, "plot_losses", lambda path, *_: Image.new("RGB", (1, 1)).save(path, format="PNG"))
         yield
 
 
 @pytest.fixture
 def real_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts are drawn, as they are outside the tests."""
-    monkeypatch.setattr(journal, "draw_loss_chart", draw_loss_chart)
+    monkeypatch.setattr(journal, "plot_losses", plot_losses)
 
 
 @pytest.fixture(scope="session")
@@ -231,10 +233,10 @@ def run(tmp_path: Path, micro_base: SDXLBase, pictures: Path, cache: Path) -> Tr
 
     def call(config: TrainConfig = SMALL, where: str = "a", base: SDXLBase = micro_base, **more: Any) -> TrainResult:
         loras = tmp_path / where / "loras"
-        kept = more.pop("cache", cache)
+        kept = CacheFolders(more.pop("cache", cache))
         folders = RunFolders(loras, tmp_path / where / "runs", kept, lambda name: (loras / name).exists())
         dataset = more.pop("dataset", None) or load(pictures)
-        return train(base, dataset, config, folders=folders, device=CPU, **more)
+        return train_on(base, dataset, config, folders=folders, **more)
 
     return call
 
@@ -249,8 +251,8 @@ def trained(micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path_factory:
         key = (config, *sorted(settings.items()))
         if key not in finished:
             folder = tmp_path_factory.mktemp("trained")
-            folders = RunFolders(folder / "loras", folder / "runs", cache, lambda name: False)
-            finished[key] = train(micro_base, load(pictures, **settings), config, folders=folders, device=CPU)
+            folders = RunFolders(folder / "loras", folder / "runs", CacheFolders(cache), lambda name: False)
+            finished[key] = train_on(micro_base, load(pictures, **settings), config, folders=folders)
         return finished[key]
 
     return call

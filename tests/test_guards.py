@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 
 from sdxl_lora_core.cli.main import main, read_run
 from sdxl_lora_core.safetensors_file import read_header
-from sdxl_lora_core.settings import from_mapping, setting
+from sdxl_lora_core.settings import Range, from_mapping, setting
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.job import TrainingJob
 from sdxl_lora_core.training.lora_metadata import lora_metadata
 from sdxl_lora_core.training.monitor.progress import StepReport
-from sdxl_lora_core.training.run.loop_state import Look, LoopState
+from sdxl_lora_core.training.run.loop_state import Evaluation, LoopState
 from sdxl_lora_core.training.train import TrainResult
 from tests.guards.cases import (
     GUARDS,
@@ -71,7 +72,7 @@ class LaterConfig(TrainConfig):
     """As if a later version had added two settings, one of them outside of the fingerprint."""
 
     OUTSIDE_FINGERPRINT = (*TrainConfig.OUTSIDE_FINGERPRINT, "shown")
-    sharpness: float = setting(0.0, "How sharp.", low=0, high=1, since="0.4.0")
+    sharpness: float = setting(0.0, "How sharp.", Range(0, 1), since="0.4.0")
     shown: bool = setting(False, "Whether it is shown.", since="0.4.0")
 
 
@@ -138,7 +139,7 @@ def test_a_run_finished_by_0_3_0_is_found_again(home: Path) -> None:
     reports: list[StepReport] = []
     result = trained(home, FINISHED, reports.append)
     assert result.reused and result.lora_name == "guard.safetensors" and not reports
-    assert result.report == {**read_json(HOME / "lora_runs/guard/report.json"), "reused": True}
+    assert json.loads(result.report.to_json()) == {**read_json(HOME / "lora_runs/guard/report.json"), "reused": True}
     assert result.lora_path.read_bytes() == (HOME / "loras/guard.safetensors").read_bytes()
 
 
@@ -151,21 +152,21 @@ def test_the_command_line_finds_it_again_by_its_run_yaml(home: Path, capsys: pyt
 
 @pytest.mark.parametrize(("name", "settings"), [("guard", FINISHED), ("settings", SETTINGS)])
 def test_a_run_yaml_of_0_3_0_is_read_as_it_was_meant(home: Path, name: str, settings: TrainConfig) -> None:
-    own, data, config = read_run(home / f"lora_runs/{name}/run.yaml", None)
-    assert config == settings
-    assert fingerprint(own, data, config) == section(home, name, "run")["fingerprint"]
+    job = read_run(home / f"lora_runs/{name}/run.yaml", None)
+    assert job.config == settings
+    assert fingerprint(job.base, job.dataset, job.config) == section(home, name, "run")["fingerprint"]
 
 
 def test_a_run_yaml_without_a_setting_added_later_gives_the_same_run(home: Path) -> None:
-    own, data, _ = read_run(home / "lora_runs/guard/run.yaml", None)
+    job = read_run(home / "lora_runs/guard/run.yaml", None)
     later = from_mapping(LaterConfig, section(home, "guard", "train"), "train")
-    assert fingerprint(own, data, later) == section(home, "guard", "run")["fingerprint"]
+    assert fingerprint(job.base, job.dataset, later) == section(home, "guard", "run")["fingerprint"]
 
 
 def test_more_steps_go_on_from_a_run_finished_by_0_3_0(home: Path) -> None:
     result = trained(home, replace(FINISHED, steps=FINISHED.steps + 1), lambda report: None)
     begun = f"the first {FINISHED.steps} steps are those of guard"
-    assert result.report["steps"] == FINISHED.steps + 1 and result.report["continued"].startswith(begun)
+    assert result.report.steps == FINISHED.steps + 1 and result.report.continued.startswith(begun)
 
 
 def test_training_goes_on_from_a_checkpoint_of_0_3_0(continued: Continued) -> None:
@@ -261,7 +262,7 @@ def test_the_names_in_a_checkpoint_stay(continued: Continued) -> None:
     )
     look = {"step", "validation_loss", "clip_scores"}
     assert [set(seen) for seen in document["loop"]["looks"]] == [look] * 3
-    assert {field.name for field in fields(Look)} == look
+    assert {field.name for field in fields(Evaluation)} == look
     assert set(load_file(continued.last / "state.safetensors")) == set(
         load_file(HOME / "lora_runs/guard/checkpoints/step-000004/state.safetensors")
     )
@@ -304,7 +305,7 @@ def test_the_names_in_a_report_stay(continued: Continued) -> None:
         "validation_loss_before",
         "kept",
     }
-    assert set(continued.result.report) == {*written, "reused"}
+    assert set(json.loads(continued.result.report.to_json())) == {*written, "reused"}
 
 
 def test_the_names_of_an_images_facts_stay(home: Path, on_the_cpu: None) -> None:
@@ -323,18 +324,7 @@ def test_the_names_of_an_images_facts_stay(home: Path, on_the_cpu: None) -> None
 def test_the_names_in_a_loras_metadata_stay(continued: Continued) -> None:
     ours, theirs = (read_header(path) for path in (continued.result.lora_path, HOME / "loras/guard.safetensors"))
     assert set(ours.metadata) == set(theirs.metadata) and ours.shapes == theirs.shapes
-    more = lora_metadata(
-        SETTINGS,
-        name="a",
-        base_name="b",
-        base_hash="c",
-        prediction_type="epsilon",
-        zero_terminal_snr=False,
-        precision="fp32",
-        resolution=64,
-        folders={},
-        trigger_words=["ohwx"],
-    )
+    more = lora_metadata(TrainingJob(base(), dataset("trigger word"), SETTINGS), "a", 1, torch.float32)
     assert set(more) - set(theirs.metadata) == {
         "modelspec.trigger_phrase",
         "ss_text_encoder_lr",

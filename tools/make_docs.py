@@ -1,56 +1,84 @@
-"""Writes the help pages of the option nodes from the settings themselves: python -m tools.make_docs.
+"""Updates the help pages of all nodes: python -m tools.make_docs
 
-A test compares the pages with the settings.
+The title and the tables of inputs and outputs are made from the node and its settings; everything else on a page is
+written by hand and kept. The pages of the option nodes have no other text. A test compares the pages with the nodes.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tools.run_workflow import ROOT, load_pack
 
+PAGES = ROOT / "web/docs"
+OPTIONS_TEXT = """\
+Connect `options` to Train SDXL LoRA, or to another options node. They chain; where two set the same setting, the later
+one wins. Settings at their default change nothing. A setting that contradicts another one, here or on Train SDXL LoRA,
+is an error that names both, before any model is loaded.
+"""
+
 
 def main() -> None:
     for node_id, page in pages().items():
-        (ROOT / "web/docs" / f"{node_id}.md").write_text(page, encoding="utf-8", newline="\n")
+        (PAGES / f"{node_id}.md").write_text(page, encoding="utf-8", newline="\n")
 
 
 def pages() -> dict[str, str]:
+    """The page of each node, by the node's id."""
     pack: Any = load_pack()
-    options = pack.nodes.train_options.TrainOptions
-    titles = pack.NODE_DISPLAY_NAME_MAPPINGS
-    nodes = {node_id: node for node_id, node in pack.NODE_CLASS_MAPPINGS.items() if issubclass(node, options)}
-    return {node_id: page(titles[node_id], node) for node_id, node in nodes.items()}
+    options, titles = pack.nodes.train_options.TrainOptions, pack.NODE_DISPLAY_NAME_MAPPINGS
+    return {
+        node_id: options_page(titles[node_id], node)
+        if issubclass(node, options)
+        else updated_page((PAGES / f"{node_id}.md").read_text(encoding="utf-8"), titles[node_id], node)
+        for node_id, node in pack.NODE_CLASS_MAPPINGS.items()
+    }
 
 
-def page(title: str, node: Any) -> str:
-    rows = [
-        f"| `{name}` | {'a file by its name' if name in node.FILES else _values(kind, shown)} | {shown['tooltip']} |"
-        for name, (kind, shown) in node.INPUT_TYPES()["optional"].items()
-    ]
-    return "\n".join(
-        [
-            f"# {title}",
-            "",
-            f"{node.DESCRIPTION}",
-            "",
-            "Connect `options` to Train SDXL LoRA, or to a further options node. They chain; where two set the same,",
-            "the later one wins. Settings at their default change nothing. A setting that contradicts another one,",
-            "here or on Train SDXL LoRA, is an error that names both, before any model is loaded.",
-            "",
-            "| setting | default and range | what it does, and when to touch it |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+def options_page(title: str, node: Any) -> str:
+    return f"# {title}\n\n{node.DESCRIPTION}\n\n{OPTIONS_TEXT}\n{inputs_table(node)}"
 
 
-def _values(kind: Any, shown: dict[str, Any]) -> str:
-    if kind == "TRAIN_OPTIONS":
-        return "a link"
+def updated_page(page: str, title: str, node: Any) -> str:
+    """The page with a new title and new tables."""
+    page = re.sub(r"\A# .*", lambda _: f"# {title}", page)
+    page = with_table(page, "Inputs", inputs_table(node))
+    return with_table(page, "Outputs", outputs_table(node))
+
+
+def with_table(page: str, heading: str, table: str) -> str:
+    """Replaces the table below a heading. Raises ValueError for a page without it."""
+    replaced, count = re.subn(rf"(^## {heading}\n\n)(?:\|.*\n)+", lambda found: found[1] + table, page, flags=re.M)
+    if count != 1:
+        raise ValueError(f"the page has {count} tables below '## {heading}': give it one")
+    return replaced
+
+
+def inputs_table(node: Any) -> str:
+    declared = node.INPUT_TYPES()
+    inputs = {**declared["required"], **declared.get("optional", {})}
+    files = getattr(node, "FILES", {})
+    rows = [f"| `{name}` | {_values(name in files, *found)} | {_help(found[1])} |" for name, found in inputs.items()]
+    return "\n".join(["| input | default and range | what it does |", "|---|---|---|", *rows, ""])
+
+
+def outputs_table(node: Any) -> str:
+    rows = [f"| `{name}` | {text} |" for name, text in zip(node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True)]
+    return "\n".join(["| output | meaning |", "|---|---|", *rows, ""])
+
+
+def _help(shown: dict[str, Any]) -> str:
+    return f"{'*Advanced.* ' if shown.get('advanced') else ''}{shown['tooltip']}"
+
+
+def _values(is_file: bool, kind: Any, shown: dict[str, Any]) -> str:
+    if is_file or (isinstance(kind, list) and "default" not in shown):
+        return "a file or folder by its name"
     if isinstance(kind, list):
         return ", ".join(f"**{choice}**" if choice == shown["default"] else choice for choice in kind)
+    if kind not in ("INT", "FLOAT", "STRING", "BOOLEAN"):
+        return f"a link ({kind})"
     if "max" in shown:
         return f"**{shown['default']:g}**, {shown['min']:g} to {shown['max']:g}"
     return {True: "**on**", False: "**off**"}.get(shown["default"], "text") if kind == "BOOLEAN" else "text"

@@ -27,17 +27,17 @@ class ControlConfig:
     """How strongly and when a ControlNet acts. Percents are fractions from 0 (noise) to 1 (image), as in ComfyUI."""
 
     strength: float = setting(
-        1.0, "How strongly it acts. 0 turns it off, at no cost.", Range(0, 10, step=0.01, rounded=True)
+        1.0, "How strongly it acts. 0 turns it off, at no cost.", Range(0.0, 10.0, step=0.01, rounded=True)
     )
     start_percent: float = setting(
         0.0,
         "The position between noise (0) and image (1) from which it acts, as in ComfyUI's Apply ControlNet.",
-        Range(0, 1, step=0.001, rounded=True),
+        Range(0.0, 1.0, step=0.001, rounded=True),
     )
     end_percent: float = setting(
         1.0,
         "The position up to which it acts. About 0.5 leaves the details free and saves time.",
-        Range(0, 1, step=0.001, rounded=True),
+        Range(0.0, 1.0, step=0.001, rounded=True),
     )
     control_type: ControlType = setting(
         "auto",

@@ -22,8 +22,8 @@ NOISE_LEVELS = 1000
 
 _PIXELS = Range(0, LARGEST_SIDE)
 _SIDE = Range(64, LARGEST_SIDE, step=SIDE_MULTIPLE)
-_FRACTION = Range(0, 1, step=0.01, rounded=True)
-_DENOISE = Range(0.01, 1, step=0.01, rounded=True)
+_FRACTION = Range(0.0, 1.0, step=0.01, rounded=True)
+_DENOISE = Range(0.01, 1.0, step=0.01, rounded=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class GenerateConfig:
     guidance: float = setting(
         7.0,
         "Guidance scale (CFG): how closely the prompt is followed. 1 turns guidance off and halves the time.",
-        Range(0, 100, step=0.1, rounded=True),
+        Range(0.0, 100.0, step=0.1, rounded=True),
     )
     width: int = setting(1024, "Width in pixels, a multiple of 8.", _SIDE)
     height: int = setting(1024, "Height in pixels, a multiple of 8.", _SIDE)
@@ -106,7 +106,7 @@ class GenerateConfig:
         BASES_RESCALE,
         "Reduces the overexposure of strong guidance: 0 not at all, 1 completely. -1: 0.7 for bases with zero terminal "
         "SNR, 0 for all others.",
-        Range(BASES_RESCALE, 1, step=0.05, rounded=True),
+        Range(BASES_RESCALE, 1.0, step=0.05, rounded=True),
     )
     guidance_start: float = setting(
         0.0,
@@ -133,7 +133,7 @@ class GenerateConfig:
         1.0,
         "Above 1 each image is enlarged by this factor and denoised again at that size. SDXL composes best at about "
         "1024 x 1024 pixels and adds detail from there.",
-        Range(1, 4, step=0.05, rounded=True),
+        Range(1.0, 4.0, step=0.05, rounded=True),
     )
     hires_denoise: float = setting(
         0.5, "How much the second pass changes. 0.3 sharpens, 0.6 adds new detail.", _DENOISE

@@ -30,7 +30,7 @@ class SaveLoRAConfig:
         1.0,
         "Fraction of each module's energy (sum of squared singular values) to keep: 0.95 finds the lowest ranks that "
         "keep 95 %.",
-        Range(0.01, 1, step=0.01, rounded=True),
+        Range(0.01, 1.0, step=0.01, rounded=True),
     )
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class MergeLoRAsConfig:
     )
     rank: int = setting(32, "Rank of the result of svd, ties and dare.", Range(1, MAX_RANK))
     density: float = setting(
-        0.5, "Fraction of each LoRA's values that ties and dare keep.", Range(0.01, 1, step=0.01, rounded=True)
+        0.5, "Fraction of each LoRA's values that ties and dare keep.", Range(0.01, 1.0, step=0.01, rounded=True)
     )
     seed: int = setting(0, "Decides which values dare keeps.", Range(0, MAX_SEED))
     format: FileFormat = setting("kohya", _FORMAT_HELP)

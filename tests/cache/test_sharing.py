@@ -44,7 +44,10 @@ import torch
 from sdxl_lora_core.generation import generate as generation
 from sdxl_lora_core.sdxl.base import open_base
 from sdxl_lora_core.generation.config import GenerateConfig
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.generation.image_maker import MadeImage
+from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
+from sdxl_lora_core.generation.prompt_encoder import EncodedPrompts
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 
 folder, home, number, requests, images = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
@@ -52,15 +55,16 @@ log = os.open(home / "made", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 class Maker:
     def __init__(self, *_): pass
-    def make(self, wanted, unwanted, seeds, starts, hints, on_step):
+    def make(self, batch, on_step):
+        seeds = batch.seeds
         os.write(log, f"{seeds[0]}\\n".encode())
         time.sleep(0.02)
         drawn = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8) for seed in seeds]
-        return [MadeImage(pixels, torch.zeros(4, 8, 8)) for pixels in drawn]
+        return [MadeImage(pixels, torch.zeros(4, 8, 8), ()) for pixels in drawn]
 
 class Texts:
     def __init__(self, *_): pass
-    def encode(self, texts): return dict.fromkeys(texts)
+    def encode(self, texts): return EncodedPrompts(dict.fromkeys(texts), ())
 
 generation.ImageMaker, generation.TextPhase = Maker, Texts  # drawing itself is not what is tested
 base, parts = open_base(folder, "fp32", home / "hashes"), LoadedParts(torch.device("cpu"))
@@ -71,7 +75,7 @@ while len(list(home.glob("ready-*"))) < 4:
 found = 0
 for _ in range(requests):
     config = GenerateConfig(prompt="x", width=64, height=64, steps=1, seed=order.randrange(images))
-    [image] = generation.generate(base, config, parts=parts, cache_folder=home / "images")
+    [image] = generation.generate(GenerationJob(base, config), GenerationContext(parts, CacheFolders(home)))
     found += image.hit
     wanted = np.random.default_rng(image.seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert np.array_equal(image.pixels, wanted), image.seed

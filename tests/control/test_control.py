@@ -282,7 +282,7 @@ def test_each_image_has_its_own_hint_or_all_share_one(micro_base: SDXLBase, file
     mixed = [own, control(files[1], hint(3))]
     batched = pixels(micro_base, settings(count=2, batch_size=2), controls=mixed)
     assert abs(batched - pixels(micro_base, config, controls=mixed)).max() <= 1
-    with pytest.raises(ValueError, match=r"ControlNet a has 2 images.*3 images are asked for.*give 1 for all.*or 3"):
+    with pytest.raises(ValueError, match=r"ControlNet a has 2 images.*3 images are requested.*give 1 for all.*or 3"):
         draw(micro_base, settings(count=3), controls=[own])
 
 
@@ -386,7 +386,7 @@ def test_wrong_settings_are_refused_by_name(micro_base: SDXLBase, files: list[Pa
         ({"strength": -1}, "strength is -1"),
         ({"start_percent": 1.5}, "start_percent is 1.5"),
         ({"end_percent": -0.5}, "end_percent is -0.5"),
-        ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent is 0.5 and end_percent 0.5: the start comes first"),
+        ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent is 0.5 and end_percent 0.5: the start has"),
         ({"control_type": "edges"}, "control_type is 'edges': choose one of auto, openpose"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -411,8 +411,8 @@ def test_metadata_problems_are_named_with_their_line(tmp_path):
     lines = {f"metadata.jsonl line {number}" for number in (2, 3, 4, 5, 6, 7, 8, 11)}
     assert set(found) == lines | {"c.png"}
     assert "'gone.png'" in found["metadata.jsonl line 2"]
-    assert "'../outside.png' is not a usable relative path" in found["metadata.jsonl line 3"]
-    assert "'/etc/passwd' is not a usable relative path" in found["metadata.jsonl line 4"]
+    assert "'../outside.png' is not a valid relative path" in found["metadata.jsonl line 3"]
+    assert "'/etc/passwd' is not a valid relative path" in found["metadata.jsonl line 4"]
     assert "no JSON" in found["metadata.jsonl line 5"] and "another caption" in found["metadata.jsonl line 8"]
 
 

@@ -219,10 +219,13 @@ from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
+from sdxl_lora_core.cache.folders import CacheFolders
 folder, images, lora = map(Path, sys.argv[1:])
 config = GenerateConfig(prompt="a red circle", width=64, height=64, steps=3, seed=5)
 loras = [LoRARef(lora, "x", 1.0, 1.0)]
-found = generate(open_base(folder, "fp32"), config, loras, parts=LoadedParts(torch.device("cpu")), cache_folder=images)
+context = GenerationContext(LoadedParts(torch.device("cpu")), CacheFolders(images.parent))
+found = generate(GenerationJob(open_base(folder, "fp32"), config, loras), context)
 heavy = {"diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib"} & set(sys.modules)
 print(found[0].hit, sorted(heavy))
 """

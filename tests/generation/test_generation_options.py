@@ -132,6 +132,6 @@ def test_vae_of_a_half_precision_base(
 def test_image_that_is_not_finite_is_an_error_with_a_remedy(
     micro_base: SDXLBase, tmp_path: Path, part: str, word: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"{word} gave .* not finite .*precision to fp32 or bf16"):
+    with pytest.raises(ValueError, match=f"{word} returned .* not finite .*precision to fp32 or bf16"):
         draw(micro_base, settings(steps=1), parts=WatchedParts(broken=part), cache_folder=tmp_path)
     assert not list(tmp_path.rglob("*.png"))

@@ -12,7 +12,7 @@ import torch
 
 from sdxl_lora_core.generation import image_keys
 from sdxl_lora_core.generation.config import GenerateConfig
-from sdxl_lora_core.generation.image_keys import image_key, image_settings
+from sdxl_lora_core.generation.image_keys import image_facts, image_settings, key_of
 from sdxl_lora_core.generation.samplers import SOLVERS
 from sdxl_lora_core.lora.stack import LoRARef, open_stack
 from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
@@ -34,7 +34,9 @@ def key(
     prompt: str = "a red circle",
     seed: int = 0,
 ) -> str:
-    return image_key(image_settings(base, settings or config(), loras, dtype, torch.device(device)), prompt, seed)
+    return key_of(
+        image_facts(image_settings(base, settings or config(), loras, dtype, torch.device(device)), prompt, seed)
+    )
 
 
 def with_hash(base: SDXLBase, part: str) -> SDXLBase:
@@ -216,7 +218,9 @@ def test_what_the_syntax_does_anyway_is_not_in_the_key(micro_base: SDXLBase) -> 
 
 def test_embeddings_change_the_key(micro_base: SDXLBase) -> None:
     settings = image_settings(micro_base, config(prompt_syntax="comfy"), LORAS, torch.bfloat16, torch.device("cuda"))
-    keys = {image_key(settings, "a", 0, used) for used in ((), ("1" * 64,), ("2" * 64,), ("1" * 64, "2" * 64))}
+    keys = {
+        key_of(image_facts(settings, "a", 0, used)) for used in ((), ("1" * 64,), ("2" * 64,), ("1" * 64, "2" * 64))
+    }
     assert len(keys) == 4
 
 
@@ -294,12 +298,12 @@ from pathlib import Path
 import torch
 from sdxl_lora_core.sdxl.base import open_base
 from sdxl_lora_core.generation.config import GenerateConfig
-from sdxl_lora_core.generation.image_keys import image_key, image_settings
+from sdxl_lora_core.generation.image_keys import image_facts, image_settings, key_of
 from sdxl_lora_core.generation.samplers import SOLVERS
 config = GenerateConfig(prompt="a red circle", negative_prompt="blurry")
 loras = (("a" * 64, 1.0, 0.5), ("b" * 64, 0.8, 0.8))
 settings = image_settings(open_base(Path(sys.argv[1])), config, loras, torch.bfloat16, torch.device("cuda:0"))
-print(image_key(settings, "a red circle", 0))
+print(key_of(image_facts(settings, "a red circle", 0)))
 """
 
 

@@ -14,6 +14,7 @@ from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.generation.image_keys import start_settings
 from sdxl_lora_core.generation.init_images import StartImage, start_images
+from sdxl_lora_core.generation.job import GenerationJob
 from sdxl_lora_core.images.crop import fit_image
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro.images import WatchedParts, draw, hits, settings
@@ -192,7 +193,7 @@ def test_counts_and_denoise_are_checked_before_anything_is_loaded() -> None:
         (settings(denoise=0.5), [], "denoise is 0.5, but there is nothing to start from"),
     ):
         with pytest.raises(ValueError, match=message):
-            generate(nothing, config, starts=starts, parts=nothing, cache_folder=None)
+            generate(GenerationJob(nothing, config, starts=starts), nothing)
     with pytest.raises(ValueError, match="denoise is 0.02 with 25 steps.*1250 steps.*raise denoise or lower steps"):
         settings(denoise=0.02, steps=25)
 

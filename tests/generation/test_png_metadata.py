@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sdxl_lora_core.generation.config import GenerateConfig
-from sdxl_lora_core.generation.png_metadata import graph_texts, parameters, without_paths
+from sdxl_lora_core.generation.png_metadata import PngTexts, graph_texts, without_paths
 from sdxl_lora_core.images.png import AI_GENERATED
 from sdxl_lora_core.lora.stack import LoRARef, StackEntry
 from sdxl_lora_core.sdxl.base import SDXLBase
@@ -36,7 +36,7 @@ def single(base: SDXLBase) -> SDXLBase:
 
 
 def test_parameters_as_a1111_writes_them(micro_base: SDXLBase) -> None:
-    text = parameters(single(micro_base), CONFIG, STACK, "a red circle", 7)
+    text = PngTexts(single(micro_base), CONFIG, STACK).parameters("a red circle", 7)
     prompt, negative, facts = text.split("\n")
     assert prompt == "a red circle <lora:ink, wet:0.8> <lora:line:0.5:1>"  # text encoders first, as A1111 reads it
     assert negative == "Negative prompt: blurry"
@@ -51,7 +51,7 @@ def test_parameters_as_a1111_writes_them(micro_base: SDXLBase) -> None:
 
 
 def test_a_folder_has_no_hash_that_others_know(micro_base: SDXLBase) -> None:
-    text = parameters(micro_base, dataclasses.replace(CONFIG, negative_prompt=""), (), "a red circle", 7)
+    text = PngTexts(micro_base, dataclasses.replace(CONFIG, negative_prompt="")).parameters("a red circle", 7)
     assert text.startswith("a red circle\nSteps: 30, ")
     assert text.endswith(f"Size: 832x1216, Model: {micro_base.name}")
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sdxl_lora_core.generation.init_images import start_images
-from sdxl_lora_core.generation.png_metadata import parameters
+from sdxl_lora_core.generation.png_metadata import PngTexts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro.images import WatchedParts, cancel_at, draw, hits, pixels, settings
 
@@ -124,11 +124,11 @@ def test_wrong_values_are_refused(changes: dict[str, Any], said: str) -> None:
 
 
 def test_the_png_says_it_as_a1111_does(micro_base: SDXLBase) -> None:
-    text = parameters(micro_base, TWICE, (), "a red circle", 5)
+    text = PngTexts(micro_base, TWICE).parameters("a red circle", 5)
     assert "Size: 64x64" in text
     assert "Denoising strength: 0.4, Hires upscale: 1.75, Hires steps: 2, Hires upscaler: Lanczos" in text
-    assert "Hires" not in parameters(micro_base, settings(), (), "a red circle", 5)
-    assert "Denoising strength: 0.3" in parameters(micro_base, settings(denoise=0.3), (), "a red circle", 5)
+    assert "Hires" not in PngTexts(micro_base, settings()).parameters("a red circle", 5)
+    assert "Denoising strength: 0.3" in PngTexts(micro_base, settings(denoise=0.3)).parameters("a red circle", 5)
 
 
 def test_large_images_are_decoded_in_tiles(micro_base: SDXLBase) -> None:

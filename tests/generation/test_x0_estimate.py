@@ -15,7 +15,7 @@ from sdxl_lora_core.generation.schedulers import make_scheduler
 from sdxl_lora_core.generation.x0_estimate import clean_estimate
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.sdxl.latents import scaled
-from tests.micro.images import SHARED, draw, settings
+from tests.micro.images import SHARED, draw, held, settings
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -48,7 +48,7 @@ def test_it_ends_at_the_image_and_changes_nothing(micro_base: SDXLBase, sampler:
     np.testing.assert_array_equal(watched.pixels, plain.pixels)
     assert len(seen) == SOLVERS[sampler].unet_calls(5)
     assert all(one.shape == (1, 4, 8, 8) and one.dtype == torch.float32 for one in seen)
-    vae: Any = SHARED.held("vae")
+    vae: Any = held(SHARED, "vae")
     end = scaled(watched.latents, vae.config)  # type: ignore[arg-type]
     distances = [float((one[0] - end).abs().mean()) for one in seen]
     assert distances[-1] < distances[0] / 3, distances

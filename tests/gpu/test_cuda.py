@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
-from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.run.runs import RunFolders
-from sdxl_lora_core.training.train import train
+from tests.micro.images import draw
+from tests.micro.runs import train_on
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -37,7 +37,7 @@ def test_training_gives_finite_weights_and_frees_the_memory(
     folders = RunFolders(tmp_path / "loras", tmp_path / "runs", tmp_path / "cache", lambda name: False)
     before = torch.cuda.memory_allocated()
     config = TrainConfig(steps=8, learning_rate=1e-3, precision=precision)
-    result = train(micro_base, dataset, config, folders=folders, device=CUDA)
+    result = train_on(micro_base, dataset, config, folders=folders, device=CUDA)
     tensors = load_file(result.lora_path)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
@@ -48,7 +48,7 @@ def test_an_image_is_the_cpus_within_rounding_and_repeats_itself(micro_base: SDX
     config = GenerateConfig(prompt="a heart", steps=5, width=64, height=64)
     base = replace(micro_base, precision="fp32")
     first, second, cpu = (
-        generate(base, config, parts=LoadedParts(device), cache_folder=None)[0].pixels.astype(np.int16)
+        draw(base, config, parts=LoadedParts(device))[0].pixels.astype(np.int16)
         for device in (CUDA, CUDA, torch.device("cpu"))
     )
     assert np.array_equal(first, second)
@@ -59,5 +59,5 @@ def test_offload_by_phase_leaves_nothing_on_the_device(micro_base: SDXLBase) -> 
     before = torch.cuda.memory_allocated()
     parts = LoadedParts(CUDA)
     config = GenerateConfig(prompt="a heart", steps=2, width=64, height=64, offload="phase")
-    generate(micro_base, config, parts=parts, cache_folder=None)
+    draw(micro_base, config, parts=parts)
     assert torch.cuda.memory_allocated() - before < 2**20

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.cache.image_cache import ImageCache
 from sdxl_lora_core.control.config import ControlConfig
 from sdxl_lora_core.control.control import Control
@@ -31,6 +33,7 @@ from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.generation.init_images import start_images
+from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
@@ -113,7 +116,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "masked loss": ("masks", {"masked_loss": True}),
     "class images": ("sample", {"class_prompt": "a circle", "class_images": 4, "prior_weight": 0.5}),
     **{f"data set: {name}": (name, {}) for name in DATASETS},
-    **{f"preset: {preset}": ("sample", with_preset({}, preset)) for preset in PRESETS},
+    **{f"preset: {preset}": ("sample", with_preset({}, preset)[0]) for preset in PRESETS},
 }
 
 
@@ -219,15 +222,12 @@ def requests_with_more() -> dict[str, tuple[GenerateConfig, dict[str, Any]]]:
 def keys_of(base: SDXLBase, config: GenerateConfig, **more: Any) -> list[str]:
     """The keys under which `generate` looks for the images. Nothing is drawn: each look finds something."""
     found = mock.patch.object(ImageCache, "load", lambda self, key: picture(0))
-    with found, libraries_of_0_3_0():
-        images = generate(
-            base,
-            config,
-            parts=LoadedParts(CPU),
-            cache_folder=Path("unused"),
-            find_embedding=lambda name: GUARDS / f"{name}.safetensors",
-            **more,
+    with found, libraries_of_0_3_0(), TemporaryDirectory() as folder:
+        unused = CacheFolders(Path(folder))
+        context = GenerationContext(
+            LoadedParts(CPU), unused, find_embedding=lambda name: GUARDS / f"{name}.safetensors"
         )
+        images = generate(GenerationJob(base, config, **more), context)
     return [image.key for image in images]
 
 

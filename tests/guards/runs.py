@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from sdxl_lora_core.sdxl.vae_override import with_vae
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.job import RunContext, TrainingJob
 from sdxl_lora_core.training.monitor.progress import StepReport
-from sdxl_lora_core.training.run.runs import Run, RunFolders, run_fingerprint, save_settings
+from sdxl_lora_core.training.report import save_settings
+from sdxl_lora_core.training.run.runs import Run, RunFolders
 from sdxl_lora_core.training.train import TrainResult, as_trained, train
 from tools.run_workflow import run
 
@@ -124,8 +127,9 @@ def pictures() -> CaptionDataset:
 
 def trained(home: Path, config: TrainConfig, on_step: Callable[[StepReport], None]) -> TrainResult:
     loras = home / "loras"
-    folders = RunFolders(loras, home / "lora_runs", home / "user/sdxl_lora", lambda name: (loras / name).exists())
-    return train(tiny_sdxl(), pictures(), config, folders=folders, device=CPU, on_step=on_step)
+    cache = CacheFolders(home / "user/sdxl_lora")
+    folders = RunFolders(loras, home / "lora_runs", cache, lambda name: (loras / name).exists())
+    return train(TrainingJob(tiny_sdxl(), pictures(), config), RunContext(folders, CPU, on_step))
 
 
 class Cancelled(Exception):
@@ -153,8 +157,8 @@ def write_every_setting(folder: Path) -> None:
     chained = load_caption_dataset(ROOT / "assets/sample-dataset", DatasetConfig(trigger_word="ohwx", flip=True))
     regular = load_caption_dataset(PICTURES, DatasetConfig(resolution=64, is_regularisation=True), chained)
     dataset = with_validation(regular, load_caption_dataset(PICTURES, DatasetConfig(resolution=64)))
-    facts = {"fingerprint": run_fingerprint(base, dataset, SETTINGS)}
-    save_settings(Run("settings", folder, folder / "unused", {}), base, dataset, SETTINGS, facts)
+    job = TrainingJob(base, dataset, SETTINGS)
+    save_settings(Run("settings", folder, folder / "unused", {}), job, {"fingerprint": job.fingerprint})
 
 
 def without_traces(home: Path) -> None:

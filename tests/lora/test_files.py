@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, CaptionEntry
 from sdxl_lora_core.lora.describe import describe_lora
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
-from sdxl_lora_core.lora.metadata import tag_counts, trigger_words
+from sdxl_lora_core.lora.metadata import trigger_words
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora.writing import kohya_state_dict, peft_state_dict
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.lora_metadata import FolderFacts, lora_metadata
+from sdxl_lora_core.training.job import TrainingJob
+from sdxl_lora_core.training.lora_metadata import lora_metadata
 from sdxl_lora_core.training.model.adapters import PRESETS, Adapter
 from tests.micro.loras import (
     ATTENTION,
@@ -297,6 +300,7 @@ def test_the_keys_are_the_ones_others_read(lora: LoRAFile) -> None:
 
 WRITE = """
 import sys, torch
+from dataclasses import replace
 from pathlib import Path
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora.files import write_lora
@@ -325,24 +329,23 @@ def test_equal_content_gives_equal_bytes_in_any_process(tmp_path: Path) -> None:
     assert int.from_bytes(first[:8], "little") % 8 == 0
 
 
-def metadata_of(**changes: Any) -> dict[str, str]:
-    facts: dict[str, Any] = {
-        "name": "pixel",
-        "base_name": "sd_xl_base_1.0",
-        "base_hash": "ab" * 32,
-        "prediction_type": "v_prediction",
-        "zero_terminal_snr": True,
-        "precision": "bf16",
-        "resolution": 1024,
-        "steps": 90,
-        "trigger_words": ("8bit",),
-        "folders": {"cats": FolderFacts(24, 2, tag_counts(["8bit, a cat", "8bit, a dog"]))},
-    }
-    return lora_metadata(TrainConfig(rank=4, alpha=8, seed=7, steps=100), **{**facts, **changes})
+def metadata_of(base: SDXLBase, trigger_words: tuple[str, ...] = ("8bit",)) -> dict[str, str]:
+    model = replace(
+        base,
+        name="sd_xl_base_1.0",
+        fingerprint="ab" * 32,
+        prediction_type="v_prediction",
+        zero_terminal_snr=True,
+    )
+    captions = ["8bit, a cat"] * 12 + ["8bit, a dog"] * 12
+    entries = tuple(CaptionEntry(Path("cats/1.png"), (text,), 1024, 1024, "", 2, False, 1024) for text in captions)
+    dataset = CaptionDataset(entries, (), "", (), trigger_words, "cats")
+    job = TrainingJob(model, dataset, TrainConfig(rank=4, alpha=8, seed=7, steps=100))
+    return lora_metadata(job, "pixel", 90, torch.bfloat16)
 
 
-def test_the_metadata_is_what_galleries_read(lora: LoRAFile, tmp_path: Path) -> None:
-    metadata = metadata_of()
+def test_the_metadata_is_what_galleries_read(lora: LoRAFile, micro_base: SDXLBase, tmp_path: Path) -> None:
+    metadata = metadata_of(micro_base)
     assert metadata.items() >= {
         ("ss_base_model_version", "sdxl_base_v1-0"),
         ("ss_network_module", "networks.lora"),
@@ -360,12 +363,12 @@ def test_the_metadata_is_what_galleries_read(lora: LoRAFile, tmp_path: Path) -> 
         ("modelspec.resolution", "1024x1024"),
         ("modelspec.trigger_phrase", "8bit"),
     }
-    assert json.loads(metadata["ss_tag_frequency"]) == {"cats": {"8bit": 2, "a cat": 1, "a dog": 1}}
+    assert json.loads(metadata["ss_tag_frequency"]) == {"cats": {"8bit": 24, "a cat": 12, "a dog": 12}}
     assert json.loads(metadata["ss_datasets"])[0]["subsets"][0]["class_tokens"] == "8bit"
     assert all(isinstance(value, str) for value in metadata.values())
-    assert metadata == metadata_of()
+    assert metadata == metadata_of(micro_base)
     assert trigger_words(metadata) == ("8bit",)
-    assert trigger_words(metadata_of(trigger_words=())) == ()
+    assert trigger_words(metadata_of(micro_base, trigger_words=())) == ()
 
     lora.metadata = metadata
     write_lora(tmp_path / "x.safetensors", lora, torch.float16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_lora_core.lora.merge_into_weights import merge_into, merge_stack
-from sdxl_lora_core.lora.merge_loras import Reduction, Share, combine, resize, single
+from sdxl_lora_core.lora.merge_loras import Reduction, combine, resize, single
 from sdxl_lora_core.lora.modules import DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule
+from sdxl_lora_core.lora.stack import LoRARef, StackEntry
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from tests.micro.loras import CONV, OUT, SHORTCUT, TEXT, Q, load_parts, random_lora, some_modules
 
@@ -23,8 +25,8 @@ def parts(micro_base: SDXLBase) -> dict[str, Any]:
     return load_parts(micro_base)
 
 
-def share(file: LoRAFile, strength: float = 1.0, name: str = "one") -> Share:
-    return Share(name, file, lambda part: lambda module: strength if part == "unet" else strength / 2)
+def entry(file: LoRAFile, strength: float = 1.0, name: str = "one") -> StackEntry:
+    return StackEntry(LoRARef(Path(), name, strength, strength / 2), name, in_memory=file)
 
 
 def random(*shape: int) -> Tensor:
@@ -55,14 +57,14 @@ def test_concatenation_acts_as_the_stack_does(micro_base: SDXLBase, parts: dict[
         tokens={"ohwx": {"text_encoder": torch.ones(1, 8), "text_encoder_2": torch.ones(1, 12)}},
     )
     second.unet[f"{NORM}.bias"] = DiffModule(random(16))
-    shares = [share(first, 0.7), share(second, -0.4, "two")]
+    shares = [entry(first, 0.7), entry(second, -0.4, "two")]
     one = combine(shares, "concatenate", 0)
     assert one.tokens == second.tokens
     assert one.unet[Q].rank == first.unet[Q].rank + second.unet[Q].rank
     assert isinstance(one.unet[OUT], DiffModule)
     for part in ("unet", "text_encoder", "text_encoder_2"):
         ours, wanted = (load_part(micro_base, part, torch.float32) for _ in range(2))
-        merge_stack(wanted, [(share.file.parts()[part], share.strength(part)) for share in shares])
+        merge_stack(wanted, [(share.file.parts()[part], share.strength_by_module(part)) for share in shares])
         assert not merge_into(ours, one.parts()[part], 1.0).missing
         assert same_weights(ours, wanted)
 
@@ -77,17 +79,17 @@ def test_a_single_lora_keeps_its_kind_at_any_strength(kind: str) -> None:
         "diff": DiffModule(random(8, 6)),
         "lora": LoRAModule(random(2, 6), random(8, 2), 3.0),
     }[kind]
-    (scaled,) = single(share(LoRAFile(unet={Q: module}), 0.3)).unet.values()
+    (scaled,) = single(entry(LoRAFile(unet={Q: module}), 0.3)).unet.values()
     assert type(scaled) is type(module)
     torch.testing.assert_close(change(scaled, (8, 6)), 0.3 * change(module, (8, 6)))
 
 
 def test_a_dora_has_no_sum() -> None:
     dora = LoRAFile(unet={Q: LoRAModule(random(2, 6), random(8, 2), 3.0, torch.ones(8, 1))})
-    assert single(share(dora)).unet[Q].dora_scale is not None
+    assert single(entry(dora)).unet[Q].dora_scale is not None
     for call in (
-        lambda: single(share(dora, 0.5)),
-        lambda: combine([share(dora), share(dora)], "concatenate", 0),
+        lambda: single(entry(dora, 0.5)),
+        lambda: combine([entry(dora), entry(dora)], "concatenate", 0),
     ):
         with pytest.raises(ValueError, match=f"{Q} is a DoRA.*use Save Merged Base"):
             call()
@@ -103,7 +105,7 @@ class Small(nn.Module):
         self.conv1 = nn.Conv2d(5, 6, 3)
 
 
-def peft_pair(target: str) -> tuple[Any, list[Share]]:
+def peft_pair(target: str) -> tuple[Any, list[StackEntry]]:
     """Two adapters in peft on one layer, and the same for us with weights 0.7 and -0.4."""
     from peft import LoraConfig, get_peft_model
 
@@ -114,7 +116,7 @@ def peft_pair(target: str) -> tuple[Any, list[Share]]:
     shares = []
     for name, weight in (("a", 0.7), ("b", -0.4)):
         module = LoRAModule(layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), 6.0)
-        shares.append(Share(name, LoRAFile(unet={target: module}), lambda _, w=weight: lambda _: w))
+        shares.append(entry(LoRAFile(unet={target: module}), weight, name))
     return model, shares
 
 
@@ -145,8 +147,8 @@ def test_each_method_is_pefts(ours: Any, theirs: str, target: str, monkeypatch: 
 
 
 def test_linear_needs_equal_ranks(parts: dict[str, Any]) -> None:
-    shares = [share(LoRAFile(unet={**random_lora(parts["unet"], (Q,), rank)})) for rank in (2, 3)]
-    with pytest.raises(ValueError, match=r"method is linear and .* has ranks \[2, 3\]: take svd"):
+    shares = [entry(LoRAFile(unet={**random_lora(parts["unet"], (Q,), rank)})) for rank in (2, 3)]
+    with pytest.raises(ValueError, match=r"method is linear and .* has ranks \[2, 3\]: use svd"):
         combine(shares, "linear", 8)
 
 

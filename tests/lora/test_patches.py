@@ -11,7 +11,7 @@ import torch
 
 from sdxl_lora_core.lora.files import write_lora as save_lora
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
-from sdxl_lora_core.lora.patches import core_changes
+from sdxl_lora_core.lora.patches import comfyui_patches
 from sdxl_lora_core.lora.stack import LoRARef, open_stack
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro.images import write_lora
@@ -68,18 +68,18 @@ def apply(*stack: Any, clip: Any = None) -> tuple[Any, ...]:
 
 def test_modules_come_by_kohyas_keys_at_their_strength(lora: LoRARef) -> None:
     (entry,) = open_stack([lora], None)
-    ((tensors, strength),) = core_changes(entry, ("unet",))
+    ((tensors, strength),) = comfyui_patches(entry, ("unet",))
     assert strength == 0.5
     assert {key.partition(".")[0] for key in tensors} == set(KEYS)
     (blocks,) = open_stack([LoRARef(lora.path, lora.name, 0.5, 1.0, "mid_block=0.5, down_blocks.1=0")], None)
-    ((tensors, strength),) = core_changes(blocks, ("unet",))
+    ((tensors, strength),) = comfyui_patches(blocks, ("unet",))
     assert strength == 0.25 and {key.partition(".")[0] for key in tensors} == {KEYS[1]}
 
 
 def test_text_encoders_have_their_own_strength(micro_base: SDXLBase, tmp_path: Path) -> None:
     path = write_lora(tmp_path / "text.safetensors", micro_base, seed=1).path
     (entry,) = open_stack([LoRARef(path, "text", 1.0, 0.3)], None)
-    ((tensors, strength),) = core_changes(entry, ("text_encoder", "text_encoder_2"))
+    ((tensors, strength),) = comfyui_patches(entry, ("text_encoder", "text_encoder_2"))
     assert strength == 0.3 and {key[:9] for key in tensors} == {"lora_te1_", "lora_te2_"}
 
 
@@ -104,4 +104,4 @@ def test_lengths_of_pefts_doras_are_refused(tmp_path: Path) -> None:
     save_lora(tmp_path / "dora.safetensors", LoRAFile(unet={NAMES[0]: module}), torch.float32, "peft")
     (entry,) = open_stack([LoRARef(tmp_path / "dora.safetensors", "dora", 1.0, 1.0)], None)
     with pytest.raises(ValueError, match="LoRA dora is a DoRA in peft's form.*save it in the kohya format"):
-        core_changes(entry, ("unet",))
+        comfyui_patches(entry, ("unet",))

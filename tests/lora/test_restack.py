@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from sdxl_lora_core.lora.files import write_lora
 from sdxl_lora_core.lora.modules import DiffModule, LoRAFile, LoRAModule
-from sdxl_lora_core.lora.stack import LoRARef, StackEntry, fit_of, load_merged, open_stack, restack
+from sdxl_lora_core.lora.stack import LoRARef, StackEntry, open_stack
+from sdxl_lora_core.lora.stacked_part import StackedPart
+from sdxl_lora_core.runtime.loaded_parts import Loaded
 from sdxl_lora_core.sdxl import weight_reader
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
 from sdxl_lora_core.sdxl.loading import ENCODERS, Part
@@ -63,12 +65,20 @@ def stack(files: list[Path], *strengths: float, blocks: str = "") -> tuple[Stack
     return open_stack([LoRARef(path, path.stem, strength, strength, blocks) for path, strength in pairs], None)
 
 
-def bits(module: nn.Module) -> Mapping[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+def bits(module: nn.Module | Loaded) -> Mapping[str, Tensor]:
+    weights = module.module if isinstance(module, Loaded) else module
+    return {name: tensor.clone() for name, tensor in weights.state_dict().items()}
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def restacked(loaded: Loaded, wanted: StackedPart) -> Loaded:
+    """Changed in place, which has to be possible."""
+    changed = wanted.restack(loaded)
+    assert changed is not None and changed.module is loaded.module
+    return changed
 
 
 STACKS: list[dict[str, Any]] = [
@@ -86,20 +96,20 @@ STACKS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_a_restacked_part_is_the_part_loaded_anew(base: SDXLBase, files: list[Path], dtype: torch.dtype) -> None:
     bare = bits(load_part(base, "unet", dtype))
-    unet = load_merged(base, "unet", dtype, stack(files, 0.9, 0.0, 0.4))
+    unet = StackedPart(base, "unet", dtype, stack(files, 0.9, 0.0, 0.4)).load()
     for wanted in STACKS:
         entries = stack(files, *wanted["strengths"], blocks=wanted.get("blocks", ""))
-        assert restack(unet, base, "unet", dtype, entries)
-        assert same(bits(unet), bits(load_merged(base, "unet", dtype, entries)))
+        unet = restacked(unet, StackedPart(base, "unet", dtype, entries))
+        assert same(bits(unet), bits(StackedPart(base, "unet", dtype, entries).load()))
         assert same(bits(unet), bare) == (not wanted["strengths"])
 
 
 def test_a_weak_change_is_rounded_once(base: SDXLBase, files: list[Path]) -> None:
     """Half of it would be lost on the way if the weight were rounded before it."""
     weak = stack(files, 0.001)
-    exact, bare = (bits(load_merged(base, "unet", torch.float32, entries)) for entries in (weak, ()))
-    for unet in (load_merged(base, "unet", BF16, weak), load_merged(base, "unet", BF16, ())):
-        assert restack(unet, base, "unet", BF16, weak)
+    exact, bare = (bits(StackedPart(base, "unet", torch.float32, entries).load()) for entries in (weak, ()))
+    for unet in (StackedPart(base, "unet", BF16, weak).load(), StackedPart(base, "unet", BF16, ()).load()):
+        restacked(unet, StackedPart(base, "unet", BF16, weak))
         assert same(bits(unet), {name: weight.to(BF16) for name, weight in exact.items()})
     twice = bare[f"{Q}.weight"].to(BF16).float() + (exact[f"{Q}.weight"] - bare[f"{Q}.weight"])
     assert not torch.equal(twice.to(BF16), exact[f"{Q}.weight"].to(BF16)), "the test would not notice"
@@ -111,26 +121,26 @@ def test_only_weights_that_change_are_read_again(
     read: list[str] = []
     reader = weight_reader.BaseWeights.read  # type: ignore[attr-defined]
     monkeypatch.setattr(weight_reader.BaseWeights, "read", lambda own, name: read.append(name) or reader(own, name))
-    unet = load_merged(base, "unet", BF16, stack(files, 1.0, 1.0))
-    restack(unet, base, "unet", BF16, stack(files, 1.0, 1.0))
+    unet = StackedPart(base, "unet", BF16, stack(files, 1.0, 1.0)).load()
+    unet = restacked(unet, StackedPart(base, "unet", BF16, stack(files, 1.0, 1.0)))
     assert sorted(set(read)) == sorted(UNET_MODULES)
     read.clear()
-    restack(unet, base, "unet", BF16, stack(files, 1.0, 1.0))
+    unet = restacked(unet, StackedPart(base, "unet", BF16, stack(files, 1.0, 1.0)))
     assert read == []
-    restack(unet, base, "unet", BF16, stack(files, 1.0, 0.5))
+    unet = restacked(unet, StackedPart(base, "unet", BF16, stack(files, 1.0, 0.5)))
     assert sorted(read) == sorted([Q, CONV])
     read.clear()
-    restack(unet, base, "unet", BF16, stack(files, 1.0, 0.5, blocks="mid_block=0.5"))
+    unet = restacked(unet, StackedPart(base, "unet", BF16, stack(files, 1.0, 0.5, blocks="mid_block=0.5")))
     assert read == [name for name in UNET_MODULES if name.startswith("mid_block")]
 
 
 @pytest.mark.parametrize("part", ENCODERS)
 def test_encoders_are_restacked_as_well(base: SDXLBase, files: list[Path], part: Part) -> None:
     bare = bits(load_part(base, part, BF16))
-    encoder = load_merged(base, part, BF16, stack(files, 1.0))
+    encoder = StackedPart(base, part, BF16, stack(files, 1.0)).load()
     for strengths in ((0.5,), ()):
-        assert restack(encoder, base, part, BF16, stack(files, *strengths))
-        assert same(bits(encoder), bits(load_merged(base, part, BF16, stack(files, *strengths))))
+        encoder = restacked(encoder, StackedPart(base, part, BF16, stack(files, *strengths)))
+        assert same(bits(encoder), bits(StackedPart(base, part, BF16, stack(files, *strengths)).load()))
     assert same(bits(encoder), bare)
 
 
@@ -140,22 +150,22 @@ def test_a_transposed_matrix_is_loaded_anew(
     name = "text_projection"
     file = LoRAFile(text_encoder_2=random_lora(load_parts(micro_base)["text_encoder_2"], (name,)))
     write_lora(tmp_path / "projection.safetensors", file, torch.float16)
-    for base, restacked in ((micro_base, True), (open_base(micro_checkpoint, configs=micro_sdxl), False)):
-        encoder = load_merged(base, "text_encoder_2", BF16, ())
+    for base, possible in ((micro_base, True), (open_base(micro_checkpoint, configs=micro_sdxl), False)):
+        encoder = StackedPart(base, "text_encoder_2", BF16, ()).load()
         entries = stack([tmp_path / "projection.safetensors"], 1.0)
-        assert restack(encoder, base, "text_encoder_2", BF16, entries) is restacked
+        assert bool(StackedPart(base, "text_encoder_2", BF16, entries).restack(encoder)) is possible
 
 
 def test_another_base_or_precision_is_loaded_anew(base: SDXLBase, files: list[Path]) -> None:
     entries = stack(files, 1.0)
-    unet = load_merged(base, "unet", BF16, entries)
-    assert not restack(unet, base, "unet", torch.float32, entries)
-    assert not restack(load_part(base, "unet", BF16), base, "unet", BF16, entries)
+    unet = StackedPart(base, "unet", BF16, entries).load()
+    assert not StackedPart(base, "unet", torch.float32, entries).restack(unet)
+    assert not StackedPart(base, "unet", BF16, entries).restack(Loaded(load_part(base, "unet", BF16)))
 
 
 def test_strengths_by_block_multiply_the_strength_there(micro_base: SDXLBase, files: list[Path]) -> None:
     def unet(*strengths: float, blocks: str = "") -> Mapping[str, Tensor]:
-        return bits(load_merged(micro_base, "unet", torch.float32, stack(files, *strengths, blocks=blocks)))
+        return bits(StackedPart(micro_base, "unet", torch.float32, stack(files, *strengths, blocks=blocks)).load())
 
     bare, whole, half = unet(), unet(1.0), unet(0.5)
     mixed = unet(1.0, blocks="up_blocks.0=0.5, mid_block=0")
@@ -170,8 +180,8 @@ def test_an_unknown_block_is_named_before_anything_is_read(files: list[Path]) ->
 
 
 def test_what_fits_is_told(micro_base: SDXLBase, files: list[Path]) -> None:
-    unet = load_merged(micro_base, "unet", BF16, stack(files, 1.0, 0.5))
-    assert fit_of(nn.ModuleList([unet])) == (
+    unet = StackedPart(micro_base, "unet", BF16, stack(files, 1.0, 0.5)).load()
+    assert unet.state.fit == (
         "LoRA 0: 5 of 5 unet modules are in this base",
         "LoRA 1: 2 of 2 unet modules are in this base",
     )

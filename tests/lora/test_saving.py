@@ -16,8 +16,9 @@ from sdxl_lora_core.lora.files import lora_of_state_dict, read_lora, write_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.lora.merged_base import save_merged_base
 from sdxl_lora_core.lora.modules import LoRAFile
-from sdxl_lora_core.lora.saving import merge_loras, save_lora, source_of_file, sources_of
-from sdxl_lora_core.lora.stack import LoRARef, StackEntry, load_merged, open_stack
+from sdxl_lora_core.lora.saving import merge_loras, save_lora
+from sdxl_lora_core.lora.stack import LoRARef, StackEntry, entry_in_memory, open_stack
+from sdxl_lora_core.lora.stacked_part import StackedPart
 from sdxl_lora_core.lora.writing import kohya_state_dict
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers, open_base, scheduler_config
 from tests.micro.loras import CONV, UNET_MODULES, Q, load_parts, random_lora, some_modules
@@ -79,20 +80,20 @@ def test_a_saved_stack_acts_as_the_stack(
 ) -> None:
     entries = stack(files, 0.7, -0.4)
     config = SaveLoRAConfig(lora_name="both", format=format, precision=precision)
-    path = save_lora(sources_of(entries), config, tmp_path, free)
+    path = save_lora(entries, config, tmp_path, free)
     saved = read_lora(path)
     assert saved.unknown == () and saved.tokens.keys() == {"ohwx"}
     for part in PARTS:
         ours = load_part(micro_base, part, torch.float32)
         merge_into(ours, saved.parts()[part], 1.0)
         effect = worst(ours, load_part(micro_base, part, torch.float32))
-        error = worst(ours, load_merged(micro_base, part, torch.float32, entries))
+        error = worst(ours, StackedPart(micro_base, part, torch.float32, entries).load().module)
         assert error <= PRECISIONS[precision] * effect
 
 
 def test_a_lora_on_a_wire_is_saved_whole(parts: dict[str, Any], files: list[Path], tmp_path: Path) -> None:
     wire = kohya_state_dict(LoRAFile(unet=read_lora(files[1]).unet), torch.float32)
-    source = source_of_file("lora", lora_of_state_dict("lora", wire))
+    source = entry_in_memory("lora", lora_of_state_dict("lora", wire))
     path = save_lora([source], SaveLoRAConfig(precision="fp32"), tmp_path, free)
     assert {key: value for key, value in load_file(path).items()}.keys() == wire.keys()
     with pytest.raises(ValueError, match="lora is a Flux"):
@@ -101,7 +102,7 @@ def test_a_lora_on_a_wire_is_saved_whole(parts: dict[str, Any], files: list[Path
 
 def test_nothing_is_overwritten_and_equal_content_is_found_again(files: list[Path], tmp_path: Path) -> None:
     def save(*strengths: float, taken: Any = free) -> str:
-        path = save_lora(sources_of(stack(files, *strengths)), SaveLoRAConfig(lora_name="x"), tmp_path, taken)
+        path = save_lora(stack(files, *strengths), SaveLoRAConfig(lora_name="x"), tmp_path, taken)
         return path.name
 
     assert save(1.0) == save(1.0) == "x.safetensors"
@@ -114,12 +115,12 @@ def test_nothing_is_overwritten_and_equal_content_is_found_again(files: list[Pat
         "x_00002.safetensors",
         "x_00004.safetensors",
     ]
-    with pytest.raises(ValueError, match="not a usable relative path"):
-        save_lora(sources_of(stack(files, 1.0)), SaveLoRAConfig(lora_name="../x"), tmp_path, free)
+    with pytest.raises(ValueError, match="not a valid relative path"):
+        save_lora(stack(files, 1.0), SaveLoRAConfig(lora_name="../x"), tmp_path, free)
 
 
 def test_metadata_is_kept_and_extended(files: list[Path], tmp_path: Path) -> None:
-    one = save_lora(sources_of(stack(files, 0.5)), SaveLoRAConfig(lora_name="one", rank=2), tmp_path, free)
+    one = save_lora(stack(files, 0.5), SaveLoRAConfig(lora_name="one", rank=2), tmp_path, free)
     metadata = read_lora(one).metadata
     assert metadata.items() >= {
         ("ss_seed", "1"),
@@ -134,7 +135,7 @@ def test_metadata_is_kept_and_extended(files: list[Path], tmp_path: Path) -> Non
     assert "lora_adapter_metadata" not in metadata  # its alpha is another one now
     recipe = json.loads(metadata["sdxl_lora.recipe"])
     assert (recipe["rank"], recipe["loras"][0][1:]) == (2, [0.5, 0.25])
-    both = merge_loras(sources_of(stack(files, 1, 1)), MergeLoRAsConfig(method="svd", rank=2), tmp_path, free)
+    both = merge_loras(stack(files, 1, 1), MergeLoRAsConfig(method="svd", rank=2), tmp_path, free)
     metadata = read_lora(both).metadata
     assert "ss_seed" not in metadata and metadata["ss_sd_model_name"] == "micro"
     assert metadata["modelspec.trigger_phrase"] == "8bit, ohwx"
@@ -152,12 +153,12 @@ def test_merging_reports_every_module_and_can_be_cancelled(files: list[Path], tm
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        merge_loras(sources_of(stack(files, 1, 1)), MergeLoRAsConfig(method="ties", rank=2), tmp_path, free, watch)
+        merge_loras(stack(files, 1, 1), MergeLoRAsConfig(method="ties", rank=2), tmp_path, free, watch)
     assert seen == [(0, 9), (1, 9), (2, 9), (3, 9)] and not list(tmp_path.iterdir())
 
 
 def test_an_empty_stack_is_refused(files: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lora_stack brings no LoRA with a strength"):
+    with pytest.raises(ValueError, match="lora_stack has no LoRA with a strength"):
         merge_loras([], MergeLoRAsConfig(), tmp_path, free)
 
 
@@ -184,7 +185,7 @@ def test_a_merged_base_has_the_weights_of_base_and_stack(
     assert "LoRA sub/first.safetensors: 5 of 5 unet modules are in this base" in fit
     new = open_base(path, "fp32", configs=micro_sdxl)
     for part in (*PARTS, "vae"):
-        wanted = load_merged(base, part, torch.bfloat16, entries).state_dict()
+        wanted = StackedPart(base, part, torch.bfloat16, entries).load().module.state_dict()
         found = load_part(new, part, torch.bfloat16).state_dict()
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -218,7 +219,7 @@ def test_values_too_large_for_fp16_are_not_written(parts: dict[str, Any], micro_
     file = LoRAFile(unet={**random_lora(parts["unet"], (Q, CONV), alpha=1e7)})
     write_lora(tmp_path / "big.safetensors", file, torch.float32)
     entries = stack([tmp_path / "big.safetensors"], 1.0)
-    with pytest.raises(ValueError, match="of the unet would hold infinity in fp16: take bf16 or fp32"):
+    with pytest.raises(ValueError, match="of the unet would be infinite in fp16: choose precision bf16 or fp32"):
         save_merged_base(micro_base, entries, SaveBaseConfig(), tmp_path / "out", free)
     assert not list((tmp_path / "out").glob("*"))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdxl_lora_core.lora.stack import LoRARef, fit_of
+from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro.images import TRAINED, WatchedParts, draw, hits, pixels, settings, weighted, write_lora
 
@@ -86,8 +86,8 @@ def test_what_is_not_understood_is_said_once(
     micro_base: SDXLBase, parts: WatchedParts, lora: LoRARef, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     odd = with_more(tmp_path / "odd.safetensors", lora, lora_unet_mystery__a1__weight=torch.ones(2, 2))
-    draw(micro_base, settings(steps=1), [odd], parts=parts)
-    lines = [line for part in ("text_encoders", "unet") for line in fit_of(parts.held(part))]
+    (image,) = draw(micro_base, settings(steps=1), [odd], parts=parts)
+    lines = image.lora_fit
     said = "1 keys of its file are not understood (first: lora_unet_mystery.a1.weight)"
     assert sum(said in line for line in lines) == 1 and lines[-1].endswith(said)
     assert caplog.text.count(said) == 1

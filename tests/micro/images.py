@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
 from sdxl_lora_core.generation.passes import GeneratedImage
 from sdxl_lora_core.lora.stack import LoRARef
-from sdxl_lora_core.runtime.loaded_parts import Change, LoadedParts
+from sdxl_lora_core.runtime.loaded_parts import Loaded, LoadedParts, PartRequest
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 
 CPU = torch.device("cpu")
@@ -33,31 +37,29 @@ class WatchedParts(LoadedParts):
         self.rooms: dict[str, int] = {}
         self.broken = broken
 
-    def borrow(
-        self, part: str, key: str, load: Callable[[], nn.Module], change: Change = lambda _: False, room: int = 0
-    ) -> nn.Module:
-        def loading() -> nn.Module:
-            self.events.append(f"load {part}")
-            return load()
+    def borrow(self, request: PartRequest) -> Loaded:
+        def load() -> Loaded:
+            self.events.append(f"load {request.name}")
+            return request.load()
 
-        def changing(module: nn.Module) -> bool:
-            changed = change(module)
-            self.events.append(f"{'change' if changed else 'replace'} {part}")
+        def change(loaded: Loaded) -> Loaded | None:
+            changed = request.change(loaded)
+            self.events.append(f"{'replace' if changed is None else 'change'} {request.name}")
             return changed
 
-        return super().borrow(part, key, loading, changing, room)
+        return super().borrow(dataclasses.replace(request, load=load, change=change))
 
-    def arrive(self, part: str, module: nn.Module, room: int = 0) -> None:
-        self.events.append(f"arrive {part}")
-        self.rooms[part] = room
-        if part == self.broken:
+    def to_device(self, name: str, module: nn.Module, room: int = 0) -> None:
+        self.events.append(f"arrive {name}")
+        self.rooms[name] = room
+        if name == self.broken:
             for weight in module.parameters():
                 weight.fill_(torch.nan)
-        super().arrive(part, module, room)
+        super().to_device(name, module, room)
 
-    def leave(self, part: str, module: nn.Module) -> None:
-        self.events.append(f"leave {part}")
-        super().leave(part, module)
+    def to_cpu(self, name: str, module: nn.Module) -> None:
+        self.events.append(f"leave {name}")
+        super().to_cpu(name, module)
 
     def taken_events(self, kind: str = "") -> list[str]:
         taken = [event for event in self.events if event.startswith(kind)]
@@ -65,16 +67,39 @@ class WatchedParts(LoadedParts):
         return taken
 
     def held(self, part: str) -> Any:
-        return self._held[part][1]
+        return held(self, part)
+
+
+def held(parts: LoadedParts, name: str) -> Any:
+    """The module that the owner holds."""
+    return parts._held[name][1].module
 
 
 def settings(**changes: Any) -> GenerateConfig:
     return GenerateConfig(**{"prompt": "a red circle", "width": 64, "height": 64, "steps": 3, "seed": 5, **changes})
 
 
+class SomeFolders(SimpleNamespace):
+    """In place of CacheFolders, with some folders only: without prompts and hashes every run computes them."""
+
+    images: Path | None
+    prompts: Path | None
+    hashes: Path | None
+
+
 def draw(base: SDXLBase, config: GenerateConfig, loras: Sequence[LoRARef] = (), **options: Any) -> list[GeneratedImage]:
-    """generate, without a cache and with the shared owner unless `options` say otherwise."""
-    return generate(base, config, loras, **{"parts": SHARED, "cache_folder": None, **options})
+    """generate with the shared owner, unless `options`, fields of the job and the context, say otherwise.
+
+    It caches images in `cache_folder`, hashes in `hash_memo` and prompts below `prompt_cache`, where they are given.
+    """
+    images, hashes, prompts = (options.pop(name, None) for name in ("cache_folder", "hash_memo", "prompt_cache"))
+    if images or hashes or prompts:
+        folder = CacheFolders(prompts).prompts if prompts else None
+        options["cache"] = SomeFolders(images=images, prompts=folder, hashes=hashes)
+    if not images and config.cache != "only":
+        config = dataclasses.replace(config, cache="off")
+    more = {name: options.pop(name) for name in ("starts", "controls") if name in options}
+    return generate(GenerationJob(base, config, loras, **more), GenerationContext(**{"parts": SHARED, **options}))
 
 
 def pixels(base: SDXLBase, config: GenerateConfig, loras: Sequence[LoRARef] = (), **options: Any) -> np.ndarray:

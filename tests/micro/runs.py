@@ -13,17 +13,20 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
+from sdxl_lora_core.cache.folders import CacheFolders
+from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.sdxl.base import SDXLBase, scheduler_config
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch, TrainingData
+from sdxl_lora_core.training.job import RunContext, TrainingJob
 from sdxl_lora_core.training.model.objective import Objective
-from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.optim.accumulation import Gradients
 from sdxl_lora_core.training.run.loop_state import LoopState
-from sdxl_lora_core.training.train import TrainResult
+from sdxl_lora_core.training.run.runs import RunFolders
+from sdxl_lora_core.training.train import TrainResult, train
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(
@@ -59,19 +62,21 @@ def cancel_at(step: int) -> Callable[[StepReport], None]:
     return on_step
 
 
-Losses = Callable[[Learner, Batch], torch.Tensor]
+Losses = Callable[[TrainableSDXL, Batch], torch.Tensor]
 
 
-def change_losses(patch: pytest.MonkeyPatch, change: Callable[[Losses, Learner, Batch, int], torch.Tensor]) -> None:
+def change_losses(
+    patch: pytest.MonkeyPatch, change: Callable[[Losses, TrainableSDXL, Batch, int], torch.Tensor]
+) -> None:
     """The loss of a batch in 0-based `step` becomes change(losses, learner, batch, step)."""
-    of_update, losses, steps = Gradients.of_update, Learner.losses, [0]
+    of_update, losses, steps = Gradients.of_update, TrainableSDXL.losses, [0]
 
     def noting(self: Gradients, state: LoopState) -> float:
         steps[0] = state.step
         return of_update(self, state)
 
     patch.setattr(Gradients, "of_update", noting)
-    patch.setattr(Learner, "losses", lambda self, batch: change(losses, self, batch, steps[0]))
+    patch.setattr(TrainableSDXL, "losses", lambda self, batch: change(losses, self, batch, steps[0]))
 
 
 def weights(result: TrainResult) -> bytes:
@@ -92,9 +97,30 @@ def objective(base: SDXLBase) -> Objective:
 
 def data_of(base: SDXLBase, dataset: CaptionDataset, cache: Path, **settings: Any) -> TrainingData:
     """What SMALL with these settings trains on, cached."""
-    data = TrainingData(base, dataset, replace(SMALL, **settings), cache, CPU, torch.float32)
+    data = TrainingData(TrainingJob(base, dataset, replace(SMALL, **settings)), CacheFolders(cache), CPU)
     data.cache(lambda *_: None)
     return data
+
+
+def train_on(
+    base: SDXLBase,
+    dataset: CaptionDataset,
+    config: TrainConfig,
+    *,
+    folders: RunFolders,
+    device: torch.device = CPU,
+    validation: CaptionDataset | None = None,
+    **context: Any,
+) -> TrainResult:
+    """train, with the fields of its context by name."""
+    dataset = with_validation(dataset, validation) if validation else dataset
+    return train(TrainingJob(base, dataset, config), RunContext(folders, device, **context))
+
+
+def trainable(base: SDXLBase, config: TrainConfig) -> TrainableSDXL:
+    """The model of a run with these settings; of the dataset it needs nothing."""
+    nothing: Any = None
+    return TrainableSDXL(TrainingJob(base, nothing, config), CPU)
 
 
 def parameters_alive() -> set[int]:

@@ -44,7 +44,7 @@ def test_comfyui_beside_the_pack_is_not_comfyui_running(tmp_path: Path, monkeypa
     monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
     host.folders.add_output_folders()
     host.server.add_routes()
-    assert host.folders.output_folder() == tmp_path and host.folders.cache_folder() == tmp_path / "user/sdxl_lora"
+    assert host.folders.output_folder() == tmp_path and host.folders.cache_folders().root == tmp_path / "user/sdxl_lora"
     assert host.folders.roots("loras") == [tmp_path / "models/loras", tmp_path / "loras"]
     assert isinstance(host.comfy.nothing(), host.comfy.Nothing) and host.comfy.metadata({"a": 1}) == {"a": 1}
     assert not isinstance(host.memory._owner(), host.memory.ComfyParts)
@@ -74,7 +74,7 @@ def test_the_folders_of_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     assert folders.roots("loras") == [Path("a"), Path("b")] and folders.roots("unknown") == []
     assert folders.roots("clip_score") == [Path(moved)], "extra_model_paths.yaml wins"
-    assert folders.cache_folder() == tmp_path / "user/sdxl_lora"
+    assert folders.cache_folders().root == tmp_path / "user/sdxl_lora"
     assert folders.file_names("vae") == ["vae/x"]
     folders.add_output_folders()
     assert added == [("embeddings", Path("output/embeddings")), ("diffusers", Path("output/diffusers"))]

@@ -79,7 +79,7 @@ def test_images_go_in_and_out_without_a_change() -> None:
 
 def test_options_fill_in_and_contradictions_name_both() -> None:
     widgets = {"steps": 20, "seed": 0, "sample_prompts": "one\n\n two "}
-    config = PACK.nodes.widgets.train_config({"weight_decay": 0.1, "seed": 5}, widgets)
+    config, _ = PACK.nodes.widgets.train_config({"weight_decay": 0.1, "seed": 5}, widgets)
     assert (config.steps, config.seed, config.weight_decay, config.sample_prompts) == (20, 5, 0.1, ("one", "two"))
     with pytest.raises(ValueError, match="options sets steps to 30, the widget steps to 20"):
         PACK.nodes.widgets.train_config({"steps": 30}, widgets)
@@ -94,7 +94,7 @@ def test_names_of_datasets(home: Path) -> None:
     assert choices.find("dataset", "more [datasets]") == home / "datasets/more"
     assert choices.find("dataset", "photos/nested") == home / "input/photos/nested"
     assert choices.check("dataset", None) is True
-    assert "'../photos' is not a usable relative path" in choices.check("dataset", "../photos")
+    assert "'../photos' is not a valid relative path" in choices.check("dataset", "../photos")
     assert "was not found" in choices.check("dataset", "nowhere")
 
 
@@ -173,7 +173,7 @@ def test_incoming_lora_is_weighted_and_can_be_left_out(home: Path, monkeypatch: 
     assert choices.lora_refs([again])[0].blocks == "mid_block=0"
     with pytest.raises(ValueError, match="LoRA trained.safetensors: blocks names 'middle'"):
         node.load("trained.safetensors", 1.0, 1.0, True, blocks="middle=0")
-    with pytest.raises(ValueError, match="lora_stack brings no LoRA"):
+    with pytest.raises(ValueError, match="lora_stack has no LoRA"):
         node.load("(incoming)", 1.0, 1.0, True)
 
 
@@ -250,24 +250,29 @@ def comfy(monkeypatch: pytest.MonkeyPatch) -> FakeComfy:
     return fake
 
 
+def request(name: str, key: str, module: torch.nn.Module, room: int = 0) -> Any:
+    parts = PACK.sdxl_lora_core.runtime.loaded_parts
+    return parts.PartRequest(name, key, lambda: parts.Loaded(module), room=room)
+
+
 def test_parts_in_use_are_loaded_together_and_evicted_ones_are_freed(comfy: FakeComfy) -> None:
     owner = host.memory.ComfyParts(torch.device("cpu"))
     first, second = torch.nn.Linear(1, 1), torch.nn.Linear(2, 2)
-    owner.borrow("text_encoder", "a", lambda: first)
-    owner.borrow("text_encoder_2", "b", lambda: second)
+    owner.borrow(request("text_encoder", "a", first))
+    owner.borrow(request("text_encoder_2", "b", second))
     assert comfy.loaded[-1] == [first, second]
-    owner.rest("text_encoder")
-    assert owner.borrow("text_encoder_2", "b", lambda: torch.nn.Linear(3, 3)) is second
+    owner.finish("text_encoder")
+    assert owner.borrow(request("text_encoder_2", "b", torch.nn.Linear(3, 3))).module is second
     assert comfy.loaded[-1] == [second]
     owner._patchers["text_encoder_2"].detach()
     third = torch.nn.Linear(3, 3)
-    assert owner.borrow("text_encoder_2", "b", lambda: third) is third, "ComfyUI took the second one"
+    assert owner.borrow(request("text_encoder_2", "b", third)).module is third, "ComfyUI took the second one"
     assert comfy.loaded[-1] == [third]
 
 
 def test_comfyui_is_told_how_much_room_computing_takes(comfy: FakeComfy) -> None:
     owner = host.memory.ComfyParts(torch.device("cpu"))
-    with owner.phase("vae", "a", lambda: torch.nn.Linear(1, 1), room=12345):
+    with owner.phase(request("vae", "a", torch.nn.Linear(1, 1), room=12345)):
         assert comfy.rooms == [12345]
 
 
@@ -275,25 +280,25 @@ def test_what_rests_beside_the_device_goes_with_what_comfyui_unloads(comfy: Fake
     """A small card holds one part: the others lie in memory, where ComfyUI does not see them."""
     owner = host.memory.ComfyParts(torch.device("cpu"))
     for part in ("text_encoders", "unet", "vae"):
-        owner.borrow(part, "a", lambda: torch.nn.Linear(1, 1))
-        owner.rest(part)
-    assert [owner.held(part) is not None for part in ("text_encoders", "unet", "vae")] == [True, True, True]
+        owner.borrow(request(part, "a", torch.nn.Linear(1, 1)))
+        owner.finish(part)
+    assert [part in owner._held for part in ("text_encoders", "unet", "vae")] == [True, True, True]
     owner._patchers["vae"].detach()  # the only one that is listed
-    assert [owner.held(part) for part in ("text_encoders", "unet", "vae")] == [None, None, None]
+    assert [part in owner._held for part in ("text_encoders", "unet", "vae")] == [False, False, False]
 
 
 def test_a_part_that_comfyui_does_not_move_is_no_image(comfy: FakeComfy) -> None:
     owner = host.memory.ComfyParts(torch.device("meta"))
-    with pytest.raises(ValueError, match="left the unet off the meta.*--novram: start it without"):
-        owner.borrow("unet", "a", lambda: torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="did not load the unet to the meta, as with --novram: start it without"):
+        owner.borrow(request("unet", "a", torch.nn.Linear(1, 1)))
 
 
 def test_leaving_the_device_is_not_being_evicted(comfy: FakeComfy) -> None:
     owner = host.memory.ComfyParts(torch.device("cpu"))
     layer = torch.nn.Linear(1, 1)
-    owner.borrow("unet", "a", lambda: layer)
-    owner.rest("unet", offload=True)
-    assert owner.borrow("unet", "a", lambda: torch.nn.Linear(2, 2)) is layer
+    owner.borrow(request("unet", "a", layer))
+    owner.finish("unet", offload=True)
+    assert owner.borrow(request("unet", "a", torch.nn.Linear(2, 2))).module is layer
 
 
 def test_a_base_is_told_what_it_predicts(home: Path) -> None:
@@ -303,5 +308,5 @@ def test_a_base_is_told_what_it_predicts(home: Path) -> None:
     told, info = load("tiny-sdxl (bundled)", "fp32", "v_prediction", "on")["result"]
     assert (told.prediction_type, told.zero_terminal_snr) == ("v_prediction", True)
     assert "v_prediction prediction, zero terminal SNR" in info
-    with pytest.raises(ValueError, match="zero_terminal_snr is 'on' and prediction is 'auto'.*set prediction"):
+    with pytest.raises(ValueError, match="would predict epsilon with zero terminal SNR.*set prediction"):
         load("tiny-sdxl (bundled)", "fp32", zero_terminal_snr="on")

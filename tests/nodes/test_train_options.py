@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_lora_core.settings import fields_of
+from sdxl_lora_core.settings import declared, fields_of
 from sdxl_lora_core.training.config.presets import PRESETS, with_preset
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from tools.make_docs import pages
@@ -22,10 +22,10 @@ def test_every_setting_is_on_one_node_and_explained() -> None:
     shown = [*training["required"], *training["optional"]]
     shown += [name for node in NODES.values() for name in node.settings()]
     assert sorted(name for name in shown if name in FIELDS) == sorted(FIELDS)
-    assert all(len(field.metadata["help"]) > 20 for field in FIELDS.values())
+    assert all(len(declared(TrainConfig, name).help) > 20 for name in FIELDS)
 
 
-@pytest.mark.parametrize("node_id", NODES)
+@pytest.mark.parametrize("node_id", PACK.NODE_CLASS_MAPPINGS)
 def test_help_pages_are_current(node_id: str) -> None:
     page = (ROOT / "web/docs" / f"{node_id}.md").read_text(encoding="utf-8")
     assert page == pages()[node_id], "run python -m tools.make_docs"
@@ -42,16 +42,26 @@ def test_only_changed_settings_travel_and_the_later_node_wins() -> None:
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
 def test_a_preset_fills_what_stands_at_its_default(preset: Any) -> None:
-    config = PACK.nodes.widgets.train_config(None, {"sample_prompts": "a picture"}, preset)
+    config, left_out = PACK.nodes.widgets.train_config(None, {"sample_prompts": "a picture"}, preset)
+    assert left_out == []
     assert {name: getattr(config, name) for name in PRESETS[preset]} == dict(PRESETS[preset])
     assert any(value != FIELDS[name].default for name, value in PRESETS[preset].items())
 
 
 def test_what_was_changed_wins_over_the_preset() -> None:
-    assert with_preset({"rank": 4}, "style")["rank"] == 4
-    assert PACK.nodes.widgets.train_config({"noise_offset": 0.1}, {"rank": 4}, "style").noise_offset == 0.1
-    assert "snr_gamma" not in with_preset({"debiased": True}, "style"), "the two contradict each other"
-    assert "lr_warmup_steps" not in with_preset({"steps": 20}, "style")
+    assert with_preset({"rank": 4}, "style")[0]["rank"] == 4
+    assert PACK.nodes.widgets.train_config({"noise_offset": 0.1}, {"rank": 4}, "style")[0].noise_offset == 0.1
+
+
+def test_what_of_a_preset_does_not_fit_is_left_out_and_named() -> None:
+    filled, left_out = with_preset({"debiased": True, "steps": 20}, "style")
+    assert "snr_gamma" not in filled and "lr_warmup_steps" not in filled and filled["rank"] == 16
+    assert left_out == [
+        "preset style: lr_warmup_steps 50 is left out, because lr_warmup_steps is 50 and steps is 20: the warm-up has "
+        "to end earlier",
+        "preset style: snr_gamma 5.0 is left out, because snr_gamma is 5.0 and debiased is on: both weight the "
+        "timesteps, so turn one of them off",
+    ]
 
 
 @pytest.mark.parametrize(

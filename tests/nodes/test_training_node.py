@@ -68,19 +68,24 @@ def test_no_text_where_no_node_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_clip_model_is_found_by_its_name_and_the_second_dataset_travels(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pictures: Path
 ) -> None:
+    dataset = PACK.sdxl_lora_core.dataset
+    trained, held_out = (
+        dataset.caption_dataset.load_caption_dataset(folder, dataset.config.DatasetConfig(resolution=64))
+        for folder in (ROOT / "assets/sample-dataset", pictures)
+    )
     monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
     taken: dict[str, Any] = {}
 
-    def train(base: Any, dataset: Any, config: Any, **more: Any) -> Any:
-        taken.update(config=config, **more)
+    def train(job: Any, context: Any) -> Any:
+        taken.update(config=job.config, validation=job.dataset.validation)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(import_module(f"{PACK.__name__}.sdxl_lora_core.training.train"), "train", train)
     node: Any = PACK.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"]()
     (options,) = PACK.NODE_CLASS_MAPPINGS["WatchOptions"]().collect(clip_model="tiny-clip (bundled)")
     with contextlib.suppress(KeyboardInterrupt):
-        node.train(None, None, options=options, validation="held out", sample_prompts="one")
+        node.train(None, trained, options=options, validation=held_out, sample_prompts="one")
     assert taken["config"].clip_model == str(ROOT / "assets/tiny-clip")
-    assert taken["validation"] == "held out"
+    assert taken["validation"] == held_out.entries and len(held_out.entries) == 5

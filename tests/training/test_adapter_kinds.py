@@ -146,7 +146,7 @@ def test_the_file_says_what_it_is(run: Train) -> None:
         assert words in describe_lora(result.lora_path)
         metadata = read_lora(result.lora_path).metadata
         assert metadata["ss_network_module"] == module
-        assert metadata["ss_network_dim"] == str(result.report["rank"])
+        assert metadata["ss_network_dim"] == str(result.report.rank)
 
 
 def test_samples_are_drawn_with_a_lokr(run: Train) -> None:

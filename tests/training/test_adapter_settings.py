@@ -18,7 +18,7 @@ from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
 from sdxl_lora_core.sdxl.blocks import BLOCKS, read_block_values, value_for
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import Adapter
-from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.run.runs import run_fingerprint
 from tests.micro.loras import TEXT, load_parts, random_lora
 from tests.micro.runs import SMALL, WHOLE, Cancelled, Train, Trained, cancel_at, load, lora_bytes
@@ -232,7 +232,7 @@ def test_a_file_with_text_encoders_is_refused(adapter: Any, micro_base: SDXLBase
     write_lora(path, LoRAFile(unet=adapter(rank=3).modules(), text_encoder=text), torch.float16)
     config = TrainConfig(rank=3, continue_from=str(path))
     with pytest.raises(ValueError, match="changes the text_encoder, and here it does not learn: set text_encoder_lear"):
-        Learner(micro_base, config, torch.device("cpu"), torch.float32)
+        TrainableSDXL(micro_base, config, torch.device("cpu"), torch.float32)
 
 
 # ------------------------------------------------------------------ refusals

@@ -265,8 +265,8 @@ def test_the_report_and_the_log_name_captions_that_are_cut(
     (folder / "2.txt").write_text("photographs of elephants, " * 5)  # long words, few tokens
     dataset = load(folder, caption_per_line=True)
     short = replace(SMALL, steps=1)
-    (cut,) = run(short, dataset=dataset).report["cut_captions"]
+    (cut,) = run(short, dataset=dataset).report.cut_captions
     assert cut.startswith("1.png: not seen: ") and cut.endswith("word 4 9")
     assert "the caption of 1.png is too long for caption_chunks" in caplog.text
     whole = run(replace(short, caption_chunks=3), where="b", dataset=dataset)
-    assert "cut_captions" not in whole.report
+    assert whole.report.cut_captions is None

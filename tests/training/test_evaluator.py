@@ -15,9 +15,9 @@ from PIL import Image
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.evaluator import Evaluator
 from sdxl_lora_core.training.monitor.progress import Meter, Smoothing, StepReport
-from sdxl_lora_core.training.monitor.validation import best_look, converged
+from sdxl_lora_core.training.monitor.validation import best_evaluation, converged
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
-from sdxl_lora_core.training.run.loop_state import Look
+from sdxl_lora_core.training.run.loop_state import Evaluation
 from sdxl_lora_core.training.run.runs import run_fingerprint
 from sdxl_lora_core.training.train import TrainResult
 from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes, weights
@@ -133,10 +133,10 @@ def test_early_stopping_waits_for_its_patience(run: Train, pictures: Path, monke
     scripted(monkeypatch, 0.1, 0.9, 0.8, 0.8, math.nan, 0.7)
     config = replace(WATCHED, steps=10)
     whole = run(replace(config, early_stopping=3), dataset=dataset)
-    assert whole.report["steps"] == 10
+    assert whole.report.steps == 10
     result = run(replace(config, early_stopping=2), where="b", dataset=dataset)
-    assert result.report["steps"] == 8
-    assert "stopped early after 8 of 10 steps: 2 validations in a row" in result.report["early_stopping"]
+    assert result.report.steps == 8
+    assert "stopped early after 8 of 10 steps: 2 validations in a row" in result.report.early_stopping
     assert weights(result) != weights(whole)
 
 
@@ -144,8 +144,8 @@ def test_the_file_holds_the_best_step(run: Train, pictures: Path, monkeypatch: p
     dataset = load(pictures, validation_percent=20)
     scripted(monkeypatch, 0.1, 0.9, 0.5, 0.5)
     result = run(replace(WATCHED, keep_best="validation_loss"), dataset=dataset)
-    assert "holds step 4" in result.report["kept"]
-    assert result.report["validation_loss"] == 0.5 and result.report["steps"] == 6
+    assert "holds step 4" in result.report.kept
+    assert result.report.validation_loss == 0.5 and result.report.steps == 6
     shorter = run(replace(WATCHED, steps=4), where="b", dataset=dataset)
     tensors = [torch_file(path.lora_path) for path in (result, shorter)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
@@ -168,7 +168,7 @@ def test_best_and_patience_survive_cancels_wherever_they_fall(
         WATCHED, steps=20, keep_best="validation_loss", early_stopping=2, checkpoint_every=checkpoint_every
     )
     whole = run(config, where="whole", dataset=dataset)
-    assert "holds step 2" in whole.report["kept"]
+    assert "holds step 2" in whole.report.kept
 
     def within(step: int) -> Any:
         def validation_loss(self: Evaluator, on_step: Any) -> float:
@@ -199,11 +199,13 @@ def kill(report: StepReport) -> None:
 
 def test_a_look_before_training_neither_stops_nor_is_kept() -> None:
     config = TrainConfig(validate_every=1, early_stopping=1, keep_best="validation_loss")
-    looks = [Look(0, 0.1), Look(1, 0.3)]
-    assert not converged(config, looks) and best_look(config, looks) == looks[1]
-    assert converged(config, [*looks, Look(2, 0.3)])
-    assert best_look(config, [*looks, Look(2, math.nan), Look(3, 0.2), Look(4, 0.2)]) == Look(3, 0.2)
-    assert best_look(config, [Look(1, math.nan)]) is None
+    looks = [Evaluation(0, 0.1), Evaluation(1, 0.3)]
+    assert not converged(config, looks) and best_evaluation(config, looks) == looks[1]
+    assert converged(config, [*looks, Evaluation(2, 0.3)])
+    assert best_evaluation(
+        config, [*looks, Evaluation(2, math.nan), Evaluation(3, 0.2), Evaluation(4, 0.2)]
+    ) == Evaluation(3, 0.2)
+    assert best_evaluation(config, [Evaluation(1, math.nan)]) is None
 
 
 @pytest.mark.parametrize(

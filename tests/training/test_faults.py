@@ -20,7 +20,7 @@ from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.data.batches import Batch
 from sdxl_lora_core.training.loop import Diverged
-from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
 from tests.micro.runs import CPU, SMALL, Cancelled, Losses, Train, Trained, cancel_at, change_losses, load, lora_bytes
@@ -43,7 +43,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Any:
     def limit(images: int, step: int = 0, checkpointed: int | None = None) -> list[int]:
         passes = []
 
-        def limited(losses: Losses, learner: Learner, batch: Batch, now: int) -> torch.Tensor:
+        def limited(losses: Losses, learner: TrainableSDXL, batch: Batch, now: int) -> torch.Tensor:
             count = len(batch.latents)
             allowed = images if checkpointed is None or not learner.unet.is_gradient_checkpointing else checkpointed
             if now >= step and count > allowed:
@@ -68,7 +68,7 @@ def test_out_of_memory_halves_the_pass_and_repeats_the_step(
     passes = small_memory(2, step=1)
     survived = run(CONFIG)
     assert max(passes) == 3 and max(passes[3:]) == 2 and caplog.text.count("images a pass, not 3") == 1
-    assert survived.report["steps"] == 3
+    assert survived.report.steps == 3
     close_to(survived.lora_path, plain.lora_path)
 
 
@@ -119,7 +119,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes the loss of some 0-based steps NaN."""
 
     def poison(steps: range) -> None:
-        def poisoning(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
+        def poisoning(losses: Losses, learner: TrainableSDXL, batch: Batch, step: int) -> torch.Tensor:
             return losses(learner, batch) * (math.nan if step in steps else 1)
 
         change_losses(monkeypatch, poisoning)
@@ -146,7 +146,7 @@ def test_five_bad_steps_in_a_row_end_the_run_at_the_last_good_state(
 
 def test_four_bad_steps_in_a_row_do_not(run: Train, poisoned: Any) -> None:
     poisoned(range(1, 5))
-    assert run(replace(SMALL, steps=6)).report["skipped_steps"] == [2, 3, 4, 5]
+    assert run(replace(SMALL, steps=6)).report.skipped_steps == [2, 3, 4, 5]
 
 
 def test_a_loss_scale_that_is_still_falling_is_waited_for(
@@ -154,7 +154,7 @@ def test_a_loss_scale_that_is_still_falling_is_waited_for(
 ) -> None:
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 2.0)
     poisoned(range(1, 8))
-    assert len(run(replace(SMALL, steps=9)).report["skipped_steps"]) == 7
+    assert len(run(replace(SMALL, steps=9)).report.skipped_steps) == 7
 
 
 def test_weights_that_are_not_finite_are_never_saved(
@@ -218,7 +218,7 @@ def test_an_error_inside_a_step_loses_no_step_before_it(
 ) -> None:
     whole = trained()
 
-    def failing(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
+    def failing(losses: Losses, learner: TrainableSDXL, batch: Batch, step: int) -> torch.Tensor:
         if step == 2:
             raise FileNotFoundError("a cached file was deleted")
         return losses(learner, batch)

@@ -14,7 +14,7 @@ from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.memory import Checkpointing
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import Adapter
-from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.optim.accumulation import what_decides_shapes
 from sdxl_lora_core.training.optim.memory_plan import kept_bytes, plan_memory, set_checkpointing
 from tests.micro.runs import SMALL, Train, change_losses, data_of, load, parameters_alive
@@ -176,8 +176,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training_can_be_planned_and_learns_after_that(run: Train, kind: str) -> None:
     result = run(replace(KINDS[kind], steps=1, batch_size=1))
-    assert "gradient checkpointing off, 1 images a pass" in result.report["memory"]
-    assert result.report["skipped_steps"] == []
+    assert "gradient checkpointing off, 1 images a pass" in result.report.memory
+    assert result.report.skipped_steps == []
 
 
 class Modes(nn.Module):
@@ -215,8 +215,8 @@ def test_the_fastest_plan_that_fits_is_taken() -> None:
 def test_a_low_limit_is_planned_for_and_changes_nothing_else(run: Train, caplog: pytest.LogCaptureFixture) -> None:
     plain = run(replace(SMALL, batch_size=2))
     low = run(replace(SMALL, batch_size=2, memory_limit_gb=0.001), where="b")
-    assert "gradient checkpointing off, 2 images a pass" in plain.report["memory"]
-    assert "gradient checkpointing on, 1 images a pass" in low.report["memory"]
+    assert "gradient checkpointing off, 2 images a pass" in plain.report.memory
+    assert "gradient checkpointing on, 1 images a pass" in low.report.memory
     assert "may not fit" in caplog.text
     ours, theirs = load_file(low.lora_path), load_file(plain.lora_path)
     assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in theirs)
@@ -233,7 +233,7 @@ def test_images_per_pass_cuts_the_batch(run: Train, monkeypatch: pytest.MonkeyPa
 
 def test_the_noise_schedule_is_on_the_device_before_the_plan_looks_for_it(micro_base: SDXLBase) -> None:
     """Moved in the plan's pass, which has no contents, it would have none in the steps either."""
-    learner = Learner(micro_base, SMALL, torch.device("meta"), torch.float32)
+    learner = TrainableSDXL(micro_base, SMALL, torch.device("meta"), torch.float32)
     assert learner.objective.scheduler.alphas_cumprod.device.type == "meta"
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset
 from sdxl_lora_core.generation.config import GenerateConfig
-from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.lora.describe import describe_lora
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.metadata import trigger_words
@@ -28,7 +27,8 @@ from sdxl_lora_core.training.config.captions import read_new_tokens
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import all_trigger_words
 from sdxl_lora_core.training.data.caption_variants import caption_variants
-from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.model.trainable import TrainableSDXL
+from tests.micro.images import draw as images_of
 from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes, weights
 
 ALONE: dict[str, Any] = {
@@ -83,7 +83,7 @@ def test_names_and_starts_are_read_and_mistakes_refused() -> None:
             TrainConfig(new_tokens=text)
     with pytest.raises(ValueError, match="2 words and vectors_per_token is 40"):
         TrainConfig(new_tokens="a, b", vectors_per_token=40)
-    with pytest.raises(ValueError, match="vectors_per_token is 3 and does nothing while new_tokens is ''"):
+    with pytest.raises(ValueError, match="vectors_per_token is 3 and has no effect while new_tokens is ''"):
         TrainConfig(vectors_per_token=3)
     with pytest.raises(ValueError, match="token_learning_rate is 0.1 and does nothing"):
         TrainConfig(token_learning_rate=0.1)
@@ -134,12 +134,12 @@ def test_several_vectors_follow_one_another(micro_base: SDXLBase) -> None:
 
 
 def test_start_words_and_random_starts(micro_base: SDXLBase) -> None:
-    tokens = Learner(micro_base, PIVOTAL, CPU, torch.float32).learned().tokens
+    tokens = TrainableSDXL(micro_base, PIVOTAL, CPU, torch.float32).learned().tokens
     for part, row in zip(("text_encoder", "text_encoder_2"), known(micro_base, "red"), strict=True):
         assert torch.equal(tokens["zwx"][part], row.repeat(2, 1))
         vocabulary = load_part(micro_base, part, torch.float32).get_input_embeddings().weight  # type: ignore[operator]
         assert 0.3 < tokens["qq-2"][part].std() / vocabulary.std() < 3
-    other = Learner(micro_base, replace(PIVOTAL, seed=1), CPU, torch.float32).learned().tokens
+    other = TrainableSDXL(micro_base, replace(PIVOTAL, seed=1), CPU, torch.float32).learned().tokens
     assert not torch.equal(other["qq-2"]["text_encoder"], tokens["qq-2"]["text_encoder"])
     assert torch.equal(other["zwx"]["text_encoder"], tokens["zwx"]["text_encoder"])
 
@@ -147,7 +147,7 @@ def test_start_words_and_random_starts(micro_base: SDXLBase) -> None:
 def test_tokens_learn_alone(trained: Trained, micro_base: SDXLBase) -> None:
     result = trained(TrainConfig(**ALONE), **WORDS)
     assert set(load_file(result.lora_path)) == {"bundle_emb.zwx.clip_l", "bundle_emb.zwx.clip_g"}
-    assert result.state_dict == {} and result.report["modules"] == 0 and result.report["rank"] == []
+    assert result.state_dict == {} and result.report.modules == 0 and result.report.rank == []
     file = read_lora(result.lora_path)
     for part, start in zip(("text_encoder", "text_encoder_2"), known(micro_base, "red"), strict=True):
         assert 0.05 < (file.tokens["zwx"][part] - start).abs().max() < 1  # type: ignore[index]
@@ -178,7 +178,7 @@ def test_a_token_can_be_trained_further(
     first = trained(TrainConfig(**ALONE), **WORDS)
     start = TrainConfig(**ALONE, continue_from=str(first.lora_path))
     tokens = read_lora(first.lora_path).tokens["zwx"]
-    begun = Learner(micro_base, start, CPU, torch.float32).learned().tokens["zwx"]
+    begun = TrainableSDXL(micro_base, start, CPU, torch.float32).learned().tokens["zwx"]
     assert all(torch.equal(begun[part], rows) for part, rows in tokens.items())
     with pytest.raises(ValueError, match="with the new tokens zwx of 1 vectors, and here they are zwx of 2 vectors"):
         run(replace(start, vectors_per_token=2), where="b", dataset=named)
@@ -192,7 +192,7 @@ def test_a_token_that_no_caption_holds_is_refused(run: Train) -> None:
 def test_the_embedding_file_loads_in_diffusers(trained: Trained, micro_base: SDXLBase) -> None:
     result = trained(PIVOTAL, **WORDS)
     path = result.lora_path.parent.parent / "embeddings" / "small-zwx.safetensors"
-    assert "embedding:small-zwx " in result.report["new_tokens"]["zwx"]
+    assert "embedding:small-zwx " in result.report.new_tokens["zwx"]
     vectors = load_file(path)
     assert vectors["clip_l"].shape == (2, 8) and vectors["clip_g"].shape == (2, 12)
     pipeline = StableDiffusionXLPipeline.from_pretrained(micro_base.path, local_files_only=True)
@@ -215,7 +215,7 @@ def test_a_stack_brings_its_tokens_into_prompts(trained: Trained, micro_base: SD
     def draw(prompt: str, strength_clip: float | None, prompts: Path | None = None) -> bytes:
         request = GenerateConfig(prompt=prompt, width=64, height=64, steps=2, cache="off")
         stack = [] if strength_clip is None else [LoRARef(lora, "x", 1.0, strength_clip)]
-        images = generate(micro_base, request, stack, parts=parts, cache_folder=None, prompt_cache=prompts)
+        images = images_of(micro_base, request, stack, parts=parts, prompt_cache=prompts)
         return images[0].pixels.tobytes()
 
     without = draw("a zwx", None, tmp_path)
@@ -253,7 +253,7 @@ def test_settings_of_what_does_not_learn_are_refused() -> None:
     for name, value in (("rank", 4), ("adapter", "dora"), ("use_rslora", True), ("target_modules", "all-linear")):
         with pytest.raises(ValueError, match=f"{name} is {value} and only new_tokens learn, without a LoRA"):
             TrainConfig(**{**ALONE, name: value})
-    with pytest.raises(ValueError, match="learning_rate is 0.5 and does nothing while train_unet is False"):
+    with pytest.raises(ValueError, match="learning_rate is 0.5 and has no effect while train_unet is False"):
         TrainConfig(**ALONE, learning_rate=0.5)
     with pytest.raises(ValueError, match="'prodigy' and token_learning_rate is 0.01: .* so set it to 1"):
         TrainConfig(**{**ALONE, "token_learning_rate": 0.01}, optimizer="prodigy")
@@ -271,7 +271,7 @@ def test_the_rate_that_is_shown_is_one_that_learns(trained: Trained) -> None:
 def test_a_start_of_several_words_is_their_mean_where_there_are_fewer_vectors(micro_base: SDXLBase) -> None:
     for vectors, wanted in ((1, [["red", "heart"]]), (3, [["red"], ["heart"], ["red"]])):
         config = TrainConfig(new_tokens="zwx=red heart", vectors_per_token=vectors)
-        rows = Learner(micro_base, config, CPU, torch.float32).learned().tokens["zwx"]["text_encoder"]
+        rows = TrainableSDXL(micro_base, config, CPU, torch.float32).learned().tokens["zwx"]["text_encoder"]
         means = [torch.cat([known(micro_base, word)[0] for word in words]).mean(dim=0) for words in wanted]
         torch.testing.assert_close(rows, torch.stack(means))
 
@@ -287,7 +287,7 @@ def test_nobodys_embedding_file_is_overwritten(run: Train, named: CaptionDataset
 
 def test_captions_are_cut_with_their_new_tokens_counted(run: Train, named: CaptionDataset) -> None:
     config = TrainConfig(**{**ALONE, "vectors_per_token": 75, "steps": 1})
-    cut = run(config, dataset=named).report["cut_captions"]
+    cut = run(config, dataset=named).report.cut_captions
     assert len(cut) == len(named.entries) and all("picture number" in line for line in cut)
 
 

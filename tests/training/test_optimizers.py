@@ -244,8 +244,8 @@ def test_the_average_is_saved_and_validated_and_training_goes_on_without_it(trai
     average = trained(replace(SMALL, ema_decay=0.9), validation_percent=20)
     assert losses_of(plain) == losses_of(average) != []
     assert lora_bytes(plain) != lora_bytes(average)
-    assert plain.report["validation_loss"] != average.report["validation_loss"]
-    assert plain.report["validation_loss_before"] == average.report["validation_loss_before"]
+    assert plain.report.validation_loss != average.report.validation_loss
+    assert plain.report.validation_loss_before == average.report.validation_loss_before
 
 
 @pytest.mark.parametrize("settings", [{"ema_decay": 0.9}, {"optimizer": "schedule_free"}], ids=str)
@@ -302,10 +302,10 @@ def test_schedule_free_saves_its_average() -> None:
         ({"optimizer": "schedule_free", "lr_schedule": "cosine"}, "'schedule_free' and lr_schedule is 'cosine'"),
         ({"optimizer": "schedule_free", "ema_decay": 0.9}, "'schedule_free' and ema_decay is 0.9"),
         ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "'schedule_free' and adam_beta1 is 0"),
-        ({"optimizer": "lion", "adam_beta2": 0.9}, "adam_beta2 is 0.9 and does nothing while optimizer is 'lion'"),
-        ({"optimizer": "adafactor", "adam_beta1": 0.5}, "adam_beta1 is 0.5 and does nothing while optimizer is"),
-        ({"lr_cycles": 2}, "lr_cycles is 2 and does nothing while lr_schedule is 'constant': change lr_schedule"),
-        ({"lr_power": 3.0}, "lr_power is 3.0 and does nothing while lr_schedule is 'constant'"),
+        ({"optimizer": "lion", "adam_beta2": 0.9}, "adam_beta2 is 0.9 and has no effect while optimizer is 'lion'"),
+        ({"optimizer": "adafactor", "adam_beta1": 0.5}, "adam_beta1 is 0.5 and has no effect while optimizer is"),
+        ({"lr_cycles": 2}, "lr_cycles is 2 and has no effect while lr_schedule is 'constant': change lr_schedule"),
+        ({"lr_power": 3.0}, "lr_power is 3.0 and has no effect while lr_schedule is 'constant'"),
     ],
 )
 def test_settings_that_contradict_are_refused_by_name(settings: dict[str, Any], message: str) -> None:

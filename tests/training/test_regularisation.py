@@ -23,7 +23,7 @@ from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch
 from sdxl_lora_core.training.loop import Loop
-from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.run_length import passes_per_epoch
 from tests.micro.runs import (
@@ -115,7 +115,7 @@ def test_the_prior_weight_scales_the_loss_of_these_samples_only(
     seen: dict[float, list[tuple[list[float], list[float]]]] = {1.0: [], 0.5: []}
     for weight, found in seen.items():
 
-        def noted(losses: Losses, learner: Learner, batch: Batch, step: int, found: Any = found) -> torch.Tensor:
+        def noted(losses: Losses, learner: TrainableSDXL, batch: Batch, step: int, found: Any = found) -> torch.Tensor:
             value = losses(learner, batch)
             found.append((value.tolist(), batch.weights.tolist()))
             return value
@@ -131,7 +131,7 @@ def test_each_setting_changes_the_file(run: Train, both: CaptionDataset) -> None
     plain, lighter = run(SHORT, dataset=both), run(replace(SHORT, prior_weight=0.25), where="b", dataset=both)
     alone = run(SHORT, where="c", dataset=replace(both, regularisation=(), fingerprint="alone"))
     assert len({weights(plain), weights(lighter), weights(alone)}) == 3
-    assert plain.report["images"] == 2 and plain.report["regularisation_images"] == 3
+    assert plain.report.images == 2 and plain.report.regularisation_images == 3
 
 
 def test_a_cancelled_run_continues_to_the_same_bytes(run: Train, both: CaptionDataset) -> None:
@@ -183,7 +183,7 @@ def class_images(result: Any) -> list[Path]:
 def test_class_images_are_drawn_once_and_trained_with(run: Train, tmp_path: Path) -> None:
     own = tmp_path / "cache"  # in which no other test's images lie
     result = run(with_class(), on_step=drawing(2), cache=own)
-    assert result.report["regularisation_images"] == 2
+    assert result.report.regularisation_images == 2
     assert [Image.open(path).size for path in class_images(result)] == [(64, 64)] * 2
     assert class_images(result)[0].read_bytes() != class_images(result)[1].read_bytes()
     again = run(with_class(seed=5, steps=1), where="b", on_step=drawing(0), cache=own)
@@ -193,7 +193,7 @@ def test_class_images_are_drawn_once_and_trained_with(run: Train, tmp_path: Path
 def test_one_class_image_for_each_training_image_unless_told_otherwise(run: Train, both: CaptionDataset) -> None:
     dataset = replace(both, regularisation=())
     result = run(replace(SHORT, class_prompt="a picture"), dataset=dataset)
-    assert result.report["regularisation_images"] == 2
+    assert result.report.regularisation_images == 2
 
 
 def test_class_images_are_seen_about_as_often_as_the_training_images(pictures: Path) -> None:
@@ -203,7 +203,7 @@ def test_class_images_are_seen_about_as_often_as_the_training_images(pictures: P
 
 def test_class_images_are_not_drawn_where_there_are_regularisation_images(run: Train, both: CaptionDataset) -> None:
     result = run(with_class(), dataset=both, on_step=drawing(0))
-    assert result.report["regularisation_images"] == 3 and not class_images(result)
+    assert result.report.regularisation_images == 3 and not class_images(result)
 
 
 def test_a_run_cancelled_while_drawing_and_while_training_ends_with_the_same_bytes(run: Train) -> None:

@@ -155,7 +155,7 @@ def test_more_steps_of_a_constant_rate_are_those_of_one_long_run(
     assert trained_steps(seen) == [4, 5, 6]
     assert more.lora_name == "small_00002.safetensors" and lora_bytes(first) == before
     assert same_tensors(more.lora_path, whole.lora_path)
-    assert more.report["continued"] == "the first steps are those of small, as in one run of 6 steps"
+    assert more.report.continued == "the first steps are those of small, as in one run of 6 steps"
     assert run(long).reused and run(short).reused
 
 
@@ -170,14 +170,14 @@ def test_more_steps_of_another_schedule_begin_it_anew_and_say_so(run: Train, tmp
     run(short)
     long = replace(short, steps=8)
     more = run(long)
-    assert "the schedule linear began anew, warm-up included" in more.report["continued"]
+    assert "the schedule linear began anew, warm-up included" in more.report.continued
     state = json.loads(
         (folder_of(tmp_path, "a", "small_00002") / "checkpoints/step-000008/state.json").read_text(encoding="utf-8")
     )["loop"]
     assert state["learning_rates"] == pytest.approx([0.0005, 0.001, 0.001, 0.0005] * 2)
     with pytest.raises(Cancelled):
         run(replace(long, steps=10), on_step=cancel_at(9))
-    assert run(replace(long, steps=10)).report["steps"] == 10
+    assert run(replace(long, steps=10)).report.steps == 10
 
 
 def test_more_steps_go_on_from_the_longest_of_several_and_survive_a_cancel(run: Train, trained: Trained) -> None:
@@ -189,7 +189,7 @@ def test_more_steps_go_on_from_the_longest_of_several_and_survive_a_cancel(run: 
     seen: list[StepReport] = []
     more = run(replace(SMALL, steps=8), on_step=seen.append)
     assert trained_steps(seen) == [7, 8]
-    assert "those of small_00002," in more.report["continued"]
+    assert "those of small_00002," in more.report.continued
     assert same_tensors(more.lora_path, whole.lora_path)
 
 
@@ -241,7 +241,7 @@ def stop_at(step: int) -> dict[str, Any]:
 
 def test_a_stopped_run_is_kept_and_goes_on_with_another_number_of_steps(run: Train, trained: Trained) -> None:
     stopped = run(**stop_at(2))
-    assert stopped.report["steps"] == 2 and stopped.report["stopped"].startswith("stopped on request after 2 of 4")
+    assert stopped.report.steps == 2 and stopped.report.stopped.startswith("stopped on request after 2 of 4")
     half = lora_bytes(stopped)
     again = run(on_step=lambda report: pytest.fail("trained again"))
     assert again.reused and lora_bytes(again) == half
@@ -256,7 +256,7 @@ def test_a_stopped_run_is_kept_and_goes_on_with_another_number_of_steps(run: Tra
 def test_a_stopped_run_is_kept_by_asking_for_the_steps_it_had(run: Train) -> None:
     stopped = run(**stop_at(2))
     kept = run(replace(SMALL, steps=2), on_step=lambda report: None)
-    assert kept.report["steps"] == 2 and same_tensors(kept.lora_path, stopped.lora_path)
+    assert kept.report.steps == 2 and same_tensors(kept.lora_path, stopped.lora_path)
     assert "continued" in kept.report
 
 
@@ -277,15 +277,15 @@ def test_epochs_take_the_place_of_steps(
     data = TrainingData(micro_base, dataset, config, cache, CPU, torch.float32)
     counts = dict.fromkeys(range(len(dataset.entries)), 0)
     result = run(config)
-    passes = [batch for step in range(result.report["steps"]) for batch in data.micro_batches(step)]
+    passes = [batch for step in range(result.report.steps) for batch in data.micro_batches(step)]
     for index in [index for batch in passes[: 2 * passes_per_epoch(dataset, config)] for index in batch]:
         counts[index] += 1
     assert set(counts.values()) == {2}
     assert len(passes) - 2 * passes_per_epoch(dataset, config) < accumulation
-    assert result.report["epochs"] >= 2
+    assert result.report.epochs >= 2
     document = yaml.safe_load((folder_of(tmp_path, "a") / "run.yaml").read_text(encoding="utf-8"))
-    assert document["train"]["steps"] == result.report["steps"] and document["run"]["epochs"] == result.report["epochs"]
-    same = run(replace(config, epochs=0, steps=result.report["steps"]), where="b")
+    assert document["train"]["steps"] == result.report.steps and document["run"]["epochs"] == result.report.epochs
+    same = run(replace(config, epochs=0, steps=result.report.steps), where="b")
     assert lora_bytes(same) == lora_bytes(result), "the schedule falls over the steps that the epochs take"
 
 

@@ -14,19 +14,19 @@ from PIL import Image
 
 from sdxl_lora_core.cli.main import read_run
 from sdxl_lora_core.dataset.caption_dataset import with_validation
-from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training import loop
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.monitor import sample_images
-from sdxl_lora_core.training.monitor.charts import draw_loss_chart
+from sdxl_lora_core.training.monitor.charts import plot_losses
 from sdxl_lora_core.training.monitor.progress import StepReport
-from sdxl_lora_core.training.monitor.sample_images import Sampler
-from sdxl_lora_core.training.run.loop_state import Look, LoopState
+from sdxl_lora_core.training.monitor.sample_images import SampleRenderer
+from sdxl_lora_core.training.run.loop_state import Evaluation, LoopState
 from sdxl_lora_core.training.run.runs import run_fingerprint
-from tests.micro.images import settings
+from tests.micro.images import draw, settings
 from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes
 from tools.run_workflow import ROOT
 
@@ -48,7 +48,7 @@ def drawn(base: SDXLBase, lora: Path, **changes: Any) -> list[np.ndarray]:
         prompt="one\ntwo", prompt_per_line=True, seed=SMALL.seed, **{"steps": 2, "guidance": 7.0, **changes}
     )
     reference = LoRARef(lora, "lora", 1.0, 1.0)
-    return [image.pixels for image in generate(base, request, [reference], parts=LoadedParts(CPU), cache_folder=None)]
+    return [image.pixels for image in draw(base, request, [reference], parts=LoadedParts(CPU))]
 
 
 def test_a_sample_is_what_generation_draws_with_the_file_of_that_step(trained: Trained, micro_base: SDXLBase) -> None:
@@ -92,19 +92,19 @@ def test_scores_and_previews(run: Train, trained: Trained, tmp_path: Path) -> No
         ("4", "step-000004-00.png", "one"),
         ("4", "step-000004-01.png", "two"),
     ]
-    assert [float(row["clip_score"]) for row in rows[2:]] == pytest.approx(result.report["clip_scores"])
-    assert "clip_scores" not in trained(SAMPLED).report
+    assert [float(row["clip_score"]) for row in rows[2:]] == pytest.approx(result.report.clip_scores)
+    assert trained(SAMPLED).report.clip_scores is None
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
     remaining = iter(scores)
-    monkeypatch.setattr(Sampler, "scores", lambda self, pixels, device: (next(remaining), 0.0))
+    monkeypatch.setattr(SampleRenderer, "scores", lambda self, pixels, device: (next(remaining), 0.0))
 
 
 def test_the_file_holds_the_step_with_the_best_score(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, 10.0, 30.0, 20.0, 0.0)
     result = run(chosen(steps=5))
-    assert "holds step 4, the best by clip_score" in result.report["kept"]
+    assert "holds step 4, the best by clip_score" in result.report.kept
     assert lora_metadata_steps(result.lora_path) == "4"
 
 
@@ -136,14 +136,14 @@ def test_samples_that_fail_do_not_end_the_run(
     plain = trained()
     original = sample_images.generate
 
-    def fail(*arguments: Any, **options: Any) -> Any:
-        if options["cache_folder"] is None:
-            raise ValueError("the UNet gave values that are not finite")
-        return original(*arguments, **options)
+    def fail(job: GenerationJob, context: GenerationContext) -> Any:
+        if job.config.cache == "off":
+            raise ValueError("the UNet returned values that are not finite")
+        return original(job, context)
 
     monkeypatch.setattr(sample_images, "generate", fail)
     assert lora_bytes(run(SAMPLED, where="b")) == lora_bytes(plain)
-    assert "no samples at step 2: the UNet gave values that are not finite" in caplog.text
+    assert "no samples at step 2: the UNet returned values that are not finite" in caplog.text
 
 
 def test_the_unet_leaves_the_device_while_samples_are_drawn(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,15 +153,15 @@ def test_the_unet_leaves_the_device_while_samples_are_drawn(run: Train, monkeypa
 
     def watched(self: loop.Loop, *arguments: Any) -> None:
         original(self, *arguments)
-        move = self.learner.to
+        move = self.model.to
         monkeypatch.setattr(
-            self.learner, "to", lambda device: events.append(f"to {device}") or move(device), raising=False
+            self.model, "to", lambda device: events.append(f"to {device}") or move(device), raising=False
         )
 
     monkeypatch.setattr(loop.Loop, "__init__", watched)
     borrow = LoadedParts.borrow
     monkeypatch.setattr(
-        LoadedParts, "borrow", lambda self, part, *rest: events.append(part) or borrow(self, part, *rest)
+        LoadedParts, "borrow", lambda self, request: events.append(request.name) or borrow(self, request)
     )
     run(replace(SAMPLED, sample_prompts=("one",), sample_every=4))
     first, last = events.index("to cpu"), len(events) - events[::-1].index("to cpu") - 1
@@ -213,7 +213,7 @@ def test_a_second_dataset_is_validated_with_and_not_trained_on(
     both = run(
         replace(SMALL, steps=1), where="c", dataset=load(pictures, validation_percent=20), validation=load(others)
     )
-    assert both.report["validation_loss_before"] != result.report["validation_loss_before"]
+    assert both.report.validation_loss_before != result.report.validation_loss_before
     _, dataset, _ = read_run(tmp_path / "b" / "runs" / "small" / "run.yaml", None)
     assert [entry.image.name for entry in dataset.validation] == ["held.png"]
     assert len(dataset.entries) == 5
@@ -230,18 +230,18 @@ def test_a_chart_of_everything_is_drawn(tmp_path: Path) -> None:
         losses=[0.5, float("nan"), 0.3, 0.2],
         learning_rates=[1e-4] * 4,
         checkpoints=[2, 4],
-        looks=[Look(0, 0.4), Look(2, 0.3, (20.0, 30.0)), Look(4, 0.2, (30.0, 31.0))],
+        looks=[Evaluation(0, 0.4), Evaluation(2, 0.3, (20.0, 30.0)), Evaluation(4, 0.2, (30.0, 31.0))],
     )
-    draw_loss_chart(tmp_path / "with.png", "a run", state)
-    draw_loss_chart(tmp_path / "without.png", "a run", replace_looks(state))
-    draw_loss_chart(tmp_path / "kept.png", "a run", state, kept=2)
+    plot_losses(tmp_path / "with.png", "a run", state)
+    plot_losses(tmp_path / "without.png", "a run", replace_looks(state))
+    plot_losses(tmp_path / "kept.png", "a run", state, kept=2)
     drawn, without, kept = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("with", "without", "kept"))
     assert drawn.shape == without.shape == kept.shape
     assert not np.array_equal(drawn, without) and not np.array_equal(drawn, kept)
 
 
 def replace_looks(state: LoopState) -> LoopState:
-    return replace(state, looks=[Look(0, 0.4)])
+    return replace(state, looks=[Evaluation(0, 0.4)])
 
 
 def test_long_sample_prompts_are_read_as_long_captions_are(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdxl_lora_core.generation.config import GenerateConfig
-from sdxl_lora_core.generation.generate import generate
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
@@ -24,7 +23,8 @@ from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch
-from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.model.trainable import TrainableSDXL
+from tests.micro.images import draw
 from tests.micro.runs import CPU, WHOLE, Cancelled, Train, Trained, cancel_at, data_of, load, lora_bytes
 
 FIRST = replace(WHOLE, text_encoder_learning_rate=2e-3)
@@ -33,24 +33,24 @@ BOTH = replace(WHOLE, text_encoder_learning_rate=2e-3, text_encoder_2_learning_r
 LONG = ", ".join(f"word{number}" for number in range(40))
 
 
-def learner_of(base: SDXLBase, config: TrainConfig, dtype: torch.dtype = torch.float32) -> Learner:
-    return Learner(base, config, CPU, dtype)
+def learner_of(base: SDXLBase, config: TrainConfig, dtype: torch.dtype = torch.float32) -> TrainableSDXL:
+    return TrainableSDXL(base, config, CPU, dtype)
 
 
-def batch_of(base: SDXLBase, pictures: Path, cache: Path, learner: Learner, **settings: Any) -> Batch:
+def batch_of(base: SDXLBase, pictures: Path, cache: Path, learner: TrainableSDXL, **settings: Any) -> Batch:
     return data_of(base, load(pictures), cache, **settings).batch([0, 1, 2], 0, 0)
 
 
-def text(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
+def text(learner: TrainableSDXL, batch: Batch) -> tuple[Tensor, Tensor]:
     assert learner.encoders
     embeds, pooled = learner.encoders(batch.captions, batch.embeds, batch.pooled)
     assert embeds is not None and pooled is not None
     return embeds, pooled
 
 
-def shake(learner: Learner) -> None:
+def shake(learner: TrainableSDXL) -> None:
     """Moves everything that learns away from its start."""
-    for number, parameter in enumerate(learner.learning):
+    for number, parameter in enumerate(learner.parameters_to_train):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
 
 
@@ -103,8 +103,8 @@ def test_with_both_learning_no_caption_is_cached_and_the_run_says_so(
     assert not data.prompt_files and not (tmp_path / "empty" / "prompts").exists()
     assert "text_encoder_2 learns: it reads the captions in every step" in caplog.text
     report = trained(replace(BOTH, steps=1)).report
-    assert report["text_encoders"].startswith("text_encoder and text_encoder_2 read the captions in every step")
-    assert "text_encoders" not in trained().report
+    assert report.text_encoders.startswith("text_encoder and text_encoder_2 read the captions in every step")
+    assert trained().report.text_encoders is None
 
 
 @pytest.mark.slow
@@ -231,14 +231,14 @@ def test_samples_while_training_are_drawn_with_the_encoders(trained: Trained, mi
     parts = LoadedParts(CPU)
     request = GenerateConfig(prompt="a picture", width=64, height=64, steps=2, cache="off")
     refs = [LoRARef(result.lora_path, "x", 1.0, strength) for strength in (1.0, 0.0)]
-    with_text, without = (generate(micro_base, request, [ref], parts=parts, cache_folder=None)[0] for ref in refs)
+    with_text, without = (draw(micro_base, request, [ref], parts=parts)[0] for ref in refs)
     assert (result.samples[0] == with_text.pixels).all() and (with_text.pixels != without.pixels).any()
 
 
 def test_nothing_that_learns_is_refused() -> None:
     with pytest.raises(ValueError, match="train_unet is off and nothing else learns"):
         TrainConfig(train_unet=False)
-    with pytest.raises(ValueError, match="block_ranks is mid_block=4 and does nothing while train_unet is False"):
+    with pytest.raises(ValueError, match="block_ranks is mid_block=4 and has no effect while train_unet is False"):
         replace(FIRST, learning_rate=1e-4, train_unet=False, block_ranks="mid_block=4")
     with pytest.raises(ValueError, match="'prodigy', which finds one rate for all, and there are several"):
         replace(FIRST, optimizer="prodigy", learning_rate=1.0)

@@ -35,7 +35,7 @@ from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import Batch, TrainingData
 from sdxl_lora_core.training.data.latent_cache import make_sample
 from sdxl_lora_core.training.loop import Loop
-from sdxl_lora_core.training.model.trainable import Learner
+from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.optim.accumulation import size_of
 from sdxl_lora_core.training.optim.lr_schedule import lr_factor
@@ -76,7 +76,7 @@ def test_a_run_leaves_what_the_design_says(run: Train) -> None:
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert all(math.isfinite(float(row["loss"])) for row in rows)
     assert Image.open(result.loss_chart).size == (960, 540)
-    assert result.report["steps"] == 4 and result.report["skipped_steps"] == []
+    assert result.report.steps == 4 and result.report.skipped_steps == []
     with safe_open(result.lora_path, "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_base_model_version"].startswith("sdxl_")
@@ -209,7 +209,7 @@ def test_two_checkpoints_are_kept(run: Train) -> None:
 def test_stop_keeps_what_is_trained(run: Train) -> None:
     steps: list[int] = []
     result = run(on_step=lambda report: steps.append(report.done), should_stop=lambda: steps[-1:] == [2])
-    assert result.report["steps"] == 2 and "stopped on request after 2 of 4" in result.report["stopped"]
+    assert result.report.steps == 2 and "stopped on request after 2 of 4" in result.report.stopped
     assert result.lora_path.exists()
 
 
@@ -219,7 +219,7 @@ def test_a_finished_run_is_reused_and_another_gets_its_own_name(run: Train) -> N
     assert again.reused and again.lora_path == first.lora_path
     other = run(replace(SMALL, seed=9))
     assert other.lora_name == "small_00002.safetensors"
-    assert "small was taken" in other.report["note"]
+    assert "small was taken" in other.report.note
     assert lora_bytes(first) != lora_bytes(other)
     longer = run(replace(SMALL, steps=5))
     assert longer.lora_name == "small_00003.safetensors"
@@ -267,12 +267,12 @@ def test_a_name_taken_in_another_folder_is_not_used(
 
 
 def test_a_loss_that_is_not_finite_is_not_learned_from(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
+    def poisoned(losses: Losses, learner: TrainableSDXL, batch: Batch, step: int) -> torch.Tensor:
         return losses(learner, batch) * (math.nan if step == 1 else 1)
 
     change_losses(monkeypatch, poisoned)
     result = run()
-    assert result.report["skipped_steps"] == [2]
+    assert result.report.skipped_steps == [2]
     assert all(tensor.isfinite().all() for tensor in load_file(result.lora_path).values())
 
 
@@ -291,7 +291,7 @@ def test_out_of_memory_turns_on_checkpointing_and_repeats_the_step(
     plain = load_file(trained().lora_path)
     failures = iter([True])
 
-    def failing(losses: Losses, learner: Learner, batch: Batch, step: int) -> torch.Tensor:
+    def failing(losses: Losses, learner: TrainableSDXL, batch: Batch, step: int) -> torch.Tensor:
         if next(failures, False):
             raise torch.OutOfMemoryError("injected")
         return losses(learner, batch)
@@ -397,9 +397,9 @@ def test_validation_is_reported_and_does_not_move_the_training(run: Train, train
     result = trained(validation_percent=20)
     trained_only = replace(dataset, validation=())
     assert lora_bytes(result) == lora_bytes(run(where="b", dataset=trained_only))
-    assert result.report["validation_loss"] != result.report["validation_loss_before"]
+    assert result.report.validation_loss != result.report.validation_loss_before
     other_seed = run(replace(SMALL, seed=5, steps=1), where="c", dataset=dataset)
-    assert other_seed.report["validation_loss_before"] == result.report["validation_loss_before"]
+    assert other_seed.report.validation_loss_before == result.report.validation_loss_before
 
 
 def test_text_encoders_and_vae_are_gone_before_the_unet_comes(
@@ -429,7 +429,7 @@ def test_a_second_run_encodes_nothing_again(run: Train, trained: Trained, monkey
         return original(folder, part, dtype)
 
     monkeypatch.setattr(loading, "from_folder", from_folder)
-    assert run(replace(SMALL, seed=3)).report["steps"] == 4
+    assert run(replace(SMALL, seed=3)).report.steps == 4
 
 
 def test_a_damaged_cache_file_is_made_again(
