@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.generation.config import CacheMode, GenerateConfig
 from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import open_base
 
@@ -36,7 +38,7 @@ def main() -> None:
     def seconds(cache: CacheMode, seed: int, folder: Path) -> float:
         config = GenerateConfig(prompt="a red heart", width=args.side, height=args.side, seed=seed, cache=cache)
         begun = time.perf_counter()
-        [image] = generate(base, config, parts=parts, cache_folder=folder, graph={"prompt": {}})
+        [image] = generate(GenerationJob(base, config), GenerationContext(parts, CacheFolders(folder), {"prompt": {}}))
         assert not image.hit
         return time.perf_counter() - begun
 

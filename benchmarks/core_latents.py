@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.full_size import write_random_base
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
 from sdxl_lora_core.lora.config import SaveBaseConfig
 from sdxl_lora_core.lora.files import write_lora
 from sdxl_lora_core.lora.merged_base import save_merged_base
@@ -111,8 +113,8 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 def sample(request: dict[str, Any], work: Path) -> None:
     """Our side, with the LoRA and without."""
-    memo = work / "hashes"
-    base = open_base(Path(request["checkpoint"]), "fp32", memo)
+    cache = CacheFolders(work)
+    base = open_base(Path(request["checkpoint"]), "fp32", cache.hashes)
     prompt, negative = request["prompts"]
     config = GenerateConfig(
         prompt=prompt,
@@ -120,13 +122,14 @@ def sample(request: dict[str, Any], work: Path) -> None:
         width=request["size"],
         height=request["size"],
         keep_latents=True,
+        cache="off",
         **{name: request[name] for name in ("seed", "steps", "guidance", "sampler", "scheduler")},
     )
-    parts = LoadedParts(torch.device("cpu"), offload=True)
+    context = GenerationContext(LoadedParts(torch.device("cpu"), offload=True), cache)
     lora = LoRARef(Path(request["lora"]), "lora", *request["strengths"])
     latents = {}
     for name, stack in (("without", []), ("latents", [lora])):
-        [image] = generate(base, config, stack, parts=parts, cache_folder=None, hash_memo=memo)
+        [image] = generate(GenerationJob(base, config, stack), context)
         assert image.latents is not None
         latents[name] = image.latents[None].contiguous()
     save_file(latents, request["out"])

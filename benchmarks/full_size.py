@@ -19,12 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.sdxl.base import CONFIGS, load_part, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.job import RunContext, TrainingJob
+from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import train
 
@@ -45,20 +48,20 @@ def main() -> None:
         write_pictures(args.work / "pictures", args.size), DatasetConfig(resolution=args.size)
     )
     shutil.rmtree(args.work / "runs", ignore_errors=True)
-    folders = RunFolders(args.work / "runs/loras", args.work / "runs/runs", args.work / "cache", lambda name: False)
+    folders = RunFolders(
+        args.work / "runs/loras", args.work / "runs/runs", CacheFolders(args.work / "cache"), lambda name: False
+    )
     marks: list[float] = []
     config = TrainConfig(steps=args.steps, precision="bf16")
-    result = train(
-        base,
-        dataset,
-        config,
-        folders=folders,
-        device=torch.device("cpu"),
-        on_step=lambda report: marks.append(time.perf_counter()) if report.phase == "training" else None,
-    )
+
+    def on_step(report: StepReport) -> None:
+        if report.phase == "training":
+            marks.append(time.perf_counter())
+
+    result = train(TrainingJob(base, dataset, config), RunContext(folders, torch.device("cpu"), on_step))
     print(f"peak memory of training: {peak_gb():.2f} GB")
     print("seconds a step:", [round(b - a, 2) for a, b in zip(marks, marks[1:], strict=False)])
-    print(f"tensors in the file: {len(load_file(result.lora_path))}; losses {result.report['loss']:.4f}")
+    print(f"tensors in the file: {len(load_file(result.lora_path))}; losses {result.report.loss:.4f}")
     unet: Any = load_part(base, "unet", torch.bfloat16)
     merged = merge_into(unet, read_lora(result.lora_path).unet, 1.0)
     print(f"this pack: {len(merged.applied)} modules changed, {len(merged.missing)} not found")

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from benchmarks.full_size import write_random_base
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import open_base
@@ -111,15 +112,8 @@ def our_way(args: argparse.Namespace, loras: Sequence[Path]) -> Draw:
     def draw(seed: int, on_step: OnStep, **changes: Any) -> np.ndarray:
         request: dict[str, Any] = {"width": args.size, "height": args.size, "steps": args.steps, **changes}
         config = GenerateConfig(prompt=PROMPT, negative_prompt=NEGATIVE, seed=seed, **request)
-        [image] = generate(
-            base,
-            config,
-            stack,
-            parts=parts,
-            cache_folder=None,
-            hash_memo=args.work / "hashes",
-            on_step=lambda done, total: on_step() if done else None,
-        )
+        context = GenerationContext(parts, on_step=lambda done, total: on_step() if done else None)
+        [image] = generate(GenerationJob(base, config, stack), context)
         return image.pixels
 
     draw(0, lambda: None, width=64, height=64, steps=1)  # weights are loaded when they are first needed

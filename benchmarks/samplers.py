@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.generate import generate
+from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
 from sdxl_lora_core.generation.samplers import SAMPLERS, SCHEDULES, SOLVERS, Sampler, Schedule
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import open_base
@@ -61,7 +62,7 @@ def compared(sampler: Sampler, schedule: Schedule) -> tuple[float | None, np.nda
         sampler=sampler,
         scheduler=schedule,
     )
-    pixels = generate(BASE, config, parts=PARTS, cache_folder=None)[0].pixels
+    pixels = generate(GenerationJob(BASE, config), GenerationContext(PARTS))[0].pixels
     return float(abs(pixels - reference(TINY, config)).max()), pixels
 
 

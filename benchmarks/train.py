@@ -19,18 +19,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 
 from benchmarks.full_size import write_pictures, write_random_base
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
-from sdxl_lora_core.runtime.distributed import Processes
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers, open_base, scheduler_config
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.data.batches import TrainingData
+from sdxl_lora_core.training.data.batches import PassOfUpdate, TrainingData
+from sdxl_lora_core.training.job import RunContext, TrainingJob
 from sdxl_lora_core.training.loop import Loop
+from sdxl_lora_core.training.run.runs import RunFolders
 
 CPU = torch.device("cpu")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -141,18 +144,20 @@ def ours(work: Path, size: int) -> Step:
     pictures = write_pictures(work / f"pictures-{size}", size)
     dataset = load_caption_dataset(pictures, DatasetConfig(resolution=size))
     config = TrainConfig(rank=8, alpha=8.0, precision="bf16")
-    data = TrainingData(base, dataset, config, work / "cache", CPU, torch.bfloat16)
+    cache = CacheFolders(work / "cache")
+    data = TrainingData(TrainingJob(base, dataset, config), cache, CPU)
     data.cache(lambda phase, done, total: None)
     unused: Any = None
-    loop = Loop(base, config, data, CPU, torch.bfloat16, unused, unused, unused, unused, Processes())
+    context = RunContext(RunFolders(work, work, cache, lambda name: False), CPU)
+    loop = Loop(data, context, MagicMock(), unused)
     loop.gradients.plan(loop.state)
-    batch = data.batch([0], 0, 0)
+    batch = data.batch(PassOfUpdate(0, (0,)))
 
     def step() -> dict[str, float]:
         started = time.perf_counter()
         loop.update()
         updated = time.perf_counter()
-        loop.learner.predict(batch).sum().backward()
+        loop.model.predict(batch).sum().backward()
         alone = time.perf_counter()
         loop.gradients.clear()
         return {"step": updated - started, "unet": alone - updated}

@@ -21,6 +21,7 @@ from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.monitor import journal
 from sdxl_lora_core.training.monitor.charts import plot_losses
+from sdxl_lora_core.training.optim import accumulation
 from sdxl_lora_core.training.optim.memory_plan import Measured
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import TrainResult
@@ -35,7 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-SAVED_BYTES = Measured.saved_bytes
+class NothingSaved(Measured):
+    def saved_bytes(self) -> int:
+        return 0
+
 
 # SDXL in every respect but size. No two widths that a mistake could swap are equal.
 MICRO_UNET: dict[str, Any] = {
@@ -118,14 +122,14 @@ def quick_collection() -> None:
 def fixed_plan() -> Iterator[None]:
     """A training keeps nothing, says the memory plan, which would count for 3 s for each new shape. See `real_plan`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Measured, "saved_bytes", lambda self: 0)
+        patch.setattr(accumulation, "Measured", NothingSaved)
         yield
 
 
 @pytest.fixture
 def real_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory plan counts, as it does outside the tests."""
-    monkeypatch.setattr(Measured, "saved_bytes", SAVED_BYTES)
+    monkeypatch.setattr(accumulation, "Measured", Measured)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -113,7 +113,7 @@ def ask(comfyui: Path, python: str, folder: Path, **request: Any) -> Any:
 def ours(reader: PromptReader, prompt: str, tokenizers: Any, part: Any) -> list[list[tuple[Any, float]]]:
     """Chunks of 77 as ComfyUI's tokenizer gives them: ids, or vectors in their place, with weights."""
     groups, tokenizer = [], tokenizers[0]
-    for content, weight in reader.read(prompt).pieces:
+    for content, weight in reader.parse(prompt).reading.pieces:
         tokens = token_ids(content, tokenizer, {}) if isinstance(content, str) else content.vectors()[part].tolist()
         groups.append([(token, weight) for token in tokens])
     pad = (tokenizers[ENCODERS.index(part)].pad_token_id, 1.0)
@@ -158,7 +158,7 @@ def test_embeddings_are_comfyuis(
     model = TextModel(load_tokenizers(micro_base), encoders)
     for number, prompt in enumerate(PROMPTS):
         with torch.no_grad():
-            hidden, pooled = model(reader.read(prompt), {})
+            hidden, pooled = model(reader.parse(prompt).reading, {})
         for name, found in (("hidden", hidden), ("pooled", pooled)):
             theirs = wanted[f"{number}.{name}"]
             assert found.shape == theirs.shape, f"{name} of {prompt!r}"

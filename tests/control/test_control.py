@@ -391,9 +391,9 @@ def test_wrong_settings_are_refused_by_name(micro_base: SDXLBase, files: list[Pa
     ):
         with pytest.raises(ValueError, match=message):
             ControlConfig(**changes)
-    with pytest.raises(ValueError, match="control_type is 'depth', but ControlNet a is no ControlNet-Union: set it to"):
+    with pytest.raises(ValueError, match="control_type is 'depth', but ControlNet a is not a ControlNet-Union"):
         control(files[0], control_type="depth")
-    with pytest.raises(ValueError, match="control_type is 'auto', but ControlNet-Union u knows openpose,.*choose"):
+    with pytest.raises(ValueError, match="control_type is 'auto', but ControlNet-Union u has openpose,.*choose"):
         control(files[2])
     six = dataclasses.replace(control(files[2], control_type="tile").net, control_types=6)
     with pytest.raises(ValueError, match="control_type is 'tile', but ControlNet-Union u knows .*, segment: choose"):

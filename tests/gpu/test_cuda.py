@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
@@ -34,7 +35,7 @@ def test_training_gives_finite_weights_and_frees_the_memory(
         Image.new("RGB", (64, 64), (90 * number, 40, 200)).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text("a picture")
     dataset = load_caption_dataset(tmp_path, DatasetConfig(resolution=64))
-    folders = RunFolders(tmp_path / "loras", tmp_path / "runs", tmp_path / "cache", lambda name: False)
+    folders = RunFolders(tmp_path / "loras", tmp_path / "runs", CacheFolders(tmp_path / "cache"), lambda name: False)
     before = torch.cuda.memory_allocated()
     config = TrainConfig(steps=8, learning_rate=1e-3, precision=precision)
     result = train_on(micro_base, dataset, config, folders=folders, device=CUDA)

@@ -13,10 +13,10 @@ import diffusers.models.unets.unet_2d_condition  # noqa: F401 - this and the nex
 import peft  # noqa: F401
 import torch
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.sdxl.base import open_base
 from sdxl_lora_core.training.run.runs import RunFolders
-from sdxl_lora_core.training.train import train
-from tests.micro.runs import CPU, SMALL, load
+from tests.micro.runs import SMALL, load, train_on
 
 STEPS = 6
 CONFIG = replace(SMALL, steps=STEPS, checkpoint_every=2, gradient_accumulation=2, dropout=0.2, caption_dropout=0.3)
@@ -51,14 +51,9 @@ def train_until_killed(job: Job, events: Connection) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    folders = RunFolders(job.folder / "loras", job.folder / "runs", job.cache, lambda name: False)
+    folders = RunFolders(job.folder / "loras", job.folder / "runs", CacheFolders(job.cache), lambda name: False)
     base = open_base(job.base, precision="fp32")
-    train(
-        base,
-        load(job.pictures),
-        CONFIG,
-        folders=folders,
-        device=CPU,
-        on_step=lambda report: events.send(("step", report.done)),
+    train_on(
+        base, load(job.pictures), CONFIG, folders=folders, on_step=lambda report: events.send(("step", report.done))
     )
     events.send(("calls", calls))

@@ -18,10 +18,9 @@ from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
 from sdxl_lora_core.sdxl.blocks import BLOCKS, read_block_values, value_for
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import Adapter
-from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.run.runs import run_fingerprint
 from tests.micro.loras import TEXT, load_parts, random_lora
-from tests.micro.runs import SMALL, WHOLE, Cancelled, Train, Trained, cancel_at, load, lora_bytes
+from tests.micro.runs import SMALL, WHOLE, Cancelled, Train, Trained, cancel_at, load, lora_bytes, trainable
 from tools.run_workflow import ROOT, load_pack
 
 STYLE = "up_blocks.0.attentions.1"
@@ -177,7 +176,7 @@ def test_a_continued_run_is_another_run_and_resumes_exactly(
     assert run_fingerprint(micro_base, dataset, replace(config, continue_from=str(copy))) == fingerprint
     copy.write_bytes(trained(replace(SMALL, steps=3)).lora_path.read_bytes())
     assert run_fingerprint(micro_base, dataset, replace(config, continue_from=str(copy))) != fingerprint
-    with pytest.raises(FileNotFoundError, match="continue_from is gone.safetensors, which is no file"):
+    with pytest.raises(FileNotFoundError, match="continue_from is gone.safetensors, which does not exist"):
         run_fingerprint(micro_base, dataset, replace(config, continue_from="gone.safetensors"))
 
 
@@ -185,8 +184,8 @@ def test_the_node_finds_the_file_by_its_name(monkeypatch: pytest.MonkeyPatch) ->
     pack: Any = load_pack()
     configs: list[TrainConfig] = []
 
-    def train(base: Any, dataset: Any, config: TrainConfig, **_: Any) -> None:
-        configs.append(config)
+    def train(job: Any, context: Any) -> None:
+        configs.append(job.config)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(import_module(f"{pack.__name__}.sdxl_lora_core.training.train"), "train", train)
@@ -232,7 +231,7 @@ def test_a_file_with_text_encoders_is_refused(adapter: Any, micro_base: SDXLBase
     write_lora(path, LoRAFile(unet=adapter(rank=3).modules(), text_encoder=text), torch.float16)
     config = TrainConfig(rank=3, continue_from=str(path))
     with pytest.raises(ValueError, match="changes the text_encoder, and here it does not learn: set text_encoder_lear"):
-        TrainableSDXL(micro_base, config, torch.device("cpu"), torch.float32)
+        trainable(micro_base, config)
 
 
 # ------------------------------------------------------------------ refusals
@@ -241,9 +240,9 @@ def test_a_file_with_text_encoders_is_refused(adapter: Any, micro_base: SDXLBase
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank_dropout": 0.1}, "rank_dropout is 0.1 and adapter is lora.*: take adapter loha or lokr"),
+        ({"rank_dropout": 0.1}, "rank_dropout is 0.1 and adapter is lora.*: choose adapter loha or lokr"),
         ({"module_dropout": 0.1, "adapter": "dora"}, "module_dropout is 0.1 and adapter is dora"),
-        ({"dropout": 0.1, "adapter": "loha"}, "dropout is 0.1 and adapter is loha.*: take adapter lora or dora"),
+        ({"dropout": 0.1, "adapter": "loha"}, "dropout is 0.1 and adapter is loha.*: choose adapter lora or dora"),
         ({"use_rslora": True, "adapter": "lokr"}, "use_rslora is True and adapter is lokr"),
         ({"lora_plus_ratio": 4.0, "adapter": "lokr"}, "lora_plus_ratio is 4.0 and adapter is lokr"),
         ({"init": "pissa", "adapter": "loha"}, "init is pissa and adapter is loha"),
@@ -256,7 +255,7 @@ def test_a_file_with_text_encoders_is_refused(adapter: Any, micro_base: SDXLBase
         ({"block_ranks": "mid_block"}, "block_ranks is 'mid_block': write block=number, mid_block=4"),
         ({"block_ranks": "mid_block=2.5"}, "block_ranks gives mid_block 2.5: a rank is a whole number"),
         ({"block_ranks": "mid_block=0"}, "block_ranks gives mid_block 0: give a value from 1 to 1024"),
-        ({"block_ranks": "mid_block=2", "blocks": "up_blocks.0"}, "names mid_block and blocks, up_blocks.0"),
+        ({"block_ranks": "mid_block=2", "blocks": "up_blocks.0"}, "names mid_block, which blocks .up_blocks.0"),
         ({"block_learning_rates": "up_blocks.2=2"}, "block_learning_rates names up_blocks.2 and target_modules"),
         ({"block_learning_rates": "mid_block=0"}, "block_learning_rates gives mid_block 0: give a value from 0.001"),
     ],

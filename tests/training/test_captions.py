@@ -17,7 +17,7 @@ from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl, stack_embeds, truncated_words
 from sdxl_lora_core.text.prompt_cache import load_prompt
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.data.batches import TrainingData
+from sdxl_lora_core.training.data.batches import PassOfUpdate, TrainingData
 from sdxl_lora_core.training.data.caption_variants import caption_variants
 from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, weights
 
@@ -76,7 +76,7 @@ def test_another_separator_splits_elsewhere() -> None:
 
 
 def test_tags_that_are_kept_where_none_is_moved_are_refused() -> None:
-    with pytest.raises(ValueError, match="keep_tags is 1 and shuffle_tags is off, tag_dropout 0"):
+    with pytest.raises(ValueError, match="keep_tags is 1, shuffle_tags is off and tag_dropout 0"):
         TrainConfig(keep_tags=1)
 
 
@@ -123,7 +123,7 @@ def test_a_list_in_metadata_holds_several_captions(pictures: Path, tmp_path: Pat
 def shown_with(data: TrainingData, base: SDXLBase, index: int, steps: int) -> list[int]:
     """Which of the image's captions each step has, found by its embeddings."""
     embeds = [load_prompt(data.prompt_files[caption])[0] for caption in data.captions[index]]
-    drawn = [data.batch([index], step, 0).embeds[0] for step in range(steps)]
+    drawn = [data.batch(PassOfUpdate(step, (index,))).embeds[0] for step in range(steps)]
     return [next(n for n, known in enumerate(embeds) if torch.equal(known, shown)) for shown in drawn]
 
 
@@ -167,7 +167,21 @@ def test_each_setting_changes_what_is_shown(
 ) -> None:
     dataset = load(lay_captions(pictures, tmp_path / "tags", "a, b, c, d, e, #"))
     plain, changed = (data_of(micro_base, dataset, cache, **beside, **more) for more in ({}, change))
-    batches = [[data.batch([0, 1], step, 0) for step in range(4)] for data in (plain, changed)]
+    batches = [
+        [
+            data.batch(
+                PassOfUpdate(
+                    step,
+                    (
+                        0,
+                        1,
+                    ),
+                )
+            )
+            for step in range(4)
+        ]
+        for data in (plain, changed)
+    ]
     assert not all(torch.equal(a.embeds, b.embeds) for a, b in zip(*batches, strict=True))
     assert all(torch.equal(a.noise, b.noise) for a, b in zip(*batches, strict=True))
 
@@ -244,9 +258,25 @@ def test_a_batch_holds_short_and_long_captions(
     folder = lay_captions(pictures, tmp_path / "long", "short #")
     (folder / "1.txt").write_text(LONG)
     data = data_of(micro_base, load(folder), cache, caption_chunks=3)
-    assert data.batch([0, 1], 0, 0).embeds.shape == (2, 231, 20)
+    assert data.batch(
+        PassOfUpdate(
+            0,
+            (
+                0,
+                1,
+            ),
+        )
+    ).embeds.shape == (2, 231, 20)
     cut = data_of(micro_base, load(folder), cache)
-    assert cut.batch([0, 1], 0, 0).embeds.shape == (2, 77, 20)
+    assert cut.batch(
+        PassOfUpdate(
+            0,
+            (
+                0,
+                1,
+            ),
+        )
+    ).embeds.shape == (2, 77, 20)
 
 
 def test_words_beyond_the_chunks_are_named(micro_base: SDXLBase) -> None:

@@ -118,7 +118,7 @@ def test_a_disk_that_refuses_metrics_and_chart_does_not_end_the_run(
         (run_folder(tmp_path) / name).mkdir(parents=True)
     result = run()
     assert result.lora_path.exists()
-    assert caplog.text.count("the metrics are not complete") == 1 and "the chart could not be drawn" in caplog.text
+    assert caplog.text.count("the metrics are not complete") == 1 and "the chart could not be written" in caplog.text
 
 
 def test_validation_falls_where_it_is_asked_for_and_changes_no_byte(trained: Trained) -> None:
@@ -190,7 +190,7 @@ def test_best_and_patience_survive_cancels_wherever_they_fall(
     resumed = run(config, dataset=dataset)
     assert lora_bytes(resumed) == lora_bytes(whole)
     seen = ("kept", "early_stopping", "validation_loss", "validation_loss_before", "loss", "steps")
-    assert [resumed.report[name] for name in seen] == [whole.report[name] for name in seen]
+    assert [getattr(resumed.report, name) for name in seen] == [getattr(whole.report, name) for name in seen]
 
 
 def kill(report: StepReport) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.sdxl.base import SDXLBase
@@ -22,8 +23,18 @@ from sdxl_lora_core.training.data.batches import Batch
 from sdxl_lora_core.training.loop import Diverged
 from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.run.runs import RunFolders
-from sdxl_lora_core.training.train import train
-from tests.micro.runs import CPU, SMALL, Cancelled, Losses, Train, Trained, cancel_at, change_losses, load, lora_bytes
+from tests.micro.runs import (
+    SMALL,
+    Cancelled,
+    Losses,
+    Train,
+    Trained,
+    cancel_at,
+    change_losses,
+    load,
+    lora_bytes,
+    train_on,
+)
 
 
 def close_to(first: Path, second: Path) -> None:
@@ -169,7 +180,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     with pytest.raises((Diverged, ValueError), match="NaN|finite"):
         run(replace(SMALL, checkpoint_every=1))
-    assert "the LoRA holds values that are not finite" in caplog.text
+    assert "the LoRA has values that are not finite" in caplog.text
     assert not list(tmp_path.rglob("step-*")) and not list((tmp_path / "a/loras").iterdir())
 
 
@@ -194,9 +205,9 @@ def test_an_image_that_vanished_before_it_was_cached_is_named(
     shutil.copytree(pictures, copy)
     dataset = load(copy)
     (copy / "1.png").unlink()
-    folders = RunFolders(tmp_path / "l", tmp_path / "r", tmp_path / "c", lambda name: False)
-    with pytest.raises(ValueError, match=r"1\.png is gone: load the dataset again"):
-        train(micro_base, dataset, SMALL, folders=folders, device=CPU)
+    folders = RunFolders(tmp_path / "l", tmp_path / "r", CacheFolders(tmp_path / "c"), lambda name: False)
+    with pytest.raises(ValueError, match=r"1\.png no longer exists: load the dataset again"):
+        train_on(micro_base, dataset, SMALL, folders=folders)
 
 
 def test_images_that_change_or_vanish_while_training_change_nothing(

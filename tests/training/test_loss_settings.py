@@ -17,6 +17,7 @@ from sdxl_lora_core.cli.main import read_run
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base, scheduler_config
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.data.batches import PassOfUpdate
 from sdxl_lora_core.training.data.noise import NoiseSampler
 from sdxl_lora_core.training.model.objective import Objective
 from sdxl_lora_core.training.train import as_trained
@@ -118,7 +119,8 @@ def test_multires_noise_is_coarser_with_more_layers_and_less_discount() -> None:
 def test_the_perturbed_input_is_not_what_is_asked_for(micro_base: SDXLBase, pictures: Path, cache: Path) -> None:
     dataset = load(pictures)
     plain, perturbed = (
-        data_of(micro_base, dataset, cache, input_perturbation=gamma).batch([0], 0, 0) for gamma in (0.0, 0.25)
+        data_of(micro_base, dataset, cache, input_perturbation=gamma).batch(PassOfUpdate(0, (0,)))
+        for gamma in (0.0, 0.25)
     )
     assert torch.equal(plain.input_noise, plain.noise) and torch.equal(perturbed.noise, plain.noise)
     assert (perturbed.input_noise - perturbed.noise).std().item() == pytest.approx(0.25, rel=0.2)
@@ -162,7 +164,7 @@ def test_the_loss_is_finite_down_to_pure_noise(micro_base: SDXLBase, weighting: 
 
 
 def test_epsilon_at_pure_noise_is_refused_by_name(micro_base: SDXLBase) -> None:
-    with pytest.raises(ValueError, match="prediction is 'auto' and zero_terminal_snr is 'on'.*timestep_max to 998"):
+    with pytest.raises(ValueError, match="would predict epsilon with zero terminal SNR.*timestep_max to 998"):
         as_trained(micro_base, TrainConfig(zero_terminal_snr="on"))
     below = objective(micro_base, zero_terminal_snr="on", timestep_max=998, debiased=True)
     assert below.weights[:999].isfinite().all()
@@ -196,7 +198,8 @@ def test_said_of_the_base_or_of_the_run_it_is_the_same_run(run: Train, micro_bas
     again = run(config)
     assert not by_base.reused and again.reused and again.lora_path == by_base.lora_path
     assert not run().reused, "without it, it is another run"
-    base, dataset, config = read_run(tmp_path / "a/runs/small/run.yaml", None)
+    job = read_run(tmp_path / "a/runs/small/run.yaml", None)
+    base, dataset, config = job.base, job.dataset, job.config
     assert base == said
     assert run(config, base=base, dataset=dataset).lora_path == by_base.lora_path
     assert as_trained(said, TrainConfig(prediction="epsilon", zero_terminal_snr="off")) == micro_base, "the run's win"
@@ -245,7 +248,7 @@ def test_the_loop_trains_by_it_and_validates_without_it(trained: Trained, change
         ({"timestep_min": 500, "timestep_max": 400}, "timestep_min is 500 and timestep_max is 400"),
         ({"huber_delta": 0.5}, "huber_delta is 0.5 and has no effect while loss is 'mse': change loss"),
         ({"logit_mean": 1.0}, "logit_mean is 1.0 and has no effect while timestep_sampling is 'uniform'"),
-        ({"logit_std": 2.0}, "logit_std is 2.0 and does nothing"),
+        ({"logit_std": 2.0}, "logit_std is 2.0 and has no effect"),
         ({"multires_noise_discount": 0.5}, "has no effect while multires_noise_iterations is 0"),
         ({"loss": "l3"}, "loss is 'l3': choose one of mse, huber, smooth_l1"),
     ],

@@ -17,6 +17,7 @@ from sdxl_lora_core.dataset.report import describe
 from sdxl_lora_core.images.crop import center_crop
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.sdxl.latents import crop_pixels
+from sdxl_lora_core.training.data.batches import PassOfUpdate
 from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
 
 SHORT = replace(SMALL, steps=2)
@@ -218,7 +219,7 @@ def test_each_crop_has_its_own_latents_and_coordinates_mirrored_when_flipped(
         assert mirrored.time_ids()[3] == crop.resized_w - crop.bucket_w - crop.left
     lefts = {sample.crop.left for sample in samples}
     assert len({sample.latents_file for sample in samples}) == 2 * len(lefts) and len(lefts) > 1
-    drawn = {data.batch([0], step, 0).time_ids[0, 3].item() for step in range(60)}
+    drawn = {data.batch(PassOfUpdate(step, (0,))).time_ids[0, 3].item() for step in range(60)}
     assert drawn == {sample.time_ids()[3].item() for sample in samples}
 
 
@@ -259,4 +260,4 @@ def test_every_image_of_kohya_folders_is_seen_as_often_as_they_say(
 ) -> None:
     data = data_of(micro_base, load(lay_kohya(pictures, tmp_path, "3_dog", "2_cat")), cache)
     seen = Counter(index for step in range(3) for batch in data.micro_batches(step) for index in batch)
-    assert sorted(seen.values()) == [2, 3] and seen[[e.repeats for e in data.entries].index(3)] == 3
+    assert sorted(seen.values()) == [2, 3] and seen[[e.repeats for e in data.job.entries].index(3)] == 3

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.memory import Checkpointing
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.data.batches import PassOfUpdate
+from sdxl_lora_core.training.job import TrainingJob
 from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.trainable import TrainableSDXL
-from sdxl_lora_core.training.optim.accumulation import what_decides_shapes
-from sdxl_lora_core.training.optim.memory_plan import kept_bytes, plan_memory, set_checkpointing
+from sdxl_lora_core.training.optim.accumulation import shapes_of
+from sdxl_lora_core.training.optim.memory_plan import Measured, plan_memory, set_checkpointing
 from tests.micro.runs import SMALL, Train, change_losses, data_of, load, parameters_alive
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")
@@ -43,7 +46,7 @@ def forward(unet: Any) -> Tensor:
 def test_the_count_is_what_a_real_pass_keeps(micro_base: SDXLBase, mode: Checkpointing, tmp_path: Path) -> None:
     unet = unet_with_lora(micro_base)
     set_checkpointing(unet, mode)
-    counted = kept_bytes(lambda: forward(unet), unet, [], tmp_path)
+    counted = Measured(lambda: forward(unet), unet, [], tmp_path).saved_bytes()
     weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -59,7 +62,7 @@ def test_each_mode_keeps_less_and_gives_the_same_gradients(micro_base: SDXLBase,
     kept, gradients = [], []
     for mode in MODES:
         set_checkpointing(unet, mode)
-        kept.append(kept_bytes(lambda: forward(unet), unet, [], tmp_path))
+        kept.append(Measured(lambda: forward(unet), unet, [], tmp_path).saved_bytes())
         forward(unet).square().sum().backward()
         gradients.append([p.grad.clone() for p in unet.parameters() if p.grad is not None])
         unet.zero_grad()
@@ -85,7 +88,7 @@ class Layers(nn.Module):
 
 
 def count(layers: Layers, cache: Path, images: int = 1) -> int:
-    return kept_bytes(lambda: layers(torch.ones(images, 4)), layers, [images, 4], cache)
+    return Measured(lambda: layers(torch.ones(images, 4)), layers, [images, 4], cache).saved_bytes()
 
 
 def test_a_count_is_found_on_disk_by_the_next_run(tmp_path: Path) -> None:
@@ -110,7 +113,7 @@ def test_another_model_or_mode_is_counted_anew(change: Callable[[Layers], Layers
     count(Layers(), tmp_path)
     changed = change(Layers())
     images = torch.ones(1, 4, dtype=changed.first.weight.dtype)
-    kept_bytes(lambda: changed(images), changed, [1, 4], tmp_path)
+    Measured(lambda: changed(images), changed, [1, 4], tmp_path).saved_bytes()
     assert changed.passes == 1
 
 
@@ -123,7 +126,7 @@ def test_another_shape_is_counted_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", '{"kept_by', "[]", "7", '{"kept_bytes": "7"}', '{"kept_bytes": -7}'])
 def test_a_damaged_count_is_made_again(tmp_path: Path, text: str) -> None:
     counted = count(Layers(), tmp_path)
-    (note,) = (tmp_path / "memory").rglob("*.json")
+    (note,) = tmp_path.rglob("*.json")
     note.write_text(text)
     again, found = Layers(), Layers()
     assert count(again, tmp_path) == count(found, tmp_path) == counted
@@ -141,13 +144,13 @@ def test_captions_decide_the_shapes_only_for_encoders_that_learn(
     micro_base: SDXLBase, pictures: Path, cache: Path
 ) -> None:
     data = data_of(micro_base, load(pictures), cache)
-    one = data.batch([0], 0, 0)
+    one = data.batch(PassOfUpdate(0, (0,)))
     other = replace(one, captions=("another caption",))
     learns = replace(SMALL, text_encoder_learning_rate=1e-4)
-    assert what_decides_shapes(one, SMALL) == what_decides_shapes(other, SMALL)
-    assert what_decides_shapes(one, learns) != what_decides_shapes(other, learns)
+    assert shapes_of(one, SMALL) == shapes_of(other, SMALL)
+    assert shapes_of(one, learns) != shapes_of(other, learns)
     longer = replace(one, embeds=torch.cat([one.embeds, one.embeds], dim=1))
-    assert what_decides_shapes(one, SMALL) != what_decides_shapes(longer, SMALL)
+    assert shapes_of(one, SMALL) != shapes_of(longer, SMALL)
 
 
 @pytest.mark.usefixtures("real_plan")
@@ -196,7 +199,8 @@ def planned(free_gb: float, wanted: Checkpointing = "auto", batch: int = 4) -> t
             "sdxl_lora_core.training.optim.memory_plan.set_checkpointing",
             lambda unet, mode: setattr(unet, "mode", mode),
         )
-        plan = plan_memory(lambda: sizes[unet.mode], unet, wanted, batch, 0, free_gb * GB)
+        measured: Any = SimpleNamespace(model=SimpleNamespace(unet=unet), saved_bytes=lambda: sizes[unet.mode])
+        plan = plan_memory(measured, wanted, batch, 0, free_gb * GB)
     return plan.checkpointing, plan.images_per_pass, plan.tight
 
 
@@ -233,7 +237,8 @@ def test_images_per_pass_cuts_the_batch(run: Train, monkeypatch: pytest.MonkeyPa
 
 def test_the_noise_schedule_is_on_the_device_before_the_plan_looks_for_it(micro_base: SDXLBase) -> None:
     """Moved in the plan's pass, which has no contents, it would have none in the steps either."""
-    learner = TrainableSDXL(micro_base, SMALL, torch.device("meta"), torch.float32)
+    nothing: Any = None
+    learner = TrainableSDXL(TrainingJob(micro_base, nothing, replace(SMALL, precision="fp32")), torch.device("meta"))
     assert learner.objective.scheduler.alphas_cumprod.device.type == "meta"
 
 

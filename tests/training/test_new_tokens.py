@@ -25,11 +25,10 @@ from sdxl_lora_core.text.encoding import encode_prompt_sdxl, token_ids, truncate
 from sdxl_lora_core.text.new_tokens import TokenEmbedding, add_tokens
 from sdxl_lora_core.training.config.captions import read_new_tokens
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.data.batches import all_trigger_words
 from sdxl_lora_core.training.data.caption_variants import caption_variants
-from sdxl_lora_core.training.model.trainable import TrainableSDXL
+from sdxl_lora_core.training.job import TrainingJob
 from tests.micro.images import draw as images_of
-from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes, weights
+from tests.micro.runs import CPU, SMALL, Cancelled, Train, Trained, cancel_at, load, lora_bytes, trainable, weights
 
 ALONE: dict[str, Any] = {
     "lora_name": "small",
@@ -85,7 +84,7 @@ def test_names_and_starts_are_read_and_mistakes_refused() -> None:
         TrainConfig(new_tokens="a, b", vectors_per_token=40)
     with pytest.raises(ValueError, match="vectors_per_token is 3 and has no effect while new_tokens is ''"):
         TrainConfig(vectors_per_token=3)
-    with pytest.raises(ValueError, match="token_learning_rate is 0.1 and does nothing"):
+    with pytest.raises(ValueError, match="token_learning_rate is 0.1 and has no effect"):
         TrainConfig(token_learning_rate=0.1)
 
 
@@ -134,12 +133,12 @@ def test_several_vectors_follow_one_another(micro_base: SDXLBase) -> None:
 
 
 def test_start_words_and_random_starts(micro_base: SDXLBase) -> None:
-    tokens = TrainableSDXL(micro_base, PIVOTAL, CPU, torch.float32).learned().tokens
+    tokens = trainable(micro_base, PIVOTAL).learned().tokens
     for part, row in zip(("text_encoder", "text_encoder_2"), known(micro_base, "red"), strict=True):
         assert torch.equal(tokens["zwx"][part], row.repeat(2, 1))
         vocabulary = load_part(micro_base, part, torch.float32).get_input_embeddings().weight  # type: ignore[operator]
         assert 0.3 < tokens["qq-2"][part].std() / vocabulary.std() < 3
-    other = TrainableSDXL(micro_base, replace(PIVOTAL, seed=1), CPU, torch.float32).learned().tokens
+    other = trainable(micro_base, replace(PIVOTAL, seed=1)).learned().tokens
     assert not torch.equal(other["qq-2"]["text_encoder"], tokens["qq-2"]["text_encoder"])
     assert torch.equal(other["zwx"]["text_encoder"], tokens["zwx"]["text_encoder"])
 
@@ -178,14 +177,14 @@ def test_a_token_can_be_trained_further(
     first = trained(TrainConfig(**ALONE), **WORDS)
     start = TrainConfig(**ALONE, continue_from=str(first.lora_path))
     tokens = read_lora(first.lora_path).tokens["zwx"]
-    begun = TrainableSDXL(micro_base, start, CPU, torch.float32).learned().tokens["zwx"]
+    begun = trainable(micro_base, start).learned().tokens["zwx"]
     assert all(torch.equal(begun[part], rows) for part, rows in tokens.items())
     with pytest.raises(ValueError, match="with the new tokens zwx of 1 vectors, and here they are zwx of 2 vectors"):
         run(replace(start, vectors_per_token=2), where="b", dataset=named)
 
 
 def test_a_token_that_no_caption_holds_is_refused(run: Train) -> None:
-    with pytest.raises(ValueError, match="new_tokens names zwx and no caption holds it: give zwx as the dataset's"):
+    with pytest.raises(ValueError, match="new_tokens names zwx and no caption contains it: set zwx as the dataset's"):
         run(TrainConfig(**ALONE))
 
 
@@ -251,7 +250,7 @@ def test_the_gradient_of_a_token_is_the_same_every_time() -> None:
 
 def test_settings_of_what_does_not_learn_are_refused() -> None:
     for name, value in (("rank", 4), ("adapter", "dora"), ("use_rslora", True), ("target_modules", "all-linear")):
-        with pytest.raises(ValueError, match=f"{name} is {value} and only new_tokens learn, without a LoRA"):
+        with pytest.raises(ValueError, match=f"{name} is {value} and only new_tokens are trained, without a LoRA"):
             TrainConfig(**{**ALONE, name: value})
     with pytest.raises(ValueError, match="learning_rate is 0.5 and has no effect while train_unet is False"):
         TrainConfig(**ALONE, learning_rate=0.5)
@@ -271,7 +270,7 @@ def test_the_rate_that_is_shown_is_one_that_learns(trained: Trained) -> None:
 def test_a_start_of_several_words_is_their_mean_where_there_are_fewer_vectors(micro_base: SDXLBase) -> None:
     for vectors, wanted in ((1, [["red", "heart"]]), (3, [["red"], ["heart"], ["red"]])):
         config = TrainConfig(new_tokens="zwx=red heart", vectors_per_token=vectors)
-        rows = TrainableSDXL(micro_base, config, CPU, torch.float32).learned().tokens["zwx"]["text_encoder"]
+        rows = trainable(micro_base, config).learned().tokens["zwx"]["text_encoder"]
         means = [torch.cat([known(micro_base, word)[0] for word in words]).mean(dim=0) for words in wanted]
         torch.testing.assert_close(rows, torch.stack(means))
 
@@ -291,7 +290,7 @@ def test_captions_are_cut_with_their_new_tokens_counted(run: Train, named: Capti
     assert len(cut) == len(named.entries) and all("picture number" in line for line in cut)
 
 
-def test_tags_that_are_new_tokens_are_never_dropped(pictures: Path) -> None:
+def test_tags_that_are_new_tokens_are_never_dropped(micro_base: SDXLBase, pictures: Path) -> None:
     config = replace(SMALL, tag_dropout=1.0, new_tokens="zwx")
-    words = all_trigger_words(load(pictures), config)
+    words = TrainingJob(micro_base, load(pictures), config).trigger_words
     assert caption_variants(("a, zwx, b",), "", words, config)[0] == "zwx"

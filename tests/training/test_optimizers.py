@@ -190,7 +190,7 @@ def test_a_cancelled_run_continues_to_the_same_bytes(run: Train, name: Any) -> N
 
 def test_the_memory_plan_counts_the_state(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(accumulation, "plan_memory", lambda *args: asked.append(args[4]) or plan_memory(*args))
+    monkeypatch.setattr(accumulation, "plan_memory", lambda *args: asked.append(args[3]) or plan_memory(*args))
     run(replace(SMALL, steps=1))
     run(with_optimizer("prodigy", steps=1, ema_decay=0.9), where="b")
     assert asked[1] / asked[0] == (1 + 4 + 1) / (1 + 2)

@@ -140,7 +140,7 @@ def test_every_image_goes_to_one_process_with_its_position(count: int) -> None:
     batches = [[10, 11, 12], [13], [14, 15, 16, 17]]
     seen: dict[int, int] = {}
     for rank in range(count):
-        for first, indices in passes(batches, 2, Processes(rank, count)):
+        for _, indices, first, _ in passes(0, batches, 2, Processes(rank, count)):
             assert 1 <= len(indices) <= 2
             seen |= {first + number * count: index for number, index in enumerate(indices)}
     assert seen == {position: 10 + position for position in range(8)}

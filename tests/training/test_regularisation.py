@@ -21,11 +21,12 @@ from sdxl_lora_core.dataset.report import contact_sheet, describe
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.data.batches import Batch
+from sdxl_lora_core.training.data.batches import Batch, PassOfUpdate
+from sdxl_lora_core.training.job import TrainingJob
 from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.monitor.progress import StepReport
-from sdxl_lora_core.training.run_length import passes_per_epoch
+from sdxl_lora_core.training.run_length import batches_per_epoch
 from tests.micro.runs import (
     CPU,
     SMALL,
@@ -89,7 +90,7 @@ def test_every_image_is_seen_as_often_as_its_repeats_say(
     mine = load(copied(pictures, tmp_path / "mine", 0, 1), repeats=3)
     dataset = with_regularisation(pictures, tmp_path, mine, repeats=2)
     data = data_of(micro_base, dataset, cache)
-    passes = passes_per_epoch(dataset, SMALL)
+    passes = batches_per_epoch(TrainingJob(micro_base, dataset, SMALL))
     for epoch in (0, 1):
         steps = range(epoch * passes, (epoch + 1) * passes)
         seen = Counter(index for step in steps for batch in data.micro_batches(step) for index in batch)
@@ -101,8 +102,16 @@ def test_their_captions_are_shown_as_written_and_they_carry_the_prior_weight(
 ) -> None:
     settings = {"caption_dropout": 1.0, "shuffle_tags": True, "tag_dropout": 0.5, "prior_weight": 0.25}
     data = data_of(micro_base, both, cache, **settings)
-    empty = data.batch([0], 0, 0).embeds[0]
-    batch = data.batch([0, 2], 0, 0)
+    empty = data.batch(PassOfUpdate(0, (0,))).embeds[0]
+    batch = data.batch(
+        PassOfUpdate(
+            0,
+            (
+                0,
+                2,
+            ),
+        )
+    )
     assert batch.weights.tolist() == [1.0, 0.25]
     assert torch.equal(batch.embeds[0], empty)
     assert data.captions[2] == ("a, b, c, number 2",) and not torch.equal(batch.embeds[1], empty)
@@ -143,7 +152,7 @@ def test_a_cancelled_run_continues_to_the_same_bytes(run: Train, both: CaptionDa
 
 
 def test_regularisation_images_alone_are_refused(run: Train, both: CaptionDataset) -> None:
-    with pytest.raises(ValueError, match="has only regularisation images: connect those to train on, too"):
+    with pytest.raises(ValueError, match="has only regularisation images: connect a dataset of training images"):
         run(dataset=replace(both, entries=()))
 
 
@@ -196,9 +205,9 @@ def test_one_class_image_for_each_training_image_unless_told_otherwise(run: Trai
     assert result.report.regularisation_images == 2
 
 
-def test_class_images_are_seen_about_as_often_as_the_training_images(pictures: Path) -> None:
+def test_class_images_are_seen_about_as_often_as_the_training_images(micro_base: SDXLBase, pictures: Path) -> None:
     dataset = load(pictures, repeats=4)
-    assert passes_per_epoch(dataset, with_class(batch_size=1)) == 5 * 4 + 2 * 10
+    assert batches_per_epoch(TrainingJob(micro_base, dataset, with_class(batch_size=1))) == 5 * 4 + 2 * 10
 
 
 def test_class_images_are_not_drawn_where_there_are_regularisation_images(run: Train, both: CaptionDataset) -> None:

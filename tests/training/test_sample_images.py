@@ -209,12 +209,12 @@ def test_a_second_dataset_is_validated_with_and_not_trained_on(
     plain = trained()
     result = run(where="b", validation=load(others))
     assert lora_bytes(result) == lora_bytes(plain)
-    assert "validation_loss" in result.report and "validation_loss" not in plain.report
+    assert result.report.validation_loss is not None and plain.report.validation_loss is None
     both = run(
         replace(SMALL, steps=1), where="c", dataset=load(pictures, validation_percent=20), validation=load(others)
     )
     assert both.report.validation_loss_before != result.report.validation_loss_before
-    _, dataset, _ = read_run(tmp_path / "b" / "runs" / "small" / "run.yaml", None)
+    dataset = read_run(tmp_path / "b" / "runs" / "small" / "run.yaml", None).dataset
     assert [entry.image.name for entry in dataset.validation] == ["held.png"]
     assert len(dataset.entries) == 5
 
@@ -250,7 +250,7 @@ def test_long_sample_prompts_are_read_as_long_captions_are(run: Train, monkeypat
     monkeypatch.setattr(
         sample_images,
         "generate",
-        lambda base, config, *a, **k: seen.append(config.long_prompts) or original(base, config, *a, **k),
+        lambda job, context: seen.append(job.config.long_prompts) or original(job, context),
     )
     for chunks in (1, 2):
         run(replace(SMALL, steps=1, caption_chunks=chunks, sample_prompts=("one",), sample_steps=1), where=str(chunks))

@@ -22,10 +22,10 @@ from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.data.batches import Batch
+from sdxl_lora_core.training.data.batches import Batch, PassOfUpdate
 from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from tests.micro.images import draw
-from tests.micro.runs import CPU, WHOLE, Cancelled, Train, Trained, cancel_at, data_of, load, lora_bytes
+from tests.micro.runs import CPU, WHOLE, Cancelled, Train, Trained, cancel_at, data_of, load, lora_bytes, trainable
 
 FIRST = replace(WHOLE, text_encoder_learning_rate=2e-3)
 SECOND = replace(WHOLE, text_encoder_2_learning_rate=4e-3)
@@ -34,11 +34,20 @@ LONG = ", ".join(f"word{number}" for number in range(40))
 
 
 def learner_of(base: SDXLBase, config: TrainConfig, dtype: torch.dtype = torch.float32) -> TrainableSDXL:
-    return TrainableSDXL(base, config, CPU, dtype)
+    return trainable(base, replace(config, precision={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]))
 
 
 def batch_of(base: SDXLBase, pictures: Path, cache: Path, learner: TrainableSDXL, **settings: Any) -> Batch:
-    return data_of(base, load(pictures), cache, **settings).batch([0, 1, 2], 0, 0)
+    return data_of(base, load(pictures), cache, **settings).batch(
+        PassOfUpdate(
+            0,
+            (
+                0,
+                1,
+                2,
+            ),
+        )
+    )
 
 
 def text(learner: TrainableSDXL, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -101,7 +110,7 @@ def test_with_both_learning_no_caption_is_cached_and_the_run_says_so(
     caplog.set_level(logging.INFO, "sdxl_lora")
     data = data_of(micro_base, load(pictures), tmp_path / "empty", **settings_of(BOTH))
     assert not data.prompt_files and not (tmp_path / "empty" / "prompts").exists()
-    assert "text_encoder_2 learns: it reads the captions in every step" in caplog.text
+    assert "text_encoder_2 is trained: it reads the captions in every step" in caplog.text
     report = trained(replace(BOTH, steps=1)).report
     assert report.text_encoders.startswith("text_encoder and text_encoder_2 read the captions in every step")
     assert trained().report.text_encoders is None
@@ -236,7 +245,7 @@ def test_samples_while_training_are_drawn_with_the_encoders(trained: Trained, mi
 
 
 def test_nothing_that_learns_is_refused() -> None:
-    with pytest.raises(ValueError, match="train_unet is off and nothing else learns"):
+    with pytest.raises(ValueError, match="train_unet is off and nothing else is trained"):
         TrainConfig(train_unet=False)
     with pytest.raises(ValueError, match="block_ranks is mid_block=4 and has no effect while train_unet is False"):
         replace(FIRST, learning_rate=1e-4, train_unet=False, block_ranks="mid_block=4")

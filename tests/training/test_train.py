@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.cli.main import main
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
@@ -29,11 +30,11 @@ from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.sdxl import loading
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
-from sdxl_lora_core.training import loop
-from sdxl_lora_core.training import train as training
+from sdxl_lora_core.training import loop, outputs
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.data.batches import Batch, TrainingData
+from sdxl_lora_core.training.data.batches import Batch, PassOfUpdate, TrainingData
 from sdxl_lora_core.training.data.latent_cache import make_sample
+from sdxl_lora_core.training.job import TrainingJob
 from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.monitor.progress import StepReport
@@ -41,7 +42,6 @@ from sdxl_lora_core.training.optim.accumulation import size_of
 from sdxl_lora_core.training.optim.lr_schedule import lr_factor
 from sdxl_lora_core.training.run import checkpoints
 from sdxl_lora_core.training.run.runs import RunFolders
-from sdxl_lora_core.training.train import train
 from tests.micro.runs import (
     CPU,
     SMALL,
@@ -55,6 +55,7 @@ from tests.micro.runs import (
     data_of,
     load,
     lora_bytes,
+    train_on,
 )
 
 
@@ -147,7 +148,7 @@ def test_gradient_checkpointing_is_used_and_changes_nothing(
     original = loop.Loop.update
 
     def spy(self: Loop) -> None:
-        used.append(self.learner.unet.is_gradient_checkpointing)
+        used.append(self.model.unet.is_gradient_checkpointing)
         original(self)
 
     monkeypatch.setattr(loop.Loop, "update", spy)
@@ -197,7 +198,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     damaged[-1] ^= 1
     target.write_bytes(damaged)
     assert lora_bytes(run()) == lora_bytes(trained())
-    assert "step-000002 is passed over: state.safetensors is damaged" in caplog.text
+    assert "step-000002 is skipped: state.safetensors is damaged" in caplog.text
 
 
 def test_two_checkpoints_are_kept(run: Train) -> None:
@@ -261,8 +262,10 @@ def test_folders_of_unequal_repeats_are_told_apart(run: Train, pictures: Path, t
 def test_a_name_taken_in_another_folder_is_not_used(
     tmp_path: Path, micro_base: SDXLBase, pictures: Path, cache: Path
 ) -> None:
-    folders = RunFolders(tmp_path / "loras", tmp_path / "runs", cache, lambda name: name == "small.safetensors")
-    result = train(micro_base, load(pictures), SMALL, folders=folders, device=CPU)
+    folders = RunFolders(
+        tmp_path / "loras", tmp_path / "runs", CacheFolders(cache), lambda name: name == "small.safetensors"
+    )
+    result = train_on(micro_base, load(pictures), SMALL, folders=folders)
     assert result.lora_name == "small_00002.safetensors"
 
 
@@ -338,7 +341,7 @@ def test_a_disk_that_is_full_at_the_end_says_so_and_the_run_continues_later(
     run: Train, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained()
-    original = training.write_lora
+    original = outputs.write_lora
 
     def full(path: Path, *rest: Any) -> None:
         if path.parent.name == "loras":
@@ -346,7 +349,7 @@ def test_a_disk_that_is_full_at_the_end_says_so_and_the_run_continues_later(
         original(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "write_lora", full)
+        patch.setattr(outputs, "write_lora", full)
         with pytest.raises(OSError, match="No space left"):
             run()
     steps: list[StepReport] = []
@@ -361,7 +364,7 @@ def test_a_disk_without_room_for_checkpoints_is_found_before_the_first_step(
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     steps: list[StepReport] = []
-    with pytest.raises(OSError, match="MB are free: make room or lower the rank"):
+    with pytest.raises(OSError, match="MB are free: free some space or lower the rank"):
         run(on_step=steps.append)
     assert not [report for report in steps if report.phase == "training"]
 
@@ -415,8 +418,8 @@ def test_text_encoders_and_vae_are_gone_before_the_unet_comes(
         return module
 
     monkeypatch.setattr(loading, "from_folder", from_folder)
-    folders = RunFolders(tmp_path / "l", tmp_path / "r", tmp_path / "fresh cache", lambda name: False)
-    train(micro_base, load(pictures), SMALL, folders=folders, device=CPU)
+    folders = RunFolders(tmp_path / "l", tmp_path / "r", CacheFolders(tmp_path / "fresh cache"), lambda name: False)
+    train_on(micro_base, load(pictures), SMALL, folders=folders)
     assert set(alive) == {"text_encoder", "text_encoder_2", "vae", "unet"}
 
 
@@ -439,8 +442,8 @@ def test_a_damaged_cache_file_is_made_again(
     data_of(micro_base, load(pictures), own)
     for file in own.glob("*/v1/*/*.safetensors"):
         file.write_bytes(file.read_bytes()[:-4])
-    folders = RunFolders(tmp_path / "l", tmp_path / "r", own, lambda name: False)
-    assert lora_bytes(train(micro_base, load(pictures), SMALL, folders=folders, device=CPU)) == lora_bytes(first)
+    folders = RunFolders(tmp_path / "l", tmp_path / "r", CacheFolders(own), lambda name: False)
+    assert lora_bytes(train_on(micro_base, load(pictures), SMALL, folders=folders)) == lora_bytes(first)
 
 
 def test_an_image_that_changed_after_loading_is_named(tmp_path: Path, micro_base: SDXLBase, pictures: Path) -> None:
@@ -448,9 +451,9 @@ def test_an_image_that_changed_after_loading_is_named(tmp_path: Path, micro_base
     shutil.copytree(pictures, copy)
     dataset = load(copy)
     Image.new("RGB", (64, 64), "green").save(copy / "1.png")
-    folders = RunFolders(tmp_path / "l", tmp_path / "r", tmp_path / "c", lambda name: False)
+    folders = RunFolders(tmp_path / "l", tmp_path / "r", CacheFolders(tmp_path / "c"), lambda name: False)
     with pytest.raises(ValueError, match=r"1\.png changed after the dataset was loaded"):
-        train(micro_base, dataset, SMALL, folders=folders, device=CPU)
+        train_on(micro_base, dataset, SMALL, folders=folders)
 
 
 def test_samples_are_drawn_with_the_lora_and_cached(run: Train, trained: Trained) -> None:
@@ -483,15 +486,15 @@ def test_random_numbers_depend_on_seed_step_and_position_only() -> None:
 
 
 def test_every_image_is_seen_once_an_epoch_in_its_own_bucket(micro_base: SDXLBase, pictures: Path, cache: Path) -> None:
-    data = TrainingData(micro_base, load(pictures), SMALL, cache, CPU, torch.float32)
+    data = TrainingData(TrainingJob(micro_base, load(pictures), SMALL), CacheFolders(cache), CPU)
     data.cache(lambda *_: None)
     seen: list[int] = []
     step = 0
     while len(seen) < 5:
         (indices,) = data.micro_batches(step)
-        assert len({data.buckets[index] for index in indices}) == 1
-        batch = data.batch(indices, step, 0)
-        width, height = data.buckets[indices[0]]
+        assert len({data.job.entries[index].bucket for index in indices}) == 1
+        batch = data.batch(PassOfUpdate(step, tuple(indices)))
+        width, height = data.job.entries[indices[0]].bucket
         assert batch.latents.shape == (len(indices), 4, height // 8, width // 8)
         assert batch.time_ids[0, 4:].tolist() == [height, width]
         seen += indices
@@ -502,16 +505,16 @@ def test_every_image_is_seen_once_an_epoch_in_its_own_bucket(micro_base: SDXLBas
 def test_a_fresh_sample_is_drawn_from_the_posterior_each_step(
     micro_base: SDXLBase, pictures: Path, cache: Path
 ) -> None:
-    data = TrainingData(micro_base, load(pictures), SMALL, cache, CPU, torch.float32)
+    data = TrainingData(TrainingJob(micro_base, load(pictures), SMALL), CacheFolders(cache), CPU)
     data.cache(lambda *_: None)
-    first, second = (data.batch([0], step, 0) for step in (0, 1))
+    first, second = (data.batch(PassOfUpdate(step, (0,))) for step in (0, 1))
     mean, std = data.variants[0][0].posterior()
     assert not torch.equal(first.latents, second.latents)
     assert ((first.latents[0] - mean).abs() <= 6 * std).all()
 
 
 def test_the_cached_posterior_is_the_vaes_own(micro_base: SDXLBase, pictures: Path, cache: Path) -> None:
-    data = TrainingData(micro_base, load(pictures), SMALL, cache, CPU, torch.float32)
+    data = TrainingData(TrainingJob(micro_base, load(pictures), SMALL), CacheFolders(cache), CPU)
     data.cache(lambda *_: None)
     vae = load_part(micro_base, "vae", torch.float32)
     pixels = torch.tensor(np.asarray(Image.open(pictures / "0.png")), dtype=torch.float32)

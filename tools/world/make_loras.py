@@ -15,10 +15,12 @@ NAMES = {"8-bit": "8bit_style", "line": "line_style"}
 
 
 def train_style(style: str, assets: Path, work: Path, settings: dict) -> None:
+    from sdxl_lora_core.cache.folders import CacheFolders
     from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
     from sdxl_lora_core.dataset.config import DatasetConfig
     from sdxl_lora_core.sdxl.base import open_base
     from sdxl_lora_core.training.config.train_config import TrainConfig
+    from sdxl_lora_core.training.job import RunContext, TrainingJob
     from sdxl_lora_core.training.run.runs import RunFolders
     from sdxl_lora_core.training.train import train
 
@@ -26,9 +28,9 @@ def train_style(style: str, assets: Path, work: Path, settings: dict) -> None:
     write_samples(images, style)
     dataset = load_caption_dataset(images, DatasetConfig(resolution=128))
     config = TrainConfig(lora_name=NAMES[style], seed=0, **settings)
-    folders = RunFolders(work / "loras", work / "lora_runs", work / "cache", taken=lambda name: False)
+    folders = RunFolders(work / "loras", work / "lora_runs", CacheFolders(work / "cache"), taken=lambda name: False)
     base = open_base(assets / "tiny-sdxl", precision="fp32")
-    result = train(base, dataset, config, folders=folders, device=torch.device("cpu"), on_step=_show)
+    result = train(TrainingJob(base, dataset, config), RunContext(folders, torch.device("cpu"), _show))
     (assets / "loras").mkdir(exist_ok=True)
     shutil.copyfile(result.lora_path, assets / "loras" / f"{NAMES[style]}.safetensors")
 
