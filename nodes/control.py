@@ -65,5 +65,4 @@ class AddControlNet:
             return show((controls or (), info), info)
         net = open_control_net(choices.find("control_net", control_net), cache_folders().hashes)
         control = Control(net, tuple(from_image(image)), config)
-        info = describe_control(control)
-        return show(((*(controls or ()), control), info), info)
+        return show(((*(controls or ()), control), info := describe_control(control)), info)

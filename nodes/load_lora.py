@@ -69,19 +69,25 @@ class LoadLoRA:
         blocks: str = "",
     ) -> dict[str, Any]:
         stack = read_stack(lora_stack)
-        if lora_name == INCOMING:
-            lora_name, blocks = _taken_from(stack, blocks)
-        read_blocks_of(lora_name, blocks)
-        if not enabled:
-            return show((stack, info := f"{lora_name} is off"), info)
-        entry: Any = (lora_name, strength_model, strength_clip)
-        info = describe_lora(choices.find("lora", lora_name))
-        return show(([*stack, BlockStackEntry(entry, blocks) if blocks.strip() else entry], info), info)
+        name, blocks = _chosen(lora_name, stack, blocks)
+        info = describe_lora(choices.find("lora", name)) if enabled else f"{name} is off"
+        loaded = [*stack, _entry((name, strength_model, strength_clip), blocks)] if enabled else stack
+        return show((loaded, info), info)
 
 
-def _taken_from(stack: list[Any], blocks: str) -> tuple[str, str]:
-    """Removes the last LoRA from the stack; its name, and its block factors unless `blocks` replaces them."""
-    if not stack:
-        raise ValueError(f"lora_name is {INCOMING} but lora_stack has no LoRA: connect one or choose a file")
-    incoming = stack.pop()
-    return incoming[0], blocks or strengths_by_block(incoming)
+def _chosen(lora_name: str, stack: list[Any], blocks: str) -> tuple[str, str]:
+    """The name and the block factors of the LoRA; (incoming) takes the last one off the stack.
+
+    Raises ValueError for an empty stack and for unknown blocks.
+    """
+    if lora_name == INCOMING:
+        if not stack:
+            raise ValueError(f"lora_name is {INCOMING} but lora_stack has no LoRA: connect one or choose a file")
+        incoming = stack.pop()
+        lora_name, blocks = incoming[0], blocks or strengths_by_block(incoming)
+    read_blocks_of(lora_name, blocks)
+    return lora_name, blocks
+
+
+def _entry(entry: tuple[str, float, float], blocks: str) -> Any:
+    return BlockStackEntry(entry, blocks) if blocks.strip() else entry

@@ -1,9 +1,9 @@
 """sdxl-lora: the engine from the command line.
 
-sdxl-lora train run.yaml               repeats the run that a node or an earlier call wrote down, or continues it;
-                                       Ctrl-C finishes it early and keeps the LoRA
-sdxl-lora inspect FILE_OR_FOLDER       says what a base, a LoRA, a ControlNet or a dataset is
-sdxl-lora cache stats|verify|prune|clear      looks at the cache of generated images, and makes it smaller
+sdxl-lora train run.yaml [--set rank=16]    repeats or resumes a run; Ctrl-C finishes it early and keeps the LoRA
+sdxl-lora settings [train|datasets]         lists the settings of a run.yaml with their defaults and ranges
+sdxl-lora inspect FILE_OR_FOLDER            describes a base, a LoRA, a ControlNet or a dataset
+sdxl-lora cache stats|verify|prune|clear    shows the cache of generated images, and reduces its size
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from ..training.loop import Diverged
 from ..training.monitor.progress import StepReport
 from ..training.run.runs import RunFolders
 from ..training.train import train
-from . import cache
+from . import cache, settings_list
 from .signals import Interruption, Left
 
 HOME = Path("output/sdxl_lora")
@@ -47,13 +48,15 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("train", help="train from a run.yaml")
     command.add_argument("settings", type=Path)
     command.add_argument("--output", type=Path, default=Path("output"), help="gets loras/ and lora_runs/")
-    command.add_argument("--home", type=Path, default=HOME, help="where the caches lie")
+    command.add_argument("--home", type=Path, default=HOME, help="the folder of the caches")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="overrides a train setting")
     command.add_argument("--device", type=torch.device, default=_default_device())
     command.set_defaults(run=_train)
     command = commands.add_parser("inspect", help="describe a base, a LoRA, a ControlNet or a dataset")
     command.add_argument("path", type=Path)
     command.set_defaults(run=_inspect)
     cache.add_commands(commands, HOME)
+    settings_list.add_command(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -70,7 +73,7 @@ def _tell(line: str) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     cache, loras = CacheFolders(options.home), options.output / "loras"
-    job = read_run(options.settings, cache.hashes)
+    job = read_run(options.settings, cache.hashes, settings_list.read_changes(options.set))
     folders = RunFolders(loras, options.output / "lora_runs", cache, lambda name: (loras / name).exists())
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
     with _Bar() as bar, Interruption(_tell) as interruption:
@@ -86,8 +89,8 @@ def _train(options: argparse.Namespace) -> None:
         print(result.lora_path)
 
 
-def read_run(path: Path, hash_memo: Path | None) -> TrainingJob:
-    """The job of a run.yaml. Every setting is checked before a model or an image is opened.
+def read_run(path: Path, hash_memo: Path | None, changes: Mapping[str, Any] = MappingProxyType({})) -> TrainingJob:
+    """The job of a run.yaml; `changes` override its train settings. Every setting is checked before a model or an image is opened.
 
     Raises ValueError naming the settings that are wrong, FileNotFoundError for a base or dataset that is gone.
     """
@@ -96,7 +99,7 @@ def read_run(path: Path, hash_memo: Path | None) -> TrainingJob:
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict) or not {"base", "datasets", "train"} <= set(document):
         raise ValueError(f"{path.name} is not a run: it needs the sections base, datasets and train")
-    config = from_mapping(TrainConfig, document["train"], f"{path.name}: train")
+    config = from_mapping(TrainConfig, {**document["train"], **changes}, f"{path.name}: train")
     sources, held_out = (
         [_source(path.name, section) for section in document.get(part, [])] for part in ("datasets", "validation")
     )
