@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.sdxl.base import describe_base, open_base, quick_fingerprint, require_predictable
+from ..sdxl_lora_core.sdxl.base import describe_base, open_base, require_predictable
 from ..sdxl_lora_core.sdxl.vae_override import with_vae
 from ..sdxl_lora_core.training.config.train_config import TrainConfig
 from . import choices
@@ -56,8 +56,8 @@ class LoadSDXLBase:
 
     @classmethod
     def IS_CHANGED(cls, base: str | None = None, vae: str | None = None, **settings: Any) -> str:
-        found = choices.content("base", base, quick_fingerprint)
-        return found + choices.content("vae", _chosen(vae), quick_fingerprint)
+        found = choices.content("base", base)
+        return found + choices.content("vae", _chosen(vae))
 
     def load(
         self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto", vae: str = OWN_VAE

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from ..sdxl_lora_core.files import safe_path
+from ..sdxl_lora_core.files import safe_path, stat_fingerprint
 from ..sdxl_lora_core.lora.stack import LoRARef, StackEntry, open_stack
 from .host.folders import cache_folders, file_names, input_folder, roots
 from .widgets import Widget
@@ -70,18 +70,12 @@ def check(kind: Kind, name: str | None) -> bool | str:
         return str(error)
 
 
-def content(kind: Kind, name: str | None, fingerprint: Callable[[Path], str]) -> str:
-    """For IS_CHANGED: a fingerprint of the name's present content. Never raises."""
+def content(kind: Kind, name: str | None) -> str:
+    """For IS_CHANGED: changes when the file or folder of a name does. Never raises."""
     try:
-        return fingerprint(find(kind, name)) if name else ""
+        return stat_fingerprint(find(kind, name)) if name else ""
     except (OSError, ValueError) as error:
         return str(error)
-
-
-def stamp(path: Path) -> str:
-    """Sizes and modification times of a file, or of the files in a folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return " ".join(f"{file.name}-{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
 
 
 def find_embedding(name: str) -> Path | None:

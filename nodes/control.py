@@ -56,7 +56,7 @@ class AddControlNet:
 
     @classmethod
     def IS_CHANGED(cls, control_net: str | None = None, **settings: Any) -> str:
-        return choices.content("control_net", control_net, choices.stamp)
+        return choices.content("control_net", control_net)
 
     def add(self, control_net: str, image: Any, controls: Any = None, **settings: Any) -> dict[str, Any]:
         config = ControlConfig(**settings)

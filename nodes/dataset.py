@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset, quick_fingerprint
+from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from ..sdxl_lora_core.dataset.config import DatasetConfig
 from ..sdxl_lora_core.dataset.report import contact_sheet, describe
 from . import choices
@@ -57,7 +57,7 @@ class LoadCaptionDataset:
 
     @classmethod
     def IS_CHANGED(cls, folder: str | None = None, **settings: Any) -> str:
-        return choices.content("dataset", folder, quick_fingerprint)
+        return choices.content("dataset", folder)
 
     def load(self, folder: str, dataset: CaptionDataset | None = None, **settings: Any) -> dict[str, Any]:
         path = choices.find("dataset", folder)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..sdxl_lora_core.files import stat_fingerprint
 from ..sdxl_lora_core.generation.config import GenerateConfig
 from ..sdxl_lora_core.generation.init_images import StartImage, start_images
 from ..sdxl_lora_core.generation.job import GenerationContext, GenerationJob
@@ -139,7 +140,7 @@ def _starts(config: GenerateConfig, inputs: Mapping[str, Any]) -> list[StartImag
 def _embeddings(prompts: str) -> str:
     """A text that changes with the embedding files that the prompts may name."""
     found = (choices.find_embedding(name.rstrip(",)")) for name in re.findall(r"embedding:([^\s:]+)", prompts))
-    return " ".join(choices.stamp(path) for path in found if path)
+    return " ".join(stat_fingerprint(path) for path in found if path)
 
 
 def _outputs(images: Sequence[GeneratedImage]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class LoadLoRA:
 
     @classmethod
     def IS_CHANGED(cls, lora_name: str | None = None, **settings: Any) -> str:
-        return "" if lora_name == INCOMING else choices.content("lora", lora_name, choices.stamp)
+        return "" if lora_name == INCOMING else choices.content("lora", lora_name)
 
     def load(
         self,

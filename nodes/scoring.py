@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..sdxl_lora_core.evaluation.clip_model import load_clip
 from ..sdxl_lora_core.evaluation.clip_score import ScoreReport, annotate, score_images
+from ..sdxl_lora_core.files import stat_fingerprint
 from ..sdxl_lora_core.runtime.loaded_parts import Loaded, PartRequest
 from . import choices
 from .host.memory import loaded_parts
@@ -60,12 +61,12 @@ class CLIPScore:
 
     @classmethod
     def IS_CHANGED(cls, clip_model: str | None = None, **settings: Any) -> str:
-        return choices.content("clip", clip_model, choices.stamp)
+        return choices.content("clip", clip_model)
 
     def score(self, images: Tensor, prompt: str, clip_model: str) -> dict[str, Any]:
         pixels, path = from_image(images), choices.find("clip", clip_model)
         with loaded_parts() as parts:
-            request = PartRequest("clip", f"{path} {choices.stamp(path)}", lambda: Loaded(load_clip(path)))
+            request = PartRequest("clip", f"{path} {stat_fingerprint(path)}", lambda: Loaded(load_clip(path)))
             texts = prompt.strip().splitlines() or [""]
             report = score_images(pixels, texts, path, parts.device, load=lambda _: parts.borrow(request).module)
         return _outputs(pixels, report)

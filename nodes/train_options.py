@@ -55,7 +55,7 @@ class TrainOptions:
     @classmethod
     def IS_CHANGED(cls, **settings: Any) -> str:
         """Changes when another file has the same name."""
-        return " ".join(choices.content(kind, settings.get(name), choices.stamp) for name, kind in cls.FILES.items())
+        return " ".join(choices.content(kind, settings.get(name)) for name, kind in cls.FILES.items())
 
     def collect(self, options: Mapping[str, Any] | None = None, **settings: Any) -> tuple[dict[str, Any]]:
         fields = fields_of(self.GROUP)

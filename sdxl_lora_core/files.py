@@ -111,6 +111,20 @@ def file_sha256(path: Path, memo: Path | None = None) -> str:
     return digest
 
 
+def stat_fingerprint(path: Path) -> str:
+    """Changes with the name, size or modification time of the file `path` or of a file below the folder `path`.
+
+    Reads no content and never raises.
+    """
+    try:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        return f"unreadable: {type(error).__name__}"
+    # repr, because a file name may hold bytes that are not valid Unicode
+    return json_sha256([(repr(name), stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+
+
 def _hash_file(path: Path) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -73,3 +73,24 @@ def test_canonical_json_does_not_depend_on_order() -> None:
     assert files.json_sha256({"a": 1, "b": [2.5]}) == files.json_sha256({"b": [2.5], "a": 1})
     with pytest.raises(ValueError):
         files.canonical_json(float("nan"))
+
+
+def test_the_stat_fingerprint_sees_names_sizes_and_times_and_never_raises(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "x.png").write_text("1")
+    (folder / "sub" / "y.txt").write_text("2")
+    seen = [files.stat_fingerprint(folder)]
+    assert files.stat_fingerprint(folder) == seen[0]
+    (folder / "sub" / "y.txt").write_text("22")
+    seen.append(files.stat_fingerprint(folder))
+    os.utime(folder / "x.png", (1, 1))
+    seen.append(files.stat_fingerprint(folder))
+    (folder / "x.png").rename(folder / "z.png")
+    seen += [files.stat_fingerprint(folder), files.stat_fingerprint(folder / "z.png")]
+    (folder / "broken").symlink_to(tmp_path / "nothing")
+    (folder / os.fsdecode(b"\xff.png")).write_text("not valid Unicode")
+    seen.append(files.stat_fingerprint(folder))
+    assert len(set(seen)) == 6 and all(len(fingerprint) == 64 for fingerprint in seen)
+    assert files.stat_fingerprint(tmp_path / "none") == "unreadable: FileNotFoundError"
+    assert files.stat_fingerprint(tmp_path / "\0").startswith("unreadable: ")

@@ -90,7 +90,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def read_run(path: Path, hash_memo: Path | None, changes: Mapping[str, Any] = MappingProxyType({})) -> TrainingJob:
-    """The job of a run.yaml; `changes` override its train settings. Every setting is checked before a model or an image is opened.
+    """The job of a run.yaml; `changes` override its train settings, and all are checked before anything is loaded.
 
     Raises ValueError naming the settings that are wrong, FileNotFoundError for a base or dataset that is gone.
     """

@@ -1,9 +1,7 @@
-"""A folder of captioned pictures as training data: what is used, what is not and why, and how it is cut."""
+"""Loads a folder of captioned images as training data: what is used, what is skipped and why, and how it is cropped."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,19 +11,21 @@ from ..files import file_sha256, json_sha256
 from ..images.crop import Crop, center_crop, random_crop
 from ..images.decode import decode, has_alpha, strict_pillow
 from .buckets import bucket_for
-from .captions import FolderFiles, Problem, clean_caption, holds_word, read_captions, scan_folder
+from .caption_text import clean_caption, with_trigger_word
+from .captions import read_captions
 from .config import DatasetConfig
+from .folder_files import FolderFiles, Problem, scan_folder
 
 _FINGERPRINT_VERSION = 1
-# A picture of 64 megapixels takes up to a gigabyte while it is converted, so not one thread per core.
+# Converting an image of 64 megapixels takes up to 1 GB, so there is a limit instead of one thread per core.
 _DECODERS = 4
 
 
 @dataclass(frozen=True)
 class CaptionEntry:
-    """One picture. width and height in px as it is seen (after EXIF rotation); captions with the trigger word.
+    """One image. `width` and `height` in px after EXIF rotation; `captions` include the trigger word.
 
-    `mask` is the file in masks/, or the picture itself if it has an alpha channel; None if all of it is learned.
+    `mask` is the file in masks/, or the image itself if it has an alpha channel; None to train on the whole image.
     """
 
     image: Path
@@ -42,7 +42,7 @@ class CaptionEntry:
 
     @property
     def caption(self) -> str:
-        """The first caption: the one that is shown, and the one that validates."""
+        """The first caption: used in reports, sheets and for the validation loss."""
         return self.captions[0]
 
     @property
@@ -55,7 +55,7 @@ class CaptionEntry:
 
     @property
     def crops(self) -> tuple[Crop, ...]:
-        """The cuts that training draws from: the middle, or `random_crops` places that follow from the content."""
+        """The crops that training chooses from: the center, or `random_crops` crops seeded by the image's content."""
         if not self.random_crops:
             return (self.center,)
         numbers = range(self.random_crops)
@@ -64,11 +64,11 @@ class CaptionEntry:
 
 @dataclass(frozen=True)
 class CaptionDataset:
-    """Pictures to train on, to validate with and to regularise with, and what could not be used.
+    """Images to train on (`entries`), for validation and for regularisation, and the files with problems.
 
-    The fingerprint is over what training sees: file contents, captions and settings in their order, no path or time.
-    `sources` are the folders in their order with their settings: loading them again gives this dataset again.
-    `validation_sources` are those of a dataset to validate with that was joined to it.
+    The fingerprint covers what training depends on: file contents, captions and settings in order, but no paths or
+    times. `sources` are the folders with their settings, in order: loading them again gives the same dataset.
+    `validation_sources` are those of the datasets added by `with_validation`.
     """
 
     entries: tuple[CaptionEntry, ...]
@@ -85,16 +85,16 @@ class CaptionDataset:
 def load_caption_dataset(
     folder: Path, config: DatasetConfig, chained: CaptionDataset | None = None, hash_memo: Path | None = None
 ) -> CaptionDataset:
-    """Reads every picture of `folder` once, checks it, and pairs it with its caption (layouts: see read_captions).
+    """Decodes every image in `folder` once to check it, and pairs it with its captions (layouts: see read_captions).
 
-    `chained` comes first in the result, so that concepts can be trained together; each keeps its own settings.
-    `hash_memo` is a folder that remembers file hashes. Raises FileNotFoundError if the folder is not there, ValueError
-    with the reasons if it holds nothing that can be used.
+    The entries of `chained` come first in the result, so that concepts can be trained together; each keeps its own
+    settings. `hash_memo` is a folder that stores file hashes. Raises FileNotFoundError if the folder does not exist,
+    ValueError with the reasons if none of its images can be used.
     """
     if not folder.exists():
         raise FileNotFoundError(f"the dataset folder {folder.name!r} does not exist")
     if not folder.is_dir():
-        raise ValueError(f"{folder.name!r} is a file: give the folder that holds the pictures and captions")
+        raise ValueError(f"{folder.name!r} is a file: give the folder with the images and captions")
     files = scan_folder(folder)
     found = len(files.images)
     entries = _read_entries(files, config, hash_memo)
@@ -105,49 +105,22 @@ def load_caption_dataset(
 
 
 def with_validation(dataset: CaptionDataset, held_out: CaptionDataset) -> CaptionDataset:
-    """`dataset` with all pictures of `held_out` to validate with, beside its own.
+    """Adds all images of `held_out` to the validation images of `dataset`.
 
-    Raises ValueError for a picture that is trained on: a loss on it says nothing about others.
+    Raises ValueError if one of them is trained on: its loss would not show how well the LoRA generalises.
     """
     trained = {entry.sha256 for entry in dataset.entries}
-    pictures = held_out.entries + held_out.validation
-    if shared := [entry.image.name for entry in pictures if entry.sha256 in trained]:
+    images = held_out.entries + held_out.validation
+    if shared := [entry.image.name for entry in images if entry.sha256 in trained]:
         raise ValueError(
-            f"{len(shared)} pictures of the validation dataset are trained on, {shared[0]} for example: "
-            "take them out of one of the two"
+            f"{len(shared)} images of the validation dataset are also trained on, such as {shared[0]}: "
+            "remove them from one of the two datasets"
         )
     return replace(
         dataset,
-        validation=dataset.validation + pictures,
+        validation=dataset.validation + images,
         validation_sources=held_out.sources + held_out.validation_sources,
     )
-
-
-def quick_fingerprint(folder: Path) -> str:
-    """Changes when a file in `folder` comes, goes, grows or is touched. Looks at no content and never raises."""
-    digest = hashlib.sha256()
-    for path in _paths_below(folder):
-        try:
-            stat = os.stat(path)
-        except OSError:
-            continue
-        digest.update(os.fsencode(os.path.relpath(path, folder)))
-        digest.update(f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
-
-
-def with_trigger_word(caption: str, trigger_word: str) -> str:
-    """The trigger in front, `trigger, caption`, unless the caption has it already: whole words, in any case."""
-    trigger = clean_caption(trigger_word)
-    if not trigger or holds_word(caption, trigger):
-        return caption
-    return f"{trigger}, {caption}"
-
-
-def _paths_below(folder: Path) -> list[str]:
-    if "\0" in str(folder):
-        return []
-    return sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
 
 
 def _read_entries(files: FolderFiles, config: DatasetConfig, hash_memo: Path | None) -> list[CaptionEntry]:
@@ -169,7 +142,7 @@ def _read_entries(files: FolderFiles, config: DatasetConfig, hash_memo: Path | N
 
 
 def _check(path: Path, hash_memo: Path | None) -> tuple[int, int, str] | str:
-    """Width, height and hash of a picture, or why it cannot be used."""
+    """Width, height and hash of an image, or why it cannot be used."""
     try:
         width, height = decode(path).size
         return width, height, file_sha256(path, hash_memo)
@@ -178,13 +151,13 @@ def _check(path: Path, hash_memo: Path | None) -> tuple[int, int, str] | str:
 
 
 def _mask(files: FolderFiles, key: str, path: Path, hash_memo: Path | None) -> tuple[Path | None, str]:
-    """Where the picture's mask lies, and its hash. A mask that cannot be used is named, and the picture has none."""
+    """The image's mask and its hash. A mask that cannot be used is reported, and the image is used without one."""
     mask = files.mask(key)
     if mask is None:
         return (path, "") if has_alpha(path) else (None, "")
     try:
         if decode(mask).convert("L").getextrema()[1] == 0:
-            raise ValueError("is black all over, so nothing would be learned: paint white what is to be learned")
+            raise ValueError("is all black, so nothing would be trained: paint the part to train on white")
         return mask, file_sha256(mask, hash_memo)
     except (ValueError, OSError) as error:
         files.problems.append(Problem(f"masks/{mask.name}", str(error)))
@@ -223,8 +196,8 @@ def _joined(
 
 
 def _split(entries: Sequence[CaptionEntry], percent: int) -> tuple[list[CaptionEntry], list[CaptionEntry]]:
-    """Training and validation. The choice is by content, so copies of a picture stay on one side, and adding pictures
-    moves few others; at least one picture each if there are two."""
+    """Splits into training and validation by content hash: copies of an image stay together, and adding images moves
+    few others. Each side has at least one image if there are two."""
     contents = sorted({entry.sha256 for entry in entries}, key=lambda sha256: json_sha256(["validation", sha256]))
     count = min(max(1, round(len(contents) * percent / 100)), len(contents) - 1) if percent else 0
     held_out = set(contents[:count])
@@ -244,7 +217,7 @@ def _fingerprint(
 
 
 def _identity(entry: CaptionEntry) -> list[object]:
-    """What training sees of a picture. What few pictures have is named, so that the others keep their identity."""
+    """What the fingerprint covers of an image. Optional properties are only added if set, so old fingerprints hold."""
     captions = entry.caption if len(entry.captions) == 1 else list(entry.captions)
     extras = {"random_crops": entry.random_crops, "mask": entry.mask_sha256}
     more = {name: value for name, value in extras.items() if value}
@@ -253,7 +226,7 @@ def _identity(entry: CaptionEntry) -> list[object]:
 
 def _nothing_left(name: str, found: int, problems: Sequence[Problem]) -> str:
     if not problems:
-        return f"the dataset folder {name!r} holds no pictures: put pictures with captions into it"
+        return f"the dataset folder {name!r} contains no images: put images with captions into it"
     files: dict[str, list[str]] = {}
     for problem in problems:
         files.setdefault(problem.reason, []).append(problem.file)

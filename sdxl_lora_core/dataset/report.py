@@ -1,4 +1,4 @@
-"""What a person is shown of a dataset: a sheet of its pictures and a report of what was used and what was not."""
+"""A sheet of a dataset's images and a report of what is used and what is skipped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image
 from ..images.decode import open_image
 from ..images.sheets import CELL, fit, sheet
 from .caption_dataset import CaptionDataset, CaptionEntry, image_count
-from .captions import Problem
+from .folder_files import Problem
 
 
 def contact_sheet(dataset: CaptionDataset, limit: int = 24) -> Image.Image:
-    """Up to `limit` pictures, spread evenly over the data set, with their captions, on one page."""
+    """Up to `limit` images with their captions, spread evenly over the dataset."""
     entries = [*dataset.entries, *dataset.validation, *dataset.regularisation]
     shown = [entries[number * len(entries) // limit] for number in range(limit)] if len(entries) > limit else entries
     marks = dict.fromkeys(dataset.validation, "(validation) ") | dict.fromkeys(dataset.regularisation, "(prior) ")
@@ -24,7 +24,7 @@ def contact_sheet(dataset: CaptionDataset, limit: int = 24) -> Image.Image:
 
 
 def describe(dataset: CaptionDataset, limit: int = 40) -> str:
-    """The report: counts, buckets, trigger words, what is enlarged, what was skipped (at most `limit` names each)."""
+    """The report: counts, buckets, trigger words, images that are enlarged or skipped (at most `limit` names each)."""
     per_epoch = sum(entry.repeats for entry in dataset.entries)
     resolutions = sorted({entry.resolution for entry in dataset.entries})
     lines = [
@@ -37,14 +37,14 @@ def describe(dataset: CaptionDataset, limit: int = 40) -> str:
         *_bucket_table(dataset.entries),
         *_enlarged(dataset.entries, limit),
         *_problem_lines("skipped", [problem for problem in dataset.problems if problem.skipped], limit),
-        *_problem_lines("used, but look at", [problem for problem in dataset.problems if not problem.skipped], limit),
+        *_problem_lines("used, but check", [problem for problem in dataset.problems if not problem.skipped], limit),
         f"fingerprint: {dataset.fingerprint[:16]}",
     ]
     return "\n".join(lines)
 
 
 def _extras(dataset: CaptionDataset) -> list[str]:
-    """What only some data sets have."""
+    """Lines for features that only some datasets use."""
     entries = dataset.entries
     repeats = Counter(entry.repeats for entry in entries)
     counts = {

@@ -163,16 +163,6 @@ def describe_base(base: SDXLBase) -> str:
     )
 
 
-def quick_fingerprint(path: Path) -> str:
-    """Changes when a file's name, size or time does. Reads no content and never raises."""
-    try:
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
-        return json_sha256([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-    except OSError as error:
-        return f"unreadable: {type(error).__name__}"
-
-
 def _handle(
     path: Path, configs: Path, precision: Precision, prediction: Prediction, hashes: dict[str, str]
 ) -> SDXLBase:

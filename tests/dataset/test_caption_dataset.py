@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset, quick_fingerprint, with_trigger_word
-from sdxl_lora_core.dataset.captions import decode_text
+from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
+from sdxl_lora_core.dataset.caption_text import decode_text, with_trigger_word
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.dataset.report import contact_sheet, describe
 from sdxl_lora_core.images.decode import open_image
@@ -128,7 +128,7 @@ def test_hidden_files_are_left_alone_and_pictures_beside_images_are_named(tmp_pa
     }
     dataset = load(tmp_path, files)
     assert list(reasons(dataset)) == ["e.png"]
-    assert "outside of images/" in reasons(dataset)["e.png"]
+    assert "outside images/" in reasons(dataset)["e.png"]
 
 
 # pixels
@@ -321,13 +321,13 @@ def test_links_may_lead_around_inside_the_folder_but_not_out(tmp_path):
     assert captions(dataset) == {"a.png": "one", "linked.png": "two"}
     found = reasons(dataset)
     assert set(found) == {"out.png", "c.txt", "c.png", "gone.png", "more"}
-    assert "leads outside" in found["out.png"] and "leads outside" in found["c.txt"]
+    assert "outside the folder" in found["out.png"] and "outside the folder" in found["c.txt"]
     assert "link to nothing" in found["gone.png"] and "not followed" in found["more"]
 
 
 def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="a.txt is no file"):
+    with pytest.raises(ValueError, match="a.txt is not a file"):
         load(tmp_path, {"a.png": png()})
 
 
@@ -360,8 +360,8 @@ def test_caption_encodings(tmp_path, data, caption, doubt):
     [
         ("", "empty"),
         (" \n\t", "empty"),
-        ("ab".encode("utf-16-le"), "without its mark"),
-        (b"\xff\xfea", "broken utf-16"),
+        ("ab".encode("utf-16-le"), "without a byte order mark"),
+        (b"\xff\xfea", "not valid utf-16"),
         ("x" * (64 * 1024 + 1), "larger than 64 KiB"),
         (None, "no caption: write one to images/a.txt"),
     ],
@@ -413,7 +413,7 @@ def test_metadata_problems_are_named_with_their_line(tmp_path):
     assert "'gone.png'" in found["metadata.jsonl line 2"]
     assert "'../outside.png' is not a valid relative path" in found["metadata.jsonl line 3"]
     assert "'/etc/passwd' is not a valid relative path" in found["metadata.jsonl line 4"]
-    assert "no JSON" in found["metadata.jsonl line 5"] and "another caption" in found["metadata.jsonl line 8"]
+    assert "not JSON" in found["metadata.jsonl line 5"] and "a different caption" in found["metadata.jsonl line 8"]
 
 
 def test_an_unquoted_comma_in_a_csv_is_a_problem_and_not_a_shorter_caption(tmp_path):
@@ -427,7 +427,7 @@ def test_metadata_in_utf16_is_read_and_a_broken_one_named(tmp_path):
     rows = "file_name,caption\na.png,möbel\n"
     assert captions(load(tmp_path / "a", {"a.png": png(), "metadata.csv": rows.encode("utf-16")})) == {"a.png": "möbel"}
     dataset = load(tmp_path / "b", {"a.png": png(), "a.txt": "x", "metadata.csv": b"\xff\xfea"})
-    assert "broken utf-16" in reasons(dataset)["metadata.csv"]
+    assert "not valid utf-16" in reasons(dataset)["metadata.csv"]
 
 
 def test_captions_from_json_are_valid_unicode(tmp_path):
@@ -444,7 +444,7 @@ def test_missing_empty_and_useless_folders(tmp_path):
         load_caption_dataset(tmp_path / "nowhere", SMALL)
     with pytest.raises(ValueError, match="'a.txt' is a file"):
         load_caption_dataset(lay(tmp_path, {"a.txt": "x"}) / "a.txt", SMALL)
-    with pytest.raises(ValueError, match="'empty' holds no pictures"):
+    with pytest.raises(ValueError, match="'empty' contains no images"):
         load(lay(tmp_path / "empty", {"readme.md": "x"}))
     files = {f"{i}.png": "broken" for i in range(7)} | {f"{i}.txt": "x" for i in range(6)}
     with pytest.raises(
@@ -549,22 +549,6 @@ def test_hashes_are_of_the_files_and_remembered(tmp_path):
     assert loaded[0].entries[0].sha256 == hashlib.sha256((folder / "00.png").read_bytes()).hexdigest()
 
 
-def test_quick_fingerprint_sees_names_sizes_and_times_and_never_fails(tmp_path):
-    seen = [quick_fingerprint(lay(tmp_path / "a", {"x.png": "1", "sub/y.txt": "2"}))]
-    assert quick_fingerprint(tmp_path / "a") == seen[0]
-    lay(tmp_path / "a", {"sub/y.txt": "22"})
-    seen.append(quick_fingerprint(tmp_path / "a"))
-    os.utime(tmp_path / "a" / "x.png", (1, 1))
-    seen.append(quick_fingerprint(tmp_path / "a"))
-    (tmp_path / "a" / "x.png").rename(tmp_path / "a" / "z.png")
-    seen.append(quick_fingerprint(tmp_path / "a"))
-    (tmp_path / "a" / "broken").symlink_to(tmp_path / "nothing")
-    assert len(set(seen)) == 4
-    assert (
-        quick_fingerprint(tmp_path / "a") and quick_fingerprint(tmp_path / "no") and quick_fingerprint(tmp_path / "\0")
-    )
-
-
 # what a person sees
 
 
@@ -590,7 +574,7 @@ def test_report_says_what_was_found(tmp_path):
     assert any(line.startswith("smaller than their bucket") and line.endswith(": 1") for line in lines)
     assert "  a.png: 40x40, trained at 64x64" in lines
     assert any(line.startswith("  set/c.png: cannot be used") for line in lines)
-    doubt = lines.index("used, but look at: 1")
+    doubt = lines.index("used, but check: 1")
     assert lines[doubt + 1].startswith("  set/d.txt: is not UTF-8")
 
 

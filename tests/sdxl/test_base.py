@@ -23,7 +23,6 @@ from sdxl_lora_core.sdxl.base import (
     load_part,
     load_tokenizers,
     open_base,
-    quick_fingerprint,
     scheduler_config,
 )
 from sdxl_lora_core.sdxl.loading import PARTS, save_encoder
@@ -424,16 +423,6 @@ def test_hashes_are_remembered(micro_sdxl: Path, tmp_path: Path, monkeypatch: py
         "sdxl_lora_core.files._hash_file", lambda path: "0" * 64 if path.suffix == ".safetensors" else ""
     )
     assert dict(open_base(micro_sdxl, hash_memo=memo).part_hashes)["unet"] == dict(first.part_hashes)["unet"]
-
-
-def test_the_quick_fingerprint_sees_changes_and_never_raises(micro_copy: Callable[[], Path], tmp_path: Path) -> None:
-    folder = micro_copy()
-    before = quick_fingerprint(folder)
-    assert quick_fingerprint(folder) == before
-    (folder / "unet" / "more.txt").write_text("x")
-    assert quick_fingerprint(folder) != before
-    assert quick_fingerprint(tmp_path / "nothing") == "unreadable: FileNotFoundError"
-    assert len(quick_fingerprint(folder / "model_index.json")) == 64
 
 
 def test_dtypes_by_precision_and_device(monkeypatch: pytest.MonkeyPatch) -> None:

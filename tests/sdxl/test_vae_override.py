@@ -111,7 +111,7 @@ def test_training_learns_from_its_latents_and_is_repeated_with_it(
     learned = run(where="chosen", base=chosen)
     assert weights(learned) == weights(run(where="rebuilt", base=rebuilt))
     assert weights(learned) != weights(trained())
-    base, _, _ = read_run(tmp_path / "chosen/runs/small/run.yaml", None)
+    base = read_run(tmp_path / "chosen/runs/small/run.yaml", None).base
     assert base == chosen
 
 

@@ -85,7 +85,7 @@ def test_a_mask_that_cannot_be_used_is_named(folder: Path) -> None:
     (folder / "masks" / "0.png").write_bytes(b"no picture")
     dataset = load(folder)
     reasons = {problem.file: problem.reason for problem in dataset.problems}
-    assert "cannot be used" in reasons["masked/masks/0.png"] and "is black all over" in reasons["masked/masks/2.png"]
+    assert "cannot be used" in reasons["masked/masks/0.png"] and "is all black" in reasons["masked/masks/2.png"]
     assert [entry.mask is None for entry in dataset.entries] == [True, False, True]
 
 
@@ -243,7 +243,7 @@ def test_kohya_folders_give_repeats_and_the_missing_captions(pictures: Path, tmp
     dataset = load(tmp_path, repeats=2, trigger_word="zxq")
     assert [(e.repeats, e.caption) for e in dataset.entries] == [(20, "zxq, sks dog"), (10, "zxq, a grey cat")]
     (problem,) = dataset.problems
-    assert "its folder's name is used, 'sks dog'" in problem.reason and not problem.skipped
+    assert "the name of its folder is used, 'sks dog'" in problem.reason and not problem.skipped
     assert "repeats: 1 image x 10, 1 image x 20" in describe(dataset)
 
 

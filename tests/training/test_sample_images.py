@@ -220,7 +220,7 @@ def test_a_second_dataset_is_validated_with_and_not_trained_on(
 
 
 def test_a_picture_is_not_validated_with_if_it_is_trained_on(pictures: Path) -> None:
-    with pytest.raises(ValueError, match=r"5 pictures of the validation dataset are trained on, 0\.png for example"):
+    with pytest.raises(ValueError, match=r"5 images of the validation dataset are also trained on, such as 0\.png"):
         with_validation(load(pictures), load(pictures))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...cache.folders import CacheFolders
 from ...cache.tensor_cache import OnItem
 from ...dataset.caption_dataset import CaptionEntry
-from ...dataset.captions import holds_word
+from ...dataset.caption_text import contains_word
 from ...hashed_random import generator, random_index
 from ...images.crop import Crop
 from ...sdxl.loading import ENCODERS
@@ -218,7 +218,7 @@ def _latents(sample: Sample, random: torch.Generator) -> Tensor:
 def require_new_tokens(config: TrainConfig, captions: Sequence[str]) -> None:
     """Raises ValueError for a new token that none of the captions contains."""
     for name in tokens_of(config):
-        if not any(holds_word(caption, name) for caption in captions):
+        if not any(contains_word(caption, name) for caption in captions):
             raise ValueError(
                 f"new_tokens names {name} and no caption contains it: set {name} as the dataset's trigger_word, or "
                 "write it into the captions"

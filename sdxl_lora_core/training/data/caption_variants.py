@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...dataset.caption_dataset import CaptionEntry
-from ...dataset.captions import holds_word
+from ...dataset.caption_text import contains_word
 from ...hashed_random import uniform
 from ...sdxl.base import SDXLBase, load_tokenizers
 from ...text.encoding import CHUNK_TOKENS, TokenIds, truncated_words
@@ -37,7 +37,7 @@ def _variant(caption: str, trigger_words: Sequence[str], config: TrainConfig, ke
     """A variant: the tags with a trigger word, the first `keep_tags` others, then the remaining ones, shuffled."""
     tags = _split(caption, config.tag_separator)
     words = [part for word in trigger_words for part in _split(word, config.tag_separator)]
-    triggers = [tag for tag in tags if any(holds_word(tag, word) for word in words)]
+    triggers = [tag for tag in tags if any(contains_word(tag, word) for word in words)]
     others = [tag for tag in tags if tag not in triggers]
     kept, loose = others[: config.keep_tags], list(enumerate(others[config.keep_tags :]))
     loose = [(place, tag) for place, tag in loose if uniform(key, "drop", place) >= config.tag_dropout]
