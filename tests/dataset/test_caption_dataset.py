@@ -322,7 +322,7 @@ def test_links_may_lead_around_inside_the_folder_but_not_out(tmp_path):
     found = reasons(dataset)
     assert set(found) == {"out.png", "c.txt", "c.png", "gone.png", "more"}
     assert "outside the folder" in found["out.png"] and "outside the folder" in found["c.txt"]
-    assert "link to nothing" in found["gone.png"] and "not followed" in found["more"]
+    assert "broken link" in found["gone.png"] and "not followed" in found["more"]
 
 
 def test_a_pipe_does_not_block(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,31 @@ def test_rescale_equals_diffusers(tiny: SDXLBase, rescale: float) -> None:
         output_type="np",
     ).images[0]
     assert abs(pixels(tiny, config)[0] - reference * 255).max() <= 1
+
+
+def test_a_unet_that_takes_the_scale_as_an_input_equals_diffusers(micro_copy: Callable[[], Path]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    folder = micro_copy()
+    config = {**UNet2DConditionModel.load_config(folder / "unet"), "time_cond_proj_dim": 12}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    base, pipeline = open_base(folder, "fp32"), plain_pipeline(folder)
+    images = [pixels(base, settings(steps=3, guidance=guidance)) for guidance in (3.0, 9.0)]
+    for guidance, image in zip((3.0, 9.0), images, strict=True):
+        request = settings(steps=3, guidance=guidance)
+        reference = pipeline(
+            request.prompt,
+            num_inference_steps=3,
+            guidance_scale=guidance,
+            width=64,
+            height=64,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+        ).images[0]
+        assert abs(image[0] - reference * 255).max() <= 1
+    assert (images[0] != images[1]).any()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.nodes.fake_comfyui import fake_modules
 from tools.run_workflow import ROOT, load_pack
@@ -89,3 +90,21 @@ def test_the_clip_model_is_found_by_its_name_and_the_second_dataset_travels(
         node.train(None, trained, options=options, validation=held_out, sample_prompts="one")
     assert taken["config"].clip_model == str(ROOT / "assets/tiny-clip")
     assert taken["validation"] == held_out.entries and len(held_out.entries) == 5
+
+
+def test_the_node_shows_what_a_preset_leaves_out_above_the_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
+    chart = tmp_path / "loss.png"
+    Image.new("RGB", (8, 8)).save(chart)
+    result = SimpleNamespace(
+        loss_chart=chart, samples=[], report=SimpleNamespace(to_json=lambda: "{}"), lora_name="a", state_dict={}
+    )
+    monkeypatch.setattr(
+        import_module(f"{PACK.__name__}.sdxl_lora_core.training.train"), "train", lambda job, context: result
+    )
+    node: Any = PACK.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"]()
+    shown = node.train(None, None, preset="style", steps=20)["ui"]["text"][0]
+    assert shown.startswith("preset style: lr_warmup_steps 50 is left out, because ") and shown.endswith("\n{}")
+    assert node.train(None, None, preset="style")["ui"]["text"][0] == "{}"
