@@ -4,7 +4,7 @@ from typing import Any
 
 from ..sdxl_lora_core.lora.config import SaveBaseConfig
 from ..sdxl_lora_core.lora.merged_base import save_merged_base
-from ..sdxl_lora_core.sdxl.base import SDXLBase, open_base, said_to_predict
+from ..sdxl_lora_core.sdxl.base import SDXLBase, open_base, prediction_arguments
 from . import choices
 from .host.folders import cache_folders, output_folder
 from .host.progress import Progress
@@ -50,7 +50,7 @@ class SaveMergedBase:
         with Progress() as progress:
             save = (base, stack, config, folder, choices.base_name_taken)
             path, fit = save_merged_base(*save, lambda done, total: progress(done, total, "merging parts"))
-        merged = open_base(path, base.precision, cache_folders().hashes, **said_to_predict(base))
+        merged = open_base(path, base.precision, cache_folders().hashes, **prediction_arguments(base))
         name = path.relative_to(folder.resolve()).as_posix()
         tokens = [f"new token {token} stays in its LoRA" for entry in stack for token in entry.tokens]
         report = "\n".join([f"saved as {name} in output/{kind}", *fit, *tokens])

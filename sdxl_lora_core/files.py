@@ -34,7 +34,7 @@ def safe_path(root: Path, user: str) -> Path:
     resolved = root.resolve()
     path = (resolved / user).resolve()
     if not path.is_relative_to(resolved):
-        raise ValueError(f"{user!r} is outside of {root.name!r}: give a file or folder inside it")
+        raise ValueError(f"{user!r} is outside {root.name!r}: give a file or folder inside it")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files: their header, equal bytes for equal content, and a clear word about everything else."""
+"""Reads headers of safetensors files, writes equal bytes for equal content, and names other kinds of files."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _MAGIC = {b"PK\x03\x04": "a PyTorch pickle", b"\x80": "a Python pickle", b"GGUF"
 
 @dataclass(frozen=True)
 class WeightsHeader:
-    """What a safetensors file says of itself: the shape of every tensor by name, and the free-form metadata."""
+    """The header of a safetensors file: the shape of every tensor by name, and the free-form metadata."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
 
     def has(self, *prefixes: str) -> bool:
-        """Whether every prefix starts some tensor's name."""
+        """Whether each prefix is the start of at least one tensor's name."""
         return all(any(name.startswith(prefix) for name in self.shapes) for prefix in prefixes)
 
 
 def read_header(path: Path) -> WeightsHeader:
-    """Reads no weights. The safetensors library refuses headers over 100 MB and files shorter than they claim.
+    """Reads the header without the weights. The safetensors library rejects headers over 100 MB and truncated files.
 
-    Raises FileNotFoundError, or ValueError for pickles (they are never opened), truncated and foreign files.
+    Raises FileNotFoundError, or ValueError for pickles (they are never opened), damaged files and other formats.
     """
     _require_safetensors(path)
     try:
@@ -44,7 +44,7 @@ def read_header(path: Path) -> WeightsHeader:
             return WeightsHeader(path, shapes, dict(file.metadata() or {}))
     except SafetensorError as error:
         raise ValueError(
-            f"{path.name} is not a whole safetensors file ({error}): it is cut off or damaged, fetch or save it again"
+            f"{path.name} is not a complete safetensors file ({error}): truncated or damaged, download or save it again"
         ) from error
 
 
@@ -54,21 +54,21 @@ def first_names(names: Iterable[str], count: int = 3) -> str:
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """Tensors as a safetensors file holds them: the header's entries, and the bytes after the header."""
+    """The content of a safetensors file: the header's entries, and the bytes after the header."""
 
     entries: Mapping[str, Any]
     data: memoryview
 
 
 def pack_weights(tensors: Mapping[str, Tensor]) -> PackedWeights:
-    """The tensors have to be contiguous and on the CPU."""
+    """Serializes tensors, which must be contiguous and on the CPU."""
     whole = safetensors.torch.save(dict(tensors))
     start = 8 + int.from_bytes(whole[:8], "little")
     return PackedWeights(json.loads(whole[8:start]), memoryview(whole)[start:])
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Not atomic by itself. Raises OSError where the disk is full; the library has an error of its own for that."""
+    """Writes a file, not atomically. Raises OSError, instead of the library's own error, if the disk is full."""
     try:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(contiguous, path, None if metadata is None else dict(metadata))
@@ -77,7 +77,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def write_weights(path: Path, packed: PackedWeights, metadata: Mapping[str, str]) -> None:
-    """Atomic. Equal content gives equal bytes: the safetensors library itself writes metadata in random order."""
+    """Writes a file atomically, equal bytes for equal content: the library itself writes metadata in random order."""
     header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **packed.entries}, separators=(",", ":"))
     text = header.encode("ascii")
     text += b" " * (-len(text) % 8)  # tensors start on multiples of 8
@@ -99,8 +99,8 @@ def _require_safetensors(path: Path) -> None:
         return
     if "pickle" in kind:
         raise ValueError(
-            f"{path.name} is {kind}, which is not opened because it could run any program:"
-            " convert it to .safetensors, or take the .safetensors file of the same model"
+            f"{path.name} is {kind}, which is not opened because it can run arbitrary code:"
+            " convert it to .safetensors, or use the .safetensors file of the same model"
         )
     raise ValueError(f"{path.name} is {kind}: give a .safetensors file")
 

@@ -25,7 +25,7 @@ from sdxl_lora_core.training.config.train_config import TrainConfig
         (TrainConfig, {"steps": 10, "lr_warmup_steps": 10}, "lr_warmup_steps is 10 and steps is 10"),
         (DatasetConfig, {"resolution": 1000}, "multiple of 16"),
         (DatasetConfig, {"validation_percent": 60}, "from 0 to 50"),
-        (GenerateConfig, {"prompt": "x", "width": 1001}, "width is 1001: give a multiple of 8, 1000 for example"),
+        (GenerateConfig, {"prompt": "x", "width": 1001}, "width is 1001: use a multiple of 8, such as 1000"),
         (
             GenerateConfig,
             {"prompt": "x", "attention": "sdpa", "attention_slicing": True},
@@ -35,7 +35,7 @@ from sdxl_lora_core.training.config.train_config import TrainConfig
         (
             GenerateConfig,
             {"prompt": "x", "sampler": "ddim"},
-            "scheduler is 'karras', which sampler 'ddim' does not have: choose one of ddim_uniform, sgm_uniform",
+            "scheduler is 'karras', which sampler 'ddim' does not support: choose one of ddim_uniform, sgm_uniform",
         ),
         (GenerateConfig, {"prompt": "x", "guidance_rescale": -0.5}, "guidance_rescale is -0.5: give a value from 0"),
         (

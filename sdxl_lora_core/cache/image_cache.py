@@ -1,4 +1,4 @@
-"""Generated images on disk: each is made once, checked whenever it is read, and never the reason a generation fails."""
+"""The disk cache of generated images: verified when read, safe between processes, never a reason for a failure."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ log = logging.getLogger("sdxl_lora")
 
 LOCK_SECONDS = 600.0
 POLL_SECONDS = 0.2
-CANNOT_WRITE = "the image cache cannot be written, so images are not kept: %s"
-CANNOT_COUNT = "the image cache cannot be counted, so it may outgrow its limit: %s"
+CANNOT_WRITE = "the image cache cannot be written, so images are not cached: %s"
+CANNOT_COUNT = "the size of the image cache cannot be updated, so it may exceed its limit: %s"
 
 
 class ImageCache:
-    """A folder with an entry for each key, see image_entries. What was not used for longest goes at the size limit.
+    """A folder with an entry for each key (see image_entries), which evicts the least recently used at its size limit.
 
-    A damaged entry counts as missing and is replaced by the next `store`. A disk that is full or read-only costs the
-    cache, not the image. Either is said once for each ImageCache.
+    A damaged entry counts as missing and is replaced by the next `store`. If the disk is full or read-only, images are
+    generated but not cached. Each ImageCache logs either warning once.
     """
 
     def __init__(self, root: Path) -> None:
@@ -42,19 +42,19 @@ class ImageCache:
         except FileNotFoundError:
             return None
         except DAMAGE as error:
-            self._warn_once("read", "a cached image is damaged and will be made again (%s): %s", key[:12], error)
+            self._warn_once("read", "a cached image is damaged and will be generated again (%s): %s", key[:12], error)
             return None
         mark_used(folder)
         return pixels
 
     def load_latents(self, key: str) -> Tensor | None:
-        """The latents that were stored with the image under `key`, [4, H/8, W/8], or None."""
+        """The latents stored with the image under `key`, [4, H/8, W/8], or None."""
         try:
             return read_latents(entry_folder(self.root, key))
         except FileNotFoundError:
             return None
         except DAMAGE as error:
-            self._warn_once("read", "cached latents are damaged and will be made again (%s): %s", key[:12], error)
+            self._warn_once("read", "cached latents are damaged and will be computed again (%s): %s", key[:12], error)
             return None
 
     def store(
@@ -65,9 +65,9 @@ class ImageCache:
         texts: Mapping[str, str] | None = None,
         latents: Tensor | None = None,
     ) -> np.ndarray:
-        """Keeps `pixels` (uint8 [H, W, 3]) under `key` and returns what a later `load` will return.
+        """Stores `pixels` (uint8 [H, W, 3]) under `key` and returns them as a later `load` will.
 
-        `texts` become text chunks of the PNG, `latents` lie beside it.
+        `texts` become text chunks of the PNG; `latents` are stored beside it.
         """
         try:
             written = write_entry(entry_folder(self.root, key), pixels, manifest, texts or {}, latents)
@@ -82,13 +82,14 @@ class ImageCache:
 
     @contextmanager
     def locked(self, keys: Iterable[str], waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Keeps other processes and threads from making the same images meanwhile.
+        """Prevents other processes and threads from generating the same images within the block.
 
-        `waiting` is called several times a second while another one holds a lock; it may raise to give up. After
-        LOCK_SECONDS, or where locks cannot be made, the block runs without: work may be done twice, no file is torn.
+        `waiting` is called several times a second while another process has a lock; it may raise to give up. After
+        LOCK_SECONDS, or where locks cannot be created, the block runs without: an image may be generated twice, but
+        files stay intact.
         """
         with ExitStack() as held:
-            for key in sorted(set(keys)):  # one order for all, or two processes could wait for each other
+            for key in sorted(set(keys)):  # in one order, or two processes could wait for each other
                 self._lock(held, key, waiting)
             yield
 
@@ -101,14 +102,16 @@ class ImageCache:
             try:
                 Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire(timeout=POLL_SECONDS, poll_interval=POLL_SECONDS / 4)
-            except Timeout:  # an OSError as well: it has to stand first
+            except Timeout:  # a subclass of OSError, so it must come first
                 waiting()
             except (OSError, NotImplementedError) as error:
                 return self._warn_once("write", CANNOT_WRITE, error)
             else:
                 held.callback(release, lock)
                 return None
-        return self._warn_once("lock", "waited %.0f s for another process and go on without it", LOCK_SECONDS)
+        return self._warn_once(
+            "lock", "waited %.0f s for a lock of another process, and continues without it", LOCK_SECONDS
+        )
 
     def _warn_once(self, kind: str, message: str, *details: object) -> None:
         if kind not in self._warned:

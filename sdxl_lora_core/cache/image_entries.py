@@ -1,6 +1,6 @@
-"""One generated image on disk: a folder with an 8-bit PNG and a manifest, which is written last: the commit mark.
+"""A cached image on disk: a folder with an 8-bit PNG and a manifest, and with the latents if they were requested.
 
-Where they were asked for, the image's latents lie beside it.
+The manifest is written last: an entry without one is incomplete.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 IMAGE, LATENTS, MANIFEST = "image.png", "latents.safetensors", "manifest.json"
-# Of Pillow's settings the one that packs and unpacks pictures fastest: it looks for runs of a byte only.
+# Pillow's fastest setting for writing and reading images: run-length encoding only.
 COMPRESSION = {"compress_level": 1, "compress_type": 3}  # 3: zlib's Z_RLE
 DAMAGE = (OSError, ValueError, KeyError, TypeError)
 _SHELF, _KEY = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{64}")
@@ -37,7 +37,7 @@ _SHELF, _KEY = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry's folder, the bytes of its files, and when it was last used (seconds since 1970; 0: no manifest)."""
+    """An entry's folder, its size in bytes, and its last use in seconds since 1970 (0 without a manifest)."""
 
     folder: Path
     size: int
@@ -55,7 +55,7 @@ def write_entry(
     texts: Mapping[str, str],
     latents: Tensor | None = None,
 ) -> int:
-    """Keeps uint8 [H, W, 3], with `texts` in the PNG. Returns the bytes written. Raises OSError."""
+    """Writes uint8 [H, W, 3] with `texts` in the PNG. Returns the number of bytes written. May raise OSError."""
     for left_by_a_kill in folder.glob(".*.tmp"):
         left_by_a_kill.unlink(missing_ok=True)
     files = {IMAGE: _encode_png(pixels, texts)}
@@ -71,34 +71,34 @@ def write_entry(
 
 
 def read_entry(folder: Path) -> np.ndarray:
-    """The pixels, uint8 [H, W, 3]. Raises FileNotFoundError where nothing is, and one of DAMAGE for a damaged entry."""
+    """The pixels, uint8 [H, W, 3]. Raises FileNotFoundError if there is no entry, one of DAMAGE if it is damaged."""
     manifest = json.loads((folder / MANIFEST).read_bytes())
     png = (folder / IMAGE).read_bytes()
     found = _checksum(png)
     wanted = {name: manifest[name] for name in found}
     if found != wanted or manifest["key"] != folder.name:
-        raise ValueError("the image is not the one in its manifest")
+        raise ValueError("the image does not match its manifest")
     return np.array(Image.open(io.BytesIO(png)))
 
 
 def read_latents(folder: Path) -> Tensor | None:
-    """The latents that were kept with the image, None where none were. Raises as read_entry does."""
+    """The latents stored with the image, or None. Raises as read_entry does."""
     wanted = json.loads((folder / MANIFEST).read_bytes()).get("latents")
     if wanted is None:
         return None
     content = (folder / LATENTS).read_bytes()
     if _checksum(content) != wanted:
-        raise ValueError("the latents are not the ones in their manifest")
+        raise ValueError("the latents do not match their manifest")
     return load(content)["latents"]
 
 
 def mark_used(folder: Path) -> None:
-    with suppress(OSError):  # on a disk that takes no writes it keeps the older time
+    with suppress(OSError):  # a read-only disk keeps the older time
         os.utime(folder / MANIFEST)
 
 
 def entries(root: Path) -> Iterator[Entry]:
-    """Whatever lies under a key, in no order. Links and other names are passed over."""
+    """All entries, in no particular order. Links and files with other names are ignored."""
     for folder in (folder for shelf in shelves(root) for folder in _subfolders(shelf, _KEY)):
         with suppress(FileNotFoundError):  # another process removed it meanwhile
             files = {file.name: file.stat(follow_symlinks=False) for file in os.scandir(folder)}
@@ -107,7 +107,7 @@ def entries(root: Path) -> Iterator[Entry]:
 
 
 def remove_entry(folder: Path) -> None:
-    """The manifest goes first: what an interruption leaves is no entry."""
+    """Deletes the manifest first, so that an interruption leaves no valid entry."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for file in folder.iterdir():
         file.unlink(missing_ok=True)
@@ -115,14 +115,14 @@ def remove_entry(folder: Path) -> None:
 
 
 def lock_of(folder: Path) -> BaseFileLock:
-    """Held by whoever makes or removes the entry."""
+    """The lock to hold while writing or deleting an entry."""
     from filelock import FileLock
 
     return FileLock(folder.with_suffix(".lock"))
 
 
 def release(lock: BaseFileLock) -> None:
-    # Removed while still held: who waits opens the name anew at each try. Windows refuses, and removes it on release.
+    # Deleted while still held: waiting processes open the file anew at each try. Windows deletes it on release instead.
     with suppress(OSError):
         Path(lock.lock_file).unlink()
     lock.release()
@@ -130,7 +130,7 @@ def release(lock: BaseFileLock) -> None:
 
 @contextmanager
 def held(folder: Path, seconds: float = 0.0) -> Iterator[bool]:
-    """Whether nobody else holds the entry, or lets go of it in time; then it is held within the block."""
+    """Locks an entry for the block. Yields False, without the lock, if another process holds it for `seconds`."""
     from filelock import Timeout
 
     lock = lock_of(folder)
@@ -146,7 +146,7 @@ def held(folder: Path, seconds: float = 0.0) -> Iterator[bool]:
 
 
 def shelves(root: Path) -> list[Path]:
-    """The folders that hold entries, by the first two digits of the key."""
+    """The folders that contain the entries, named by the first two digits of the key."""
     return _subfolders(root / f"v{SCHEMA}", _SHELF)
 
 

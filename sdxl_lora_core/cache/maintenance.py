@@ -1,4 +1,4 @@
-"""The image cache as a whole: how large it is and may be, what is dropped first, and whether all of it is sound."""
+"""Statistics, size limit, eviction and verification of the image cache."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .image_entries import DAMAGE, Entry, entries, held, read_entry, read_latent
 
 LIMIT, SIZE = "limit_gb.txt", "size.txt"
 GB = 10**9
-KEPT_SHARE = 0.9  # of the limit when it is passed, or every further image would look through the whole cache
-_PATIENCE = 10.0  # seconds, while another process makes room
-CACHE_LIMIT_GB = 10.0  # of the image cache, where its own folder says nothing else
+KEPT_SHARE = 0.9  # of the limit after eviction: evicting less would scan the whole cache for every further image
+_PATIENCE = 10.0  # seconds to wait while another process evicts images
+CACHE_LIMIT_GB = 10.0  # the limit where the cache's folder has no limit_gb.txt
 
 
 @dataclass(frozen=True)
 class Stats:
-    """`size` and `limit` are bytes, `oldest` and `newest` times of last use (seconds since 1970)."""
+    """`size` and `limit` in bytes; `oldest` and `newest` are times of last use in seconds since 1970."""
 
     images: int
     size: int
@@ -30,7 +30,6 @@ class Stats:
     newest: float | None
 
     def __str__(self) -> str:
-        """For a person."""
         room = f"{_count(self.images)}, {self.size / GB:.2f} GB of {self.limit / GB:g} GB"
         if self.oldest is None or self.newest is None:
             return room
@@ -40,7 +39,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Freed:
-    """`left` is what the cache takes now. Both are bytes."""
+    """The number of images deleted and their `size`; `left` is the size of the cache now, both in bytes."""
 
     images: int
     size: int
@@ -51,7 +50,7 @@ class Freed:
 
 
 def damage(keys: Sequence[str]) -> str:
-    """For a person."""
+    """The number of damaged images as text."""
     return _count(len(keys), "damaged image")
 
 
@@ -67,7 +66,7 @@ def stats(root: Path) -> Stats:
 
 
 def limit(root: Path) -> int:
-    """The bytes that the cache may take: as the file beside the images says, or the default."""
+    """The size limit in bytes: that of the file beside the images, or the default."""
     try:
         return int(float((root / LIMIT).read_text(encoding="ascii")) * GB)
     except (OSError, ValueError, OverflowError):
@@ -75,49 +74,49 @@ def limit(root: Path) -> int:
 
 
 def set_limit(root: Path, gigabytes: float) -> None:
-    """For everybody who uses the cache, from the next image on. Raises ValueError for what is no size."""
+    """Sets the size limit for every process that uses the cache. Raises ValueError unless it is positive and finite."""
     if not 0 < gigabytes < math.inf:
-        raise ValueError(f"limit_gb is {gigabytes:g}: give a size above 0")
+        raise ValueError(f"limit_gb is {gigabytes:g}: set it to a size above 0")
     write_text_atomic(root / LIMIT, f"{gigabytes:g}")
 
 
 def count_in(root: Path, added: int) -> None:
-    """Keeps the running total, and drops what was not used for longest when it passes the limit. Raises OSError.
+    """Adds to the running total, and evicts the least recently used images when it exceeds the limit. Raises OSError.
 
-    The cache is looked through only then. Until then the total may err upwards: an image made anew counts twice.
+    The folder is scanned only then. Until then the total may be too high: an image written again counts twice.
     """
     with held(root / SIZE, _PATIENCE) as mine:
-        if mine:  # else another one makes room for longer than that, and counts anew anyway
+        if mine:  # else another process is evicting images, and counts them all anyway
             known = _read_size(root)
             total = sum(entry.size for entry in entries(root)) if known is None else known + added
             allowed = limit(root)
-            _write_size(root, _drop(root, int(allowed * KEPT_SHARE)).left if total > allowed else total)
+            _write_size(root, _evict(root, int(allowed * KEPT_SHARE)).left if total > allowed else total)
 
 
 def prune(root: Path) -> Freed:
-    """Removes what killed processes left, then what was not used for longest until the rest fits the limit."""
+    """Deletes what killed processes left behind, then the least recently used images until the rest fits the limit."""
     for lock in [lock for shelf in shelves(root) for lock in shelf.glob("*.lock")]:
-        with held(lock):  # letting go of it removes the file
+        with held(lock):  # releasing it deletes the file
             pass
-    return _dropped(root, limit(root))
+    return _freed(root, limit(root))
 
 
 def clear(root: Path) -> Freed:
-    """Removes every image, except those that somebody is making."""
-    return _dropped(root, 0)
+    """Deletes every image, except those that another process is writing."""
+    return _freed(root, 0)
 
 
 def verify(
     root: Path, remove: bool = False, on_image: Callable[[int, int], object] = lambda done, total: None
 ) -> list[str]:
-    """The keys of damaged images; the cache would make them anew. `on_image(done, total)` may raise to cancel."""
+    """The keys of damaged images, which would be generated again. `on_image(done, total)` may raise to cancel."""
     found = [entry for entry in entries(root) if entry.used]
     damaged = []
     for number, entry in enumerate(found, 1):
         try:
             read_entry(entry.folder)
             read_latents(entry.folder)
-        except FileNotFoundError:  # dropped meanwhile
+        except FileNotFoundError:  # evicted meanwhile
             pass
         except DAMAGE:
             damaged.append(entry)
@@ -127,22 +126,22 @@ def verify(
     return [entry.folder.name for entry in damaged]
 
 
-def _dropped(root: Path, allowed: int) -> Freed:
+def _freed(root: Path, allowed: int) -> Freed:
     if not root.is_dir():
         return Freed(0, 0, 0)
     with held(root / SIZE, _PATIENCE):
-        freed = _drop(root, allowed)
+        freed = _evict(root, allowed)
         _write_size(root, freed.left)
         return freed
 
 
-def _drop(root: Path, allowed: int) -> Freed:
-    """Removes images, the one not used for longest first, until the others take no more than `allowed` bytes."""
+def _evict(root: Path, allowed: int) -> Freed:
+    """Deletes the least recently used images until the others take at most `allowed` bytes."""
     oldest_first = sorted(entries(root), key=lambda entry: entry.used)
     left = total = sum(entry.size for entry in oldest_first)
     going = []
     for entry in oldest_first:
-        if left <= allowed and entry.used:  # what has no manifest goes in any case
+        if left <= allowed and entry.used:  # incomplete entries are deleted in any case
             break
         going.append(entry)
         left -= entry.size
@@ -152,12 +151,12 @@ def _drop(root: Path, allowed: int) -> Freed:
 
 
 def _remove(going: Iterable[Entry]) -> list[Entry]:
-    """Those that are gone now. What another process holds stays."""
+    """Deletes entries and returns them, except those that another process has locked."""
     removed = []
     for entry in going:
         with held(entry.folder) as mine:
             if mine:
-                with suppress(OSError):  # another process was faster, or writes into it again
+                with suppress(OSError):  # another process deleted it first, or is writing it again
                     remove_entry(entry.folder)
                 removed.append(entry)
     return removed
@@ -171,4 +170,4 @@ def _read_size(root: Path) -> int | None:
 
 
 def _write_size(root: Path, size: int) -> None:
-    (root / SIZE).write_text(str(size), encoding="ascii")  # a torn one is counted anew
+    (root / SIZE).write_text(str(size), encoding="ascii")  # if it is damaged, the images are counted again

@@ -11,24 +11,26 @@ from ..cache.folders import CacheFolders
 
 
 def add_commands(commands: Any, home: Path) -> None:
-    """`home` is where the caches lie unless --home says otherwise."""
-    parser = commands.add_parser("cache", help="look at the cache of generated images, and make it smaller")
+    """`home` is the default of --home, the folder of the caches."""
+    parser = commands.add_parser("cache", help="show the cache of generated images, and reduce its size")
     under = parser.add_subparsers(required=True)
     for name, help, run in (
-        ("stats", "how many images it holds, and how much of its limit", _stats),
-        ("verify", "read every image and name the damaged ones, which would be made anew", _verify),
-        ("prune", "remove what was not used for longest until the rest fits the limit", _prune),
-        ("clear", "remove all images", _clear),
+        ("stats", "show the number of images, their size and the limit", _stats),
+        ("verify", "read every image and list the damaged ones, which would be generated again", _verify),
+        ("prune", "delete the least recently used images until the rest fits the limit", _prune),
+        ("clear", "delete all images", _clear),
     ):
         command = under.add_parser(name, help=help, description=help)
         command.add_argument(
-            "--home", type=Path, default=home, help="where the caches lie, in ComfyUI user/sdxl_lora (%(default)s)"
+            "--home", type=Path, default=home, help="the folder of the caches, in ComfyUI user/sdxl_lora (%(default)s)"
         )
         command.set_defaults(run=run)
         if name == "verify":
-            command.add_argument("--remove", action="store_true", help="remove the damaged ones")
+            command.add_argument("--remove", action="store_true", help="delete the damaged ones")
         if name == "prune":
-            command.add_argument("--limit-gb", type=float, help="the limit from now on, for all who use this cache")
+            command.add_argument(
+                "--limit-gb", type=float, help="the new size limit, for every process that uses this cache"
+            )
 
 
 def _stats(options: argparse.Namespace) -> None:
@@ -39,7 +41,7 @@ def _verify(options: argparse.Namespace) -> None:
     images = _images(options)
     damaged = maintenance.verify(images, options.remove)
     if damaged and not options.remove:
-        raise ValueError("\n".join([f"{maintenance.damage(damaged)}; --remove removes them:", *damaged]))
+        raise ValueError("\n".join([f"{maintenance.damage(damaged)}; --remove deletes them:", *damaged]))
     print(f"{maintenance.damage(damaged)} removed")
     print(maintenance.stats(images))
 
@@ -57,8 +59,8 @@ def _clear(options: argparse.Namespace) -> None:
 
 
 def _images(options: argparse.Namespace) -> Path:
-    """Raises FileNotFoundError where there is no cache: a mistyped folder is not an empty cache."""
+    """The folder of images. Raises FileNotFoundError if there is none, as for a mistyped --home."""
     folder = CacheFolders(options.home).images
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no image cache in {options.home}: name the folder with --home")
+        raise FileNotFoundError(f"there is no image cache in {options.home}: set --home to its folder")
     return folder

@@ -63,11 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, Diverged, FirstFailed, torch.OutOfMemoryError) as error:
         sys.exit(f"sdxl-lora: {error}")
     except Left as error:
-        _tell(f"sdxl-lora: {error}")
+        _print_error(f"sdxl-lora: {error}")
         sys.exit(error.exit_status)
 
 
-def _tell(line: str) -> None:
+def _print_error(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -75,24 +75,24 @@ def _train(options: argparse.Namespace) -> None:
     cache, loras = CacheFolders(options.home), options.output / "loras"
     job = read_run(options.settings, cache.hashes, settings_list.read_changes(options.set))
     folders = RunFolders(loras, options.output / "lora_runs", cache, lambda name: (loras / name).exists())
-    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
-    with _Bar() as bar, Interruption(_tell) as interruption:
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes, only the first one prints
+    with _Bar() as bar, Interruption(_print_error) as interruption:
 
         def on_step(report: StepReport) -> None:
-            if speaks:
+            if is_first:
                 bar(report)
             interruption.check()
 
         result = train(job, RunContext(folders, options.device, on_step, interruption.should_stop))
-    if speaks:
+    if is_first:
         print(result.report.to_json())
         print(result.lora_path)
 
 
 def read_run(path: Path, hash_memo: Path | None, changes: Mapping[str, Any] = MappingProxyType({})) -> TrainingJob:
-    """The job of a run.yaml; `changes` override its train settings, and all are checked before anything is loaded.
+    """The job of a run.yaml; `changes` override its train settings. All settings are checked before anything is loaded.
 
-    Raises ValueError naming the settings that are wrong, FileNotFoundError for a base or dataset that is gone.
+    Raises ValueError naming a wrong setting, FileNotFoundError for a base or dataset that does not exist.
     """
     import yaml
 
@@ -104,8 +104,8 @@ def read_run(path: Path, hash_memo: Path | None, changes: Mapping[str, Any] = Ma
         [_source(path.name, section) for section in document.get(part, [])] for part in ("datasets", "validation")
     )
     section = document["base"]
-    said = {name: section[name] for name in ("precision", "prediction", "zero_terminal_snr") if name in section}
-    base = open_base(Path(section["path"]), hash_memo=hash_memo, **said)
+    stated = {name: section[name] for name in ("precision", "prediction", "zero_terminal_snr") if name in section}
+    base = open_base(Path(section["path"]), hash_memo=hash_memo, **stated)
     if "vae" in section:
         base = with_vae(base, Path(section["vae"]), hash_memo)
     dataset = _load(sources, hash_memo)

@@ -1,4 +1,4 @@
-"""sdxl-lora settings: what can stand in a run.yaml, from the settings' own declarations."""
+"""`sdxl-lora settings`: lists the settings of a run.yaml from their declarations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_changes(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {text}: give a setting and its value, as in rank=16")
+            raise ValueError(f"--set {text}: use NAME=VALUE, such as rank=16")
         changes[name.strip()] = yaml.safe_load(value)
     return changes
 

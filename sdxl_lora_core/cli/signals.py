@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM mean to a training run on the command line."""
+"""Ctrl-C and SIGTERM during a training run on the command line."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from types import FrameType
 
 
 class Left(Exception):
-    """The run was left; it goes on from its last step when it is started again."""
+    """The run was stopped; started again, it resumes at its last step."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__("stopped before the end, at a checkpoint: the same command continues")
+        super().__init__("stopped at a checkpoint before the end: the same command resumes it")
         self.exit_status = 128 + signal_number
 
 
 class Interruption:
-    """While it is entered, signals are noted, and take effect between two steps.
+    """Within the block, signals are recorded and take effect between two steps.
 
-    The first Ctrl-C asks the run to finish now and keep its LoRA. A second one, or SIGTERM, leaves the run: `check`,
-    called at every step, raises Left, before which a checkpoint is written. A third Ctrl-C does not wait for that.
+    The first Ctrl-C finishes the run early and keeps its LoRA. A second one, or SIGTERM, stops the run: `check`, called
+    at every step, raises Left, and a checkpoint is written. A third Ctrl-C does not wait for that.
     """
 
     def __init__(self, tell: Callable[[str], object]) -> None:
-        """`tell` shows a line to the person who pressed Ctrl-C."""
+        """`tell` prints a line to the terminal."""
         self._tell = tell
         self._stopping = False
         self._leaving: int | None = None
@@ -46,9 +46,9 @@ class Interruption:
     def _note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and not self._stopping:
             self._stopping = True
-            self._tell("Finishing: the LoRA is saved after this step. Ctrl-C again leaves with only a checkpoint.")
+            self._tell("Finishing: the LoRA is saved after this step. Ctrl-C again stops with a checkpoint only.")
         elif number == signal.SIGINT and self._leaving is not None:
             raise KeyboardInterrupt
         else:
             self._leaving = number
-            self._tell("Leaving at the next step, after a checkpoint.")
+            self._tell("Stopping at the next step, with a checkpoint.")

@@ -48,6 +48,6 @@ class ControlConfig:
         check_settings(self)
         if self.start_percent >= self.end_percent:
             raise ValueError(
-                f"start_percent is {self.start_percent:g} and end_percent {self.end_percent:g}: the start has to be "
+                f"start_percent is {self.start_percent:g} and end_percent {self.end_percent:g}: the start must be "
                 "lower; to turn the ControlNet off, set strength to 0"
             )

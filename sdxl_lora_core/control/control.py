@@ -1,4 +1,4 @@
-"""ControlNets, each with its hints and settings."""
+"""A ControlNet with its hint images and settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HintNumbers = tuple[int, ...]  # for one image, the index of its hint in each co
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """A ControlNet with its hints: images of edges, depth and so on, uint8 [H, W, 3], one for all images or one each.
+    """A ControlNet with its hints: images of edges, depth and so on, uint8 [H, W, 3], one in all or one per image.
 
     Hints are scaled to cover the image and cropped to the centre. Raises ValueError without a hint, and for a
     control_type that does not fit the ControlNet.
@@ -45,7 +45,7 @@ class Control:
 
 
 def describe_control(control: Control) -> str:
-    """Lines for a person: the ControlNet, and when and how strongly it acts."""
+    """Two lines of text: the ControlNet, and when and how strongly it acts."""
     config, images = control.config, len(control.hints)
     height, width = control.hints[0].shape[:2]
     acts = (

@@ -1,4 +1,4 @@
-"""ControlNets for SDXL (Zhang et al., arXiv 2302.05543): what a file is, which bases it fits, how it is loaded."""
+"""Opens and loads ControlNets for SDXL (Zhang et al., arXiv 2302.05543), and checks that they fit the base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..sdxl.loading import align, assembled, read_tensors, require_complete, wei
 from ..sdxl.unet_names import diffusers_block_name
 
 WANTED = (
-    "give an SDXL ControlNet or ControlNet-Union: a .safetensors file, or a diffusers folder with config.json and "
+    "use an SDXL ControlNet or ControlNet-Union: a .safetensors file, or a diffusers folder with config.json and "
     ".safetensors"
 )
 _HINT = "controlnet_cond_embedding"
@@ -31,7 +31,7 @@ _PUBLISHED = (
     (re.compile(r"middle_block_out\.0"), lambda found: "controlnet_mid_block"),
     (re.compile(r"input_hint_block\.(\d+)"), lambda found: f"{_HINT}.blocks.{int(found[1]) // 2 - 1}"),
 )
-_PICTURE_CHANNELS = 3
+_IMAGE_CHANNELS = 3
 _SHARED_WITH_BASE = {
     "block_out_channels": "blocks of width",
     "layers_per_block": "layers per block",
@@ -44,10 +44,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ControlNet:
-    """A handle without weights. `sha256` is that of the content: the file's, or over a folder's settings and weights.
+    """A ControlNet without its weights. `sha256` covers the content: the file, or a folder's settings and weights.
 
-    `settings` is the layout in the words of diffusers' ControlNetModel, as far as tensors and a folder's config.json
-    say it. `control_types` is how many kinds of picture a ControlNet-Union tells apart, 0 for a net of one kind.
+    `settings` are arguments of diffusers' ControlNetModel, as far as the tensors and a folder's config.json determine
+    them. `control_types` is the number of control types of a ControlNet-Union, 0 for other ControlNets.
     """
 
     path: Path
@@ -62,23 +62,23 @@ class ControlNet:
 
 
 def open_control_net(path: Path, hash_memo: Path | None = None) -> ControlNet:
-    """Checks and hashes a ControlNet. `hash_memo` is a folder that remembers hashes (see file_sha256).
+    """Checks and hashes a ControlNet. `hash_memo` is a folder that stores hashes (see file_sha256).
 
-    Raises FileNotFoundError if nothing is there, ValueError for anything but an SDXL ControlNet, saying what it is.
+    Raises FileNotFoundError if `path` does not exist, ValueError if it is not an SDXL ControlNet, naming what it is.
     """
     if not path.exists():
         raise FileNotFoundError(f"ControlNet {path.name} does not exist: {WANTED}")
-    said = read_json(path / "config.json") if path.is_dir() else {}
+    stated = read_json(path / "config.json") if path.is_dir() else {}
     headers = [read_header(file) for file in weight_files(path)]
     whole = WeightsHeader(path, {name: shape for one in headers for name, shape in one.shapes.items()}, {})
-    settings = {**said, **require_control_net(whole)}
+    settings = {**stated, **require_control_net(whole)}
     digest = weights_sha256(path, "control_net", hash_memo)
     name = path.name if path.is_dir() else path.stem
     return ControlNet(path, name, digest, settings, settings.get("num_control_type", 0))
 
 
 def require_control_net(header: WeightsHeader) -> dict[str, Any]:
-    """The layout that the tensors tell. Raises ValueError unless they are an SDXL ControlNet's."""
+    """The settings that the tensors determine. Raises ValueError unless they are those of an SDXL ControlNet."""
     kind = kind_of(header)
     if kind not in SDXL_CONTROL_NETS:
         raise ValueError(f"{header.path.name} is {kind}: {WANTED}")
@@ -86,31 +86,31 @@ def require_control_net(header: WeightsHeader) -> dict[str, Any]:
         settings = _layout({diffusers_name(name): shape for name, shape in header.shapes.items()})
     except (KeyError, IndexError) as error:
         raise ValueError(
-            f"{header.path.name} looks like {kind}, but lacks the tensor {error}: fetch it again"
+            f"{header.path.name} looks like {kind}, but lacks the tensor {error}: download it again"
         ) from error
-    if settings["conditioning_channels"] != _PICTURE_CHANNELS:
+    if settings["conditioning_channels"] != _IMAGE_CHANNELS:
         raise ValueError(
-            f"{header.path.name} takes pictures of {settings['conditioning_channels']} channels, which are not red, "
-            f"green and blue: {WANTED}"
+            f"{header.path.name} takes images with {settings['conditioning_channels']} channels instead of red, green "
+            f"and blue: {WANTED}"
         )
     return settings
 
 
 def require_fit(net: ControlNet, base: SDXLBase) -> None:
-    """Raises ValueError unless the base has the widths and layers that the ControlNet was made for."""
+    """Raises ValueError unless the base has the widths and layers of the ControlNet."""
     unet = read_json(base.configs / "unet" / "config.json")
     for setting, what in _SHARED_WITH_BASE.items():
         found, wanted = net.settings.get(setting), unet[setting]
         if found is not None and list(_several(found)) != list(_several(wanted)):
             raise ValueError(
                 f"ControlNet {net.name} has {what} {found}, the base {base.name} {wanted}: it was made for another "
-                "kind of model, choose a ControlNet made for SDXL"
+                "kind of model, use a ControlNet made for SDXL"
             )
 
 
 def settings_with(net: ControlNet, base: SDXLBase) -> dict[str, Any]:
-    """All settings of the net. What its tensors do not say, the attention heads among them, is as in the base's UNet,
-    of whose way down every ControlNet is a copy."""
+    """All settings of the net. What its tensors do not determine, such as the number of attention heads, is as in the
+    base's UNet, whose down blocks a ControlNet copies."""
     return {**read_json(base.configs / "unet" / "config.json"), **net.settings}
 
 
@@ -121,9 +121,9 @@ def describe_control_net(net: ControlNet) -> str:
 
 
 def diffusers_name(name: str) -> str:
-    """The tensor's name in diffusers' ControlNetModel, from there or from the published names.
+    """The tensor's name in diffusers' ControlNetModel, from that name or from the published one.
 
-    diffusers' own renaming knows the ControlNets of Stable Diffusion 1 and 2: it leaves SDXL's label_emb out.
+    diffusers' own conversion is for ControlNets of Stable Diffusion 1 and 2: it leaves out SDXL's label_emb.
     """
     path, _, leaf = name.removeprefix(CONTROL).rpartition(".")
     if path in _PUBLISHED_HINT:
@@ -174,7 +174,7 @@ def _depth(shapes: Shapes, block: str) -> int:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest number that the pattern finds at the start of a name."""
+    """One more than the largest number that the pattern matches at the start of a name."""
     numbers = (int(found[1]) for name in shapes if (found := re.match(pattern, name)))
     return 1 + max(numbers, default=-1)
 
@@ -184,7 +184,7 @@ def _several(value: Any) -> Any:
 
 
 def load_control_net(net: ControlNet, base: SDXLBase, dtype: torch.dtype) -> nn.Module:
-    """On the CPU, in eval mode, without gradients. Raises ValueError if tensors are missing, unknown or misshapen."""
+    """The module on the CPU, in eval mode, without gradients. Raises ValueError if its tensors do not fit."""
     import diffusers
 
     tensors: dict[str, Tensor] = {}
@@ -198,5 +198,5 @@ def load_control_net(net: ControlNet, base: SDXLBase, dtype: torch.dtype) -> nn.
 
 
 def load_key(net: ControlNet, base: SDXLBase, dtype: torch.dtype) -> str:
-    """Another key means that load_control_net gives another module."""
+    """A key that changes whenever load_control_net would return different weights."""
     return json_sha256([net.sha256, settings_with(net, base), str(dtype)])

@@ -1,4 +1,4 @@
-"""A CLIP model from a local folder of transformers, and what it makes of texts and pictures: unit vectors."""
+"""Loads a CLIP model from a local transformers folder, and embeds texts and images as unit vectors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ _LEGACY_EOS = 2  # in configs from before transformers 4.31: the model then pool
 def load_clip(folder: Path) -> torch.nn.Module:
     """The CLIPModel of a local transformers folder, float32, eval mode, on the CPU.
 
-    Safetensors only; nothing is downloaded. Raises FileNotFoundError or ValueError saying what the folder lacks.
+    Reads safetensors only and downloads nothing. Raises FileNotFoundError or ValueError naming what is missing.
     """
     from safetensors import SafetensorError
     from transformers import CLIPModel
 
     require_clip_folder(folder)
     try:
-        with quiet_libraries(), torch.random.fork_rng(devices=[]):  # transformers 4 draws weights before it reads them
+        with (
+            quiet_libraries(),
+            torch.random.fork_rng(devices=[]),
+        ):  # transformers 4 initializes weights first
             loaded: Any = CLIPModel.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
             )
@@ -44,10 +47,10 @@ def load_clip(folder: Path) -> torch.nn.Module:
 
 
 def load_tokenizer(folder: Path, model: Any) -> Any:
-    """The folder's tokenizer. Raises FileNotFoundError if there is none, ValueError if it is another model's."""
+    """The folder's tokenizer. Raises FileNotFoundError if there is none, ValueError if it belongs to another model."""
     from transformers import AutoTokenizer
 
-    # Without these files transformers would make an empty tokenizer and say nothing.
+    # Without these files transformers would silently create an empty tokenizer.
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise FileNotFoundError(f"{folder.name!r} has no tokenizer.json or vocab.json: copy the tokenizer files to it")
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -55,17 +58,17 @@ def load_tokenizer(folder: Path, model: Any) -> Any:
     fits = end == len(tokenizer) - 1 if expected == _LEGACY_EOS else end == expected
     if not fits or len(tokenizer) > model.config.text_config.vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder.name!r} ({len(tokenizer)} tokens, end token {end}) is not this model's "
-            f"({model.config.text_config.vocab_size} tokens, end token {expected}): copy the one that belongs to it"
+            f"the tokenizer in {folder.name!r} ({len(tokenizer)} tokens, end token {end}) does not belong to this "
+            f"model ({model.config.text_config.vocab_size} tokens, end token {expected}): copy the model's tokenizer"
         )
     return tokenizer
 
 
 def load_processor(folder: Path, model: Any) -> Any:
-    """The image processor that computes with Pillow: scores must not depend on whether torchvision is installed."""
+    """The image processor based on Pillow: scores must not depend on whether torchvision is installed."""
     import transformers
 
-    # Transformers 4 has the one with Pillow under the plain name.
+    # In transformers 4 the one based on Pillow has the plain name.
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return kind.from_pretrained(str(folder), local_files_only=True)
@@ -74,48 +77,49 @@ def load_processor(folder: Path, model: Any) -> Any:
 
 
 def embed_text(model: Any, tokenizer: Any, text: str, warnings: list[str]) -> Tensor:
-    """A text as a unit vector, float32 [D] on the CPU; what does not fit the model's length goes to `warnings`.
+    """A text as a unit vector, float32 [D] on the CPU. Adds to `warnings` what is truncated.
 
-    Alone and unpadded, so that no other text has a part in it. The end token, where CLIP pools, survives the cut.
+    Each text is encoded alone and without padding, so that it does not depend on the others. Truncation keeps the end
+    token, where CLIP pools.
     """
     limit = model.config.text_config.max_position_embeddings
     whole = tokenizer(text, truncation=False, verbose=False)["input_ids"]
     cut = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
     if not text:
-        warnings.append("a prompt has no text: its scores mean nothing")
+        warnings.append("a prompt has no text: its scores are meaningless")
     if len(whole) > len(cut):
         lost = tokenizer.decode(whole[len(cut) - 1 : -1]).strip()
-        warnings.append(f"a prompt of {len(whole) - 2} tokens was cut to {limit - 2}; not scored: {lost!r}")
+        warnings.append(f"a prompt of {len(whole) - 2} tokens was truncated to {limit - 2}; not scored: {lost!r}")
     return _normalised(model.get_text_features(input_ids=torch.tensor([cut], device=model.device)))[0]
 
 
 def embed_images(model: Any, processor: Any, images: Sequence[np.ndarray]) -> Tensor:
-    """Pictures (uint8 [H, W, 3]) as unit vectors, float32 [N, D] on the CPU."""
+    """Images (uint8 [H, W, 3]) as unit vectors, float32 [N, D] on the CPU."""
     features = []
     for start in range(0, len(images), _IMAGES_AT_ONCE):
-        pictures = [Image.fromarray(image) for image in images[start : start + _IMAGES_AT_ONCE]]
-        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+        batch = [Image.fromarray(image) for image in images[start : start + _IMAGES_AT_ONCE]]
+        pixels = processor(images=batch, return_tensors="pt")["pixel_values"]
         features.append(_normalised(model.get_image_features(pixel_values=pixels.to(model.device))))
     return torch.cat(features)
 
 
 def clip_fingerprint(folder: Path) -> str:
-    """Over the content of the model's files, whatever the folder is called."""
+    """A hash of the content of the model's files, independent of the folder's name."""
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".txt"))
     return json_sha256([[file.name, file_sha256(file)] for file in files])
 
 
 def require_clip_folder(folder: Path) -> None:
-    """Raises FileNotFoundError or ValueError saying what the folder of a CLIP model lacks. Opens no weights."""
-    wanted = "give a folder with a CLIP model of transformers (config.json, model.safetensors, tokenizer files)"
+    """Raises FileNotFoundError or ValueError naming what a CLIP model's folder lacks. Opens no weights."""
+    wanted = "use a folder with a CLIP model of transformers (config.json, model.safetensors, tokenizer files)"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder.name!r} has no config.json: {wanted}")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder.name}/config.json is no JSON object: {wanted}") from error
+        raise ValueError(f"{folder.name}/config.json is not a JSON object: {wanted}") from error
     if kind != "clip":
-        raise ValueError(f"{folder.name!r} holds a model of type {kind!r}, not 'clip' (picture and text): {wanted}")
+        raise ValueError(f"{folder.name!r} contains a model of type {kind!r}, not 'clip' (image and text): {wanted}")
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise FileNotFoundError(f"{folder.name!r} has no model.safetensors (other formats are not opened): {wanted}")
 

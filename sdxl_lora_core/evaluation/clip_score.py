@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures show what a text says (Radford et al., arXiv:2103.00020; Hessel et al., 2104.08718)."""
+"""CLIP score: how well images match a text (Radford et al., arXiv:2103.00020; Hessel et al., arXiv:2104.08718)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BRACKET = re.compile(r"\\([()\[\]])|[()\[\]]")
 
 @dataclass(frozen=True)
 class Score:
-    """One picture against one text. cosine in -1..1, clip_score in 0..100, clipscore_w25 in 0..2.5; NaN if unknown."""
+    """Score of an image and a text: cosine in -1..1, clip_score in 0..100, clipscore_w25 in 0..2.5; NaN if unknown."""
 
     cosine: float
     clip_score: float
@@ -41,9 +41,9 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """Scores in the order of the pictures; `order` holds their indices, best first. `model` is the CLIP's name.
+    """Scores in the order of the images; `order` has their indices, best first. `model` is the CLIP model's name.
 
-    Scores of different CLIP models cannot be compared with each other.
+    Scores of different CLIP models cannot be compared.
     """
 
     scores: tuple[Score, ...]
@@ -53,18 +53,18 @@ class ScoreReport:
 
     @property
     def mean(self) -> float:
-        """Mean clip_score of the pictures that have one; NaN if none has."""
+        """Mean clip_score of the images that have one; NaN if none has."""
         known = self._known()
         return statistics.fmean(known) if known else math.nan
 
     @property
     def deviation(self) -> float:
-        """Standard deviation (n - 1) of the clip_scores; 0 for a single picture."""
+        """Standard deviation (n - 1) of the clip_scores; 0 for a single image."""
         known = self._known()
         return statistics.stdev(known) if len(known) > 1 else 0.0
 
     def to_json(self) -> str:
-        """The whole report. A score that is not a number becomes null. A maximum is not a mean: both are given."""
+        """The report as JSON. A score that is not a number becomes null."""
         rows = [
             {
                 "rank": self.order.index(i) + 1,
@@ -100,10 +100,10 @@ def score_images(
     device: torch.device | str = "cpu",
     load: Callable[[Path], torch.nn.Module] = load_clip,
 ) -> ScoreReport:
-    """Scores pictures (uint8 [H, W, 3], any sizes) against one text for all, or one text each.
+    """Scores images (uint8 [H, W, 3], any sizes) against one text for all, or one text for each.
 
-    Prompt syntax is taken out first (`plain_text`). What a picture scores does not depend on the others. `load` is
-    for an owner of models that may have this one at hand. Raises ValueError if the counts do not match.
+    Prompt syntax is removed first (`plain_text`). An image's score does not depend on the others. `load` can return
+    a model that is loaded already. Raises ValueError if the counts do not match.
     """
     texts = _one_each([plain_text(prompt) for prompt in prompts], len(images))
     model = load(clip_folder).to(device)
@@ -111,9 +111,9 @@ def score_images(
     warnings: list[str] = []
     with torch.inference_mode():
         unique = {text: embed_text(model, tokenizer, text, warnings) for text in dict.fromkeys(texts)}
-        pictures = embed_images(model, processor, images)
-    cosines = [float(picture @ unique[text]) for picture, text in zip(pictures, texts, strict=True)]
-    warnings += _doubts(model, clip_folder.name, images, cosines)
+        embedded = embed_images(model, processor, images)
+    cosines = [float(image @ unique[text]) for image, text in zip(embedded, texts, strict=True)]
+    warnings += _warnings(model, clip_folder.name, images, cosines)
     for warning in warnings:
         log.warning("CLIP score: %s", warning)
     scores = tuple(_score(cosine, text) for cosine, text in zip(cosines, texts, strict=True))
@@ -121,14 +121,14 @@ def score_images(
 
 
 def rank(cosines: Sequence[float]) -> tuple[int, ...]:
-    """Indices, best first; equal ones in their own order, what is not a number last."""
+    """Indices, best first; ties in their original order, NaN last."""
     return tuple(sorted(range(len(cosines)), key=lambda i: (math.isnan(cosines[i]), -cosines[i], i)))
 
 
 def plain_text(prompt: str) -> str:
-    """What a prompt says, without its syntax: (word:1.2), [word], <lora:name:1>, BREAK and embedding:name.
+    """Removes prompt syntax: (word:1.2), [word], <lora:name:1>, BREAK and embedding:name.
 
-    Escaped brackets stay, as brackets.
+    Escaped brackets become plain ones.
     """
     text = _WEIGHT.sub("", _EMBEDDING.sub("", _TAG.sub("", prompt)))
     text = _BRACKET.sub(lambda match: match[1] or "", _BREAK.sub(",", text))
@@ -137,7 +137,7 @@ def plain_text(prompt: str) -> str:
 
 
 def annotate(images: Sequence[np.ndarray], report: ScoreReport) -> list[np.ndarray]:
-    """The scored pictures in their own order, with a strip below: rank, clip_score, prompt. uint8 [H + strip, W, 3]."""
+    """The images in their order, each with a strip below: rank, clip_score, prompt. uint8 [H + strip, W, 3]."""
     if len(images) != len(report.scores):
         raise ValueError(f"there are {len(images)} images and {len(report.scores)} scores: give the scored images")
     places = {index: place for place, index in enumerate(report.order, start=1)}
@@ -167,12 +167,12 @@ def _one_each(texts: Sequence[str], images: int) -> list[str]:
     return list(texts) * images if len(texts) == 1 else list(texts)
 
 
-def _doubts(model: Any, name: str, images: Sequence[np.ndarray], cosines: Sequence[float]) -> list[str]:
+def _warnings(model: Any, name: str, images: Sequence[np.ndarray], cosines: Sequence[float]) -> list[str]:
     unknown = [i for i, cosine in enumerate(cosines) if math.isnan(cosine)]
-    doubts = [f"image {i} has no score (not a number), so it is ranked last" for i in unknown]
+    found = [f"image {i} has no score (not a number), so it is ranked last" for i in unknown]
     side = model.config.vision_config.image_size
     largest = max(max(image.shape[:2]) for image in images)
-    # No CLIP that was trained on photographs looks at fewer than 224 pixels.
+    # Every CLIP trained on photographs has an input of at least 224 pixels.
     if side < 224 and largest > 2 * side:
-        doubts.append(f"{name} knows small drawings ({side} px) only: at {largest} px its scores mean little")
-    return doubts
+        found.append(f"{name} is made for small drawings ({side} px): its scores at {largest} px are not meaningful")
+    return found

@@ -99,7 +99,7 @@ class GenerateConfig:
     target_height: int = setting(0, "The same for the height.", _PIXELS)
     long_prompts: LongPrompts = setting(
         "cut",
-        "How a plain prompt over 77 tokens is handled. cut: its end is ignored, which the log says. chunks: it is "
+        "How a plain prompt over 77 tokens is handled. cut: its end is ignored, and the log names it. chunks: it is "
         "encoded 75 tokens at a time.",
     )
     guidance_rescale: float = setting(
@@ -155,7 +155,7 @@ class GenerateConfig:
             value = getattr(self, side)
             if value % SIDE_MULTIPLE:
                 near = round(value / SIDE_MULTIPLE) * SIDE_MULTIPLE
-                raise ValueError(f"{side} is {value}: give a multiple of {SIDE_MULTIPLE}, {near} for example")
+                raise ValueError(f"{side} is {value}: use a multiple of {SIDE_MULTIPLE}, such as {near}")
 
     def _check_guidance(self) -> None:
         if BASES_RESCALE < self.guidance_rescale < 0:
@@ -165,7 +165,7 @@ class GenerateConfig:
             )
         if self.guidance_start >= self.guidance_end:
             raise ValueError(
-                f"guidance_start is {self.guidance_start:g} and guidance_end {self.guidance_end:g}: the start has to "
+                f"guidance_start is {self.guidance_start:g} and guidance_end {self.guidance_end:g}: the start must "
                 "be lower; to turn guidance off, set guidance to 1"
             )
 

@@ -75,15 +75,15 @@ def image_facts(
     prompt: str,
     seed: int,
     embeddings: Sequence[str] = (),
-    pictures: Mapping[str, Any] = MappingProxyType({}),
+    inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Everything that one image depends on.
 
-    `embeddings` are the hashes of the files that its two prompts name, `pictures` its start_settings and
+    `embeddings` are the hashes of the files that its two prompts name, `inputs` its start_settings and
     control_settings.
     """
     used = {"embeddings": list(embeddings)} if embeddings else {}
-    return {**settings, "prompt": prompt, "seed": seed, **used, **pictures}
+    return {**settings, "prompt": prompt, "seed": seed, **used, **inputs}
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What an image starts from besides noise: a picture or latents, the whole of it or where a mask lets it change."""
+"""Image to image and inpainting: images or latents to start from, with masks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Generators = Sequence[torch.Generator]  # one for each image
 
 @dataclass(frozen=True, eq=False)
 class StartImage:
-    """What one image starts from, at that image's size.
+    """The image or latents that one image starts from, at that image's size.
 
-    `content` is either pixels, uint8 [H, W, 3], or latents, float32 [4, H/8, W/8] in the VAE's own scale. Where `mask`,
-    bool [H, W], is False the content stays.
+    `content` is either pixels, uint8 [H, W, 3], or latents, float32 [4, H/8, W/8] in the VAE's own scale. `mask`, bool
+    [H, W], is True where the content may change; None for everywhere.
     """
 
     content: np.ndarray | Tensor
@@ -35,7 +35,7 @@ class StartImage:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """For the image's cache key: SHA-256 of what is used, and nothing of where it came from."""
+        """The part of the image's cache key: SHA-256 hashes of content and mask."""
         kind = "image" if isinstance(self.content, np.ndarray) else "latents"
         key = {kind: array_sha256(np.asarray(self.content))}
         return key if self.mask is None else {**key, "mask": array_sha256(self.mask)}
@@ -43,9 +43,9 @@ class StartImage:
 
 @dataclass(frozen=True)
 class EncodedStart:
-    """On the CPU, in the scale that the UNet sees: mean and, for pixels, spread of the VAE's posterior [1, 4, h, w].
+    """The VAE's posterior of a start: mean and, for pixels, standard deviation [1, 4, h, w], on the CPU.
 
-    `mask` is float32 [1, 1, h, w], 1 where the image may change.
+    They are in the UNet's scale. `mask` is float32 [1, 1, h, w], 1 where the image may change.
     """
 
     mean: Tensor
@@ -87,17 +87,17 @@ def start_images(
 ) -> list[StartImage]:
     """Starts from images (uint8 [H, W, 3]) or latents ([B, 4, h, w], the VAE's own scale), with masks (0 to 1, [H, W]).
 
-    Images are scaled to cover width x height and cut in the middle, and so are their masks, which have to be of their
-    size; masks of latents are stretched. Of one image and several masks, or the reverse, the one serves all.
-    Zeros at denoise 1, which core's Empty Latent Image gives, are no start: the same image as without, and found again.
-    Raises ValueError for sizes and counts that do not go together.
+    Images are scaled to cover width x height and cropped to the center, and so are their masks, which must have the
+    image's size; masks of latents are resized. One image is used with several masks, and one mask with several images.
+    Zeros at denoise 1, the output of ComfyUI's Empty Latent Image, count as no start: the image and its key are then
+    those of text to image. Raises ValueError for sizes and counts that do not match.
     """
     if images and latents is not None:
-        raise ValueError("image and latent are both given, but an image starts from one of them: disconnect the other")
+        raise ValueError("image and latent are both given: disconnect one of them")
     if latents is not None:
         _require_latents(latents, config)
         contents: list[Any] = list(latents.detach().float().cpu())
-        fitted = [_stretch(mask, config) for mask in masks]
+        fitted = [_resized_mask(mask, config) for mask in masks]
         if config.denoise == 1 and not masks and not latents.any() and _is_count(len(contents), config):
             return []
     else:
@@ -105,10 +105,10 @@ def start_images(
         fitted = _masks_of_images(images, masks, config)
     if not contents:
         if masks:
-            raise ValueError("mask is given, but no image or latent that it belongs to: connect one or disconnect mask")
+            raise ValueError("mask is given without an image or latent: connect one or disconnect mask")
         return []
     if not all(mask.any() for mask in fitted):
-        raise ValueError("mask marks nothing to paint anew: draw one (core's Load Image has none for a whole picture)")
+        raise ValueError("mask is empty, so nothing would be repainted: paint one, or disconnect it")
     count = max(len(contents), len(fitted))
     return [
         StartImage(content, mask)
@@ -119,8 +119,8 @@ def start_images(
 
 
 def enlarged(pixels: np.ndarray, first: StartImage | None, config: GenerateConfig) -> StartImage:
-    """What a second pass starts from: the first one's image (Lanczos) and, where that had a mask, the mask."""
-    mask = None if first is None or first.mask is None else _stretch(first.mask.astype(np.float32), config)
+    """The start of a second pass: the enlarged image (Lanczos) of the first one, with the mask of its start."""
+    mask = None if first is None or first.mask is None else _resized_mask(first.mask.astype(np.float32), config)
     return StartImage(fit_image(pixels, config.width, config.height), mask)
 
 
@@ -138,13 +138,12 @@ def require_counts(starts: Sequence[StartImage], config: GenerateConfig) -> None
     if starts and not _is_count(len(starts), config):
         wanted = len(config.prompts) * config.count
         raise ValueError(
-            f"{len(starts)} images or masks are given to start from, but {wanted} images are asked for "
+            f"{len(starts)} images or masks are given to start from, but {wanted} images are requested "
             f"(prompts x count): give 1 for all of them, or {wanted}"
         )
     if config.denoise < 1 and not starts:
         raise ValueError(
-            f"denoise is {config.denoise:g}, but there is nothing to start from: connect an image or a latent, or set "
-            "denoise to 1"
+            f"denoise is {config.denoise:g}, but there is no start: connect an image or a latent, or set denoise to 1"
         )
 
 
@@ -164,7 +163,7 @@ def noised_starts(
     generators: Generators,
     unet: Any,
 ) -> tuple[Tensor, Inpainting | None]:
-    """The starts at the first level of the schedule, as noise_latents, and what inpainting has to keep of them.
+    """The starts at the first level of the schedule, as noise_latents, and the part of them that inpainting keeps.
 
     Noise is added in float32; diffusers' pipelines do it in the UNet's precision.
     """
@@ -173,14 +172,14 @@ def noised_starts(
     noise = _noise(config, generators).to(unet.device)
     latents = schedule.scheduler.add_noise(start, noise, schedule.timesteps[:1].repeat(len(start)))
     masks = [encoded.mask for encoded in starts if encoded.mask is not None]
-    if masks and config.denoise == 1:  # as diffusers' inpainting: nothing remains of what is painted over
+    if masks and config.denoise == 1:  # as in diffusers' inpainting: the repainted area starts from noise alone
         latents = noise * schedule.scheduler.init_noise_sigma
     inpainting = Inpainting(start, noise, torch.cat(masks).to(unet.device)) if masks else None
     return latents.to(unet.dtype), inpainting
 
 
 def _noise(config: GenerateConfig, generators: Generators) -> Tensor:
-    """float32 [B, 4, H/8, W/8], sampled on the CPU: the same on every device and at every precision."""
+    """Noise, float32 [B, 4, H/8, W/8], sampled on the CPU: the same on every device and at every precision."""
     size = (1, LATENT_CHANNELS, config.height // VAE_SCALE, config.width // VAE_SCALE)
     return torch.cat([torch.randn(size, generator=generator) for generator in generators])
 
@@ -191,12 +190,12 @@ def _masks_of_images(
     for mask in masks:
         if images and mask.shape[:2] != images[0].shape[:2]:
             found, wanted = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, images[0]))
-            raise ValueError(f"mask is {found} and image {wanted}: give a mask of the image's size")
+            raise ValueError(f"mask is {found} and image is {wanted}: use a mask of the image's size")
     grey = [(mask * 255).round().astype(np.uint8) for mask in masks]
     return [fit_image(mask, config.width, config.height) >= 128 for mask in grey]
 
 
-def _stretch(mask: np.ndarray, config: GenerateConfig) -> np.ndarray:
+def _resized_mask(mask: np.ndarray, config: GenerateConfig) -> np.ndarray:
     grey = Image.fromarray((mask * 255).round().astype(np.uint8))
     return np.asarray(grey.resize((config.width, config.height), Image.Resampling.LANCZOS)) >= 128
 
@@ -208,14 +207,14 @@ def _require_latents(latents: Tensor, config: GenerateConfig) -> None:
     if latents.shape[1:] != wanted:
         height, width = (VAE_SCALE * side for side in latents.shape[2:])
         raise ValueError(
-            f"latent is one of {width}x{height} pixels, width and height are {config.width}x{config.height}: "
-            "set them alike"
+            f"latent is of an image of {width}x{height}, but width and height are {config.width}x{config.height}: "
+            "set them to the same"
         )
 
 
 def _for_each(given: Sequence[Any], count: int, name: str) -> list[Any]:
     if len(given) not in (1, count):
-        raise ValueError(f"{len(given)} of {name} are given for {count} to start from: give 1 or {count}")
+        raise ValueError(f"{len(given)} {name}s are given for {count} starts: give 1 or {count}")
     return list(given) * (count // len(given))
 
 

@@ -1,4 +1,4 @@
-"""What to generate, and with which means."""
+"""The values that `generate` takes: the job and its context."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class GenerationContext:
-    """What a job runs with; nothing here affects a pixel, except the device of `parts`.
+    """The resources of a job. Nothing here affects a pixel, except the device of `parts`.
 
     `parts` owns the loaded weights. `cache` None neither reads nor stores anything. `graph` is ComfyUI's `prompt` and
     `workflow`, with which PNGs record how they were made (see png_metadata). `find_embedding` returns the file of

@@ -133,8 +133,8 @@ class Pass:
     ) -> dict[str, Any]:
         negative = self.negative.embeddings if self.negative else ()
         embeddings = [file.sha256 for file in (*prompt.embeddings, *negative)]
-        pictures = {**start_settings(self.config, start), **self.control_facts(hints)}
-        return image_facts(self.settings, prompt.text, seed, embeddings, pictures)
+        inputs = {**start_settings(self.config, start), **self.control_facts(hints)}
+        return image_facts(self.settings, prompt.text, seed, embeddings, inputs)
 
     def images(
         self, requests: Sequence[Request], prepare: Callable[[Sequence[Request]], Sequence[Request]] = lambda _: _

@@ -1,4 +1,4 @@
-"""The samplers and schedules that there are, which go together, and what they need. No library is imported here."""
+"""The samplers and schedules, their valid combinations, and the libraries they need. Imports no library."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Schedule = Literal["karras", "normal", "exponential", "sgm_uniform", "beta", "dd
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
-# Solvers in sigmas go through any noise levels. The others step from one noise level of the training to another.
+# Solvers in sigmas accept any noise levels. The others step from one training level to another.
 _SIGMAS: tuple[Schedule, ...] = ("karras", "normal", "exponential", "sgm_uniform", "beta")
 
 
 @dataclass(frozen=True)
 class Solver:
-    """What a sampler is in diffusers: a scheduler class and its `options`; `eta` is an argument of each of its steps.
+    """A sampler in diffusers: a scheduler class and its `options`; `eta` is an argument of its `step`.
 
-    `own_range`: its noise levels span those of the training whatever `timestep_spacing` says. `unet_calls` counts them
-    for n steps.
+    `own_range`: its noise levels span the training range whatever `timestep_spacing` is. `unet_calls` gives the number
+    of UNet calls for n steps.
     """
 
     scheduler: str
@@ -79,10 +79,10 @@ SOLVERS: dict[Sampler, Solver] = {
 
 
 def require_pair(sampler: Sampler, schedule: Schedule) -> None:
-    """Raises ValueError, naming both, if the sampler does not go through that schedule."""
+    """Raises ValueError if the sampler does not support the schedule."""
     if schedule not in SOLVERS[sampler].schedules:
         raise ValueError(
-            f"scheduler is {schedule!r}, which sampler {sampler!r} does not have: choose one of "
+            f"scheduler is {schedule!r}, which sampler {sampler!r} does not support: choose one of "
             f"{', '.join(SOLVERS[sampler].schedules)}, or another sampler"
         )
 
@@ -94,6 +94,6 @@ def require_libraries(sampler: Sampler, schedule: Schedule) -> None:
         library = libraries.get(value)
         if library and importlib.util.find_spec(library) is None:
             raise ValueError(
-                f"{option} is {value!r}, which is computed with {library}: python -m pip install {library}, or choose "
+                f"{option} is {value!r}, which needs {library}: python -m pip install {library}, or choose "
                 f"another {option}"
             )

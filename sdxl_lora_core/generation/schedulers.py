@@ -25,9 +25,9 @@ _OTHER_SPACINGS = ("use_lu_lambdas", "use_flow_sigmas")
 
 
 def scheduler_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]:
-    """What decides the scheduler, beside the image's seed: the base's noise schedule, the solver, the noise levels.
+    """The settings of the scheduler except the seed: noise schedule, solver and spacing of noise levels.
 
-    Raises ValueError for what cannot start from the zero SNR of the base.
+    Raises ValueError for a sampler or schedule that cannot start at zero SNR, if the base has it.
     """
     solver = SOLVERS[config.sampler]
     noise = scheduler_config(base)
@@ -45,7 +45,7 @@ class DenoisingSchedule(NamedTuple):
 
     @property
     def progress(self) -> list[float]:
-        """For each timestep its position between the noisiest level of the training (0) and the cleanest (1)."""
+        """For each timestep its position between the noisiest training level (0) and the cleanest (1)."""
         levels = self.scheduler.config.num_train_timesteps
         return [progress_of(timestep, levels) for timestep in self.timesteps.tolist()]
 
@@ -53,7 +53,7 @@ class DenoisingSchedule(NamedTuple):
 def denoising_schedule(
     base: SDXLBase, config: GenerateConfig, seeds: Sequence[int], device: torch.device
 ) -> DenoisingSchedule:
-    """The last `config.steps` steps of the schedule that `config.denoise` lengthens, for the images of these seeds."""
+    """The last `config.steps` steps of a schedule with `config.schedule_steps`, for the images of these seeds."""
     scheduler = make_scheduler(base, config, seeds)
     scheduler.set_timesteps(config.schedule_steps, device=device)
     skipped = (config.schedule_steps - config.steps) * scheduler.order
@@ -66,7 +66,7 @@ def make_scheduler(base: SDXLBase, config: GenerateConfig, seeds: Sequence[int])
     """A new scheduler for the images of these seeds."""
     settings = scheduler_settings(base, config)
     if config.sampler == "dpmpp_sde":
-        settings["noise_sampler_seed"] = list(seeds)  # a Brownian path for each image
+        settings["noise_sampler_seed"] = list(seeds)  # one Brownian path per image
     scheduler = _build(SOLVERS[config.sampler].scheduler, settings)
     if config.sampler == "euler_ancestral":
         scheduler.euler = _build(SOLVERS["euler"].scheduler, settings)
@@ -76,9 +76,9 @@ def make_scheduler(base: SDXLBase, config: GenerateConfig, seeds: Sequence[int])
 
 
 def normal_sigmas(alphas_cumprod: np.ndarray, steps: int) -> np.ndarray:
-    """ComfyUI's "normal": from the noisiest level to the cleanest, evenly in time, between two levels in log(sigma).
+    """The sigmas of ComfyUI's "normal" schedule: evenly spaced in time, interpolated between levels in log(sigma).
 
-    Descending, without the zero at the end, which all schedulers add.
+    Descending, without the final zero, which every scheduler appends.
     """
     log_sigmas = np.log((1 - alphas_cumprod) / alphas_cumprod) / 2
     levels = np.arange(len(log_sigmas))
@@ -88,20 +88,20 @@ def normal_sigmas(alphas_cumprod: np.ndarray, steps: int) -> np.ndarray:
 def _require_zero_snr(config: GenerateConfig) -> None:
     if config.sampler == "pndm":
         raise ValueError(
-            "sampler is 'pndm', which goes by the noise alone and cannot start where there is nothing else, as this "
-            "base with zero terminal SNR does: choose ddim, or another sampler"
+            "sampler is 'pndm', which cannot start from pure noise, as this base with zero terminal SNR requires: "
+            "choose ddim or another sampler"
         )
     if config.scheduler == "ddim_uniform":
         raise ValueError(
-            "scheduler is 'ddim_uniform', which leaves out the noisiest level, where this base with zero terminal SNR "
-            "has to start: choose sgm_uniform"
+            "scheduler is 'ddim_uniform', which leaves out the noisiest level, at which this base with zero terminal "
+            "SNR must start: choose sgm_uniform"
         )
 
 
 def _spacing(config: GenerateConfig, solver: Solver, noise: dict[str, Any]) -> dict[str, Any]:
     wanted = _SPACINGS.get(config.scheduler)
     spacing: dict[str, Any] = {name: False for name in (*_SPACINGS.values(), *_OTHER_SPACINGS) if name in noise}
-    # A single step stands at the noisiest level.
+    # A single step is at the noisiest level.
     from_end_to_end = {"timestep_spacing": "linspace" if config.schedule_steps > 1 else "trailing"}
     if wanted:
         return {**spacing, wanted: True, **({} if solver.own_range else from_end_to_end)}
@@ -110,8 +110,8 @@ def _spacing(config: GenerateConfig, solver: Solver, noise: dict[str, Any]) -> d
     if config.scheduler == "ddim_uniform":
         return {**spacing, "timestep_spacing": "leading", "steps_offset": 1}
     if config.sampler == "ddpm":
-        return {**spacing, **from_end_to_end}  # the same levels, rounded to those of the training
-    # Euler's family takes from the spacing how to scale the first noise; with this one it does as ComfyUI.
+        return {**spacing, **from_end_to_end}  # the same levels, rounded to training levels
+    # Euler schedulers derive the scale of the initial noise from the spacing; with this one it is ComfyUI's.
     return {**spacing, "timestep_spacing": "leading", "sigmas": config.scheduler}
 
 
@@ -130,7 +130,7 @@ def _build(name: str, settings: dict[str, Any]) -> Any:
 
 @functools.cache
 def _with_normal_sigmas(scheduler_class: type[Any]) -> type[Any]:
-    """The scheduler with other numbers where it has Karras': none of them takes sigmas from outside in the same way."""
+    """A subclass with the "normal" sigmas in place of Karras': schedulers differ in how, or if, they accept sigmas."""
 
     class WithNormalSigmas(scheduler_class):
         def _convert_to_karras(self, in_sigmas: np.ndarray, num_inference_steps: int | None = None) -> np.ndarray:
@@ -141,7 +141,7 @@ def _with_normal_sigmas(scheduler_class: type[Any]) -> type[Any]:
 
 @functools.cache
 def _with_eulers_sigmas() -> type[Any]:
-    """The ancestral scheduler on Euler's noise levels: diffusers gives it no spacings of its own."""
+    """A subclass of the ancestral scheduler with Euler's noise levels: diffusers' own supports no other spacing."""
     from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
     class WithEulersSigmas(EulerAncestralDiscreteScheduler):

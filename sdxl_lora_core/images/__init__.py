@@ -1,1 +1,1 @@
-"""Pictures, without any model: decoding, cropping, contact sheets, PNG."""
+"""Images, without any model: decoding, cropping, contact sheets, PNG."""

@@ -1,4 +1,4 @@
-"""Where a picture is cut: the resize and the part of it that fill a size."""
+"""Resizing and cropping of images to a given size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Bucket = tuple[int, int]
 
 @dataclass(frozen=True)
 class Crop:
-    """Resize to resized_w x resized_h, then cut bucket_w x bucket_h out at (left, top). All in pixels."""
+    """Resize to resized_w x resized_h, then crop bucket_w x bucket_h at (left, top). All in pixels."""
 
     resized_w: int
     resized_h: int
@@ -25,7 +25,7 @@ class Crop:
 
 
 def center_crop(width: int, height: int, bucket: Bucket) -> Crop:
-    """The smallest resize that covers the bucket, enlarging small pictures, and the cut out of its middle."""
+    """The smallest resize that covers the bucket (it enlarges small images) and the crop at its center."""
     bucket_w, bucket_h = bucket
     if width * bucket_h >= height * bucket_w:
         resized_w, resized_h = _divide_rounded(width * bucket_h, height), bucket_h
@@ -35,7 +35,7 @@ def center_crop(width: int, height: int, bucket: Bucket) -> Crop:
 
 
 def random_crop(width: int, height: int, bucket: Bucket, *key: object) -> Crop:
-    """center_crop's resize, and the cut at a place that `key` decides."""
+    """The resize of center_crop, and a crop at a uniformly random position that depends on `key` only."""
     crop = center_crop(width, height, bucket)
     left = random_index(crop.resized_w - crop.bucket_w + 1, *key, "left")
     top = random_index(crop.resized_h - crop.bucket_h + 1, *key, "top")
@@ -47,9 +47,9 @@ def _divide_rounded(a: int, b: int) -> int:
 
 
 def crop_to_bucket(image: Image.Image, crop: Crop) -> Image.Image:
-    """Lanczos resize to crop.resized_w x crop.resized_h, then the bucket cut out of it, in one step.
+    """Resizes (Lanczos) and crops in one step.
 
-    Only the bucket's own pixels are computed: resizing first would need gigabytes for a very long, thin picture.
+    Only the pixels of the crop are computed: resizing first would need gigabytes for a very long, thin image.
     """
     scale_x, scale_y = image.width / crop.resized_w, image.height / crop.resized_h
     box = (
@@ -62,7 +62,7 @@ def crop_to_bucket(image: Image.Image, crop: Crop) -> Image.Image:
 
 
 def fit_image(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """uint8 [height, width, ...]: scaled to cover that size (Lanczos) and cut in the middle; unchanged if it has it."""
+    """Scales uint8 [H, W, ...] to cover width x height px (Lanczos) and crops the center, unless it has that size."""
     found_height, found_width = pixels.shape[:2]
     if (found_width, found_height) == (width, height):
         return pixels

@@ -1,4 +1,4 @@
-"""Opens a picture from anywhere as the RGB pixels a person sees, or says why it cannot be used."""
+"""Decodes image files to RGB as viewers show them, and rejects files that cannot be used, with the reason."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 MAX_PIXELS = 64 * 2**20
 MAX_SIDE = 16384
 
-# The formats that are decoded. Anything else Pillow knows is refused: an EPS named .png would start Ghostscript.
+# All other formats of Pillow are rejected: an EPS file named .png would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-# What Pillow raises for damaged files (found by flipping bytes in every format).
+# The exceptions that Pillow raises for damaged files (found by flipping bytes in every format).
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError, LookupError, struct.error, zlib.error)
-# Pillow's switches belong to the process: two threads that set and restore them at once would leave them wrong.
+# Pillow's switches are global: two threads that set and restore them at the same time would leave them wrong.
 _SWITCHES = threading.Lock()
 
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Truncated files are errors in here, whatever other code in the process has set, and that is put back after.
+    """Makes truncated files an error within the block, whatever other code in the process has set.
 
-    Pillow's own size limit is off in here because `decode` has a lower one of its own that does not only warn.
+    Pillow's own size limit is off within the block: `decode` has a lower limit, which raises instead of warning.
     """
     with _SWITCHES:
         found = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
@@ -40,13 +40,13 @@ def strict_pillow() -> Iterator[None]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture as RGB: turned as EXIF says, in sRGB, transparent parts on white, 16-bit grey scaled to 8.
+    """The image as RGB in sRGB: rotated by its EXIF orientation, transparent parts on white, 16-bit grey scaled to 8.
 
-    The first frame of an animation. Raises ValueError naming the file and the reason if it is damaged, too large
-    (over 64 megapixels or 16384 pixels on a side) or no picture; FileNotFoundError if it is not there.
+    Of an animation the first frame. Raises ValueError naming the file and the reason if it is damaged, too large
+    (over 64 megapixels or 16384 px on a side) or not an image; FileNotFoundError if it does not exist.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path.name} is not there: it was moved or deleted after the folder was read")
+        raise FileNotFoundError(f"{path.name} does not exist: it was moved or deleted after the folder was read")
     try:
         with strict_pillow():
             return decode(path)
@@ -55,7 +55,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def decode(path: Path) -> Image.Image:
-    """`open_image` for callers that hold `strict_pillow` around many files or threads, and name the file themselves."""
+    """`open_image` within a `strict_pillow` of the caller, which covers many files and names the file in errors."""
     try:
         _verify(path)
         with Image.open(path, formats=_known_formats()) as image:
@@ -66,7 +66,7 @@ def decode(path: Path) -> Image.Image:
 
 
 def has_alpha(path: Path) -> bool:
-    """Whether a picture that is being opened has transparent parts; False for what is no picture."""
+    """Whether an image has transparency; False for a file that cannot be read as an image."""
     try:
         with Image.open(path, formats=_known_formats()) as image:
             return image.has_transparency_data
@@ -75,13 +75,13 @@ def has_alpha(path: Path) -> bool:
 
 
 def open_alpha(path: Path) -> Image.Image:
-    """The alpha channel (mode L) of a picture that `open_image` takes, turned as EXIF says."""
+    """The alpha channel (mode L) of an image that `open_image` accepts, rotated by its EXIF orientation."""
     with strict_pillow(), Image.open(path, formats=_known_formats()) as image:
         return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
 
 
 def _verify(path: Path) -> None:
-    # verify() sees a PNG without its end, which load() lets pass; load() sees half a JPEG, which verify() lets pass.
+    # verify() detects a truncated PNG, which load() accepts; load() detects half a JPEG, which verify() accepts.
     with Image.open(path, formats=_known_formats()) as image:
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
@@ -99,7 +99,7 @@ def _known_formats() -> tuple[str, ...]:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is not a picture in a format that is read here (PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF)"
+        return "it is not an image in a supported format (PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF)"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
@@ -111,23 +111,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _from_deep_grey(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        # The profile is for the picture, not for the white behind it.
+        # The profile applies to the image, not to the white background.
         rgb = _to_srgb(rgba.convert("RGB"), profile)
         return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), rgba.getchannel("A"))
     return _to_srgb(image if image.mode == "CMYK" else image.convert("RGB"), profile)
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow would clip at 255, as 8-bit RGB. Older versions of Pillow open it in mode I."""
+    """Scales 16-bit grey, which Pillow would clip at 255, to 8-bit RGB. Older versions of Pillow open it in mode I."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError("its pixels have 32 bits: save it with 8 or 16 bits")
+        raise ValueError("its pixels have 32 bits: save it with 8 or 16 bits per channel")
     eight_bits = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     return Image.fromarray(eight_bits).convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB or CMYK in sRGB. A broken profile, or one for another kind of pixels, counts as none."""
+    """Converts RGB or CMYK to sRGB. An invalid profile, or one for another color mode, is ignored."""
     if not profile:
         return image.convert("RGB")
     try:

@@ -1,4 +1,4 @@
-"""PNG files: their text chunks, and a fast writer."""
+"""Text chunks of PNG files, and a fast writer without compression."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL.PngImagePlugin import PngInfo
 
-XMP = "XML:com.adobe.xmp"  # the keyword under which readers of PNG look for it
-# IPTC's mark: https://cv.iptc.org/newscodes/digitalsourcetype/
+XMP = "XML:com.adobe.xmp"  # the keyword that the XMP specification defines for PNG
+# IPTC's digital source type: https://cv.iptc.org/newscodes/digitalsourcetype/
 AI_GENERATED = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
     '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
@@ -18,7 +18,7 @@ AI_GENERATED = (
     "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
     '</Iptc4xmpExt:DigitalSourceType></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 )
-LONGEST_TEXT = 1 << 20  # characters; longer texts are left out, so that every reader opens the image
+LONGEST_TEXT = 1 << 20  # characters; longer texts are left out, so that every reader can open the image
 
 
 def png_info(texts: Mapping[str, str]) -> PngInfo:
@@ -30,7 +30,7 @@ def png_info(texts: Mapping[str, str]) -> PngInfo:
 
 
 def stored_png(pixels: np.ndarray, texts: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """uint8 [H, W, 3] as a PNG without compression: 3 ms for 1024 x 1024, where Pillow takes 50 at its fastest."""
+    """Encodes uint8 [H, W, 3] as an uncompressed PNG: 3 ms for 1024 x 1024 px, where Pillow takes at least 50 ms."""
     height, width, _ = pixels.shape
     rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each row begins with its filter: 0, none
     rows[:, 1:] = pixels.reshape(height, -1)

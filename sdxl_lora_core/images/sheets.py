@@ -1,4 +1,4 @@
-"""Text under pictures: contact sheets and score strips. Knows neither data sets nor scores."""
+"""Contact sheets: images in a grid with text below them, and strips of text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def text_strip(width: int, lines: Sequence[str], size: int) -> Image.Image:
-    """Lines of text on white, `size` px high each, for under a picture. Each is cut to `width` px with an ellipsis."""
+    """An image of lines of text on white, `size` px high each, cut to `width` px with an ellipsis."""
     strip = Image.new("RGB", (width, strip_height(len(lines), size)), _PAPER)
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size)
     margin = size // 3
@@ -30,7 +30,7 @@ def strip_height(lines: int, size: int) -> int:
 
 
 def wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
-    """Text in lines of at most `width` px, broken between words where it can be; an ellipsis where it was cut."""
+    """Splits text into lines of at most `width` px, between words where possible, with an ellipsis where it is cut."""
     lines, rest = [], text.strip()
     while rest and len(lines) < max_lines:
         line = _longest_fit(rest, font, width)
@@ -43,25 +43,25 @@ def wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
     return lines
 
 
-def fit(picture: Image.Image, side: int) -> Image.Image:
-    """The picture scaled so that its longer side is `side` px."""
-    scale = side / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    # Enlarged pixels stay pixels: a blurred thumbnail would hide that the picture is small.
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """Scales an image so that its longer side is `side` px."""
+    scale = side / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    # Nearest neighbor when enlarging: a blurred thumbnail would hide that the image is small.
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def sheet(cells: Sequence[tuple[Image.Image, str]], footer: str, cell: int = CELL, text_size: int = 15) -> Image.Image:
-    """Pictures in a grid, each fitted into `cell` x `cell` px with its text in up to four lines below."""
+    """Images in a grid, each fitted into `cell` x `cell` px with its text in up to four lines below."""
     columns = min(6, max(1, round(math.sqrt(1.5 * len(cells)))))
     gap, text_height = cell // 16, strip_height(4, text_size)
     rows = math.ceil(len(cells) / columns)
     width, row_height = gap + columns * (cell + gap), cell + text_height + gap
     page = Image.new("RGB", (width, gap + rows * row_height + strip_height(1, text_size)), _PAPER)
     font = ImageFont.load_default(text_size)
-    for number, (picture, text) in enumerate(cells):
+    for number, (image, text) in enumerate(cells):
         left, top = gap + number % columns * (cell + gap), gap + number // columns * row_height
-        _paste_cell(page, picture, wrap(text, font, cell, max_lines=4), (left, top), cell, font)
+        _paste_cell(page, image, wrap(text, font, cell, max_lines=4), (left, top), cell, font)
     draw = ImageDraw.Draw(page)
     draw.text(
         (gap, page.height - strip_height(1, text_size)),
@@ -73,10 +73,10 @@ def sheet(cells: Sequence[tuple[Image.Image, str]], footer: str, cell: int = CEL
 
 
 def _paste_cell(
-    page: Image.Image, picture: Image.Image, lines: Sequence[str], corner: tuple[int, int], cell: int, font: Font
+    page: Image.Image, image: Image.Image, lines: Sequence[str], corner: tuple[int, int], cell: int, font: Font
 ) -> None:
     left, top = corner
-    thumbnail = fit(picture, cell)
+    thumbnail = fit(image, cell)
     page.paste(thumbnail, (left + (cell - thumbnail.width) // 2, top + (cell - thumbnail.height) // 2))
     line_height = font.getbbox("Ag")[3] * _LINE_HEIGHT
     for number, line in enumerate(lines):
@@ -84,7 +84,7 @@ def _paste_cell(
 
 
 def _longest_fit(text: str, font: Font, width: int) -> str:
-    """The longest start of the text that is at most `width` px long: whole words, else characters, at least one."""
+    """The longest start of `text` of at most `width` px: whole words if possible, else at least one character."""
     if font.getlength(text) <= width:
         return text
     low, high = 1, len(text)

@@ -1,4 +1,4 @@
-"""What a LoRA file is, in some lines for a person."""
+"""Describes a LoRA file in some lines of text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN_TAGS = 5
 
 
 def describe_lora(path: Path) -> str:
-    """Keys applied of keys found, modules, rank, alpha, trigger words, what it was trained on."""
+    """Modules, ranks and alphas, the number of keys that are applied, trigger words and the training base."""
     return "\n".join(_lines(path.name, read_lora(path)))
 
 
@@ -32,7 +32,7 @@ def _lines(name: str, file: LoRAFile) -> list[str]:
         lines.append(f"new token {token}: {len(vectors['text_encoder'])} vectors")
     lines.append(f"{file.found - len(file.unknown)} of {file.found} keys are applied")
     if file.unknown:
-        lines.append(f"{len(file.unknown)} keys are not understood: {first_names(file.unknown)}")
+        lines.append(f"{len(file.unknown)} keys are unknown: {first_names(file.unknown)}")
     return [*lines, *_words(file.metadata), *_training(file.metadata), *_few_steps(name, file.metadata)]
 
 
@@ -47,7 +47,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _words(metadata: Mapping[str, str]) -> list[str]:
-    """The trigger words where the file names them, else the tags that it saw most often."""
+    """The trigger words if the file has them, else its most frequent tags."""
     if words := trigger_words(metadata):
         return [f"trigger words: {', '.join(words)}"]
     tags = Counter[str]()

@@ -1,4 +1,4 @@
-"""How others spell a LoRA's tensors: which part and module a key belongs to, and what it is there.
+"""The key formats of LoRA files: parses a key into its part, its module and the role of the tensor.
 
 | writer                       | key                                                                        |
 |------------------------------|----------------------------------------------------------------------------|
@@ -9,7 +9,7 @@
 | diffusers of 2023            | unet.down_blocks...attn1.processor.to_q_lora.down.weight, .lora.down.weight |
 | ComfyUI                      | diffusion_model.input_blocks.4.1...attn1.to_q.lora_down.weight             |
 | LyCORIS                      | lora_unet_input_blocks_4_1_..._attn1_to_q.hada_w1_a, .lokr_w1, .alpha      |
-| whole changes, norms, biases | lora_unet_..._norm1.diff and .diff_b, or LyCORIS' .w_norm and .b_norm      |
+| full diffs, norms, biases    | lora_unet_..._norm1.diff and .diff_b, or LyCORIS' .w_norm and .b_norm      |
 | peft with lora_bias          | unet....to_out.0.lora_B.bias                                               |
 | OneTrainer, of new tokens    | bundle_emb.NAME.clip_l, bundle_emb.NAME.clip_g                             |
 
@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 from ..sdxl.loading import Part
 from ..sdxl.unet_names import diffusers_block_name, dotted
 
-# down, mid, up, up_bias, alpha, dora_scale, magnitude, diff (of the weight), diff_b (of the bias), or LyCORIS' own name
-# of a factor: hada_w1_a, lokr_w2, ...
+# down, mid, up, up_bias, alpha, dora_scale, magnitude, diff (of the weight), diff_b (of the bias), or LyCORIS' name of
+# a factor: hada_w1_a, lokr_w2 and so on
 Role = str
-SETTINGS_KEY = "lora_adapter_metadata"  # diffusers keeps peft's settings under it, as JSON
+SETTINGS_KEY = "lora_adapter_metadata"  # where diffusers stores peft's settings, as JSON
 
 _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?[._]down(?:\.weight)?$"), "down"),
@@ -46,7 +46,7 @@ _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"\.lora_magnitude_vector(?:\.\w+)*$"), "magnitude"),
 )
 _LYCORIS_FACTOR = re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$")
-_PARTS: tuple[tuple[str, Part, bool], ...] = (  # the prefix, its part, whether kohya's flat spelling follows
+_PARTS: tuple[tuple[str, Part, bool], ...] = (  # the prefix, its part, whether underscores replace the dots
     ("lora_unet_", "unet", True),
     ("lycoris_", "unet", True),
     ("lora_te1_", "text_encoder", True),
@@ -68,14 +68,14 @@ _BARE_TEXT_MODULE = re.compile(r"(encoder|embeddings|final_layer_norm)(\.|$)")
 
 
 class Place(NamedTuple):
-    """Where a tensor belongs: a module of a part, by diffusers' path."""
+    """The module that a tensor belongs to: its part and diffusers' path."""
 
     part: Part
     module: str
 
 
 def role_of(key: str) -> tuple[str, Role] | None:
-    """The key without its ending, and what the ending says the tensor is. None where it says nothing known."""
+    """The key without its ending, and the role that the ending gives the tensor; None for an unknown ending."""
     if found := _LYCORIS_FACTOR.search(key):
         return key[: found.start()], found[1]
     for pattern, role in _ROLES:
@@ -85,12 +85,12 @@ def role_of(key: str) -> tuple[str, Role] | None:
 
 
 def place_of(key: str) -> Place | None:
-    """The module that a key without its ending names, in any of the spellings above."""
+    """The module of a key without its ending, in any of the formats above; None for an unknown one."""
     name = key.removeprefix(_PEFT_WRAPPER)
     part, flat = "unet", False
-    for prefix, named, spelled_flat in _PARTS:
+    for prefix, named, is_flat in _PARTS:
         if name.startswith(prefix):
-            name, part, flat = name.removeprefix(prefix).removeprefix(_PEFT_WRAPPER), named, spelled_flat
+            name, part, flat = name.removeprefix(prefix).removeprefix(_PEFT_WRAPPER), named, is_flat
             break
     path = dotted(name) if flat else name
     module = _unet_module(path) if part == "unet" else _text_module(path)
@@ -98,18 +98,18 @@ def place_of(key: str) -> Place | None:
 
 
 def peft_alpha(settings: Mapping[str, Any], place: Place, rank: int) -> float:
-    """The alpha that peft's settings give a module; the rank, thus a scale of 1, where they are silent.
+    """The alpha of a module by peft's settings; by default the rank, for a scale of 1.
 
     `settings` are those of one adapter, or of several with the part's name before each key, as diffusers writes them.
     """
     own = _of_part(settings, place)
-    alpha = own.get("lora_alpha") or own.get("alpha") or rank  # the second is what peft's LoHa and LoKr call it
+    alpha = own.get("lora_alpha") or own.get("alpha") or rank  # the second is the name in peft's LoHa and LoKr
     alpha = _by_pattern(own.get("alpha_pattern"), place, alpha)
     return float(alpha) * (math.sqrt(rank) if own.get("use_rslora") else 1.0)
 
 
 def peft_rank(settings: Mapping[str, Any], place: Place) -> int | None:
-    """The rank that peft's settings give a module, for the one kind whose tensors may not show it: LoKr."""
+    """The rank of a module by peft's settings: the tensors of a LoKr may not show it."""
     own = _of_part(settings, place)
     return _by_pattern(own.get("rank_pattern"), place, own.get("r"))
 
@@ -141,6 +141,6 @@ def _unet_module(path: str) -> str | None:
 
 
 def _text_module(path: str) -> str | None:
-    if _BARE_TEXT_MODULE.match(path):  # transformers from 5.6 on has no text_model around it
+    if _BARE_TEXT_MODULE.match(path):  # transformers from 5.6 on has no text_model prefix
         path = f"text_model.{path}"
     return path if _TEXT_MODULE.match(path) else None

@@ -1,4 +1,4 @@
-"""LoRAs that make few steps enough, told by what their file is called, and the settings that their makers give."""
+"""Recognises LoRAs for few-step sampling by their names, and gives the settings that their authors recommend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Advice(NamedTuple):
     guidance: str
 
 
-# The first whose pattern is found. Sources: the model cards, and arXiv 2311.05556 (LCM), 2402.13929 (Lightning),
+# The first matching pattern applies. Sources: the model cards, and arXiv 2311.05556 (LCM), 2402.13929 (Lightning),
 # 2404.13686 (Hyper-SD), 2402.19159 (TCD), 2405.14867 (DMD2).
 _KINDS: tuple[tuple[str, Advice], ...] = (
     (r"hyper[-_ ]?sd.*cfg", Advice("Hyper-SD with guidance", "ddim", "sgm_uniform", "8 to 12", "5 to 8")),
@@ -36,7 +36,7 @@ _TITLES = ("ss_output_name", "modelspec.title")
 
 
 def advice(name: str, metadata: Mapping[str, str]) -> Advice | None:
-    """For a file of this name. A number of steps in its name is the number that it was made for."""
+    """The recommended settings for a file, or None. A number of steps in its name is the one it was made for."""
     for text in (name.removesuffix(".safetensors"), *(metadata.get(title, "") for title in _TITLES)):
         words = text.lower()
         for pattern, found in _KINDS:

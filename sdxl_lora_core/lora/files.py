@@ -1,6 +1,6 @@
-"""LoRA files in and out.
+"""Reads and writes LoRA files.
 
-In memory a LoRA's modules are named by diffusers' path inside their part, whatever the file's spelling was.
+In memory a LoRA's modules are named by diffusers' path within their part, whatever the file's key format.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .modules import LoRAFile
 from .reading import lora_of_tensors
 from .writing import state_dict
 
-WANTED = "give an SDXL LoRA (.safetensors)"
+WANTED = "use an SDXL LoRA (.safetensors)"
 
 
 def read_lora(path: Path) -> LoRAFile:
-    """Reads every spelling that dialects.py lists.
+    """Reads a LoRA in any of the key formats in dialects.py.
 
-    Raises FileNotFoundError, or ValueError for what is no SDXL LoRA (naming what it is), for one without a single
-    low-rank change, and for damaged ones.
+    Raises FileNotFoundError, or ValueError for a file that is not an SDXL LoRA (naming what it is), has no module that
+    can be applied, or is damaged.
     """
     header = read_header(path)
     beside = settings_file(path)
@@ -39,13 +39,13 @@ def read_lora(path: Path) -> LoRAFile:
         tensors = ((key, weights.get_tensor(key)) for key in weights.keys())  # noqa: SIM118
         file = lora_of_tensors(path.name, tensors, settings)
     _require_something(path.name, file)
-    # peft's settings have become the modules' alphas, and would be wrong beside them.
+    # peft's settings are part of the modules' alphas now, and would be wrong beside them.
     file.metadata = {key: value for key, value in header.metadata.items() if key != SETTINGS_KEY}
     return file
 
 
 def lora_of_state_dict(name: str, tensors: Mapping[str, Tensor]) -> LoRAFile:
-    """read_lora of tensors that are in memory, such as ComfyUI's LORA_MODEL. `name` is for messages."""
+    """As read_lora, for tensors in memory such as ComfyUI's LORA_MODEL. `name` is for messages."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     _require_sdxl_lora(WeightsHeader(Path(name), shapes, {}))
     file = lora_of_tensors(name, tensors.items(), {})
@@ -64,22 +64,22 @@ def _require_something(name: str, file: LoRAFile) -> None:
         return
     if kind := other_adapter(file.unknown):
         raise ValueError(
-            f"{name} is {kind}, which this pack cannot apply: give a LoRA, LoHa or LoKr, or load it with core's "
-            "Load LoRA"
+            f"{name} is {kind}, which this pack cannot apply: use a LoRA, LoHa or LoKr, or load it with "
+            "ComfyUI's Load LoRA"
         )
-    raise ValueError(f"{name} holds no low-rank change this pack can apply ({first_names(file.unknown)}): {WANTED}")
+    raise ValueError(f"{name} has no module that this pack can apply ({first_names(file.unknown)}): {WANTED}")
 
 
 def write_lora(path: Path, file: LoRAFile, dtype: torch.dtype, format: FileFormat = "kohya") -> None:
-    """Atomic; equal content gives equal bytes. Adds the hash of the tensors' bytes that galleries know files by.
+    """Writes a LoRA atomically, equal bytes for equal content. Adds the hash by which model sites identify files.
 
-    Raises ValueError, and writes nothing, for values that are not finite in `dtype`.
+    Raises ValueError, without writing, for values that are not finite in `dtype`.
     """
     tensors = state_dict(file, dtype, format)
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(
-            f"{path.name} is not written: {first_names(bad)} would hold NaN or infinity as {dtype}; "
-            "save in fp32 or bf16 if fp16 is too narrow, else train anew with a lower learning_rate"
+            f"{path.name} is not written: {first_names(bad)} would contain NaN or infinity as {dtype}; "
+            "save in fp32 or bf16 if the range of fp16 is too small, else train again with a lower learning_rate"
         )
     packed = pack_weights(tensors)
     digest = hashlib.sha256(packed.data).hexdigest()
@@ -88,6 +88,6 @@ def write_lora(path: Path, file: LoRAFile, dtype: torch.dtype, format: FileForma
 
 
 def settings_file(path: Path) -> Path | None:
-    """Where peft keeps an adapter's settings, beside the weights, if it wrote these."""
+    """The file of an adapter's settings that peft writes beside the weights, if there is one."""
     beside = path.with_name("adapter_config.json")
     return beside if path.name == "adapter_model.safetensors" and beside.is_file() else None

@@ -1,4 +1,4 @@
-"""What a LoRA does to a weight, and doing it in place."""
+"""Merges LoRAs into weights in place."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from .modules import AdapterModule, LoRAModule, row_lengths
+from .modules import AdapterModule, LoRAModule, row_norms
 
 Modules = Mapping[str, AdapterModule]
 Strength = Callable[[str], float]  # by the path of the changed weight
 Stack = Sequence[tuple[Modules, Strength]]
-MERGE_VERSION = 2  # raised when the same LoRAs give other weights, so that images made before are not found
+MERGE_VERSION = 2  # part of image keys: raised when the same LoRAs give different weights
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
-_NUMBERS_AT_ONCE = 2**19  # of a weight: as many as stay in a CPU's cache between reading and rounding
+_NUMBERS_AT_ONCE = 2**19  # elements of a weight that fit into a CPU's cache between reading and rounding
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MergeReport:
 
 
 def merge_into(module: nn.Module, modules: Modules, strength: float) -> MergeReport:
-    """merge_stack of one LoRA with the same strength everywhere."""
+    """merge_stack of one LoRA with the same strength for all modules."""
     return merge_stack(module, [(modules, lambda _: strength)])
 
 
@@ -36,8 +36,8 @@ def merge_into(module: nn.Module, modules: Modules, strength: float) -> MergeRep
 def merge_stack(module: nn.Module, stack: Stack) -> MergeReport:
     """W + strength * scale * change for each LoRA in turn, in fp32, in place, each weight rounded once.
 
-    `module` is the part whose paths name the LoRA's modules; a path that ends in `.bias` is a bias.
-    Raises ValueError naming the module whose shape does not fit; then nothing was changed.
+    `module` is the part to which the paths of the LoRA's modules refer; a path that ends in `.bias` is a bias.
+    Raises ValueError naming a module whose shape does not fit, before any weight is changed.
     """
     names = list(dict.fromkeys(name for modules, _ in stack for name in modules))
     weights = fitting_weights(module, names, stack)
@@ -47,7 +47,7 @@ def merge_stack(module: nn.Module, stack: Stack) -> MergeReport:
 
 
 def fitting_weights(module: nn.Module, names: Sequence[str], stack: Stack) -> dict[str, Tensor]:
-    """The weights that `names` mean, without those the module lacks. Raises ValueError as merge_stack does."""
+    """The weights of `names` that the module has. Raises ValueError as merge_stack does."""
     weights = {name: weight for name in names if (weight := _weight_of(module, name)) is not None}
     for name, weight in weights.items():
         for modules, _ in stack:
@@ -57,13 +57,13 @@ def fitting_weights(module: nn.Module, names: Sequence[str], stack: Stack) -> di
 
 
 def changes_of(name: str, stack: Stack) -> list[tuple[AdapterModule, float]]:
-    """What changes the weight of this name, in the stack's order, without changes of strength 0."""
+    """The changes of a weight in the stack's order, without those of strength 0."""
     found = [(modules[name], strength(name)) for modules, strength in stack if name in modules]
     return [(change, strength) for change, strength in found if strength]
 
 
 def merge_weight(weight: Tensor, original: Tensor, changes: Sequence[tuple[AdapterModule, float]]) -> None:
-    """Writes `original` with the changes into `weight`, computed where `original` lies. Both may be one tensor."""
+    """Writes `original` with the changes to `weight`, computed on the device of `original`. Both may be one tensor."""
     if not changes:
         weight.copy_(original)
     elif all(isinstance(change, LoRAModule) and not change.is_dora for change, _ in changes):
@@ -76,7 +76,7 @@ def merge_weight(weight: Tensor, original: Tensor, changes: Sequence[tuple[Adapt
 
 
 def _add_products(weight: Tensor, original: Tensor, changes: Sequence[tuple[AdapterModule, float]]) -> None:
-    """W + [s1 B1, s2 B2, ...] [A1; A2; ...], which reads and writes W once however many LoRAs there are."""
+    """W + [s1 B1, s2 B2, ...] [A1; A2; ...], which reads and writes W once for any number of LoRAs."""
     loras = [(change, strength) for change, strength in changes if isinstance(change, LoRAModule)]
 
     def moved(factor: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _add_products(weight: Tensor, original: Tensor, changes: Sequence[tuple[Adap
 
 
 def _weight_of(module: nn.Module, name: str) -> Tensor | None:
-    """CLIP's text model lies within `text_model` or, from transformers 5.6 on, is the part itself."""
+    """CLIP's text model is in `text_model` or, from transformers 5.6 on, is the part itself."""
     path, leaf = (name.removesuffix(".bias"), "bias") if name.endswith(".bias") else (name, "weight")
     for own in (path, path.removeprefix("text_model.")):
         try:
@@ -110,17 +110,17 @@ def _require_shape(name: str, lora: AdapterModule, weight: Tensor) -> None:
     if _rows_and_columns(lora.shape) != _rows_and_columns(weight.shape):
         raise ValueError(
             f"the LoRA's {name} changes a weight of shape {list(lora.shape)}, the model's has {list(weight.shape)}:"
-            " take a LoRA that was trained on a model of this size"
+            " use a LoRA that was trained on a model of this size"
         )
 
 
 def _rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
-    """A kernel may be written flat, and a linear layer as a 1x1 kernel."""
+    """Ignores that kernels may be stored flat, and linear layers as 1x1 kernels."""
     return shape[0], prod(shape[1:])
 
 
 def _changed(weight: Tensor, lora: AdapterModule, strength: float) -> Tensor:
-    """`weight` is fp32 and stays as it is."""
+    """The changed weight, fp32 as `weight`, which is not modified."""
     change = lora.change(weight.device).reshape(weight.shape) * lora.scale
     factor = _dora_factor(weight, weight + change, lora)
     if factor is None:
@@ -129,17 +129,17 @@ def _changed(weight: Tensor, lora: AdapterModule, strength: float) -> Tensor:
 
 
 def _dora_factor(weight: Tensor, changed: Tensor, lora: AdapterModule) -> Tensor | None:
-    """What brings the changed weight to a DoRA's lengths; see modules.py for its two forms."""
+    """The factor that gives the changed weight a DoRA's norms, or None; see modules.py for its two forms."""
     magnitude = lora.magnitude if isinstance(lora, LoRAModule) else None
     if magnitude is not None:
-        return _like(row_lengths(changed), magnitude) / row_lengths(changed)
+        return _like(row_norms(changed), magnitude) / row_norms(changed)
     if lora.dora_scale is None:
         return None
     if lora.dora_scale.numel() == weight.shape[0] and lora.dora_scale.shape[0] != 1:
-        return _like(row_lengths(weight), lora.dora_scale) / row_lengths(weight)
-    columns = row_lengths(changed.transpose(0, 1)).transpose(0, 1)
+        return _like(row_norms(weight), lora.dora_scale) / row_norms(weight)
+    columns = row_norms(changed.transpose(0, 1)).transpose(0, 1)
     return _like(columns, lora.dora_scale) / columns
 
 
-def _like(lengths: Tensor, wanted: Tensor) -> Tensor:
-    return wanted.to(lengths).reshape(lengths.shape)
+def _like(norms: Tensor, scale: Tensor) -> Tensor:
+    return scale.to(norms).reshape(norms.shape)

@@ -110,7 +110,7 @@ def _require_free_of_base(path: str, change: AdapterModule) -> None:
     if change.dora_scale is not None or magnitude is not None:
         raise ValueError(
             f"{path} is a DoRA, whose effect depends on the base's weights, so it cannot be added to others, scaled or "
-            "converted: take that LoRA out, leave it at strength 1, or use Save Merged Base"
+            "converted: remove that LoRA, leave it at strength 1, or use Save Merged Base"
         )
 
 
@@ -177,8 +177,8 @@ def _linear(path: str, terms: Sequence[Term]) -> AdapterModule:
 
 def _resized(path: str, change: AdapterModule, rank: int, energy: float) -> AdapterModule:
     shape = _shape(path, [change])
-    asked = energy < 1 or rank > 0 and (rank < change.rank or not isinstance(change, LoRAModule))
-    if len(shape) == 1 or not asked:
+    requested = energy < 1 or rank > 0 and (rank < change.rank or not isinstance(change, LoRAModule))
+    if len(shape) == 1 or not requested:
         return change
     if isinstance(change, LoRAModule):
         return replace(_shrunk(change, rank, energy), dora_scale=change.dora_scale, magnitude=change.magnitude)
@@ -210,8 +210,8 @@ def _factored(change: Tensor, rank: int, energy: float) -> LoRAModule:
 
 def _kept(values: Tensor, rank: int, energy: float, total: float) -> int:
     """The number of singular values that `rank` (0: any) and the fraction `energy` of `total` keep."""
-    held = (values.double() ** 2).cumsum(0)
-    enough = int((held < energy * total).sum()) + 1 if energy < 1 else len(values)
+    energies = (values.double() ** 2).cumsum(0)
+    enough = int((energies < energy * total).sum()) + 1 if energy < 1 else len(values)
     return max(1, min(enough, rank or len(values), len(values)))
 
 

@@ -1,4 +1,4 @@
-"""What LoRA files of this pack and of kohya's trainers say of their training."""
+"""Metadata of LoRA files by this pack and by kohya's trainers: tag counts and trigger words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tag_counts(captions: Iterable[str]) -> dict[str, int]:
 
 
 def read_tag_counts(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """`ss_tag_frequency` by folder. Others' metadata, too: what is not what it should be says nothing."""
+    """`ss_tag_frequency` by folder. Other programs write it too, so malformed values are ignored."""
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
     except ValueError:
@@ -32,5 +32,5 @@ def read_tag_counts(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The trigger words a file names, empty if it names none."""
+    """The trigger words in a file's metadata."""
     return tuple(word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip())

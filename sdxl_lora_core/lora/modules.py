@@ -1,11 +1,11 @@
-"""What an adapter is in memory: the factors of one weight's change, in the four forms that files hold.
+"""Adapters in memory: the factors of the change of one weight, for LoRA, LoHa, LoKr and full-rank diffs.
 
-All change a weight W [out, in, ...] to V = W + scale * change(). A DoRA, Liu et al., arXiv 2402.09353, then brings V
-to other lengths, and files tell them in two ways:
+Each changes a weight W [out, in, ...] to V = W + scale * change(). A DoRA (Liu et al., arXiv 2402.09353) then rescales
+the rows of V, and files store the scale in one of two forms:
 
-- magnitude [out, 1, ...], peft's: V times magnitude over the lengths of V's rows, which is the paper's equation 5;
-- dora_scale, kohya's keys, as ComfyUI and Forge read it: [out, 1, ...] is divided by the lengths of *W's* rows, and
-  [1, in, ...] by those of V's columns. Where training moved the lengths, the two differ by a tenth of what was learned.
+- magnitude [out, 1, ...], peft's: V times magnitude over the norms of V's rows, equation 5 of the paper;
+- dora_scale, in kohya's keys, as ComfyUI and Forge apply it: [out, 1, ...] is divided by the norms of *W's* rows, and
+  [1, in, ...] by those of V's columns. Where training changes the norms, the two differ by a tenth of the change.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LoRAModule:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight it changes: [out, in, ...]."""
+        """The shape of the changed weight: [out, in, ...]."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     @property
@@ -56,11 +56,11 @@ class LoRAModule:
 
     @property
     def factors(self) -> Mapping[str, Tensor]:
-        """By kohya's names."""
+        """The factors by kohya's names."""
         return {"lora_down.weight": self.down, "lora_up.weight": self.up}
 
     def change(self, device: torch.device) -> Tensor:
-        """float32 [out, ...], without the scale."""
+        """The change without the scale, float32 [out, ...]."""
         return _moved(self.up, device).flatten(1) @ _moved(self.down, device).flatten(1)
 
 
@@ -68,8 +68,8 @@ class LoRAModule:
 class LoHaModule:
     """alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise; Hyeon-Woo et al., arXiv 2108.06098.
 
-    `factors` by LyCORIS' names: hada_w1_a [out, rank], hada_w1_b [rank, in * ...], the same of w2. A kernel factored
-    once more has hada_t1 [rank, rank, h, w], and then hada_w1_a [rank, out] and hada_w1_b [rank, in].
+    `factors` by LyCORIS' names: hada_w1_a [out, rank], hada_w1_b [rank, in * ...], and the same for w2. A Tucker
+    decomposition of a kernel has hada_t1 [rank, rank, h, w], and then hada_w1_a [rank, out] and hada_w1_b [rank, in].
     """
 
     kind: ClassVar[str] = "LoHa"
@@ -87,21 +87,21 @@ class LoHaModule:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight it changes, as far as the factors tell: [out, in * ...] or [out, in, h, w]."""
+        """The shape of the changed weight as far as the factors determine it: [out, in * ...] or [out, in, h, w]."""
         a, b, kernel = self.factors["hada_w1_a"], self.factors["hada_w1_b"], self.factors.get("hada_t1")
         return (a.shape[0], b.shape[1]) if kernel is None else (a.shape[1], b.shape[1], *kernel.shape[2:])
 
     def change(self, device: torch.device) -> Tensor:
-        """float32 [out, ...], without the scale."""
+        """The change without the scale, float32 [out, ...]."""
         return _product(self.factors, "hada", "1", device) * _product(self.factors, "hada", "2", device)
 
 
 @dataclass(frozen=True, eq=False)
 class LoKrModule:
-    """w1 kron w2; Yeh et al., arXiv 2309.14859. alpha / rank scales it only where one of the two is factored.
+    """w1 kron w2; Yeh et al., arXiv 2309.14859. The scale is alpha / rank if one of the two is factored, else 1.
 
     `factors` by LyCORIS' names: lokr_w1 [o1, i1] or lokr_w1_a [o1, rank] and lokr_w1_b [rank, i1]; lokr_w2 [o2, i2,
-    ...] or lokr_w2_a [o2, rank] and lokr_w2_b [rank, i2 * ...]. A kernel factored once more has lokr_t2 as LoHa has.
+    ...] or lokr_w2_a [o2, rank] and lokr_w2_b [rank, i2 * ...]. A Tucker decomposition has lokr_t2, as LoHa's.
     """
 
     kind: ClassVar[str] = "LoKr"
@@ -111,7 +111,7 @@ class LoKrModule:
 
     @property
     def rank(self) -> int:
-        """0 where both matrices are whole."""
+        """0 if neither matrix is factored."""
         factored = self.factors.get("lokr_w2_b", self.factors.get("lokr_w1_b"))
         return 0 if factored is None else factored.shape[0]
 
@@ -121,20 +121,20 @@ class LoKrModule:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight it changes, as far as the factors tell: [out, in * ...]."""
+        """The shape of the changed weight as far as the factors determine it: [out, in * ...]."""
         first, second = (_product(self.factors, "lokr", number, torch.device("meta")) for number in "12")
         return (first.shape[0] * second.shape[0], first.shape[1] * second.shape[1])
 
     def change(self, device: torch.device) -> Tensor:
-        """float32 [out, ...], without the scale."""
+        """The change without the scale, float32 [out, ...]."""
         return torch.kron(*(_product(self.factors, "lokr", number, device) for number in "12"))
 
 
 @dataclass(frozen=True, eq=False)
 class DiffModule:
-    """The change itself: of a norm, a bias, or a weight that was trained whole."""
+    """A full-rank diff: the change itself of a norm, a bias or a weight."""
 
-    kind: ClassVar[str] = "whole change"
+    kind: ClassVar[str] = "full-rank diff"
     diff: Tensor
     alpha: float = 1.0
 
@@ -154,7 +154,7 @@ class DiffModule:
         return {"diff": self.diff}
 
     def change(self, device: torch.device) -> Tensor:
-        """float32, without the scale."""
+        """The change without the scale, float32."""
         return _moved(self.diff, device)
 
 
@@ -163,9 +163,10 @@ AdapterModule = LoRAModule | LoHaModule | LoKrModule | DiffModule
 
 @dataclass
 class LoRAFile:
-    """What a file holds: changes by the path of the weight's module, or of the bias (`....bias`).
+    """The content of a LoRA file: changes by the path of the weight's module, or of the bias (ending in .bias).
 
-    `tokens` are new words with their vectors. Of `found` tensors those in `unknown` are nothing of SDXL's.
+    `tokens` are new tokens with their vectors. `found` is the number of tensors in the file, `unknown` the keys that
+    are not part of an adapter for SDXL.
     """
 
     unet: dict[str, AdapterModule] = field(default_factory=dict)
@@ -181,31 +182,31 @@ class LoRAFile:
 
 
 def with_dora_scale(module: LoRAModule, weight: Tensor) -> LoRAModule:
-    """The same change of `weight` told by dora_scale. A module without magnitude stays as it is."""
+    """The same change of `weight` with dora_scale instead of magnitude. Other modules are returned unchanged."""
     if module.magnitude is None:
         return module
-    scale = module.magnitude * _stretch(module, weight).to(module.magnitude.device)
+    scale = module.magnitude * _norm_ratio(module, weight).to(module.magnitude.device)
     return replace(module, dora_scale=scale, magnitude=None)
 
 
 def with_magnitude(module: LoRAModule, weight: Tensor) -> LoRAModule:
-    """The same change of `weight` told by magnitude. A module without dora_scale over its rows stays as it is."""
+    """The same change of `weight` with magnitude instead of a dora_scale over rows. Others are returned unchanged."""
     if module.dora_scale is None or module.dora_scale.shape[0] != weight.shape[0]:
         return module
-    magnitude = module.dora_scale / _stretch(module, weight).to(module.dora_scale.device)
+    magnitude = module.dora_scale / _norm_ratio(module, weight).to(module.dora_scale.device)
     return replace(module, dora_scale=None, magnitude=magnitude)
 
 
-def row_lengths(weight: Tensor) -> Tensor:
-    """[out, 1, ...], above zero."""
-    lengths = torch.linalg.vector_norm(weight.flatten(1), dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
-    return lengths.reshape(-1, *[1] * (weight.dim() - 1))
+def row_norms(weight: Tensor) -> Tensor:
+    """The L2 norms of the rows, [out, 1, ...], above zero."""
+    norms = torch.linalg.vector_norm(weight.flatten(1), dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
+    return norms.reshape(-1, *[1] * (weight.dim() - 1))
 
 
-def _stretch(module: LoRAModule, weight: Tensor) -> Tensor:
-    """The lengths of W's rows over those of V's, float32 [out, 1, ...]."""
+def _norm_ratio(module: LoRAModule, weight: Tensor) -> Tensor:
+    """The norms of W's rows over those of V's, float32 [out, 1, ...]."""
     base = _moved(weight, weight.device)
-    return row_lengths(base) / row_lengths(base + module.scale * module.change(weight.device).reshape(weight.shape))
+    return row_norms(base) / row_norms(base + module.scale * module.change(weight.device).reshape(weight.shape))
 
 
 def _product(factors: Mapping[str, Tensor], kind: str, number: str, device: torch.device) -> Tensor:

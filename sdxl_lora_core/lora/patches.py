@@ -1,4 +1,4 @@
-"""LoRAs as ComfyUI's own loader accepts them, whatever key format their files have."""
+"""Converts LoRAs of any key format to the form that ComfyUI's own loader accepts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def comfyui_patches(entry: StackEntry, parts: Sequence[Part]) -> list[ComfyUIPat
 
 
 def describe_fit(entry: StackEntry, found: dict[str, int], missing: dict[str, list[str]]) -> str:
-    """A line for a person: how many of the LoRA's modules each of ComfyUI's models has, and the first missing one.
+    """A line of text: how many of the LoRA's modules each of ComfyUI's models has, and the first missing one.
 
     Raises ValueError if they have none.
     """
@@ -49,7 +49,7 @@ def describe_fit(entry: StackEntry, found: dict[str, int], missing: dict[str, li
     if lacking and len(lacking) == sum(found.values()):
         raise ValueError(
             f"LoRA {name}: none of its {len(lacking)} modules is in this MODEL or CLIP (first: {lacking[0]}): connect "
-            "those of an SDXL checkpoint, or take it out of the stack"
+            "those of an SDXL checkpoint, or remove it from the stack"
         )
     parts = [f"{count - len(missing[part])} of {count} modules on {part}" for part, count in found.items() if count]
     words = f"; its new tokens {', '.join(entry.tokens)} need their embedding files in prompts" if entry.tokens else ""

@@ -1,4 +1,4 @@
-"""Tensors of any spelling as changes of modules: dialects.py knows the spellings, this file what belongs together."""
+"""Groups the tensors of a LoRA file by module and builds adapters of them. dialects.py parses the keys."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _Roles = dict[Role, Tensor]
 
 
 def lora_of_tensors(name: str, tensors: Iterable[tuple[str, Tensor]], settings: Mapping[str, Any]) -> LoRAFile:
-    """The changes that named tensors stand for; `settings` are peft's, empty if there are none. `name` is for messages.
+    """The adapters of named tensors. `settings` are peft's, empty if there are none; `name` is for messages.
 
-    Raises ValueError for damaged ones: factors that do not fit together, and values that are not finite.
+    Raises ValueError for damaged tensors: factors whose shapes do not match, and values that are not finite.
     """
     file = LoRAFile()
     groups: dict[Place, _Roles] = {}
@@ -47,17 +47,17 @@ def lora_of_tensors(name: str, tensors: Iterable[tuple[str, Tensor]], settings: 
 def _tokens(file: str, tokens: Mapping[str, dict[Part, Tensor]]) -> dict[str, Vectors]:
     for name, vectors in tokens.items():
         if set(vectors) != set(ENCODERS) or len({len(rows) for rows in vectors.values()}) > 1:
-            raise ValueError(f"{file}: the new token {name} has no vectors for one of the text encoders: damaged file")
+            raise ValueError(f"{file}: the new token {name} lacks vectors for one of the text encoders: damaged file")
     return dict(tokens)
 
 
 def _changes(
     file: str, place: Place, roles: _Roles, settings: Mapping[str, Any]
 ) -> tuple[dict[str, AdapterModule], list[Role]]:
-    """What a module's tensors change, weight or bias, by path, and the roles that are part of no whole change."""
+    """The changes of a module's weight and bias, by path, and the roles of tensors that are not part of a change."""
     where = f"{file}: {place.part}.{place.module}"
     if not all(tensor.float().isfinite().all() for tensor in roles.values()):
-        raise ValueError(f"{where} holds NaN or infinity: its training broke down, take an earlier checkpoint")
+        raise ValueError(f"{where} contains NaN or infinity: its training diverged, use an earlier checkpoint")
     if wrong := [role for role in roles if not roles[role].numel() or (role == "alpha" and roles[role].numel() > 1)]:
         raise ValueError(f"{where} has {wrong[0]} of shape {list(roles[wrong[0]].shape)}: damaged file")
     changes: dict[str, AdapterModule] = {}
@@ -77,7 +77,7 @@ def _changes(
 
 
 def _is_factored(roles: _Roles) -> bool:
-    """Whether every factor of a LoRA, a LoHa or a LoKr is there."""
+    """Whether all factors of a LoRA, a LoHa or a LoKr are there."""
 
     def has(*names: str) -> bool:
         return all(name in roles for name in names)
@@ -94,11 +94,11 @@ def _factored(where: str, place: Place, roles: _Roles, settings: Mapping[str, An
     try:
         module.change(torch.device("meta"))
     except RuntimeError as error:
-        raise ValueError(f"{where} has factors that do not fit together ({error}): damaged file") from error
+        raise ValueError(f"{where} has factors whose shapes do not match ({error}): damaged file") from error
     if "alpha" in roles:
         return replace(module, alpha=float(roles["alpha"]))
     rank = peft_rank(settings, place)
-    if not module.rank and rank:  # peft scales a whole LoKr, too
+    if not module.rank and rank:  # peft scales a LoKr without factored matrices, too
         scale = peft_alpha(settings, place, rank) / rank
         return replace(module, factors={**factors, "lokr_w1": factors["lokr_w1"].float() * scale})
     return replace(module, alpha=peft_alpha(settings, place, module.rank or 1))
@@ -107,11 +107,13 @@ def _factored(where: str, place: Place, roles: _Roles, settings: Mapping[str, An
 def _lora_module(where: str, place: Place, roles: _Roles, settings: Mapping[str, Any]) -> LoRAModule:
     down, up = roles["down"], roles["up"]
     if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1]:
-        raise ValueError(f"{where} has factors {list(down.shape)} and {list(up.shape)} of unlike rank: damaged file")
-    if "mid" in roles:  # a convolution factored once more: [rank, in] pixelwise, then [rank, rank, h, w]
+        raise ValueError(
+            f"{where} has factors {list(down.shape)} and {list(up.shape)} of different ranks: damaged file"
+        )
+    if "mid" in roles:  # Tucker decomposition of a convolution: [rank, in] per pixel, then [rank, rank, h, w]
         down = torch.einsum("okhw,ki->oihw", roles["mid"].float(), down.flatten(1).float())
     if down.dim() == 4 and down.shape[2:] == (1, 1) and not place.module.endswith("conv_shortcut"):
-        down, up = down.flatten(1), up.flatten(1)  # some write linear layers as 1x1 convolutions
+        down, up = down.flatten(1), up.flatten(1)  # some trainers write linear layers as 1x1 convolutions
     rank = down.shape[0]
     alpha = float(roles["alpha"]) if "alpha" in roles else peft_alpha(settings, place, rank)
     magnitude = roles.get("magnitude")

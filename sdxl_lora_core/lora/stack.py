@@ -118,7 +118,7 @@ def open_stack(loras: Sequence[LoRARef], hash_memo: Path | None) -> tuple[StackE
     acting = [lora for lora in loras if lora.strength_model or lora.strength_clip]
     for lora in acting:
         if not lora.path.is_file():
-            raise FileNotFoundError(f"LoRA {lora.name} does not exist: choose another or take it out of the stack")
+            raise FileNotFoundError(f"LoRA {lora.name} does not exist: choose another or remove it from the stack")
         read_blocks_of(lora.name, lora.blocks)
     return tuple(_entry(lora, hash_memo) for lora in acting)
 

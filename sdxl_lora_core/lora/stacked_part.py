@@ -72,7 +72,7 @@ class StackedPart:
         loaded = Loaded(load_part(self.base, self.part, self.dtype), MergedLoRAs(self.source, {}, ()))
         if merged := self.restack(loaded):
             return merged
-        # The base's file has other matrices: merge into the rounded weights.
+        # The file stores a matrix in another layout: merge into the loaded weights.
         report = merge_stack(loaded.module, self._layers)
         fit = self._fit(set(report.applied))
         return Loaded(loaded.module, MergedLoRAs(self.source, self._changes(report.applied), fit))
@@ -89,8 +89,8 @@ class StackedPart:
         """A function that changes a part from `load` to this stack. Nothing is changed before it is called.
 
         It reads only weights whose changes differ from the base's file, at its own precision, and merges them. None if
-        that is impossible: the part belongs to another base, or the file has other matrices. Raises ValueError as
-        `load` does.
+        that is impossible: the part belongs to another base, or its file has a matrix in another layout. Raises
+        ValueError as `load` does.
         """
         held = loaded.state
         if not isinstance(held, MergedLoRAs) or held.source != self.source:
@@ -138,14 +138,14 @@ class StackedPart:
         if len(missing) == len(modules) and (part == "unet" or not entry.modules("unet")):
             raise ValueError(
                 f"LoRA {name}: none of its {len(modules)} {part} modules is in this base (first: {missing[0]}): "
-                "take it out of the stack, or use the base it was made for"
+                "remove it from the stack, or use the base it was made for"
             )
         line = f"LoRA {name}: {len(modules) - len(missing)} of {len(modules)} {part} modules are in this base"
         if missing:
             line += f" (first missing: {missing[0]})"
-        unknown = entry.file.unknown if part == next(filter(entry.modules, PARTS)) else ()  # said once
+        unknown = entry.file.unknown if part == next(filter(entry.modules, PARTS)) else ()  # reported once
         if unknown:
-            line += f"; {len(unknown)} keys of its file are not understood (first: {unknown[0]})"
+            line += f"; {len(unknown)} keys of its file are unknown (first: {unknown[0]})"
         if missing or unknown:
             log.warning(line)
         return line

@@ -1,4 +1,4 @@
-"""A LoRA's tensors by the names that other programs read."""
+"""Writes a LoRA's tensors with the keys of kohya, peft or ComfyUI."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COMFYUI_PREFIXES: dict[Part, str] = {
 
 
 def state_dict(file: LoRAFile, dtype: torch.dtype, format: FileFormat) -> dict[str, Tensor]:
-    """The file's tensors in a format. Raises ValueError for a change that has no form in it."""
+    """The file's tensors in a format. Raises ValueError for a change that the format cannot represent."""
     writers: Mapping[FileFormat, Callable[[LoRAFile, torch.dtype], dict[str, Tensor]]] = {
         "kohya": kohya_state_dict,
         "peft": peft_state_dict,
@@ -34,13 +34,13 @@ def state_dict(file: LoRAFile, dtype: torch.dtype, format: FileFormat) -> dict[s
 def kohya_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
     """Kohya's keys with SAI's block names; ComfyUI, A1111 and diffusers read them. alpha and dora_scale stay fp32.
 
-    Raises ValueError for a DoRA told by magnitude: with_dora_scale brings it into this form.
+    Raises ValueError for a DoRA with magnitude: use with_dora_scale first.
     """
     return _with_alpha(file, dtype, lambda part, path: _KOHYA_PREFIXES[part] + path.replace(".", "_"))
 
 
 def comfyui_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The names of ComfyUI's own modules, as its node Extract and Save Lora writes them. Otherwise like kohya's."""
+    """As kohya_state_dict, with the names of ComfyUI's modules, as its node Extract and Save Lora writes them."""
     return _with_alpha(file, dtype, lambda part, path: _COMFYUI_PREFIXES[part] + path)
 
 
@@ -55,7 +55,9 @@ def _with_alpha(file: LoRAFile, dtype: torch.dtype, key_of: Callable[[Part, str]
                 tensors[f"{key}.{role}"] = _stored(module.diff.float() * module.scale, dtype)
                 continue
             if isinstance(module, LoRAModule) and module.magnitude is not None:
-                raise ValueError(f"{path} is a DoRA in peft's form, which kohya's keys cannot hold: save it as peft")
+                raise ValueError(
+                    f"{path} is a DoRA in peft's form, which kohya's keys cannot represent: save it as peft"
+                )
             for factor, tensor in module.factors.items():
                 tensors[f"{key}.{factor}"] = _stored(tensor, dtype)
             tensors[f"{key}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
@@ -65,9 +67,9 @@ def _with_alpha(file: LoRAFile, dtype: torch.dtype, key_of: Callable[[Part, str]
 
 
 def peft_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
-    """diffusers' keys. They have no place for alpha, so the scale alpha / rank is multiplied into lora_B.
+    """diffusers' keys. They have no alpha, so lora_B is multiplied by the scale alpha / rank.
 
-    Raises ValueError for a LoHa, a LoKr or a whole change, which have no form here, and for a DoRA told by dora_scale.
+    Raises ValueError for a LoHa, a LoKr, a full-rank diff or a DoRA with dora_scale, which they cannot represent.
     """
     tensors: dict[str, Tensor] = {}
     for part, modules in file.parts().items():
@@ -78,11 +80,11 @@ def peft_state_dict(file: LoRAFile, dtype: torch.dtype) -> dict[str, Tensor]:
             tensors[f"{key}.lora_A.weight"] = _stored(module.down, dtype)
             tensors[f"{key}.lora_B.weight"] = _stored(module.up.float() * module.scale, dtype)
             if module.dora_scale is not None:
-                raise ValueError(f"{path} is a DoRA in kohya's form, which peft cannot hold: save it as kohya")
+                raise ValueError(f"{path} is a DoRA in kohya's form, which peft cannot represent: save it as kohya")
             if module.magnitude is not None:
-                lengths = module.magnitude.flatten()
+                norms = module.magnitude.flatten()
                 shape = (-1,) if module.down.dim() == 2 else (1, -1, 1, 1)
-                tensors[f"{key}.lora_magnitude_vector"] = _stored(lengths.reshape(shape), torch.float32)
+                tensors[f"{key}.lora_magnitude_vector"] = _stored(norms.reshape(shape), torch.float32)
     return dict(sorted((tensors | _bundled(file)).items()))
 
 

@@ -1,4 +1,4 @@
-"""Steps that give the same bits every time on a GPU, whose fastest kernels add sums up in changing order."""
+"""Bit-reproducible steps on a GPU, whose fastest kernels add in a different order on each run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 
 @contextmanager
-def deterministic_steps(wanted: bool) -> Iterator[None]:
-    """Torch's deterministic algorithms within the block, if they are `wanted`; after it whatever was set before.
+def deterministic_steps(enabled: bool) -> Iterator[None]:
+    """Uses torch's deterministic algorithms within the block if `enabled`, and restores the settings after it.
 
-    torch raises RuntimeError inside for an operation that has none.
+    Within the block torch raises RuntimeError for an operation that has no deterministic algorithm.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it once, in its first product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first product
     algorithms = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark

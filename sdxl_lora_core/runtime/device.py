@@ -1,4 +1,4 @@
-"""The memory of the device that computes: how much is free, how much is used, and giving it back."""
+"""Memory of the compute device: how much is free, how much is in use, and releasing it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a run may still take on `device`."""
+    """Bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -20,12 +20,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it, its libraries and Apple's MPS only words."""
+    """Whether memory ran out. CUDA raises a class of its own; cuBLAS, cuDNN and MPS only say so in the message."""
     words = ("out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def release_memory(device: torch.device) -> None:
+    """Frees unreachable objects and returns torch's unused cached memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -34,7 +35,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: on CUDA the peak of what torch holds since the run began, elsewhere what the process holds now."""
+    """Bytes in use: on CUDA torch's peak since the run began, elsewhere the present resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil

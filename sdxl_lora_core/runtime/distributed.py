@@ -1,6 +1,6 @@
-"""The processes of one run: each holds the whole model and takes its share of every batch (data parallel).
+"""Data-parallel processes: each has the whole model and computes its share of every batch.
 
-`accelerate launch` starts them; without it there is one, and nothing here does anything.
+`accelerate launch` starts them. Without it there is one process, and every function here does nothing.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Value = TypeVar("Value")
 
 
 class FirstFailed(RuntimeError):
-    """Raised in the other processes; the first one has the cause."""
+    """Raised in the other processes when the first one fails, which raises the cause."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, `rank` of `count`. Rank 0 is the first: it alone writes."""
+    """This process: number `rank` of `count`. Only the first, rank 0, writes files."""
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")  # what messages travel from
+    device: torch.device = torch.device("cpu")  # of the tensors that are exchanged
 
     @classmethod
     def launched(cls, device: torch.device) -> Processes:
-        """Joins the processes that a launcher has started; waits for all of them."""
+        """Joins the processes that `accelerate launch` has started, and waits for all of them."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         from accelerate import PartialState
@@ -44,7 +44,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, value: Value) -> Value:
-        """The first process's value, in every process."""
+        """Returns the first process's value in every process."""
         if self.count == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -54,7 +54,7 @@ class Processes:
         return values[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
+        """Whether `flag` is true in any process."""
         if self.count == 1:
             return flag
         raised = torch.tensor([float(flag)])
@@ -62,7 +62,7 @@ class Processes:
         return bool(raised.item())
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes its sum over all processes, in place. All have one number format: it is one message."""
+        """Replaces each tensor by its sum over all processes, in one all-reduce: all must have the same dtype."""
         if self.count == 1:
             return
         from accelerate.utils import reduce
@@ -74,9 +74,9 @@ class Processes:
 
     @contextmanager
     def one_after_the_other(self) -> Iterator[None]:
-        """The first process goes through the block alone, then the others do, and find what it has made.
+        """Runs the block in the first process, then in the others, which can use the files that it has written.
 
-        If it fails there the others raise FirstFailed instead, so that nobody waits for what never comes.
+        If it fails there, the others raise FirstFailed instead of waiting forever.
         """
         if self.is_first:
             try:
@@ -88,10 +88,10 @@ class Processes:
         elif self.share(True):
             yield
         else:
-            raise FirstFailed("the first process of this run failed or was stopped: it says why")
+            raise FirstFailed("the first process of this run failed or was stopped: see its error message")
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes have reached this point."""
         if self.count > 1:
             from accelerate import PartialState
 

@@ -1,4 +1,4 @@
-"""Keeps diffusers, transformers and what they import silent while they load."""
+"""Silences diffusers, transformers and the libraries they import while models are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No progress bars and no warnings: what these warn of, missing and unknown tensors, the callers raise."""
+    """Hides progress bars and warnings about missing or unknown tensors, for which the callers raise errors."""
     bitsandbytes_log = logging.getLogger("bitsandbytes")  # imported by them where it is installed
     bitsandbytes_level = bitsandbytes_log.level
     bitsandbytes_log.setLevel(logging.ERROR)

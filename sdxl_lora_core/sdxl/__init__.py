@@ -1,1 +1,1 @@
-"""The SDXL base model: what it is, where its parts lie, how they are loaded."""
+"""The SDXL base model: detection, prediction type, loading of its parts, and the names of its modules."""

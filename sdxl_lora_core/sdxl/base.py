@@ -1,6 +1,6 @@
-"""An SDXL base model: what is it, where does each part lie, and how is a part loaded.
+"""Opens an SDXL base model and loads its parts.
 
-Opening reads headers, settings and hashes, never weights. Everything that is not SDXL is refused by name.
+Opening reads headers and settings and hashes files, but loads no weights. Other models are rejected by name.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Override = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True)
 class SDXLBase:
-    """A handle without weights. `part_hashes` are (part, SHA-256) for the four parts and the two tokenizers.
+    """A base model without its weights. `part_hashes` are (part, SHA-256) for the four parts and the two tokenizers.
 
-    `fingerprint` is content only: the same files elsewhere, at another precision, or said to predict something else,
-    have the same one. `configs` is the folder with each part's settings: the model's own, or CONFIGS for a
-    single file. `vae` is what stands in for the base's own (see vae_override).
+    `fingerprint` depends on content only: not on the path, the precision or an overridden prediction type. `configs`
+    is the folder with each part's settings: the model's own, or CONFIGS for a single file. `vae` replaces the base's
+    own VAE (see vae_override).
     """
 
     path: Path
@@ -59,11 +59,11 @@ def open_base(
     zero_terminal_snr: Override = "auto",
     configs: Path = CONFIGS,
 ) -> SDXLBase:
-    """Checks and hashes a base. `hash_memo` is a folder that remembers hashes of large files (see file_sha256).
+    """Checks and hashes a base. `hash_memo` is a folder that stores hashes of large files (see file_sha256).
 
-    `prediction` and `zero_terminal_snr` are for files that do not say so themselves, as `predicting` takes them.
-    `configs` describes single files; a folder describes itself.
-    Raises FileNotFoundError if nothing is there, ValueError for anything but SDXL, saying what it is instead.
+    `prediction` and `zero_terminal_snr` override what the file states (see `predicting`). `configs` has the settings
+    for single files; a diffusers folder has its own.
+    Raises FileNotFoundError if `path` does not exist, ValueError if it is not SDXL, naming what it is.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
@@ -107,7 +107,7 @@ def require_predictable(base: SDXLBase, other_remedy: str = "") -> None:
         )
 
 
-def said_to_predict(base: SDXLBase) -> dict[str, Any]:
+def prediction_arguments(base: SDXLBase) -> dict[str, Any]:
     """The arguments of `predicting` that reproduce this base's prediction type and schedule."""
     return {"prediction": base.prediction_type, "zero_terminal_snr": "on" if base.zero_terminal_snr else "off"}
 
@@ -149,7 +149,7 @@ def scheduler_config(base: SDXLBase) -> dict[str, Any]:
 
 
 def describe_base(base: SDXLBase) -> str:
-    """Three lines for a person: what it is, how it predicts, its fingerprint."""
+    """Three lines of text: name and size, prediction type and precision, fingerprint."""
     single = base.layout == "single_file"
     files = [base.path] if single else [file for part in PARTS for file in loading.find_weights(base.path / part)[1]]
     size = sum(file.stat().st_size for file in files)
@@ -181,12 +181,12 @@ def _handle(
 
 
 def weights_sha256(path: Path, part: str, memo: Path | None) -> str:
-    """Of a single file, or of a diffusers folder's settings and weights as `part`."""
+    """The hash of a single file, or of the settings and weights in a diffusers folder as those of `part`."""
     return _folder_part_hash(path, part, memo) if path.is_dir() else file_sha256(path, memo)
 
 
 def _folder_part_hash(folder: Path, part: str, memo: Path | None) -> str:
-    """Over settings and weights, so that either one's change is seen. Every weight file is checked to be whole."""
+    """The hash of a part's settings and weights. Checks that every weight file is complete."""
     _, files = loading.find_weights(folder)
     for file in files:
         read_header(file)
@@ -197,7 +197,9 @@ def _folder_part_hash(folder: Path, part: str, memo: Path | None) -> str:
 def _tokenizer_hash(folder: Path) -> str:
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
-        raise FileNotFoundError(f"{folder.name}/ holds no tokenizer: the model folder is not complete, fetch it again")
+        raise FileNotFoundError(
+            f"{folder.name}/ contains no tokenizer: the model folder is incomplete, download it again"
+        )
     return json_sha256([[file.name, file_sha256(file)] for file in files])
 
 

@@ -1,4 +1,4 @@
-"""The blocks of SDXL's UNet by diffusers' names, and the settings that name them: `up_blocks.0, mid_block`."""
+"""The blocks of SDXL's UNet by diffusers' names, and settings that list them: `up_blocks.0, mid_block`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ BLOCKS = (*_STAGES, *(block for block in WITH_ATTENTION if block not in _STAGES)
 
 
 def read_blocks(option: str, text: str) -> tuple[str, ...]:
-    """The block names in `text`. Raises ValueError naming `option` for an unknown one, and one named twice."""
+    """The block names in `text`. Raises ValueError naming `option` for an unknown or repeated one."""
     blocks = tuple(name.strip() for name in text.split(",") if name.strip())
     for block in blocks:
         if block not in BLOCKS:
-            raise ValueError(f"{option} names {block!r}, which is no block: known are {', '.join(BLOCKS)}")
+            raise ValueError(f"{option} names {block!r}, which is not a block: use {', '.join(BLOCKS)}")
         if blocks.count(block) > 1:
             raise ValueError(f"{option} names {block} twice: keep one of them")
     return blocks
 
 
 def read_block_values(option: str, text: str, low: float, high: float) -> dict[str, float]:
-    """`mid_block=4, up_blocks.0=16` as numbers, inner blocks first, so that the first match is the closest one.
+    """Parses `mid_block=4, up_blocks.0=16`. Inner blocks come first, so that the first match is the closest one.
 
-    Raises ValueError naming `option` for what is no such list, an unknown block and a number out of its range.
+    Raises ValueError naming `option` for a syntax error, an unknown block or a number outside low to high.
     """
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
     blocks = read_blocks(option, ",".join(name for name, _, _ in pairs))
@@ -36,17 +36,17 @@ def read_block_values(option: str, text: str, low: float, high: float) -> dict[s
         try:
             values[block] = float(number)
         except ValueError as error:
-            raise ValueError(f"{option} is {text!r}: write block=number, {block}=4 for example") from error
+            raise ValueError(f"{option} is {text!r}: write block=number, such as {block}=4") from error
         if not low <= values[block] <= high:
             raise ValueError(f"{option} gives {block} {number.strip()}: give a value from {low:g} to {high:g}")
     return dict(sorted(values.items(), key=lambda item: -len(item[0])))
 
 
-def lies_in(module: str, blocks: Iterable[str]) -> bool:
-    """Whether the module of this diffusers path, or this block, belongs to any of `blocks`."""
+def is_in_block(module: str, blocks: Iterable[str]) -> bool:
+    """Whether a module, by its diffusers path, or a block is in any of `blocks`."""
     return any(f"{module}.".startswith(f"{block}.") for block in blocks)
 
 
 def value_for(module: str, values: Mapping[str, float], otherwise: float) -> float:
-    """What read_block_values gives the module of this diffusers path."""
-    return next((value for block, value in values.items() if lies_in(module, [block])), otherwise)
+    """The value that applies to a module, by its diffusers path; `values` are those of read_block_values."""
+    return next((value for block, value in values.items() if is_in_block(module, [block])), otherwise)

@@ -1,6 +1,6 @@
-"""The names that the tensors of a single-file SDXL checkpoint have, from those that diffusers gives them.
+"""Converts diffusers' tensor names to those of single-file SDXL checkpoints.
 
-The way back is diffusers' own; see loading.py.
+The other direction is done by diffusers itself; see loading.py.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _OPENCLIP_NAMES = (
     ("embeddings.token_embedding", "token_embedding"),
     ("embeddings.position_embedding.weight", "positional_embedding"),
 )
-_TEMPERATURE = 4.6055  # OpenCLIP's logit scale, which SDXL does not use and loaders look for
+_TEMPERATURE = 4.6055  # OpenCLIP's logit scale: SDXL does not use it, but loaders expect it
 
 
 def published_names(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A part's state dict as a single-file checkpoint holds it."""
+    """A part's state dict with the names and layouts of a single-file checkpoint."""
     by_part: dict[Part, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
         "unet": _unet,
         "vae": _vae,
@@ -73,7 +73,7 @@ def _clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def openclip_place(name: str) -> tuple[str, int | None]:
-    """Where OpenCLIP keeps a tensor: under which name and, of query, key and value in one matrix, which third."""
+    """OpenCLIP's name of a tensor and, for q, k and v, which are stored in one matrix, the third that it is."""
     name = name.removeprefix("text_model.")
     for ours, theirs in _OPENCLIP_NAMES:
         name = name.replace(ours, theirs)
@@ -84,7 +84,7 @@ def openclip_place(name: str) -> tuple[str, int | None]:
 
 
 def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The projection is published transposed."""
+    """Joins q, k and v, and transposes the projection, as published checkpoints have them."""
     published: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = {}
     for name, value in tensors.items():

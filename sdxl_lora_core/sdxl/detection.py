@@ -1,4 +1,4 @@
-"""Tells SDXL from everything else, by a checkpoint's header or a diffusers folder's settings."""
+"""Detects SDXL by a checkpoint's header or a diffusers folder's settings, and rejects other models by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .file_kinds import UNET, kind_of
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
-WANTED = "give an SDXL base: a single-file checkpoint (.safetensors) or a diffusers folder with model_index.json"
+WANTED = "use an SDXL base: a single-file checkpoint (.safetensors) or a diffusers folder with model_index.json"
 PIPELINE = "StableDiffusionXLPipeline"
 PART_CLASSES = {
     "unet": "UNet2DConditionModel",
@@ -27,40 +27,40 @@ _TIME_IDS = 6  # original height and width, crop top and left, target height and
 
 
 class Prediction(NamedTuple):
-    """What the UNet predicts, and whether its schedule ends in pure noise (zero terminal SNR)."""
+    """The prediction type of the UNet, and whether its noise schedule has zero terminal SNR."""
 
     type: PredictionType
     zero_terminal_snr: bool
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError or ValueError naming the file."""
+    """The JSON object in a file. Raises FileNotFoundError or ValueError naming the file."""
     name = f"{path.parent.name}/{path.name}"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} is missing: the model folder is not complete, fetch it again") from error
+        raise FileNotFoundError(f"{name} is missing: the model folder is incomplete, download it again") from error
     except ValueError as error:
-        raise ValueError(f"{name} is not JSON ({error}): fetch the model again") from error
+        raise ValueError(f"{name} is not JSON ({error}): download the model again") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{name} does not hold a JSON object: fetch the model again")
+        raise ValueError(f"{name} is not a JSON object: download the model again")
     return values
 
 
 def require_checkpoint(header: WeightsHeader, configs: Path) -> Prediction:
-    """Raises ValueError unless `header` is a whole SDXL checkpoint of the size that `configs` describe."""
+    """The prediction of a checkpoint. Raises ValueError unless it is a complete SDXL of the size in `configs`."""
     name, kind = header.path.name, kind_of(header)
     if kind != "an SDXL checkpoint":
         raise ValueError(f"{name} is {kind}: {WANTED}")
     if "edm_mean" in header.shapes or "edm_vpred.sigma_max" in header.shapes:
-        raise ValueError(f"{name} is an SDXL relative with an EDM schedule, such as Playground v2.5: {WANTED}")
+        raise ValueError(f"{name} is an SDXL variant with an EDM schedule, such as Playground v2.5: {WANTED}")
     unet = read_json(configs / "unet" / "config.json")
     _require_channels(name, _shape(header, "input_blocks.0.0.weight"))
     blocks = sum(re.search(r"transformer_blocks\.\d+\.norm1\.weight$", tensor) is not None for tensor in header.shapes)
     if blocks != _transformer_blocks(unet):
         raise ValueError(
             f"{name} has {blocks} transformer blocks where SDXL has {_transformer_blocks(unet)},"
-            f" as SSD-1B and other cut-down models do: {WANTED}"
+            f" as SSD-1B and other pruned models have: {WANTED}"
         )
     width = _shape(header, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     if width[1] != unet["cross_attention_dim"]:
@@ -71,7 +71,7 @@ def require_checkpoint(header: WeightsHeader, configs: Path) -> Prediction:
 
 
 def require_folder(folder: Path) -> Prediction:
-    """Raises ValueError unless `folder` holds an SDXL pipeline as diffusers writes it. Sizes are free."""
+    """The prediction of a diffusers folder. Raises ValueError unless it is an SDXL pipeline, of any size."""
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"folder {folder.name} has no model_index.json: {WANTED}")
     _require_pipeline(folder.name, read_json(folder / "model_index.json"))
@@ -83,7 +83,7 @@ def require_folder(folder: Path) -> Prediction:
     if unet.get("addition_embed_type") != "text_time" or found != (text_width, time_width):
         raise ValueError(
             f"folder {folder.name}: the UNet takes text of width {found[0]} and added input of width {found[1]}, but"
-            f" the text encoders give {text_width} and {time_width}, so these are not the parts of one SDXL: {WANTED}"
+            f" the text encoders give {text_width} and {time_width}, so they belong to different models: {WANTED}"
         )
     if vae.get("latents_mean") is not None:
         raise ValueError(f"folder {folder.name} has a VAE with latents_mean, as Playground v2.5: {WANTED}")
@@ -113,7 +113,7 @@ def _shape(header: WeightsHeader, tensor: str) -> tuple[int, ...]:
 
 
 def _transformer_blocks(unet: Mapping[str, Any]) -> int:
-    """How many there are in the whole UNet: each stage's depth times its attentions on the way down and up."""
+    """The number in the whole UNet: the depth of each stage times its attentions in the down and up blocks."""
     depths, layers = unet["transformer_layers_per_block"], unet["layers_per_block"]
     stages = sum(
         depth * (layers + layers + 1)
@@ -124,7 +124,7 @@ def _transformer_blocks(unet: Mapping[str, Any]) -> int:
 
 
 def _prediction_in(header: WeightsHeader) -> Prediction:
-    """By the marker tensors `v_pred` and `ztsnr` that trainers leave in a checkpoint, else by its ModelSpec."""
+    """From the marker tensors `v_pred` and `ztsnr` that trainers write, else from the ModelSpec metadata."""
     zero_snr = "ztsnr" in header.shapes
     if "v_pred" in header.shapes:
         return Prediction("v_prediction", zero_snr)
@@ -141,5 +141,5 @@ def _prediction_of_scheduler(folder: Path) -> Prediction:
 
 def _known(where: str, prediction: str) -> PredictionType:
     if prediction not in _PREDICTIONS:
-        raise ValueError(f"{where} says its prediction type is {prediction!r}: SDXL's are epsilon and v_prediction")
+        raise ValueError(f"{where} has prediction type {prediction!r}: only epsilon and v_prediction are supported")
     return _PREDICTIONS[prediction]

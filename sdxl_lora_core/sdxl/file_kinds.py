@@ -1,4 +1,4 @@
-"""Names what a weights file holds, from the names and shapes of its tensors, so that a refusal can say it."""
+"""Names the kind of a weights file from its tensors' names and shapes, for error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT_2 = "conditioner.embedders.1.model."
 VAE = "first_stage_model."
 CONTROL = "control_model."
 
-# Adapters that are no sum with a low-rank change, by how their tensors' names end.
+# Adapters that do not add a low-rank product to a weight, by the ends of their tensors' names.
 _OTHER_ADAPTERS = {
     r"\.[ab][12]\.weight$": "a GLoRA",
     r"\.oft_(blocks|diag|R)": "an OFT or BOFT",
@@ -24,7 +24,7 @@ _ADAPTER = re.compile(
     + "|".join(_OTHER_ADAPTERS)
 )
 
-# The first rule whose prefixes all occur names the file.
+# The first rule whose prefixes all occur applies.
 _CHECKPOINTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((UNET + "joint_blocks.",), "a Stable Diffusion 3 checkpoint"),
     ((UNET + "double_blocks.",), "a Flux checkpoint"),
@@ -45,7 +45,7 @@ _CHECKPOINTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("vision_model.",), "a CLIP vision model"),
 )
 
-# What steers a diffusion model by pictures. Told before adapters, whose words some of these use.
+# Image-conditioning models. Checked before adapters, because some of their names look like those of adapters.
 _STEERING: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_controlnet",), "a Control-LoRA"),
     (("lllite_unet",), "a ControlNet-LLLite"),
@@ -62,7 +62,7 @@ _STEERING: tuple[tuple[tuple[str, ...], str], ...] = (
 SDXL_CONTROL_NETS = "an SDXL ControlNet", "an SDXL ControlNet-Union"
 _KOLORS_ADDED_WIDTH = 5632
 
-# SDXL has no attention in its outermost stage; Stable Diffusion 1 and 2 have.
+# Stable Diffusion 1 and 2 have attention in the outermost stage, SDXL has not.
 _OUTER_ATTENTION = re.compile(
     r"input_blocks[._][12][._]1[._]|output_blocks[._](6|7|8|9|10|11)[._]1[._]"
     r"|down_blocks[._]0[._]attentions|up_blocks[._][23][._]attentions"
@@ -77,7 +77,7 @@ _ADAPTERS: tuple[tuple[str, str], ...] = (
 
 
 def kind_of(header: WeightsHeader) -> str:
-    """ "a Flux checkpoint", "a LoRA", ...: what the file is, as far as its tensor names tell."""
+    """The kind of the file with its article: "a Flux checkpoint", "a LoRA" and so on."""
     for prefixes, kind in _STEERING:
         if header.has(*prefixes):
             return kind
@@ -92,7 +92,7 @@ def kind_of(header: WeightsHeader) -> str:
 
 
 def _control_net(header: WeightsHeader) -> str | None:
-    """Which of the ControlNets that copy a UNet's way down, in diffusers' or the published names; None for others."""
+    """The kind of a ControlNet that copies a UNet's down blocks, in diffusers' or the published names; else None."""
     names = {name.removeprefix(CONTROL): shape for name, shape in header.shapes.items()}
     if not any(name.startswith(("controlnet_cond_embedding.", "input_hint_block.")) for name in names):
         return None
@@ -111,13 +111,13 @@ def is_adapter(header: WeightsHeader) -> bool:
 
 
 def other_adapter(names: Iterable[str]) -> str | None:
-    """ "a GLoRA", ...: the kind of adapter that some of the tensors belong to, if it is one that is not read."""
+    """The kind of unsupported adapter, such as "a GLoRA", that some of the tensors belong to, or None."""
     known = list(names)
     return next((kind for end, kind in _OTHER_ADAPTERS.items() if any(re.search(end, name) for name in known)), None)
 
 
 def foreign_adapter(header: WeightsHeader) -> str | None:
-    """The architecture of an adapter that is not SDXL's, or None if nothing speaks against SDXL."""
+    """The kind of an adapter for another architecture, or None if it may be for SDXL."""
     for pattern, kind in _ADAPTERS:
         if any(re.search(pattern, name) for name in header.shapes):
             return kind

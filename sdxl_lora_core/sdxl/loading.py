@@ -1,4 +1,4 @@
-"""Loads one part of SDXL, from a diffusers folder or out of a single-file checkpoint, offline."""
+"""Loads one part of SDXL from a diffusers folder or a single-file checkpoint, without network access."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PARTS: tuple[Part, ...] = get_args(Part)
 ENCODERS: tuple[Part, Part] = ("text_encoder", "text_encoder_2")
 
 _PREFIXES: dict[Part, str] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "text_encoder_2": TEXT_2}
-# What published files hold besides weights: a buffer older transformers saved, and CLIP's unused temperature.
+# Entries of published files that are not needed: a buffer that older transformers saved, and CLIP's temperature.
 _HARMLESS = ("position_ids", "logit_scale")
 _TEXT_MODEL, _BARE = "text_model.", "embeddings|encoder|final_layer_norm"
-_ALIGNMENT = 64  # bytes; torch's own allocations start on multiples of it
+_ALIGNMENT = 64  # bytes, as of torch's own allocations
 _TENSORS_AT_ONCE = 64
 
 
 def find_weights(folder: Path) -> tuple[str | None, list[Path]]:
-    """The variant (None or "fp16") and the files of a part's folder: one file, or the shards its index lists.
+    """The variant (None or "fp16") and the weight files in a part's folder: one file, or the shards in its index.
 
-    The full-precision file wins over an fp16 variant beside it. Raises FileNotFoundError if there are no safetensors.
+    The full-precision file is preferred to an fp16 variant. Raises FileNotFoundError if there are no safetensors.
     """
     for variant, infix in ((None, ""), ("fp16", ".fp16")):
         for stem in ("diffusion_pytorch_model", "model"):
@@ -46,16 +46,16 @@ def find_weights(folder: Path) -> tuple[str | None, list[Path]]:
                 return variant, [folder / Path(shard).name for shard in shards]
     pickles = [file.name for file in folder.glob("*.bin")]
     found = f"only {pickles[0]}, which is a pickle and is not opened" if pickles else "no weights"
-    raise FileNotFoundError(f"{folder.name}/ holds {found}: fetch the .safetensors files of the model")
+    raise FileNotFoundError(f"{folder.name}/ contains {found}: download the .safetensors files of the model")
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Those of a diffusers folder, or the file itself."""
+    """The weight files of a diffusers folder, or the single file itself."""
     return find_weights(path)[1] if path.is_dir() else [path]
 
 
 def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
-    """The part whose own folder it is. Raises ValueError if the files do not hold exactly the part's tensors."""
+    """Loads a part from its folder. Raises ValueError if the files do not have exactly the part's tensors."""
     with quiet_libraries():
         module, wrong = (_unet if part == "unet" else _small_part)(folder, part, dtype)
     require_complete(wrong, part, f"{folder.parent.name}/{folder.name}")
@@ -63,7 +63,7 @@ def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
 
 
 def _unet(folder: Path, part: Part, dtype: torch.dtype) -> Assembled:
-    """The UNet, and the names of tensors that do not fit."""
+    """The UNet, and the names of tensors that are missing, unknown or of another shape."""
     tensors: dict[str, Tensor] = {}
     for file in find_weights(folder)[1]:
         tensors |= read_tensors(file, "", dtype)
@@ -71,9 +71,9 @@ def _unet(folder: Path, part: Part, dtype: torch.dtype) -> Assembled:
 
 
 def assembled(module_class: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Assembled:
-    """A diffusers model of those tensors, which it takes as they are, and the names of tensors that do not fit it.
+    """A diffusers model that uses the given tensors without copying, and the names of tensors that do not fit it.
 
-    diffusers' own way keeps the whole file in memory beside the weights, which is the peak of a training run.
+    diffusers' from_pretrained keeps the whole file in memory beside the weights: the peak of a training run.
     """
     from accelerate import init_empty_weights
 
@@ -88,7 +88,7 @@ def assembled(module_class: Any, settings: Mapping[str, Any], tensors: Mapping[s
 
 
 def _small_part(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-    """The VAE or a text encoder, by the library, which knows the names that its older versions gave."""
+    """Loads the VAE or a text encoder with from_pretrained, which converts the tensor names of older versions."""
     variant, _ = find_weights(folder)
     module, info = _part_class(part).from_pretrained(
         str(folder),
@@ -103,25 +103,25 @@ def _small_part(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module
 
 
 def _older_names(folder: Path) -> dict[str, Any]:
-    """What transformers before 5.6 has to be told to read an encoder that a later one wrote, without text_model."""
+    """Arguments for transformers before 5.6 to read an encoder that a later version saved, without text_model."""
     release = tuple(int(number) for number in version("transformers").split(".")[:2])
     bare = any(read_header(file).has("encoder.") for file in find_weights(folder)[1])
     return {"key_mapping": {f"^({_BARE})": rf"{_TEXT_MODEL}\1"}} if bare and release < (5, 6) else {}
 
 
 def save_encoder(module: Any, folder: Path) -> None:
-    """In diffusers' layout and under the names that every transformers reads, whatever the one here writes."""
+    """Saves an encoder in diffusers' layout, with the tensor names that every version of transformers reads."""
     module.save_pretrained(folder, safe_serialization=True)
     for file in find_weights(folder)[1]:
         tensors = read_tensors(file, "", module.dtype)
         renamed = {re.sub(f"^({_BARE})", rf"{_TEXT_MODEL}\1", name): tensor for name, tensor in tensors.items()}
-        save_tensors(file, renamed, {"format": "pt"})  # which transformers asks for
+        save_tensors(file, renamed, {"format": "pt"})  # required by transformers
 
 
 def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, prefix: str | None = None) -> nn.Module:
-    """Reads the part's tensors only and renames them as diffusers does. Raises ValueError if any is missing.
+    """Reads only the part's tensors and renames them as diffusers does. Raises ValueError if any is missing.
 
-    `prefix` begins their names, where it is not the one that checkpoints have.
+    `prefix` is that of the tensors' names; by default the part's prefix in checkpoints.
     """
     prefix = _PREFIXES[part] if prefix is None else prefix
     tensors = read_tensors(file, prefix, dtype)
@@ -130,15 +130,15 @@ def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, 
         with quiet_libraries():
             module = _convert(tensors, configs, part, dtype)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"the {part} in {file.name} does not fit ({error}): fetch the checkpoint again") from error
+        raise ValueError(f"the {part} in {file.name} does not fit ({error}): download the checkpoint again") from error
     require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file.name)
     return align(module)
 
 
 def vae_alone(path: Path, configs: Path, dtype: torch.dtype) -> nn.Module:
-    """A VAE from a diffusers folder, or from a file that holds nothing else, in diffusers' names or the published ones.
+    """A VAE from a diffusers folder, or from a file with a VAE only, in diffusers' names or the published ones.
 
-    Raises ValueError if its tensors are not those of the VAE that `configs` describe.
+    Raises ValueError if its tensors are not those of the VAE in `configs`.
     """
     return (
         from_folder(path, "vae", dtype) if path.is_dir() else from_single_file(path, configs, "vae", dtype, prefix="")
@@ -159,9 +159,9 @@ def _convert(tensors: Mapping[str, Tensor], configs: Path, part: Part, dtype: to
 
 
 def read_tensors(file: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, copied out of the file; numbers that are not whole become `dtype`.
+    """Copies the tensors whose names start with `prefix`; floating-point ones are converted to `dtype`.
 
-    What was read of an open file counts as memory until it is closed, so it is opened anew every few tensors.
+    Pages read from an open file count as memory of the process until it is closed, so it is reopened every few tensors.
     """
     with safe_open(file, framework="pt") as weights:
         names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -175,7 +175,7 @@ def read_tensors(file: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tenso
 
 
 def align(module: nn.Module) -> nn.Module:
-    """Copies weights that lie at odd addresses, in a mapped file or within another tensor.
+    """Copies weights that are not aligned, because they are views of a mapped file or of another tensor.
 
     On the CPU the last bit of a result depends on alignment; equal weights must give equal results from any file.
     """
@@ -193,9 +193,10 @@ def _part_class(part: Part) -> Any:
 
 
 def require_complete(wrong: list[str], part: str, where: str) -> None:
+    """Raises ValueError if there are names of wrong tensors."""
     if wrong:
         shown = ", ".join(sorted(wrong)[:3])
         raise ValueError(
             f"the {part} in {where} does not fit: {len(wrong)} tensors are missing, unknown or of another shape"
-            f" ({shown}); fetch the model again"
+            f" ({shown}); download the model again"
         )

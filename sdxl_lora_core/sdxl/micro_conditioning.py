@@ -1,4 +1,4 @@
-"""What SDXL is told about the picture that it draws: how large the original was, and where it was cut.
+"""SDXL's micro-conditioning: the original size, crop position and target size of an image.
 
 Source: Podell et al., SDXL (arXiv 2307.01952), section 2.2.
 """
@@ -14,7 +14,7 @@ from ..images.crop import Crop
 
 
 class MicroConditioning(NamedTuple):
-    """In pixels, height and top first. The fields are named as the arguments of diffusers' pipelines."""
+    """All in px as (height, width) or (top, left). Fields are named after the arguments of diffusers' pipelines."""
 
     original_size: tuple[int, int]
     crops_coords_top_left: tuple[int, int]
@@ -22,9 +22,9 @@ class MicroConditioning(NamedTuple):
 
 
 def time_ids(original: tuple[int, int], crop: Crop, mirrored: bool) -> Tensor:
-    """SDXL's micro-conditioning, float32 [6]: original h, w, crop top, left, target h, w (all in pixels, h first).
+    """The UNet's input, float32 [6]: original h, w, crop top, left, target h, w, all in px.
 
-    float32, because bfloat16 holds whole numbers only up to 256. Source: arXiv 2307.01952, section 2.2.
+    float32, because bfloat16 represents integers exactly only up to 256.
     """
     width, height = original
     left = crop.resized_w - crop.bucket_w - crop.left if mirrored else crop.left

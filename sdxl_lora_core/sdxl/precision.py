@@ -1,4 +1,4 @@
-"""Number formats of weights, by the names that settings give them."""
+"""Dtypes by their names in settings."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """What weights are computed in. auto: bf16 on CUDA that has it, fp16 on other CUDA and on MPS, fp32 on the CPU.
+    """The dtype to compute in. auto: bf16 on CUDA GPUs that support it, fp16 on others and on MPS, fp32 on the CPU.
 
-    Raises ValueError for bf16 on a CUDA device without it.
+    Raises ValueError for bf16 on a CUDA GPU that does not support it.
     """
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ValueError("precision is 'bf16', which this GPU does not have: choose 'fp16' or 'auto'")
+        raise ValueError("precision is 'bf16', which this GPU does not support: choose 'fp16' or 'auto'")
     return DTYPES[precision]

@@ -1,8 +1,9 @@
 """Two names for each module of SDXL's UNet: diffusers' (`down_blocks.1.attentions.0`) and SAI's (`input_blocks.4.1`).
 
-SAI numbers a UNet's layers in a row where diffusers groups them in stages: a stage holds `layers` pairs of resnet and
-attention and then a down- or upsampler (on the way up one pair more). Pure string work, right for every UNet laid out
-as SDXL's, whatever its widths and depths. Kohya's files spell either name with `_` for `.`; `dotted` undoes that.
+SAI numbers a UNet's layers consecutively where diffusers groups them in stages: a stage has `layers` pairs of resnet
+and attention (one more in the up blocks), then a down- or upsampler. The conversion works on names alone, for every
+UNet with SDXL's layout, whatever its widths and depths. Kohya's files write `_` for `.` in either name; `dotted`
+reverses that.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _MIDDLE_LAYER = re.compile(r"(mid_block\.(?:resnets|attentions)\.\d)\.(.+)")
 _SAI_ROW = re.compile(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)")
 _SAI_MIDDLE = re.compile(r"(middle_block\.\d)\.(.+)")
 
-# Every name with an underscore of its own in SDXL's UNet (both namings) and in CLIP's text model.
+# Every name that contains an underscore in SDXL's UNet (in both namings) and in CLIP's text model.
 _COMPOUNDS = (
     "input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "in_layers", "out_layers", "emb_layers",
     "skip_connection", "down_blocks", "mid_block", "up_blocks", "time_embedding", "add_embedding", "linear_1",
@@ -55,12 +56,12 @@ _SPLIT_COMPOUND = re.compile(
 
 
 def dotted(flat: str) -> str:
-    """The module path behind kohya's spelling: `..._attn1_to_out_0` is `...attn1.to_out.0`."""
+    """The module path of a name in kohya's files: `..._attn1_to_out_0` gives `...attn1.to_out.0`."""
     return _SPLIT_COMPOUND.sub(lambda found: found[1].replace(".", "_"), flat.replace("_", "."))
 
 
 def sai_block_name(path: str, layers: int = LAYERS) -> str:
-    """SAI's name of the UNet module that diffusers calls `path`. Raises ValueError if there is none."""
+    """SAI's name of the UNet module at diffusers' `path`. Raises ValueError if there is none."""
     if path in _OUTSIDE_BLOCKS:
         return _OUTSIDE_BLOCKS[path]
     if (found := _MIDDLE_LAYER.fullmatch(path)) and found[1] in _MIDDLE:
@@ -71,11 +72,11 @@ def sai_block_name(path: str, layers: int = LAYERS) -> str:
         if way == "down":
             return f"input_blocks.{row + 1}.{_inside(kind, rest)}"
         return f"output_blocks.{row}.{_inside(kind, rest)}"
-    raise ValueError(f"{path} is no module of SDXL's UNet")
+    raise ValueError(f"{path} is not a module of SDXL's UNet")
 
 
 def diffusers_block_name(name: str, layers: int = LAYERS) -> str | None:
-    """The way back from sai_block_name. None if SAI's naming knows no such module."""
+    """The inverse of sai_block_name; None for a name that SAI's UNet does not have."""
     if name in _TO_DIFFUSERS:
         return _TO_DIFFUSERS[name]
     if (found := _SAI_MIDDLE.fullmatch(name)) and found[1] in _TO_DIFFUSERS:
@@ -86,7 +87,7 @@ def diffusers_block_name(name: str, layers: int = LAYERS) -> str | None:
 
 
 def _inside(kind: str, rest: str) -> str:
-    """SAI's slot within a row: resnet, attention, upsampler. A downsampler has a row to itself."""
+    """The name within a row of SAI's: 0 is the resnet, 1 the attention, 2 the upsampler; a downsampler has a row."""
     match kind:
         case "resnets":
             return f"0.{_IN_RESNET.get(rest, rest)}"
@@ -98,9 +99,9 @@ def _inside(kind: str, rest: str) -> str:
             return f"2.{rest}"
 
 
-def _in_stage(on_the_way_down: bool, row: int, slot: int, rest: str, layers: int) -> str | None:
-    way = "down" if on_the_way_down else "up"
-    stage, index = divmod(row - on_the_way_down, layers + 1)
+def _in_stage(is_down: bool, row: int, slot: int, rest: str, layers: int) -> str | None:
+    way = "down" if is_down else "up"
+    stage, index = divmod(row - is_down, layers + 1)
     match slot, rest:
         case 0, "op":
             return f"{way}_blocks.{stage}.downsamplers.0.conv"

@@ -1,4 +1,4 @@
-"""A VAE that takes the place of the base's own: a single file or a diffusers folder."""
+"""Replaces the VAE of a base by another one: a single file or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .detection import PART_CLASSES, read_json
 from .file_kinds import VAE, kind_of
 from .loading import weight_files
 
-_WANTED = "give a VAE made for SDXL: a .safetensors file, or a diffusers folder with config.json"
-_WIDTHS = {"encoder.conv_in": 0, "decoder.conv_in": -1}  # convolutions, and whose of the block_out_channels they give
+_WANTED = "use a VAE made for SDXL: a .safetensors file, or a diffusers folder with config.json"
+_WIDTHS = {"encoder.conv_in": 0, "decoder.conv_in": -1}  # convolution: the index of its width in block_out_channels
 
 
 def with_vae(base: SDXLBase, path: Path, hash_memo: Path | None = None) -> SDXLBase:
-    """The base with the VAE in `path`, for training as for generating. Reads settings and headers, and hashes.
+    """The base with the VAE at `path`, for training and generation. Reads settings and headers, and hashes the file.
 
-    A file of Stable Diffusion 1.5's VAE cannot be told from SDXL's; a folder says it.
-    Raises FileNotFoundError if nothing is there, ValueError for anything but a VAE of the base's size.
+    A single file of Stable Diffusion 1.5's VAE has the same tensors as SDXL's and is not detected; a folder is.
+    Raises FileNotFoundError if `path` does not exist, ValueError if it is not a VAE of the base's shape.
     """
     if not path.exists():
         raise FileNotFoundError(f"VAE {path.name} does not exist: {_WANTED}")

@@ -1,4 +1,4 @@
-"""Single weights of a base, read again from its files without loading the part they belong to."""
+"""Reads single weights of a base from its files, without loading the part they belong to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .unet_names import sai_block_name
 
 
 class BaseWeights:
-    """A part's weights by the path of their module, or the path of a bias (`....bias`), as LoRAs name them."""
+    """A part's weights by the path of their module, or by the path of a bias (ending in .bias), as LoRAs name them."""
 
     def __init__(self, base: SDXLBase, part: Part) -> None:
         self._base, self._part = base, part
@@ -30,19 +30,19 @@ class BaseWeights:
                 self._where |= dict.fromkeys(weights.keys(), file)
 
     def has(self, names: Iterable[str]) -> bool:
-        """Whether all of them can be read. A single file has the second text encoder's projection transposed."""
+        """Whether all can be read; the second text encoder's projection, transposed in single files, cannot."""
         return all(self._place(name) is not None for name in names)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Needed around read. What was read of an open file counts as memory until it closes."""
+        """Opens the files for `read`. Pages that were read count as memory until the files are closed."""
         with ExitStack() as stack:
             self._open = {file: stack.enter_context(safe_open(file, framework="pt")) for file in self._files}
             yield
             self._open = {}
 
     def read(self, name: str) -> Tensor:
-        """The weight as the file has it, mapped, on the CPU."""
+        """The weight as stored in the file, memory-mapped, on the CPU. Raises KeyError if it is not there."""
         place = self._place(name)
         if place is None:
             raise KeyError(name)
@@ -55,7 +55,7 @@ class BaseWeights:
         return next((place for place in self._places(path, leaf) if place[0] in self._where), None)
 
     def _places(self, path: str, leaf: str) -> list[tuple[str, int | None]]:
-        """Names that it may have in the files, and which third of that tensor it is, if it is one."""
+        """The possible names of a weight in the files, each with the third of that tensor that it is (None: all)."""
         if self._base.layout == "diffusers":
             return [(f"{path}.{leaf}", None), (f"{path.removeprefix('text_model.')}.{leaf}", None)]
         if self._part == "unet":

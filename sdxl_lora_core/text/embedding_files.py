@@ -1,11 +1,11 @@
-"""Files with the vectors of one new word, which a prompt puts in by `embedding:name`.
+"""Textual inversion files, which a prompt refers to by `embedding:name`.
 
 | writer                           | keys                                              |
 |----------------------------------|---------------------------------------------------|
 | this pack, kohya, A1111, ComfyUI | clip_l, clip_g                                    |
 | diffusers' pivotal tuning        | text_encoders_0, text_encoders_1                  |
 | OneTrainer, in a LoRA            | bundle_emb.NAME.clip_l, bundle_emb.NAME.clip_g    |
-| those of Stable Diffusion 1, 2   | emb_params, or any one name: refused              |
+| those of Stable Diffusion 1, 2   | emb_params, or any one name: rejected             |
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ _OTHERS = {768: "for Stable Diffusion 1.x", 1024: "for Stable Diffusion 2.x"}  #
 _ENCODERS: Mapping[str, Part] = {key: part for part, key in ENCODER_KEYS.items()}
 _BUNDLED = re.compile(rf"bundle_emb\.(.+)\.({'|'.join(_ENCODERS)})")
 
-Vectors = Mapping[Part, Tensor]  # what a token stands for: [n, 768] for the first encoder, [n, 1280] for the second
+Vectors = Mapping[Part, Tensor]  # of one token: [n, 768] for the first encoder, [n, 1280] for the second
 
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """A file that open_embedding found whole. Its vectors are read when a text encoder needs them."""
+    """A file that open_embedding has checked. Its vectors are read when a prompt is encoded."""
 
     name: str
     path: Path
     sha256: str
 
     def vectors(self) -> Vectors:
-        """float32, as many for each text encoder. Raises ValueError if they are not finite."""
+        """float32, the same number for each text encoder. Raises ValueError if they are not finite."""
         tensors, keys = load_file(self.path), _keys(read_header(self.path))
         vectors: dict[Part, Tensor] = {
             part: torch.cat([_rows(tensors[key]) for key in keys[part]]) for part in ENCODERS
         }
         if not all(rows.isfinite().all() for rows in vectors.values()):
-            raise ValueError(f"embedding:{self.name} holds NaN or infinity: fetch it again, or take another")
+            raise ValueError(f"embedding:{self.name} contains NaN or infinity: download it again, or use another")
         return vectors
 
 
 def open_embedding(name: str, path: Path, hash_memo: Path | None) -> EmbeddingFile:
-    """Reads its header only. Raises ValueError for pickles and for what SDXL's two text encoders have no use for."""
+    """Reads the header. Raises ValueError for pickles and for embeddings that are not for both encoders of SDXL."""
     try:
         header = read_header(path)
     except ValueError as error:
@@ -67,12 +67,12 @@ def open_embedding(name: str, path: Path, hash_memo: Path | None) -> EmbeddingFi
     if len(counts) < len(ENCODERS):
         raise ValueError(
             f"embedding:{name} is {_kind(header)}: SDXL needs vectors for both of its text encoders, clip_l and "
-            "clip_g, so take the embedding's SDXL version"
+            "clip_g, so use the SDXL version of the embedding"
         )
     if len(set(counts)) > 1:
         raise ValueError(
             f"embedding:{name} has {counts[0]} vectors for one text encoder and {counts[1]} for the other: "
-            "the file is damaged, fetch it again"
+            "the file is damaged, download it again"
         )
     return EmbeddingFile(name, path, file_sha256(path, hash_memo))
 
@@ -92,7 +92,9 @@ def _keys(header: WeightsHeader) -> dict[Part, list[str]]:
 def _kind(header: WeightsHeader) -> str:
     widths = {shape[-1] for shape in header.shapes.values() if shape}
     known = [what for width, what in _OTHERS.items() if widths == {width}]
-    return known[0] if known else f"no embedding for SDXL (its first tensors: {first_names(header.shapes) or 'none'})"
+    return (
+        known[0] if known else f"not an embedding for SDXL (its first tensors: {first_names(header.shapes) or 'none'})"
+    )
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -104,24 +106,24 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 class Token(NamedTuple):
-    """Whose vectors a tensor holds: a new token's, for one text encoder."""
+    """A new token and the text encoder that a tensor of vectors is for."""
 
     name: str
     part: Part
 
 
 def bundled_token(key: str) -> Token | None:
-    """The new token whose vectors lie under a key; the spelling is OneTrainer's, and A1111 and ComfyUI read it."""
+    """The token of a key in a LoRA file, or None. The key format is OneTrainer's; A1111 and ComfyUI read it too."""
     found = _BUNDLED.fullmatch(key)
     return Token(found[1], _ENCODERS[found[2]]) if found else None
 
 
 def bundled_key(name: str, part: Part) -> str:
-    """The way back from bundled_token."""
+    """The inverse of bundled_token."""
     return f"bundle_emb.{name}.{ENCODER_KEYS[part]}"
 
 
 def write_embedding(path: Path, vectors: Vectors) -> None:
-    """One token alone, as ComfyUI and A1111 read it from their folder `embeddings`: float32 clip_l and clip_g."""
+    """Writes the vectors of one token as ComfyUI and A1111 read them: float32 clip_l and clip_g."""
     tensors = {ENCODER_KEYS[part]: tensor.float() for part, tensor in vectors.items()}
     write_atomic(path, lambda file: save_tensors(file, tensors))

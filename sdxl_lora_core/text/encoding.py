@@ -1,4 +1,4 @@
-"""Prompts as SDXL reads them: two CLIP encoders, penultimate layers side by side, one pooled vector.
+"""Encodes prompts for SDXL: the penultimate layers of two CLIP encoders, concatenated, and one pooled vector.
 
 Source: Podell et al., SDXL (arXiv 2307.01952), section 2.1.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 75  # what CLIP's 77 leave between the start and the end token
-TokenIds = Mapping[str, Sequence[int]]  # words that the tokenizer does not know, and what stands for each
+CHUNK_TOKENS = 75  # CLIP's 77 without the start and end tokens
+TokenIds = Mapping[str, Sequence[int]]  # new tokens, and the ids of each
 
 
 def encode_prompt_sdxl(
@@ -26,8 +26,8 @@ def encode_prompt_sdxl(
 ) -> tuple[Tensor, Tensor]:
     """Returns prompt embeddings [B, 77 n, 768 + 1280] and pooled embeddings [B, 1280] in the encoders' dtype.
 
-    The first encoder's pooled output is not used. n is 1; with `chunks` over 1 it is what a prompt needs, see
-    encode_text, and shorter prompts are stacked with longer ones as stack_embeds does.
+    The first encoder's pooled output is not used. n is the number of chunks of the longest prompt, at most `chunks`
+    (see encode_text); shorter prompts are repeated to that length (see stack_embeds).
     """
     hidden, pooled = [], torch.empty(0)
     for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
@@ -40,12 +40,11 @@ def encode_prompt_sdxl(
 def encode_text(
     prompts: Sequence[str], tokenizer: Any, encoder: Any, chunks: int = 1, new_tokens: TokenIds | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """One encoder's embeddings [77 n, C] of each prompt, and pooled ones [B, P] if it has the projection for them.
+    """One encoder's embeddings [77 n, C] of each prompt, and pooled ones [B, P] if the encoder has a projection.
 
-    A prompt over 77 tokens is cut, its end token kept. The empty prompt is encoded like any other, never replaced by
-    zeros. With `chunks` over 1 a longer prompt goes on in further chunks of 75 tokens, each encoded between its own
-    start and end token; their embeddings follow one another, and the pooled ones are the first chunk's. That is how
-    ComfyUI and A1111 read a long prompt.
+    A prompt over 75 tokens is truncated. The empty prompt is encoded like any other, not replaced by zeros. With
+    `chunks` over 1 a long prompt is split into chunks of 75 tokens, each encoded with its own start and end token;
+    their embeddings are concatenated, and the pooled embedding is that of the first chunk, as in ComfyUI and A1111.
     """
     chunked = [_chunks(token_ids(prompt, tokenizer, new_tokens or {}), tokenizer, chunks) for prompt in prompts]
     counts = [len(rows) for rows in chunked]
@@ -57,10 +56,11 @@ def encode_text(
 def encode_weighted(
     chunks: Sequence[Sequence[tuple[int, float]]], tokenizer: Any, encoder: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """One encoder's embeddings [77 n, C] of one prompt, and the pooled one [P] if it has the projection for it.
+    """One encoder's embeddings [77 n, C] of one prompt, and the pooled one [P] if the encoder has a projection.
 
-    `chunks` are n rows of at most 75 token ids with weights, which scale the distance to where the empty prompt has its
-    embedding at the same place: e + w (z - e). Pooled is the first chunk, without weights. So does ComfyUI.
+    `chunks` are n rows of at most 75 token ids with weights. A weight w scales the distance of an embedding z to that
+    of the empty prompt at the same position, e: e + w (z - e). The pooled embedding is that of the first chunk,
+    without weights. Both as in ComfyUI.
     """
     rows = [_row([number for number, _ in chunk], tokenizer) for chunk in chunks]
     weights = torch.ones(len(rows), CHUNK_TOKENS + 2, 1)
@@ -78,21 +78,21 @@ def encode_weighted(
 def stack_embeds(rows: Sequence[Tensor]) -> Tensor:
     """Embeddings [T, C] of several prompts as one batch [B, T, C].
 
-    Shorter ones are repeated up to a common length, which changes nothing: softmax attention over a sequence that is
-    repeated gives what it gives over the sequence.
+    Shorter ones are repeated to a common length. That does not change the result: softmax attention over a repeated
+    sequence equals that over the sequence.
     """
     length = math.lcm(*(len(row) for row in rows))
     return torch.stack([row.repeat(length // len(row), 1) for row in rows])
 
 
 def truncated_words(prompt: str, tokenizer: Any, chunks: int = 1, new_tokens: TokenIds | None = None) -> str:
-    """What of `prompt` lies beyond `chunks` times 75 tokens (77 with start and end) and is not seen; empty if none."""
+    """The end of `prompt` beyond `chunks` times 75 tokens, which is truncated; empty if nothing is."""
     unseen = token_ids(prompt, tokenizer, new_tokens or {})[chunks * CHUNK_TOKENS :]
     return tokenizer.decode([number for number in unseen if number < len(tokenizer)]).strip()
 
 
 def token_ids(prompt: str, tokenizer: Any, new_tokens: TokenIds) -> list[int]:
-    """Without start and end. A new token is found as a whole word, in any case."""
+    """The ids without start and end token. A new token is recognised as a whole word, in any case."""
     names = {name.lower(): ids for name, ids in new_tokens.items()}
     return [
         number
@@ -102,7 +102,7 @@ def token_ids(prompt: str, tokenizer: Any, new_tokens: TokenIds) -> list[int]:
 
 
 def _split(prompt: str, words: Mapping[str, object]) -> Iterator[str]:
-    """`prompt` cut before and after each of `words`, the longest first where one holds another."""
+    """`prompt` split before and after each of `words`; a longer word is matched before one that it contains."""
     if not words:
         return iter([prompt])
     either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
@@ -122,6 +122,6 @@ def _row(tokens: Sequence[int], tokenizer: Any) -> list[int]:
 
 
 def _run(rows: Sequence[Sequence[int]], encoder: Any) -> tuple[Tensor, Tensor | None]:
-    """The last layer but one [N, 77, C] of N rows of ids, and what the encoder pools of each [N, P]."""
+    """The penultimate hidden states [N, 77, C] of N rows of ids, and the pooled embeddings [N, P]."""
     output = encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=True)
     return output.hidden_states[-2], getattr(output, "text_embeds", None)

@@ -1,6 +1,6 @@
-"""New tokens for CLIP: words whose embeddings are learned (textual inversion, Gal et al., arXiv 2208.01618).
+"""New tokens for CLIP: words with trained embeddings (textual inversion, Gal et al., arXiv 2208.01618).
 
-An encoder's vocabulary stays as it is; the vectors of new tokens follow its last row.
+The vocabulary of an encoder is unchanged; the vectors of new tokens follow its last row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .encoding import TokenIds
 
 
 class TokenEmbedding(nn.Module):
-    """CLIP's token embedding with float32 `rows` [n, C] after its last one. Only they learn."""
+    """CLIP's token embedding, extended by trainable float32 `rows` [n, C]."""
 
     def __init__(self, known: nn.Embedding, rows: Tensor) -> None:
         super().__init__()
@@ -28,16 +28,18 @@ class TokenEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         new = ids - self.known.num_embeddings
         known = self.known(ids.clamp_max(self.known.num_embeddings - 1))
-        rows = nn.functional.embedding(new.clamp_min(0), self.rows)  # indexing adds gradients up in changing order
+        rows = nn.functional.embedding(
+            new.clamp_min(0), self.rows
+        )  # plain indexing would sum gradients in varying order
         return torch.where(new[..., None] >= 0, rows.to(known.dtype), known)
 
 
 def add_tokens(encoder: Any, tokenizer: Any, vectors: Mapping[str, Tensor]) -> tuple[TokenEmbedding, TokenIds]:
-    """Gives a text encoder the vectors [n, C] of each new token. Returns where they lie, and the ids they got."""
+    """Adds the vectors [n, C] of each new token to a text encoder. Returns the embedding and the ids of each token."""
     known = encoder.get_input_embeddings()
     embedding = TokenEmbedding(known, torch.cat(list(vectors.values())))
     encoder.set_input_embeddings(embedding)
-    # Published SDXL says 2 here, which transformers reads as: pool at the highest id. A new token's is higher still.
+    # Published SDXL has 2 here, with which transformers pools at the highest id: that of a new token would be higher.
     for module in encoder.modules():
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = tokenizer.eos_token_id
@@ -47,7 +49,7 @@ def add_tokens(encoder: Any, tokenizer: Any, vectors: Mapping[str, Tensor]) -> t
 
 @contextmanager
 def added_tokens(encoder: Any, tokenizer: Any, vectors: Mapping[str, Tensor]) -> Iterator[TokenIds]:
-    """add_tokens for the length of the block."""
+    """Adds tokens for the duration of the block."""
     known = encoder.get_input_embeddings()
     try:
         yield add_tokens(encoder, tokenizer, vectors)[1] if vectors else {}
@@ -56,10 +58,10 @@ def added_tokens(encoder: Any, tokenizer: Any, vectors: Mapping[str, Tensor]) ->
 
 
 def start_vectors(encoder: Any, tokenizer: Any, tokens: Mapping[str, str], count: int, seed: int) -> dict[str, Tensor]:
-    """Where the `count` vectors of each token start, float32 [count, C].
+    """The initial values of the `count` vectors of each token, float32 [count, C].
 
-    That is at the tokens of its word, again and again if they are fewer, at the means of some if they are more; without
-    a word it is at random, with the spread of the vocabulary.
+    These are the embeddings of its word's tokens: repeated if there are fewer than `count`, averaged in groups if there
+    are more. Without a word they are random with the standard deviation of the vocabulary.
     """
     known = encoder.get_input_embeddings().weight.detach().float().cpu()
     starts = {}
@@ -68,6 +70,6 @@ def start_vectors(encoder: Any, tokenizer: Any, tokens: Mapping[str, str], count
             ids = tokenizer(word, add_special_tokens=False).input_ids
             starts[name] = torch.stack([known[ids[i % len(ids) :: count]].mean(dim=0) for i in range(count)])
         else:
-            draw = torch.Generator().manual_seed(seed_of(seed, "token", name))
-            starts[name] = known.std() * torch.randn(count, known.shape[1], generator=draw)
+            generator = torch.Generator().manual_seed(seed_of(seed, "token", name))
+            starts[name] = known.std() * torch.randn(count, known.shape[1], generator=generator)
     return starts

@@ -1,13 +1,13 @@
-r"""ComfyUI's prompt syntax, and how a prompt is laid out in CLIP's chunks.
+r"""Parses ComfyUI's prompt syntax, and splits prompts into CLIP's chunks.
 
-| written          | read as                                                                        |
+| syntax           | meaning                                                                        |
 |------------------|--------------------------------------------------------------------------------|
-| (word:1.2)       | at 1.2, whatever the parentheses around it say                                 |
-| (word)           | at 1.1 times the weight around it                                              |
-| \( and \)        | parentheses of the prompt itself                                               |
-| embedding:name   | the vectors of that file, at the prompt's start or after a space or a new line |
+| (word:1.2)       | weight 1.2, regardless of outer parentheses                                    |
+| (word)           | 1.1 times the weight of the surrounding text                                   |
+| \( and \)        | literal parentheses                                                            |
+| embedding:name   | the vectors of a file; at the start of the prompt or after a space or newline  |
 
-Parentheses without a partner are text. This is what ComfyUI does with them, not what A1111 does.
+Unmatched parentheses are text, as in ComfyUI and unlike in A1111.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 FindEmbedding = Callable[[str], "EmbeddingFile | None"]
 Token = tuple[int, float]  # id and weight
 
-NESTED = 1.1  # what a pair of parentheses without a number multiplies by
-WORD_TOKENS = 8  # so many tokens that belong together may be torn apart, fewer stay in one chunk
+NESTED = 1.1  # the factor of parentheses without a number
+WORD_TOKENS = 8  # a piece of at least this many tokens may be split between chunks, a shorter one stays in one chunk
 _PARENTHESIS = re.compile(r"\\[()]|([()])")
 _ESCAPED = re.compile(r"\\([()])")
 _EMBEDDING = "embedding:"
@@ -34,17 +34,18 @@ _BEFORE_EMBEDDING = re.compile(rf"[ \n](?={_EMBEDDING})")
 
 
 class Piece(NamedTuple):
-    """What is tokenised in one go, or an embedding that stands in its place; all of its tokens have one weight."""
+    """Text that is tokenized in one call, or an embedding in its place; all of its tokens have one weight."""
 
     content: str | EmbeddingFile
     weight: float = 1.0
 
 
 class Reading(NamedTuple):
-    """A prompt taken apart: its pieces, and how many chunks of 75 tokens are read of it, all if None.
+    """A parsed prompt: its pieces, and the number of chunks of 75 tokens to encode (None: all).
 
-    `one_tokenizer`: the first encoder's tokenizer reads the text for both. Else the second one's reads "!" as padding,
-    as it does in diffusers: that is what it pads with, and transformers finds special tokens in the text, too.
+    `one_tokenizer`: the first encoder's tokenizer is used for both encoders. Otherwise each uses its own, as in
+    diffusers, where "!" in the text becomes padding for the second: its padding token is "!", and transformers
+    recognises special tokens within text.
     """
 
     pieces: list[Piece]
@@ -53,10 +54,10 @@ class Reading(NamedTuple):
 
 
 def read_comfy(prompt: str, find: FindEmbedding) -> list[Piece]:
-    """The pieces of a prompt in ComfyUI's syntax. `find` opens an embedding by its name, None if there is none.
+    """The pieces of a prompt in ComfyUI's syntax. `find` opens an embedding by name, and returns None if there is none.
 
     Raises ValueError for a weight that is not finite and for `embedding:` without a name, FileNotFoundError for an
-    embedding that is not there.
+    embedding that does not exist.
     """
     return [
         piece
@@ -67,7 +68,7 @@ def read_comfy(prompt: str, find: FindEmbedding) -> list[Piece]:
 
 
 def chunked(groups: Sequence[Sequence[Token]]) -> list[list[Token]]:
-    """The tokens of all pieces in rows of at most 75. A short piece that does not fit any more starts the next row."""
+    """The tokens of all pieces in rows of at most 75. A short piece that does not fit in a row starts the next one."""
     rows: list[list[Token]] = [[]]
     for group in groups:
         if len(group) < WORD_TOKENS and len(rows[-1]) + len(group) > CHUNK_TOKENS:
@@ -80,7 +81,7 @@ def chunked(groups: Sequence[Sequence[Token]]) -> list[list[Token]]:
 
 
 def _weighted(text: str, around: float) -> Iterator[tuple[str, float]]:
-    """Text, escapes still in it, with its weight. `around` is that of the parentheses it stands in."""
+    """Text, with its escapes, and its weight; `around` is the weight of the surrounding text."""
     for part in _outermost(text):
         if part[0] == "(" and part[-1] == ")" and not part.endswith("\\)"):
             yield from _weighted(*_own_weight(part[1:-1], around * NESTED))
@@ -89,7 +90,7 @@ def _weighted(text: str, around: float) -> Iterator[tuple[str, float]]:
 
 
 def _outermost(text: str) -> Iterator[str]:
-    """The text cut before and after each pair of parentheses that stands in no other."""
+    """The text split before and after each outermost pair of parentheses."""
     depth = start = 0
     for found in _PARENTHESIS.finditer(text):
         if found[1] == "(":
@@ -107,7 +108,7 @@ def _outermost(text: str) -> Iterator[str]:
 
 
 def _own_weight(text: str, otherwise: float) -> tuple[str, float]:
-    """What stands in parentheses, without the weight at its end."""
+    """The text in parentheses without the weight at its end, and that weight."""
     words, _, number = text.rpartition(":")
     try:
         weight = float(number) if words else otherwise
@@ -139,5 +140,5 @@ def _missing(name: str) -> Exception:
         return ValueError("the prompt has embedding: without a name: write embedding:name, without a space")
     return FileNotFoundError(
         f"the prompt names embedding:{name}, and no embeddings folder has it: put {name}.safetensors into one, "
-        "or take it out of the prompt"
+        "or remove it from the prompt"
     )

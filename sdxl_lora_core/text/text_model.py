@@ -1,4 +1,4 @@
-"""Both text encoders, and what they make of a prompt that is taken apart."""
+"""Both text encoders of SDXL as one module, which encodes parsed prompts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger("sdxl_lora")
 
 
 class TextEmbeds(NamedTuple):
-    """One prompt: `hidden` [1, 77 n, C] and `pooled` [1, P], on the CPU."""
+    """The embeddings of one prompt, `hidden` [1, 77 n, C] and `pooled` [1, P], on the CPU."""
 
     hidden: Tensor
     pooled: Tensor
 
 
 class TextModel(nn.Module):
-    """Both text encoders with their tokenizers, whose vocabulary takes as long to read as an encoder."""
+    """Both text encoders with their tokenizers: loading a vocabulary takes as long as loading an encoder."""
 
     def __init__(
         self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], tokenizer_hashes: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class TextModel(nn.Module):
         self.encoders = nn.ModuleList(encoders)
 
     def forward(self, reading: Reading, words: Mapping[str, Vectors]) -> TextEmbeds:
-        """One prompt. `words` are new tokens that are found in its text."""
+        """Encodes one prompt. `words` are new tokens that are recognised in its text."""
         contents = [content for content, _ in reading.pieces]
         files = {content: content.vectors() for content in contents if isinstance(content, EmbeddingFile)}
         hidden, pooled = [], torch.empty(0)
@@ -78,7 +78,7 @@ def _require_width(part: Part, encoder: Any, files: Mapping[EmbeddingFile, Vecto
         if vectors[part].shape[1] != width:
             raise ValueError(
                 f"{_name(file)} has vectors of {vectors[part].shape[1]} numbers for {ENCODER_KEYS[part]}, and this "
-                f"base's have {width}: take the version of the embedding that is made for this base"
+                f"base's have {width}: use the version of the embedding made for this base"
             )
 
 
@@ -86,7 +86,7 @@ def _warn_of(unseen: Sequence[Sequence[Token]], tokenizer: Any) -> None:
     numbers = [number for chunk in unseen for number, _ in chunk if number < len(tokenizer)]
     if words := tokenizer.decode(numbers).strip():
         log.warning(
-            "the prompt is longer than CLIP's 77 tokens and its end is not seen "
-            "(set long_prompts to chunks to read on): %s",
+            "the prompt is longer than CLIP's 77 tokens, so its end has no effect "
+            "(set long_prompts to chunks to use it): %s",
             words,
         )

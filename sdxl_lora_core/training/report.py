@@ -12,7 +12,7 @@ from typing import Any
 
 from ..dataset.config import DatasetConfig
 from ..files import write_text_atomic
-from ..sdxl.base import said_to_predict
+from ..sdxl.base import prediction_arguments
 from ..settings import fields_of, to_yaml
 from .config.captions import placeholder_ids, tokens_of
 from .config.train_config import TrainConfig, learning_encoders
@@ -165,7 +165,7 @@ def save_settings(run: Run, job: TrainingJob, facts: dict[str, Any]) -> None:
             "base": {
                 "path": str(base.path),
                 "precision": base.precision,
-                **said_to_predict(base),
+                **prediction_arguments(base),
                 **({"vae": str(base.vae)} if base.vae else {}),
             },
             "datasets": _sections(job.dataset.sources),

@@ -117,7 +117,7 @@ def _train_and_save(run: Run, job: TrainingJob, context: RunContext) -> None:
             job,
             run.folder / "class_images",
             context,
-            lambda done, total: context.on_step(StepReport("drawing class images", done, total)),
+            lambda done, total: context.on_step(StepReport("generating class images", done, total)),
         )
     start = starting_point(related_runs(context.folders, run, config.lora_name), config)
     outputs = RunOutputs(run, shown, context)

@@ -62,7 +62,7 @@ def test_ten_gigabytes_unless_the_folder_says_otherwise(cache: ImageCache) -> No
 
 @pytest.mark.parametrize("gigabytes", [0, -1, float("nan"), float("inf")])
 def test_a_limit_is_a_size(cache: ImageCache, gigabytes: float) -> None:
-    with pytest.raises(ValueError, match="limit_gb is .*: give a size above 0"):
+    with pytest.raises(ValueError, match="limit_gb is .*: set it to a size above 0"):
         maintenance.set_limit(cache.root, gigabytes)
 
 
@@ -130,7 +130,7 @@ def test_a_cache_that_cannot_be_counted_costs_one_warning(filled: ImageCache, ca
     (filled.root / "size.txt").mkdir()
     for key in KEYS[:2]:
         filled.store(key, PIXELS, {})
-    assert len(caplog.records) == 1 and "may outgrow its limit" in caplog.text
+    assert len(caplog.records) == 1 and "may exceed its limit" in caplog.text
     assert filled.load(KEYS[0]) is not None
 
 

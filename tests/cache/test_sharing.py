@@ -190,7 +190,7 @@ def test_a_disk_that_takes_no_more_costs_one_warning(tmp_path: Path) -> None:
     writer = start(FULL, tmp_path, KEY, key_of({"another": 1}))
     _, said = writer.communicate()
     assert writer.returncode == 0, said
-    assert said.count("images are not kept") == 1 and len(said.splitlines()) == 1, said
+    assert said.count("images are not cached") == 1 and len(said.splitlines()) == 1, said
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

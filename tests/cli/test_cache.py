@@ -54,7 +54,7 @@ def test_verify_fails_while_an_image_is_damaged(home: Path, capsys: pytest.Captu
     cache(home, "verify")
     assert capsys.readouterr().out.startswith("0 damaged images removed\n3 images, ")
     key = damage(home)
-    with pytest.raises(SystemExit, match=f"1 damaged image; --remove removes them:\n{key}"):
+    with pytest.raises(SystemExit, match=f"1 damaged image; --remove deletes them:\n{key}"):
         cache(home, "verify")
     cache(home, "verify", "--remove")
     assert capsys.readouterr().out.startswith("1 damaged image removed\n2 images, ")
@@ -65,7 +65,7 @@ def test_prune_sets_the_limit_and_keeps_to_it(home: Path, capsys: pytest.Capture
     cache(home, "prune", "--limit-gb", str(two_and_a_half(home)))
     out = capsys.readouterr().out
     assert "0 images removed" in out and "\n1 image removed, 0.00 GB\n2 images, " in out
-    with pytest.raises(SystemExit, match="limit_gb is -1: give a size above 0"):
+    with pytest.raises(SystemExit, match="limit_gb is -1: set it to a size above 0"):
         cache(home, "prune", "--limit-gb", "-1")
 
 
@@ -77,7 +77,7 @@ def test_clear(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", ["stats", "verify", "prune", "clear"])
 def test_a_mistyped_folder_is_no_empty_cache(tmp_path: Path, command: str) -> None:
-    with pytest.raises(SystemExit, match="there is no image cache in .*: name the folder with --home"):
+    with pytest.raises(SystemExit, match="there is no image cache in .*: set --home to its folder"):
         cache(tmp_path / "typo", command)
     assert not (tmp_path / "typo").exists()
 

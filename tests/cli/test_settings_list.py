@@ -65,7 +65,7 @@ def test_set_overrides_the_settings_of_the_file(run_yaml: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("rank", "--set rank: give a setting and its value"),
+        ("rank", "--set rank: use NAME=VALUE"),
         ("ranks=2", "run.yaml: train: unknown setting ranks"),
         ("rank=0", "rank is 0: give a value from 1 to 1024"),
         ("rank=high", "rank: Input should be a valid integer"),

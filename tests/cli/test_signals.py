@@ -68,7 +68,7 @@ def test_leaving_writes_a_checkpoint_and_says_how_to_continue(
     with pytest.raises(SystemExit) as left:
         main(command)
     assert left.value.code == 128 + numbers[0]
-    assert "stopped before the end, at a checkpoint: the same command continues" in capsys.readouterr().err
+    assert "stopped at a checkpoint before the end: the same command resumes it" in capsys.readouterr().err
     lora = tmp_path / "b/loras/small.safetensors"
     assert (tmp_path / "b/lora_runs/small/checkpoints/step-000002/state.json").exists() and not lora.exists()
     main(command)

@@ -79,7 +79,7 @@ def test_names_are_offered_and_wrong_files_refused(drawing: Any) -> None:
     info = drawing.get("/object_info/AddControlNet")["AddControlNet"]["input"]["required"]["control_net"][0]
     assert {"depth", "edges.safetensors", "t2i.safetensors"} <= set(info)
     assert "'gone' was not found: choose a .safetensors file" in drawing.refused(steered("gone"))
-    assert "t2i.safetensors is a T2I-Adapter: give an SDXL ControlNet" in drawing.failure(steered("t2i.safetensors"))
+    assert "t2i.safetensors is a T2I-Adapter: use an SDXL ControlNet" in drawing.failure(steered("t2i.safetensors"))
     message = drawing.failure(steered("edges.safetensors", control_type="depth"))
     assert "ControlNet edges is no ControlNet-Union: set it to auto" in message
 

@@ -41,7 +41,7 @@ def ask_comfyui(comfyui: Path, comfyui_python: str) -> Callable[..., Any]:
 
 def full_size(kind: str, empty_sdxl: dict[str, Any]) -> LoRAFile:
     """An adapter of zeros on every layer of SDXL and of its text encoders."""
-    form: Any = "peft" if kind == "dora" else "kohya"  # kohya's would measure the base, which is not there
+    form: Any = "peft" if kind == "dora" else "kohya"  # kohya's would measure the base, which does not exist
     config = TrainConfig(adapter=kind, rank=1, target_modules="all-linear+conv", save_format=form)  # type: ignore[arg-type]
     parts = ("unet", "text_encoder", "text_encoder_2")
     return LoRAFile(**{part: zeros(Adapter(copy.deepcopy(empty_sdxl[part]), config, part), kind) for part in parts})

@@ -246,7 +246,7 @@ def test_datasets_that_cannot_be_used(server: Any, png: bytes) -> None:
     assert "empty" in server.failure(job(dataset={"folder": empty}))
     message = server.failure(job(dataset={"folder": broken}))
     assert "a.png" in message and "b.png" in message
-    assert "usable relative path" in server.refused(job(dataset={"folder": "../models"}))
+    assert "valid relative path" in server.refused(job(dataset={"folder": "../models"}))
     assert "was not found" in server.refused(job(dataset={"folder": "nowhere"}))
     assert sorted((server.base / "output").rglob("*.safetensors")) == loras
 
@@ -283,7 +283,7 @@ def test_models_of_another_kind(server: Any) -> None:
 
 
 def test_settings_out_of_range(server: Any) -> None:
-    assert "width is 1001: give a multiple of 8" in server.failure(picture(width=1001))
+    assert "width is 1001: use a multiple of 8" in server.failure(picture(width=1001))
     assert "Value 0 smaller than min of 1" in server.refused(job(train={"steps": 0}))
     assert "lora_name is 'a/b'" in server.failure(job(train={"lora_name": "a/b"}))
     assert "lora_name" in server.failure(job(train={"lora_name": "../../a"}))

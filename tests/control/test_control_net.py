@@ -251,7 +251,7 @@ def test_other_models_are_refused_by_name(name: str, tmp_path: Path) -> None:
     shapes, kind = REFUSED[name]
     path = tmp_path / "other.safetensors"
     save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in shapes.items()}, path)
-    with pytest.raises(ValueError, match=f"other.safetensors is {kind}: give an SDXL ControlNet or ControlNet-Union"):
+    with pytest.raises(ValueError, match=f"other.safetensors is {kind}: use an SDXL ControlNet or ControlNet-Union"):
         open_control_net(path)
 
 
@@ -268,7 +268,7 @@ def test_damaged_and_incomplete_ones_are_refused(micro_base: SDXLBase, net: Any,
         "controlnet_mid_block.bias",
     )
     refused(r"does not fit: 1 tensors.*\(more\)", more=torch.zeros(1))
-    refused("takes pictures of 4 channels", **{"controlnet_cond_embedding.conv_in.weight": torch.zeros(16, 4, 3, 3)})
+    refused("takes images with 4 channels", **{"controlnet_cond_embedding.conv_in.weight": torch.zeros(16, 4, 3, 3)})
     for name in ("net.pth", "net.bin"):
         (tmp_path / name).write_bytes(b"PK\x03\x04")
         with pytest.raises(ValueError, match=f"{name} is a pickle, which is not opened"):
@@ -279,7 +279,7 @@ def test_damaged_and_incomplete_ones_are_refused(micro_base: SDXLBase, net: Any,
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty/config\.json is missing"):
         open_control_net(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="ControlNet gone does not exist: give an SDXL ControlNet"):
+    with pytest.raises(FileNotFoundError, match="ControlNet gone does not exist: use an SDXL ControlNet"):
         open_control_net(tmp_path / "gone")
 
 

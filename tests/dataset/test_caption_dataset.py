@@ -240,7 +240,7 @@ def test_broken_files_are_skipped_and_named(tmp_path):
     jpeg = noisy_jpeg()
     bad = {
         "empty.png": b"",
-        "text.png": "not a picture",
+        "text.png": "not an image",
         "half.png": whole[: len(whole) // 2],
         "endless.png": whole[: whole.index(b"IEND") - 4],
         "flipped.png": bytes(flipped),
@@ -255,7 +255,7 @@ def test_broken_files_are_skipped_and_named(tmp_path):
     assert set(reasons(dataset)) == set(bad)
     assert all(reason.startswith("cannot be used: ") for reason in reasons(dataset).values())
     assert "truncated" in reasons(dataset)["half.jpg"]
-    assert "not a picture" in reasons(dataset)["text.png"] and "not a picture" in reasons(dataset)["script.png"]
+    assert "not an image" in reasons(dataset)["text.png"] and "not an image" in reasons(dataset)["script.png"]
 
 
 def test_oversized_pictures_are_refused_before_they_are_decoded(tmp_path):
@@ -305,7 +305,7 @@ def test_random_damage_is_a_value_error_or_a_picture(tmp_path, kind):
 
 
 def test_a_picture_that_is_gone_is_a_file_not_found(tmp_path):
-    with pytest.raises(FileNotFoundError, match="x.png is not there"):
+    with pytest.raises(FileNotFoundError, match="x.png does not exist"):
         open_image(tmp_path / "x.png")
 
 

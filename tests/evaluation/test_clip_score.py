@@ -276,8 +276,8 @@ def with_config(text):
     ("spoil", "error", "message"),
     [
         (without("config.json"), FileNotFoundError, "no config.json"),
-        (with_config("[]"), ValueError, "no JSON object"),
-        (with_config("{"), ValueError, "no JSON object"),
+        (with_config("[]"), ValueError, "not a JSON object"),
+        (with_config("{"), ValueError, "not a JSON object"),
         (with_config('{"model_type": "clip_vision_model"}'), ValueError, "type 'clip_vision_model', not 'clip'"),
         (without("model.safetensors"), FileNotFoundError, "no model.safetensors"),
         (without("vocab.json"), FileNotFoundError, "no tokenizer.json or vocab.json"),

@@ -172,12 +172,12 @@ def test_empty_latents_are_no_start() -> None:
     ("given", "message"),
     [
         ({"images": [picture()], "latents": torch.zeros(1, 4, 8, 8)}, "image and latent are both given.*disconnect"),
-        ({"latents": torch.zeros(1, 4, 16, 8)}, "latent is one of 64x128 pixels, width and height are 64x64: set them"),
+        ({"latents": torch.zeros(1, 4, 16, 8)}, "latent is of an image of 64x128, but width and height are"),
         ({"latents": torch.zeros(1, 16, 8, 8)}, r"latent has shape \[1, 16, 8, 8\], SDXL's have"),
-        ({"masks": [half_mask()]}, "mask is given, but no image or latent"),
-        ({"images": [picture()], "masks": [np.zeros((64, 64), np.float32)]}, "mask marks nothing"),
-        ({"images": [picture()], "masks": [half_mask(32, 32)]}, "mask is 32x32 and image 64x64: give a mask of"),
-        ({"images": [picture()] * 2, "masks": [half_mask()] * 3}, "2 of image are given for 3.*give 1 or 3"),
+        ({"masks": [half_mask()]}, "mask is given without an image or latent"),
+        ({"images": [picture()], "masks": [np.zeros((64, 64), np.float32)]}, "mask is empty"),
+        ({"images": [picture()], "masks": [half_mask(32, 32)]}, "mask is 32x32 and image is 64x64: use a mask of"),
+        ({"images": [picture()] * 2, "masks": [half_mask()] * 3}, "2 images are given for 3 starts: give 1 or 3"),
     ],
 )
 def test_what_does_not_go_together_is_refused(given: dict[str, Any], message: str) -> None:
@@ -189,7 +189,7 @@ def test_counts_and_denoise_are_checked_before_anything_is_loaded() -> None:
     two = start_images(settings(), [picture()] * 2)
     nothing: Any = None
     for config, starts, message in (
-        (settings(count=3), two, r"2 images or masks.*3 images are asked for.*give 1 for all of them, or 3"),
+        (settings(count=3), two, r"2 images or masks.*3 images are requested.*give 1 for all of them, or 3"),
         (settings(denoise=0.5), [], "denoise is 0.5, but there is nothing to start from"),
     ):
         with pytest.raises(ValueError, match=message):

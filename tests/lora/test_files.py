@@ -31,7 +31,7 @@ from sdxl_lora_core.sdxl.unet_names import sai_block_name
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.job import TrainingJob
 from sdxl_lora_core.training.lora_metadata import lora_metadata
-from sdxl_lora_core.training.model.adapters import PRESETS, Adapter
+from sdxl_lora_core.training.model.adapters import TARGETS, Adapter
 from tests.micro.loras import (
     ATTENTION,
     CONV,
@@ -197,7 +197,7 @@ def test_what_is_not_low_rank_is_named(lora: LoRAFile, tmp_path: Path) -> None:
     told = describe_lora(tmp_path / "x.safetensors")
     found = 3 * (len(lora.unet) + len(lora.text_encoder) + len(lora.text_encoder_2)) + 4
     assert f"{found - 4} of {found} keys are applied" in told
-    assert "4 keys are not understood: lora_unet_nowhere.lora_down.weight" in told
+    assert "4 keys are unknown: lora_unet_nowhere.lora_down.weight" in told
 
 
 # ------------------------------------------------------------------ refusals
@@ -232,7 +232,7 @@ ATTN2 = "transformer_blocks_0_attn2_to_k"
 )
 def test_loras_of_other_models_are_named(tensors: dict[str, Tensor], kind: str, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=f"other.safetensors is {kind}.*: give an SDXL LoRA"):
+    with pytest.raises(ValueError, match=f"other.safetensors is {kind}.*: use an SDXL LoRA"):
         read_lora(tmp_path / "other.safetensors")
 
 
@@ -253,7 +253,7 @@ def test_damaged_and_empty_loras_are_refused(lora: LoRAFile, tmp_path: Path) -> 
             },
             r"has alpha of shape \[2\]: damaged file",
         ),
-        ({f"{key}.lora_A.weight": torch.ones(4, 2), f"{key}.lora_B.weight": torch.ones(2, 3)}, "of unlike rank"),
+        ({f"{key}.lora_A.weight": torch.ones(4, 2), f"{key}.lora_B.weight": torch.ones(2, 3)}, "of different ranks"),
         ({f"{key}.lora_A.weight": torch.full((4, 2), math.nan), f"{key}.lora_B.weight": torch.ones(2, 4)}, "holds NaN"),
     ):
         save_file(tensors, path)
@@ -261,7 +261,7 @@ def test_damaged_and_empty_loras_are_refused(lora: LoRAFile, tmp_path: Path) -> 
             read_lora(path)
     write_lora(path, lora, torch.float16)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         read_lora(path)
     (tmp_path / "x.pt").write_bytes(b"PK\x03\x04")
     with pytest.raises(ValueError, match="x.pt is a pickle, which is not opened"):
@@ -487,7 +487,7 @@ def test_peft_loads_a_trained_adapter_whole(kind: Any, micro_base: SDXLBase, tmp
     unet = trained_unet(micro_base, tmp_path, adapter=kind, save_format="peft")
     plain: Any = load_parts(micro_base)["unet"]
     names = [name for name, module in plain.named_modules() if module.__class__ in (nn.Linear, nn.Conv2d)]
-    pattern = rf".*\.({'|'.join(PRESETS['all-linear+conv'])})"
+    pattern = rf".*\.({'|'.join(TARGETS['all-linear+conv'])})"
     targets = [name for name in names if re.fullmatch(pattern, name)]
     model = get_peft_model(plain, LoraConfig(r=3, lora_alpha=3, use_dora=kind == "dora", target_modules=targets))
     weights = {

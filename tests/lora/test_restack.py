@@ -175,7 +175,7 @@ def test_strengths_by_block_multiply_the_strength_there(micro_base: SDXLBase, fi
 
 
 def test_an_unknown_block_is_named_before_anything_is_read(files: list[Path]) -> None:
-    with pytest.raises(ValueError, match="LoRA 0: blocks names 'middle', which is no block"):
+    with pytest.raises(ValueError, match="LoRA 0: blocks names 'middle', which is not a block"):
         stack(files, 1.0, blocks="middle=0")
 
 

@@ -115,7 +115,7 @@ def test_a_lora_that_does_not_fit_leaves_what_is_loaded(
         "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(5, 2),
     }
     save_file(wrong, tmp_path / "wrong.safetensors")
-    with pytest.raises(ValueError, match="take a LoRA that was trained on a model of this size"):
+    with pytest.raises(ValueError, match="use a LoRA that was trained on a model of this size"):
         draw(micro_base, settings(), [LoRARef(tmp_path / "wrong.safetensors", "wrong", 1.0, 1.0)], parts=parts)
     parts.taken_events()
     np.testing.assert_array_equal(pixels(micro_base, settings(), [lora], parts=parts), before)

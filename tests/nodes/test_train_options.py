@@ -57,8 +57,8 @@ def test_what_of_a_preset_does_not_fit_is_left_out_and_named() -> None:
     filled, left_out = with_preset({"debiased": True, "steps": 20}, "style")
     assert "snr_gamma" not in filled and "lr_warmup_steps" not in filled and filled["rank"] == 16
     assert left_out == [
-        "preset style: lr_warmup_steps 50 is left out, because lr_warmup_steps is 50 and steps is 20: the warm-up has "
-        "to end earlier",
+        "preset style: lr_warmup_steps 50 is left out, because lr_warmup_steps is 50 and steps is 20: the warm-up must "
+        "be shorter",
         "preset style: snr_gamma 5.0 is left out, because snr_gamma is 5.0 and debiased is on: both weight the "
         "timesteps, so turn one of them off",
     ]

@@ -147,7 +147,7 @@ def test_folders_of_anything_else_are_refused(
 
 
 def test_incomplete_folders_are_refused(micro_copy: Callable[[], Path], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist: give an SDXL base"):
+    with pytest.raises(FileNotFoundError, match="does not exist: use an SDXL base"):
         open_base(tmp_path / "nothing")
     folder = micro_copy()
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -157,7 +157,7 @@ def test_incomplete_folders_are_refused(micro_copy: Callable[[], Path], tmp_path
     folder = micro_copy()
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         open_base(folder)
 
 
@@ -334,7 +334,7 @@ SDXL = (f"{UNET}input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x
 )
 def test_other_checkpoints_are_named(names: tuple[str, ...], kind: str, tmp_path: Path) -> None:
     path = save(tmp_path / "model.safetensors", *names)
-    with pytest.raises(ValueError, match=f"model.safetensors is .*{kind}.*: give an SDXL base"):
+    with pytest.raises(ValueError, match=f"model.safetensors is .*{kind}.*: use an SDXL base"):
         open_base(path)
 
 
@@ -366,11 +366,11 @@ def test_pickles_and_damaged_files_are_refused(micro_checkpoint: Path, tmp_path:
         ("renamed.safetensors", b"PK\x03\x04" + bytes(100), "a PyTorch pickle, which is not opened"),
         ("old.safetensors", b"\x80\x02}q\x00." + bytes(100), "a Python pickle, which is not opened"),
         ("page.safetensors", b"<!doctype html>" + bytes(100), "a web page: give a .safetensors file"),
-        ("cut.safetensors", whole[:-1], "not a whole safetensors file"),
-        ("head.safetensors", whole[:500], "not a whole safetensors file"),
-        ("empty.safetensors", b"", "not a whole safetensors file"),
-        ("huge.safetensors", (10**12).to_bytes(8, "little") + whole[8:], "not a whole safetensors file"),
-        ("noise.safetensors", b"\x08" + bytes(7) + b"not json" + bytes(100), "not a whole safetensors file"),
+        ("cut.safetensors", whole[:-1], "not a complete safetensors file"),
+        ("head.safetensors", whole[:500], "not a complete safetensors file"),
+        ("empty.safetensors", b"", "not a complete safetensors file"),
+        ("huge.safetensors", (10**12).to_bytes(8, "little") + whole[8:], "not a complete safetensors file"),
+        ("noise.safetensors", b"\x08" + bytes(7) + b"not json" + bytes(100), "not a complete safetensors file"),
     ]
     for name, content, message in cases:
         (tmp_path / name).write_bytes(content)

@@ -45,7 +45,7 @@ def test_known_names(diffusers: str, sai: str) -> None:
 
 
 def test_names_of_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="transformer.blocks.0 is no module of SDXL's UNet"):
+    with pytest.raises(ValueError, match="transformer.blocks.0 is not a module of SDXL's UNet"):
         sai_block_name("transformer.blocks.0")
     assert diffusers_block_name("output_blocks.4.7.x") is None
     assert diffusers_block_name("joint_blocks.4.1.x") is None

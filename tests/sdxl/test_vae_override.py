@@ -129,7 +129,7 @@ def edited(folder: Path, micro_sdxl: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("write", "said"),
     [
-        (lambda f, m: f / "gone.safetensors", "VAE gone.safetensors does not exist: give a VAE made for SDXL"),
+        (lambda f, m: f / "gone.safetensors", "VAE gone.safetensors does not exist: use a VAE made for SDXL"),
         (lambda f, m: shaped(f / "lora.safetensors", lora_unet_x__lora_down=(4, 8)), "lora.safetensors is .*LoRA"),
         (lambda f, m: shaped(f / "wan.safetensors", encoder__conv_in=(8, 3, 3, 3, 3)), "without encoder.conv_in"),
         (

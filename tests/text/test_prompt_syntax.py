@@ -167,7 +167,10 @@ def test_a_vector_alone_is_one_token(tmp_path: Path) -> None:
         ({"emb_params": torch.zeros(2, 768)}, "embedding:cat is for Stable Diffusion 1.x: SDXL needs vectors for both"),
         ({"clip_l": torch.zeros(2, 768)}, "embedding:cat is for Stable Diffusion 1.x"),
         ({"emb_params": torch.zeros(2, 1024)}, "embedding:cat is for Stable Diffusion 2.x"),
-        ({"a.weight": torch.zeros(2, 5)}, r"embedding:cat is no embedding for SDXL \(its first tensors: a.weight\)"),
+        (
+            {"a.weight": torch.zeros(2, 5)},
+            r"embedding:cat is not an embedding for SDXL \(its first tensors: a.weight\)",
+        ),
         (
             {"clip_l": torch.zeros(2, 8), "clip_g": torch.zeros(3, 12)},
             "2 vectors for one text encoder and 3 for the",
@@ -188,7 +191,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     save_file({key: rows / 0 for key, rows in vectors().items()}, tmp_path / "cat.safetensors")
-    with pytest.raises(ValueError, match="embedding:cat holds NaN or infinity"):
+    with pytest.raises(ValueError, match="embedding:cat contains NaN or infinity"):
         open_embedding("cat", tmp_path / "cat.safetensors", None).vectors()
 
 
@@ -270,7 +273,7 @@ def test_an_embedding_for_another_width_names_both(micro_base: SDXLBase, folder:
 
 def test_a_long_prompt_goes_with_a_short_negative_one(micro_base: SDXLBase, caplog: pytest.LogCaptureFixture) -> None:
     cut = pixels(micro_base, settings(prompt=LONG, negative_prompt="blue", steps=2))
-    assert re.search(r"its end is not seen \(set long_prompts to chunks to read on\): .*3 9$", caplog.text.strip())
+    assert re.search(r"its end has no effect \(set long_prompts to chunks to use it\): .*3 9$", caplog.text.strip())
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         whole = pixels(micro_base, settings(prompt=LONG, negative_prompt="blue", steps=2, long_prompts="chunks"))

@@ -249,7 +249,7 @@ def test_a_file_with_text_encoders_is_refused(adapter: Any, micro_base: SDXLBase
         ({"save_format": "peft", "adapter": "loha"}, "save_format is peft and adapter is loha"),
         ({"init": "pissa", "target_modules": "all-linear+conv"}, "init is pissa and target_modules is all-linear"),
         ({"init": "gaussian", "continue_from": "x"}, "init is gaussian and continue_from is set"),
-        ({"blocks": "up_blocks.7"}, "blocks names 'up_blocks.7', which is no block: known are .*mid_block"),
+        ({"blocks": "up_blocks.7"}, "blocks names 'up_blocks.7', which is not a block: use .*mid_block"),
         ({"blocks": "mid_block, mid_block"}, "blocks names mid_block twice"),
         ({"blocks": "down_blocks.0"}, "blocks names down_blocks.0 and target_modules is attention"),
         ({"block_ranks": "mid_block"}, "block_ranks is 'mid_block': write block=number, mid_block=4"),

@@ -8,7 +8,7 @@ import torch
 from sdxl_lora_core.lora.merge_into_weights import merge_into
 from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.model.adapters import PRESETS, Adapter
+from sdxl_lora_core.training.model.adapters import TARGETS, Adapter
 
 
 def new_unet(base: SDXLBase) -> Any:
@@ -21,7 +21,7 @@ def new_unet(base: SDXLBase) -> Any:
         ("attention", {"to_q", "to_k", "to_v", "to_out.0"}),
         ("attention+ff", {"to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"}),
         ("all-linear", {"to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"}),
-        ("all-linear+conv", set(PRESETS["all-linear+conv"])),
+        ("all-linear+conv", set(TARGETS["all-linear+conv"])),
     ],
 )
 def test_a_preset_covers_its_modules_and_no_others(micro_base: SDXLBase, preset: Any, ends: set[str]) -> None:
@@ -38,7 +38,7 @@ def test_the_full_size_model_has_560_and_722_modules() -> None:
         config = UNet2DConditionModel.load_config(str(CONFIGS), subfolder="unet")
         unet: Any = UNet2DConditionModel.from_config(config)
     names = [name for name, _ in unet.named_modules()]
-    counts = {p: sum(any(n.endswith("." + end) for end in ends) for n in names) for p, ends in PRESETS.items()}
+    counts = {p: sum(any(n.endswith("." + end) for end in ends) for n in names) for p, ends in TARGETS.items()}
     resnets, shortcuts, samplers = 17, 11, 4
     convolutions = 3 * resnets + shortcuts + samplers
     assert counts == {"attention": 560, "attention+ff": 700, "all-linear": 722, "all-linear+conv": 722 + convolutions}

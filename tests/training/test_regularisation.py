@@ -177,7 +177,7 @@ def drawing(limit: int) -> Callable[[StepReport], None]:
     """Fails as soon as more than `limit` images of 25 steps are to be drawn."""
 
     def on_step(report: StepReport) -> None:
-        if report.phase == "drawing class images":
+        if report.phase == "generating class images":
             assert report.total == limit * 25
             drawn.append(report.done)
 

@@ -122,7 +122,7 @@ def test_a_choice_by_score_survives_a_cancel(run: Train, trained: Trained) -> No
         run(chosen(), on_step=cancel_at(1))
 
     def cancel_drawing(report: StepReport) -> None:
-        if report.phase == "drawing samples" and report.done == 1:
+        if report.phase == "generating samples" and report.done == 1:
             raise Cancelled
 
     with pytest.raises(Cancelled):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...sdxl.blocks import WITH_ATTENTION, lies_in, read_block_values, read_blocks
+from ...sdxl.blocks import WITH_ATTENTION, is_in_block, read_block_values, read_blocks
 from ...sdxl.loading import Part
 from ...sdxl.precision import WeightType
 from ...settings import Range, setting
@@ -155,7 +155,7 @@ def _check_blocks(settings: AdapterSettings) -> None:
             raise ValueError(f"block_ranks gives {block} {rank:g}: a rank is a whole number")
     for option, named in (("blocks", blocks), ("block_ranks", ranks), ("block_learning_rates", rates)):
         for block in named:
-            if blocks and not any(lies_in(block, [other]) or lies_in(other, [block]) for other in blocks):
+            if blocks and not any(is_in_block(block, [other]) or is_in_block(other, [block]) for other in blocks):
                 raise ValueError(
                     f"{option} names {block}, which blocks ({settings.blocks}) excludes: change one of them"
                 )

@@ -61,7 +61,7 @@ class CaptionSettings:
     new_tokens: str = setting(
         "",
         "Tokens to train in both text encoders (textual inversion), such as 'ohwx=cat', initialised as cat, or 'ohwx', "
-        "initialised at random. For things that no word describes; the captions have to contain them.",
+        "initialised at random. For things that no word describes; the captions must contain them.",
     )
     vectors_per_token: int = setting(
         1,
@@ -92,7 +92,7 @@ def read_new_tokens(text: str, vectors_per_token: int) -> dict[str, str]:
         tokens[name] = start
     if len(tokens) * vectors_per_token > CHUNK_TOKENS:
         raise ValueError(
-            f"new_tokens has {len(tokens)} words and vectors_per_token is {vectors_per_token}: a prompt holds "
+            f"new_tokens has {len(tokens)} words and vectors_per_token is {vectors_per_token}: a prompt has at most "
             f"{CHUNK_TOKENS} tokens, so lower vectors_per_token"
         )
     return tokens
@@ -110,7 +110,7 @@ def placeholder_ids(settings: CaptionSettings) -> TokenIds:
 
 def check_captions(settings: CaptionSettings) -> None:
     if not settings.tag_separator:
-        raise ValueError("tag_separator is empty: give the text between two tags, a comma for example")
+        raise ValueError("tag_separator is empty: set it to the text between two tags, such as a comma")
     if settings.keep_tags and not (settings.shuffle_tags or settings.tag_dropout):
         raise ValueError(
             f"keep_tags is {settings.keep_tags}, shuffle_tags is off and tag_dropout 0: all tags are kept anyway, so "

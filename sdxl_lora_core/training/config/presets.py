@@ -12,7 +12,7 @@ Preset = Literal["none", "character", "style", "object", "low memory (8 GB)", "f
 
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "none": {},
-    # A face has to keep its detail in any context: a higher rank, and some caption dropout.
+    # A face must keep its detail in any context: a higher rank, and some caption dropout.
     "character": {
         "rank": 16,
         "alpha": 8.0,
@@ -22,7 +22,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
         "target_modules": "all-linear",
         "caption_dropout": 0.05,
     },
-    # A style is in texture and light: convolutions are trained as well, and the noise offset frees the brightness.
+    # A style is in texture and light: convolutions are trained as well, and the noise offset frees brightness.
     "style": {
         "rank": 16,
         "alpha": 16.0,

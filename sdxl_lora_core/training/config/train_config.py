@@ -93,7 +93,7 @@ class TrainConfig(
     def __post_init__(self) -> None:
         check_settings(self)
         check_adapter(self)
-        check_what_learns(self)
+        check_learning_rates(self)
         check_loss(self)
         check_optimizer(self)
         check_captions(self)
@@ -101,7 +101,7 @@ class TrainConfig(
         check_memory(self)
         if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
             raise ValueError(
-                f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up has to end earlier"
+                f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up must be shorter"
             )
         if (
             not self.lora_name
@@ -109,12 +109,12 @@ class TrainConfig(
             or self.lora_name.strip(" .") != self.lora_name
         ):
             raise ValueError(
-                f'lora_name is {self.lora_name!r}: give a plain file name without slashes or any of <>:"|?*'
+                f'lora_name is {self.lora_name!r}: use a plain file name without slashes or any of <>:"|?*'
             )
 
 
-def check_what_learns(config: TrainConfig) -> None:
-    """Raises ValueError if nothing is trained, new_tokens is invalid, or Prodigy would have to find several rates."""
+def check_learning_rates(config: TrainConfig) -> None:
+    """Raises ValueError if nothing is trained, new_tokens is invalid, or Prodigy would need several learning rates."""
     tokens_of(config)
     if not config.rates:
         raise ValueError(
@@ -122,7 +122,7 @@ def check_what_learns(config: TrainConfig) -> None:
             "new_tokens"
         )
     if list(config.rates) == ["token_learning_rate"]:
-        _refuse_settings_of_loras(config)
+        _reject_lora_settings(config)
     if config.optimizer == "prodigy":
         _check_prodigy(config)
 
@@ -143,7 +143,7 @@ def _check_prodigy(config: TrainConfig) -> None:
         )
 
 
-def _refuse_settings_of_loras(config: TrainConfig) -> None:
+def _reject_lora_settings(config: TrainConfig) -> None:
     for name, field in fields_of(config).items():
         if name in _OF_LORAS and getattr(config, name) != field.default:
             raise ValueError(

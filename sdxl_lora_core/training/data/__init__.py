@@ -1,1 +1,1 @@
-"""What each optimizer update sees."""
+"""The batches of each optimizer update."""

@@ -24,7 +24,7 @@ class NoiseSampler:
         return min(low + int(normal.sigmoid() * (high + 1 - low)), high)
 
     def noise(self, latents: Tensor, random: torch.Generator) -> Tensor:
-        """The noise for the latents [4, H/8, W/8] of one sample, which the UNet has to predict."""
+        """The noise for the latents [4, H/8, W/8] of one sample, which the UNet is trained to predict."""
         noise = torch.randn(latents.shape, generator=random)
         if self.settings.noise_offset:  # Guttenberg, "Diffusion with Offset Noise"
             noise += self.settings.noise_offset * torch.randn(len(latents), 1, 1, generator=random)

@@ -1,1 +1,1 @@
-"""What learns, and the objective that it learns by."""
+"""The trainable model: adapters, new tokens and the training objective."""

@@ -1,4 +1,4 @@
-"""Where an adapter's matrices start, other than at random: at the base's principal parts, or at another file."""
+"""Initial values of adapters other than random ones: PiSSA, and the LoRA file of `continue_from`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ log = logging.getLogger("sdxl_lora")
 PISSA = "pissa_niter_16"  # peft's name of the fast decomposition; a full one of every layer takes hours
 
 
-def start_at_principal_parts(layers: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """PiSSA, Meng et al., arXiv 2404.02948: moves the largest singular parts of each weight into its LoRA.
+def pissa_init(layers: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """PiSSA (Meng et al., arXiv 2404.02948): moves the principal components of each weight into its LoRA.
 
-    Returns down and up of each layer as they start, on the CPU: what is learned is the change since. Draws from the
-    global random state. Raises ValueError where a weight has fewer singular parts than the rank.
+    Returns the initial down and up matrices of each layer on the CPU: the trained change is the difference from them.
+    Uses the global random state. Raises ValueError if the rank is larger than that of a weight.
     """
     first = {}
     for name, layer in layers.items():
@@ -33,7 +33,7 @@ def start_at_principal_parts(layers: Mapping[str, Any]) -> dict[str, tuple[Tenso
         if rank > min(weight.shape):
             raise ValueError(
                 f"rank is {rank} and init is pissa: {name} of shape {list(weight.shape)} has {min(weight.shape)} "
-                f"singular parts; take a rank up to {min(weight.shape)}, or init kaiming"
+                f"singular values; set rank to at most {min(weight.shape)}, or init to kaiming"
             )
         layer.pissa_init("default", PISSA)
         first[name] = (
@@ -44,38 +44,40 @@ def start_at_principal_parts(layers: Mapping[str, Any]) -> dict[str, tuple[Tenso
 
 
 def require_same_parts(file: LoRAFile, config: TrainConfig, encoders: Sequence[Part]) -> None:
-    """Raises ValueError if the file of `continue_from` changes a part that this run leaves alone, or has other tokens.
+    """Raises ValueError if the file of `continue_from` changes parts that this run does not train, or has other tokens.
 
-    `encoders` are the text encoders that learn by themselves.
+    `encoders` are the text encoders that have an adapter.
     """
     name = Path(config.continue_from).name
-    learns = {"unet": config.train_unet} | {part: part in encoders for part in ENCODERS}
+    trains = {"unet": config.train_unet} | {part: part in encoders for part in ENCODERS}
     for part, modules in file.parts().items():
-        if modules and not learns[part]:
+        if modules and not trains[part]:
             remedy = "turn train_unet on" if part == "unet" else f"set {part}_learning_rate"
-            raise ValueError(f"continue_from is {name}, which changes the {part}, and here it does not learn: {remedy}")
+            raise ValueError(
+                f"continue_from is {name}, which changes the {part}, and this run does not train it: {remedy}"
+            )
     wanted = dict.fromkeys(tokens_of(config), config.vectors_per_token)
     found = {token: len(next(iter(vectors.values()))) for token, vectors in file.tokens.items()}
     if found != wanted:
         raise ValueError(
-            f"continue_from is {name} with the new tokens {_named(found)}, and here they are {_named(wanted)}: "
-            "take the file's new_tokens and vectors_per_token"
+            f"continue_from is {name} with the new tokens {_named(found)}, and this run has {_named(wanted)}: "
+            "use the file's new_tokens and vectors_per_token"
         )
 
 
 def _named(tokens: Mapping[str, int]) -> str:
-    return ", ".join(f"{token} of {count} vectors" for token, count in tokens.items()) or "none"
+    return ", ".join(f"{token} with {count} vectors" for token, count in tokens.items()) or "none"
 
 
 @torch.no_grad()
 def continue_from(file: LoRAFile, config: TrainConfig, part: Part, layers: Mapping[str, Any]) -> None:
-    """Puts the matrices of the file into the layers of `part`, scaled so that they act as they do in the file.
+    """Copies the matrices of the file to the layers of `part`, scaled for the same effect as in the file.
 
-    Raises ValueError for a file of another kind, of other layers or of another rank, naming what differs.
+    Raises ValueError if the file's kind of adapter, layers or ranks differ from those of the run.
     """
     name, modules = Path(config.continue_from).name, file.parts()[part]
     if not modules:
-        log.info("%s leaves the %s as it is, so that starts anew", name, part)
+        log.info("%s does not change the %s, whose adapter starts at its usual initial values", name, part)
         return
     _require_same_layers(name, config, modules, layers)
     for path, layer in layers.items():
@@ -83,16 +85,16 @@ def continue_from(file: LoRAFile, config: TrainConfig, part: Part, layers: Mappi
         where = f"continue_from is {name}, whose {path}"
         kind = "dora" if isinstance(module, LoRAModule) and module.is_dora else module.kind.lower()
         if kind != config.adapter:
-            raise ValueError(f"{where} is a {kind}, and adapter is {config.adapter}: take adapter {kind}")
+            raise ValueError(f"{where} is a {kind}, and adapter is {config.adapter}: set adapter to {kind}")
         weight, parameters = layer.base_layer.weight, _parameters(layer)
         sizes = {key: parameter.numel() for key, parameter in parameters.items()}
         alike = prod(module.shape) == weight.numel()
         values = _start_values(module, layer.scaling["default"], weight) if alike else {}
         if not values or any(tensor.numel() != sizes.get(key) for key, tensor in values.items()):
             raise ValueError(
-                f"{where} has rank {module.rank or 'full'} for a weight of shape {list(module.shape)}; here it is "
-                f"{layer.r['default']}, for {list(weight.shape)}: "
-                "take the file's rank and block_ranks, or the base it was made for"
+                f"{where} has rank {module.rank or 'full'} for a weight of shape {list(module.shape)}; in this "
+                f"run it is {layer.r['default']}, for {list(weight.shape)}: "
+                "use the file's rank and block_ranks, or the base it was made for"
             )
         for key, tensor in values.items():
             parameters[key].copy_(tensor.reshape(parameters[key].shape))
@@ -110,17 +112,17 @@ def _require_same_layers(name: str, config: TrainConfig, found: Mapping[str, Any
 
 
 def _parameters(layer: Any) -> dict[str, Tensor]:
-    """The layer's trained tensors by the names of peft's lists: lora_A, lora_B, hada_w1_a, ..."""
+    """The trainable tensors of a layer by peft's names: lora_A, lora_B, hada_w1_a and so on."""
     return {key.split(".")[0]: tensor for key, tensor in layer.named_parameters() if tensor.requires_grad}
 
 
 def _start_values(module: AdapterModule, scale: float, weight: Tensor) -> dict[str, Tensor]:
-    """Tensors by peft's names, so that `scale` times their product is the module's change of `weight`."""
+    """The tensors of `module` by peft's names, such that `scale` times their product is its change of `weight`."""
     factor = module.scale / scale
     if isinstance(module, LoRAModule):
         values = {"lora_A": module.down.float(), "lora_B": module.up.float() * factor}
-        lengths = with_magnitude(module, weight).magnitude
-        return values if lengths is None else {**values, "lora_magnitude_vector": lengths.float()}
+        magnitude = with_magnitude(module, weight).magnitude
+        return values if magnitude is None else {**values, "lora_magnitude_vector": magnitude.float()}
     values = {name: tensor.float() for name, tensor in module.factors.items()}
     one = next(iter(values))  # the change is linear in each factor
     return {**values, one: values[one] * factor}

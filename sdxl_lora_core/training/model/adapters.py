@@ -1,4 +1,4 @@
-"""Adapters on the UNet and the text encoders through peft.
+"""Adapters on the UNet and the text encoders, by peft.
 
 LoRA, arXiv 2106.09685; DoRA, 2402.09353; LoHa, 2108.06098; LoKr, 2309.14859; rsLoRA, 2312.03732; LoRA+, 2402.12354.
 """
@@ -18,7 +18,7 @@ from ...sdxl.blocks import read_block_values, read_blocks, value_for
 from ...sdxl.loading import Part
 from ..config.adapter import encoder_rate
 from ..config.train_config import TrainConfig
-from .adapter_init import continue_from, start_at_principal_parts
+from .adapter_init import continue_from, pissa_init
 from .lora_linear import fuse
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -26,7 +26,7 @@ _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 _TRANSFORMERS = (*_ATTENTION, *_FEED_FORWARD, "proj_in", "proj_out")
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _RESNETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
-PRESETS: dict[str, tuple[str, ...]] = {
+TARGETS: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,
     "attention+ff": _ATTENTION + _FEED_FORWARD,
     "all-linear": _TRANSFORMERS,
@@ -35,10 +35,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 class Adapter:
-    """The adapter of `config` on one part of SDXL, which it changes in place. `layers` are peft's, by diffusers' names.
+    """The adapter of `config` on one part of SDXL, added in place. `layers` are peft's layers by diffusers' names.
 
-    Training starts at the base itself, or at the effect of `start`. Random start values follow from `config.seed`.
-    Raises ValueError where `start`, or the rank of PiSSA, does not fit.
+    Initially it has no effect, or that of `start`. Random initial values depend on `config.seed` only.
+    Raises ValueError if `start`, or the rank of PiSSA, does not fit.
     """
 
     def __init__(self, model: Any, config: TrainConfig, part: Part = "unet", start: LoRAFile | None = None) -> None:
@@ -52,9 +52,9 @@ class Adapter:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-            self.first = start_at_principal_parts(self.layers) if config.init == "pissa" else {}
+            self.first = pissa_init(self.layers) if config.init == "pissa" else {}
         if config.adapter == "dora":
-            _measure_lengths(self.layers)
+            _update_magnitudes(self.layers)
         if start:
             continue_from(start, config, part, self.layers)
         self.groups = _groups(self.layers, config, part)
@@ -62,12 +62,12 @@ class Adapter:
             fuse(self.layers.values())
 
     def modules(self) -> dict[str, AdapterModule]:
-        """What a file holds: the change against the base as it was, by diffusers' names, copied to the CPU."""
+        """The change of the original weights by diffusers' names, copied to the CPU, for a LoRA file."""
         read = {"loha": self._loha, "lokr": self._lokr}.get(self.config.adapter, self._lora)
         return {name: read(name, layer) for name, layer in self.layers.items()}
 
     def _lora(self, name: str, layer: Any) -> LoRAModule:
-        """rsLoRA's scale alpha / sqrt(rank) is alpha * sqrt(rank) / rank. PiSSA's first product is taken off again."""
+        """rsLoRA's scale alpha / sqrt(rank) is alpha * sqrt(rank) / rank. PiSSA's initial product is subtracted."""
         down, up = _copy(layer.lora_A["default"].weight), _copy(layer.lora_B["default"].weight)
         alpha = layer.lora_alpha["default"] * (math.sqrt(down.shape[0]) if self.config.use_rslora else 1.0)
         if name in self.first:
@@ -75,12 +75,12 @@ class Adapter:
             down, up, alpha = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1), 2 * alpha
         if self.config.adapter == "lora":
             return LoRAModule(down, up, alpha)
-        lengths = _copy(layer.lora_magnitude_vector["default"].weight).reshape(-1, *[1] * (down.dim() - 1))
-        module = LoRAModule(down, up, alpha, magnitude=lengths)
+        magnitude = _copy(layer.lora_magnitude_vector["default"].weight).reshape(-1, *[1] * (down.dim() - 1))
+        module = LoRAModule(down, up, alpha, magnitude=magnitude)
         return module if self.config.save_format == "peft" else with_dora_scale(module, self._base(name, layer))
 
     def _base(self, name: str, layer: Any) -> Tensor:
-        """The weight as it was before PiSSA took its part."""
+        """The weight before PiSSA subtracted its principal components."""
         weight = layer.base_layer.weight.detach()
         if name not in self.first:
             return weight
@@ -91,7 +91,7 @@ class Adapter:
         return LoHaModule(_factors(layer), layer.alpha["default"])
 
     def _lokr(self, name: str, layer: Any) -> LoKrModule:
-        """Files have no scale where both matrices are whole, so it goes into the first."""
+        """Files have no scale if neither matrix is factored, so the first one is multiplied by it."""
         module = LoKrModule(_factors(layer), layer.alpha["default"])
         if module.rank:
             return module
@@ -100,7 +100,7 @@ class Adapter:
 
 
 def _file_path(name: str, part: Part) -> str:
-    """CLIP's text model lies within `text_model` or, from transformers 5.6 on, is the part itself; files say it."""
+    """CLIP's text model is in `text_model` or, from transformers 5.6 on, is the part itself; files have the prefix."""
     return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
 
 
@@ -119,7 +119,7 @@ def _peft_config(config: TrainConfig, part: Part) -> Any:
         drops = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
         return kind(alpha=config.alpha, **drops, **common)
     return LoraConfig(
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, and divides it as a float
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # annotated as int in peft, used as a float
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,
         use_dora=config.adapter == "dora",
@@ -129,14 +129,14 @@ def _peft_config(config: TrainConfig, part: Part) -> Any:
 
 
 def _target_pattern(config: TrainConfig) -> str:
-    """A pattern for whole module names: the preset's layers within `config.blocks`."""
-    ends = "|".join(map(re.escape, PRESETS[config.target_modules]))
+    """A pattern for full module names: the layers of `target_modules` within `config.blocks`."""
+    ends = "|".join(map(re.escape, TARGETS[config.target_modules]))
     blocks = "|".join(map(re.escape, read_blocks("blocks", config.blocks)))
     return rf"(?:{blocks})\.(?:.*\.)?(?:{ends})" if blocks else rf"(?:.*\.)?(?:{ends})"
 
 
 def _text_pattern(config: TrainConfig) -> str:
-    """A text encoder has attention and feed-forward layers; what else a preset names, it has not."""
+    """Text encoders have attention and feed-forward layers only; other layers of `target_modules` do not apply."""
     feed_forward = () if config.target_modules == "attention" else ("fc1", "fc2")
     return rf".*\.(?:{'|'.join((*_TEXT_ATTENTION, *feed_forward))})"
 
@@ -145,8 +145,8 @@ def _inside(block: str) -> str:
     return rf"{re.escape(block)}\..*"
 
 
-def _measure_lengths(layers: dict[str, Any]) -> None:
-    """DoRA's lengths anew: peft measured them in the base's number format, and training is to start at the base."""
+def _update_magnitudes(layers: dict[str, Any]) -> None:
+    """Computes DoRA's magnitudes again in float32: peft rounds them to the base's dtype, which changes the output."""
     for layer in layers.values():
         layer.lora_magnitude_vector["default"].update_layer(
             base_layer=layer.base_layer,
@@ -157,7 +157,7 @@ def _measure_lengths(layers: dict[str, Any]) -> None:
 
 
 def _groups(layers: dict[str, Any], config: TrainConfig, part: Part) -> list[ParameterGroup]:
-    """A group for each learning rate; without settings of their own all parameters are one."""
+    """One group for each learning rate; a single group without block_learning_rates and LoRA+."""
     blocks = config.block_learning_rates if part == "unet" else ""
     rates = read_block_values("block_learning_rates", blocks, 0, math.inf)
     of_part = (config.learning_rate if part == "unet" else encoder_rate(config, part)) / config.leading_rate
@@ -165,13 +165,13 @@ def _groups(layers: dict[str, Any], config: TrainConfig, part: Part) -> list[Par
     for name, layer in layers.items():
         for key, parameter in layer.named_parameters():
             if parameter.requires_grad:
-                faster = config.lora_plus_ratio if key.startswith("lora_B") else 1.0
-                groups.setdefault(of_part * value_for(name, rates, 1.0) * faster, []).append(parameter)
+                factor = config.lora_plus_ratio if key.startswith("lora_B") else 1.0
+                groups.setdefault(of_part * value_for(name, rates, 1.0) * factor, []).append(parameter)
     return [ParameterGroup(parameters, factor) for factor, parameters in groups.items()]
 
 
 def _factors(layer: Any) -> dict[str, Tensor]:
-    """peft names them as LyCORIS does."""
+    """The factors of a LoHa or LoKr layer; peft's names are LyCORIS'."""
     names = (name for name in layer.adapter_layer_names if "default" in getattr(layer, name))
     return {name: _copy(getattr(layer, name)["default"]) for name in names}
 
@@ -182,7 +182,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters, float32, in a fixed order, that learn at `rate_factor` times the run's learning rate."""
+    """float32 parameters in a fixed order, with a learning rate of `rate_factor` times the run's."""
 
     parameters: list[nn.Parameter]
     rate_factor: float = 1.0

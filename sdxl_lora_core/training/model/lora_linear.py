@@ -1,7 +1,7 @@
-"""LoRA on a frozen linear layer as one step of autograd.
+"""LoRA on a frozen linear layer as one autograd function.
 
-peft computes the branch in fp32 beside the base's bf16, with copies and sums as large as the activations. Here it is
-added to the base's product in place, in the base's number format; the parameters and their gradients stay float32.
+peft computes the branch in fp32 beside a base in bf16, with copies and sums of the size of the activations. Here it is
+added to the base's output in place, in the base's dtype; the parameters and their gradients stay float32.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class LoRALinear(torch.autograd.Function):
 
 
 def fuse(layers: Iterable[nn.Module]) -> None:
-    """Gives peft's plain LoRA layers on linear layers this forward. Their parameters stay where they are."""
+    """Replaces the forward of peft's LoRA layers on linear layers by LoRALinear. Their parameters are unchanged."""
     from peft.tuners.lora import Linear
 
     for layer in layers:

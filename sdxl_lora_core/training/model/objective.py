@@ -1,4 +1,4 @@
-"""What the UNet is asked to predict, and how far off it is."""
+"""The training objective: noisy inputs, prediction targets and losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config.loss import LossSettings
 
 
 class Objective:
-    """The training objective of one run: the noise schedule of the base, and the loss that `settings` ask for."""
+    """The objective of a run: the noise schedule of the base and the loss of `settings`."""
 
     def __init__(self, scheduler: Any, settings: LossSettings) -> None:
         """Raises ValueError for a prediction type that SDXL bases do not have."""
@@ -25,11 +25,11 @@ class Objective:
         self.weights = self._weights()
 
     def to(self, device: torch.device) -> None:
-        """diffusers would do so in the first step, which may be the memory plan's, on tensors without contents."""
+        """Moves the noise schedule. diffusers would do so in the first step, maybe the memory plan's with fake ones."""
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet sees, float32 [B, 4, H/8, W/8]."""
+        """The input of the UNet, float32 [B, 4, H/8, W/8]."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Objective:
     def losses(
         self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, masks: Tensor | None = None
     ) -> Tensor:
-        """The loss of each sample, weighted by its timestep, float32 [B]. Masks, [B, 1, H/8, W/8], are 1 to learn."""
+        """The loss of each sample, weighted by timestep, float32 [B]. `masks` [B, 1, H/8, W/8] weight its pixels."""
         target = self.target(latents, noise, timesteps)
         errors = _mean(self._errors(prediction.float(), target.float()), masks)
         return self.weights.to(errors.device)[timesteps] * errors
@@ -49,7 +49,7 @@ class Objective:
     def squared_errors(
         self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, masks: Tensor | None = None
     ) -> Tensor:
-        """Mean squared error of each sample, float32 [B]: the same measure for every run, whatever it is trained by."""
+        """Mean squared error of each sample, float32 [B]: comparable between runs with different losses."""
         target = self.target(latents, noise, timesteps)
         return _mean(mse_loss(prediction.float(), target.float(), reduction="none"), masks)
 
@@ -63,8 +63,8 @@ class Objective:
     def _weights(self) -> Tensor:
         """The weight of each timestep, float32 [T].
 
-        The same miss of the image is SNR times as large in epsilon and SNR + 1 times in v (squared), so a weight meant
-        for the image is divided by that. Min-SNR-gamma: Hang et al., arXiv 2303.09556, section 3.4. Debiased
+        A squared error of the image is multiplied by SNR in epsilon and by SNR + 1 in v, so a weight on the image is
+        divided by that. Min-SNR-gamma: Hang et al., arXiv 2303.09556, section 3.4. Debiased
         estimation: Yu et al., arXiv 2310.08442, where it is 1/sqrt(SNR) on epsilon.
         """
         kept = self.scheduler.alphas_cumprod
@@ -79,7 +79,7 @@ class Objective:
 
 
 def _mean(errors: Tensor, masks: Tensor | None) -> Tensor:
-    """The mean of each sample. It is one over the mask's area, so that a small mask does not learn slower."""
+    """The mean of each sample over its masked area only, so that a small mask has the same weight as a large one."""
     if masks is None:
         return errors.mean(dim=(1, 2, 3))
     return (errors * masks).sum(dim=(1, 2, 3)) / (masks.sum(dim=(1, 2, 3)) * errors.shape[1]).clamp_min(1e-6)

@@ -79,7 +79,7 @@ def _plot_losses(axes: Any, state: LoopState) -> None:
 
 
 def _plot_marks(axes: Any, state: LoopState) -> None:
-    """Along the lower edge, checkpoints above and samples below it, so that they hide no curve and not each other."""
+    """Marks along the lower edge, checkpoints above and samples below it, so that they hide no curve."""
     marks = [
         ("checkpoint", state.checkpoints, "|", 0.025, CHECKPOINTS),
         ("samples", [past.step for past in state.looks if past.clip_scores], "^", -0.025, SAMPLES),
@@ -121,12 +121,12 @@ def _label(axes: Any, name: str) -> None:
     axes.grid(alpha=0.25)
 
 
-def _range(raw: Sequence[float], courses: Sequence[float]) -> tuple[float, float]:
-    """Shows 90 of 100 raw values and all of the courses: a few wild steps must not flatten the rest."""
+def _range(raw: Sequence[float], curves: Sequence[float]) -> tuple[float, float]:
+    """The y limits: 90 % of the raw values and all `curves`, so that a few outliers do not flatten the rest."""
     known = sorted(loss for loss in raw if math.isfinite(loss))
     if not known:
         return 0.0, 1.0
     low, high = known[len(known) // 20], known[len(known) - 1 - len(known) // 20]
-    shown = [low, high, *(value for value in courses if math.isfinite(value))]
+    shown = [low, high, *(value for value in curves if math.isfinite(value))]
     margin = 0.06 * (max(shown) - min(shown)) or 0.1
     return min(shown) - margin, max(shown) + margin

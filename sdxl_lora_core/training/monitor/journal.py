@@ -61,7 +61,7 @@ class Journal:
         """Samples, uint8 [H, W, 3], for TensorBoard."""
         for number, pixels in enumerate(images):
             if self._metrics:
-                self._metrics.add_picture(f"sample/{number:02d}", pixels, step)
+                self._metrics.add_image(f"sample/{number:02d}", pixels, step)
 
     def plot(self, state: LoopState, kept: Evaluation | None, now: bool = False) -> None:
         """Writes loss.png, marking the step that would be saved. At most every CHART_SECONDS, unless `now`."""

@@ -1,4 +1,4 @@
-"""The numbers of a run on disk while it trains: metrics.csv, and TensorBoard's event files where it is installed."""
+"""Writes metrics.csv during training, and TensorBoard's event files if tensorboard is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("sdxl_lora")
 
 @dataclass(frozen=True)
 class Row:
-    """One update in metrics.csv. memory is bytes; what is not known is empty. Row 0 is the base before training."""
+    """One update in metrics.csv; `memory` in bytes, unknown values empty. Row 0 is the base before training."""
 
     step: int
     loss: float | None = None
@@ -37,15 +37,14 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 class Metrics:
-    """metrics.csv and event files of one run. A disk that is full costs them, never the run.
+    """metrics.csv and the event files of one run. If the disk is full, they are incomplete and the run goes on.
 
-    Opening writes the rows of the steps that the run has behind it anew and atomically; from there each row is
-    appended and flushed, so that a reader sees it at once. What a crash cut off or a resumed run does again lies
-    behind the step it resumes from, so no step is ever there twice.
+    Opening rewrites the rows of past steps atomically; each further row is appended and flushed, so that readers see
+    it at once. Rows after the step that a run resumes from are dropped, so no step occurs twice.
     """
 
     def __init__(self, folder: Path, tensorboard: TensorBoard, past: Sequence[Row]) -> None:
-        """`past` are the rows that the run's state still knows; speed and memory come from the file itself."""
+        """`past` are the rows known from the run's state; their speed and memory are read from the present file."""
         self._path, self._warned = folder / "metrics.csv", False
         measured = _measured(self._path)
         with self._warned_once():
@@ -72,8 +71,8 @@ class Metrics:
                 if value is not None:
                     self._events.add_scalar(f"train/{name}", value, row.step)
 
-    def add_picture(self, name: str, pixels: np.ndarray, step: int) -> None:
-        """For TensorBoard alone; uint8 [H, W, 3]."""
+    def add_image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Adds an image, uint8 [H, W, 3], to TensorBoard only."""
         if self._events:
             self._events.add_image(name, pixels, step, dataformats="HWC")
 
@@ -92,7 +91,7 @@ class Metrics:
 
 
 def _event_writer(folder: Path, first_step: int) -> Any:
-    """None where tensorboard is not installed. It hides what a crashed run wrote from `first_step` on."""
+    """The writer, or None if tensorboard is not installed. It hides events of a crashed run from `first_step` on."""
     if find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
@@ -101,7 +100,7 @@ def _event_writer(folder: Path, first_step: int) -> Any:
 
 
 def _measured(path: Path) -> dict[str, tuple[str, str]]:
-    """Speed and memory of each step in an older file. Rows that a crash cut off are left out."""
+    """Speed and memory of each step in an existing file, without incomplete rows of a crash."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]

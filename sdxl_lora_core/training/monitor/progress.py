@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: where it stands, the loss, the speed, the memory, the time left."""
+"""Progress reports of a run: phase, loss, throughput, memory and time left."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ...runtime.device import memory_in_use
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is going on. done of total counts the phase's own items; the numbers are known only while training.
+    """The present phase with `done` of `total` items; the other numbers are set only during training.
 
-    `smoothed` is the loss's moving average, `memory` bytes, `seconds_left` what the remaining updates will take.
-    `preview` is a picture to show at once, uint8 [H, W, 3].
+    `smoothed` is the moving average of the loss, `memory` is in bytes, `seconds_left` is estimated. `preview` is an
+    image to show, uint8 [H, W, 3].
     """
 
     phase: str
@@ -55,7 +55,7 @@ OnStep = Callable[[StepReport], None]
 class Smoothing:
     """Moving average over about `span` values that skips NaN.
 
-    Exponential, without the bias to its start (Kingma and Ba, arXiv 1412.6980, section 3). NaN until a value came.
+    Exponential, with bias correction (Kingma and Ba, arXiv 1412.6980, section 3). NaN before the first finite value.
     """
 
     def __init__(self, span: int = 50) -> None:
@@ -69,10 +69,10 @@ class Smoothing:
 
 
 class Meter:
-    """The numbers of a StepReport. Speed is that of the last updates alone: looking and saving in between are free."""
+    """Measures a StepReport's numbers. Throughput counts update time only, not evaluation or saving."""
 
     def __init__(self, losses: Sequence[float], device: torch.device, span: int = 20) -> None:
-        """`losses` are those of the updates that a resumed run has behind it."""
+        """`losses` are those of the past updates of a resumed run."""
         self._smoothing, self._device = Smoothing(), device
         self._updates: deque[tuple[int, float]] = deque(maxlen=span)
         for loss in losses:

@@ -74,7 +74,7 @@ class SampleRenderer:
             parts.drop_all()
             release_memory(device)
         total = len(pixels) * self.config.sample_steps
-        on_step(StepReport("drawing samples", total, total, preview=np.concatenate(pixels[:4], axis=1)))
+        on_step(StepReport("generating samples", total, total, preview=np.concatenate(pixels[:4], axis=1)))
         return samples
 
     def of_file(self, lora: Path, parts: LoadedParts, on_step: OnStep) -> Samples:
@@ -103,7 +103,7 @@ class SampleRenderer:
         )
         job = GenerationJob(self.base, request, [LoRARef(lora, lora.stem, 1.0, 1.0)])
         context = GenerationContext(
-            parts, self.cache, on_step=lambda done, total: on_step(StepReport("drawing samples", done, total))
+            parts, self.cache, on_step=lambda done, total: on_step(StepReport("generating samples", done, total))
         )
         images = generate(job, context)
         return [image.pixels for image in images]

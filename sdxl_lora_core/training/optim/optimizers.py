@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate over the run."""
+"""Creates the optimizer and sets its learning rates."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _PIP = {"pytorch_optimizer": "pytorch-optimizer", "bitsandbytes": "bitsandbytes"
 
 
 def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of the optimizer's class beside the learning rate.
+    """The arguments of the optimizer's class except the learning rate.
 
     AdamW: Loshchilov and Hutter, arXiv 1711.05101; 8-bit: Dettmers et al., 2110.02861. Adafactor: Shazeer and Stern,
     1804.04235, without momentum and at the run's own learning rate. Lion: Chen et al., 2302.06675. Prodigy: Mishchenko
-    and Defazio, 2306.06101, with what its authors advise for diffusion. CAME: Luo et al., 2307.02047. Schedule-free:
+    and Defazio, 2306.06101, as its authors recommend for diffusion. CAME: Luo et al., 2307.02047. Schedule-free:
     Defazio et al., 2405.15682.
     """
     betas = (config.adam_beta1, config.adam_beta2)
@@ -50,26 +50,26 @@ def require_library(config: TrainConfig) -> None:
     library = CLASSES[config.optimizer].partition(".")[0]
     if importlib.util.find_spec(library) is None:
         raise ValueError(
-            f"optimizer is {config.optimizer!r}, which is in a library that is not installed: "
+            f"optimizer is {config.optimizer!r}, whose library is not installed: "
             f"python -m pip install {_PIP[library]}, or choose adamw"
         )
 
 
 def state_copies(config: TrainConfig) -> int:
-    """How many times the size of the parameters the optimizer's state has at most."""
+    """The maximum size of the optimizer's state in multiples of the parameters' size."""
     return 4 if config.optimizer == "prodigy" else 2
 
 
 def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of `config` with one parameter group for each of `groups`, in their order.
 
-    Raises ValueError where the device has no fused AdamW, and for several rates with Prodigy, which sets one for all.
+    Raises ValueError if the device has no fused AdamW, and for several rates with Prodigy, which finds one for all.
     """
     factors = {group.rate_factor for group in groups}
     if config.optimizer == "prodigy" and len(factors) > 1:
         raise ValueError(
-            f"optimizer is 'prodigy', which finds one learning rate for all, and the adapter's settings ask for "
-            f"{len(factors)} different ones: choose another optimizer, or give all parts of the adapter one rate"
+            f"optimizer is 'prodigy', which finds one learning rate for all, and the adapter's settings give "
+            f"{len(factors)} different ones: choose another optimizer, or make the learning rates equal"
         )
     if config.optimizer == "adamw_fused":
         _require_fused(groups[0].parameters[0].device)
@@ -80,16 +80,16 @@ def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> tor
 
 
 def _require_fused(device: torch.device) -> None:
-    """Torch says it only in the first step, so this takes one."""
+    """Takes a step with a dummy parameter: torch raises the error only in the first step."""
     probe = nn.Parameter(torch.zeros(1, device=device))
     probe.grad = torch.zeros_like(probe)
     try:
         torch.optim.AdamW([probe], fused=True).step()
     except RuntimeError as error:
-        raise ValueError(f"optimizer is 'adamw_fused', which {device.type} does not have: choose adamw") from error
+        raise ValueError(f"optimizer is 'adamw_fused', which {device.type} does not support: choose adamw") from error
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], rate: float) -> None:
-    """Each group learns at `rate` times its own factor."""
+    """Sets the learning rate of each group to `rate` times its factor."""
     for settings, group in zip(optimizer.param_groups, groups, strict=True):
         settings["lr"] = rate * group.rate_factor

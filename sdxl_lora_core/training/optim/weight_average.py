@@ -1,4 +1,4 @@
-"""The weights that a run is judged and saved by, where they are not the ones that learn but an average of them."""
+"""Averages of the trained weights, which are evaluated and saved in their place."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..config.train_config import TrainConfig
 
 
 class Averaging:
-    """Keeps the exponential moving average of `parameters` if `config` asks for one, float32 as they are.
+    """The exponential moving average (EMA) of `parameters`, float32, if `config.ema_decay` is set.
 
-    Schedule-free optimizers keep an average of their own.
+    Schedule-free optimizers have an average of their own.
     """
 
     def __init__(self, parameters: Sequence[Tensor], optimizer: Any, config: TrainConfig) -> None:
@@ -25,25 +25,25 @@ class Averaging:
         self.ema = [parameter.detach().clone() for parameter in parameters] if self.decay else []
 
     def update(self, step: int) -> None:
-        """Takes in the parameters after the 1-based `step`. Early steps decay faster, or the start would stay in."""
+        """Updates the EMA after the 1-based `step`. Early steps decay faster, to forget the initial values."""
         if self.ema:
             decay = min(self.decay, (1 + step) / (10 + step))
             get_ema_multi_avg_fn(decay)(self.ema, self.parameters, step)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the average into the parameters, and afterwards what they were, to the bit."""
+        """Replaces the parameters by the average within the block, and restores them bit for bit."""
         if not self.ema and self.schedule_free is None:
             yield
             return
-        learning = [parameter.detach().clone() for parameter in self.parameters]
+        trained = [parameter.detach().clone() for parameter in self.parameters]
         try:
             self._put_average()
             yield
         finally:
             if self.schedule_free is not None:
                 self.schedule_free.train()  # undoes eval() up to rounding
-            _copy(learning, self.parameters)
+            _copy(trained, self.parameters)
 
     def _put_average(self) -> None:
         if self.schedule_free is not None:

@@ -38,7 +38,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint. Its tensors are on disk; `optimizer` says where each of them belongs."""
+    """A complete checkpoint. Its tensors are on disk; `optimizer` refers to those of the optimizer's state."""
 
     path: Path
     state: LoopState
@@ -132,7 +132,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Removes temporary folders of a process that was killed while saving. Nobody else writes here."""
+        """Removes temporary folders of a process that was killed while saving. No other process writes here."""
         for leftover in self.folder.glob(".tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 

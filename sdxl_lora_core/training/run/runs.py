@@ -16,7 +16,7 @@ from ...cache.folders import CacheFolders
 from ...dataset.caption_dataset import CaptionDataset
 from ...evaluation.clip_model import clip_fingerprint
 from ...files import claim_name, file_sha256, json_sha256, write_text_atomic
-from ...sdxl.base import SDXLBase, said_to_predict
+from ...sdxl.base import SDXLBase, prediction_arguments
 from ...settings import without_later_defaults
 from ..config.captions import tokens_of
 from ..config.train_config import TrainConfig
@@ -87,7 +87,7 @@ def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig
         if not start.is_file():
             raise FileNotFoundError(f"continue_from is {start}, which does not exist: give the path of a LoRA")
         settings["continue_from"] = file_sha256(start)
-    settings |= said_to_predict(base)  # whether the file, the base node or the run states it
+    settings |= prediction_arguments(base)  # whether the file, the base node or the run states it
     content = {
         "base": base.fingerprint,
         "dataset": dataset.fingerprint,
