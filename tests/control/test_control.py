@@ -386,7 +386,7 @@ def test_wrong_settings_are_refused_by_name(micro_base: SDXLBase, files: list[Pa
         ({"strength": -1}, "strength is -1"),
         ({"start_percent": 1.5}, "start_percent is 1.5"),
         ({"end_percent": -0.5}, "end_percent is -0.5"),
-        ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent is 0.5 and end_percent 0.5: the start has"),
+        ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent is 0.5 and end_percent 0.5: the start must"),
         ({"control_type": "edges"}, "control_type is 'edges': choose one of auto, openpose"),
     ):
         with pytest.raises(ValueError, match=message):

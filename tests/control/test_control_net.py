@@ -274,7 +274,9 @@ def test_damaged_and_incomplete_ones_are_refused(micro_base: SDXLBase, net: Any,
         with pytest.raises(ValueError, match=f"{name} is a pickle, which is not opened"):
             open_control_net(tmp_path / name)
     net.save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    with pytest.raises(FileNotFoundError, match="pickled/ holds only diffusion_pytorch_model.bin, which is a pickle"):
+    with pytest.raises(
+        FileNotFoundError, match="pickled/ contains only diffusion_pytorch_model.bin, which is a pickle"
+    ):
         open_control_net(tmp_path / "pickled")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty/config\.json is missing"):

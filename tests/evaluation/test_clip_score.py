@@ -136,7 +136,7 @@ def test_a_long_prompt_keeps_its_end_token_and_the_warning_names_what_was_cut(cl
     image = pictures(1)
     assert score_images(image, [fits], clip).warnings == ()
     report = score_images(image, [long], clip)
-    assert "'red cat'" in report.warnings[0] and f"was cut to {LENGTH - 2}" in report.warnings[0]
+    assert "'red cat'" in report.warnings[0] and f"was truncated to {LENGTH - 2}" in report.warnings[0]
     wanted = reference_cosine(clip, image[0], [START, *[TOKENS.index("a</w>")] * (LENGTH - 2), END])
     assert report.scores[0].cosine == pytest.approx(wanted, abs=1e-6)
 

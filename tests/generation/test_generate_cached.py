@@ -114,7 +114,7 @@ def test_cache_that_cannot_be_written_costs_one_warning(
     images = draw(micro_base, settings(count=2), cache_folder=tmp_path / "file" / "images")
     assert hits(images) == [False, False]
     messages = [record.message for record in caplog.records if record.name == "sdxl_lora"]
-    assert len([message for message in messages if "not kept" in message]) == 1
+    assert len([message for message in messages if "not cached" in message]) == 1
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_counts_and_denoise_are_checked_before_anything_is_loaded() -> None:
     nothing: Any = None
     for config, starts, message in (
         (settings(count=3), two, r"2 images or masks.*3 images are requested.*give 1 for all of them, or 3"),
-        (settings(denoise=0.5), [], "denoise is 0.5, but there is nothing to start from"),
+        (settings(denoise=0.5), [], "denoise is 0.5, but there is no start"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(GenerationJob(nothing, config, starts=starts), nothing)

@@ -254,7 +254,10 @@ def test_damaged_and_empty_loras_are_refused(lora: LoRAFile, tmp_path: Path) -> 
             r"has alpha of shape \[2\]: damaged file",
         ),
         ({f"{key}.lora_A.weight": torch.ones(4, 2), f"{key}.lora_B.weight": torch.ones(2, 3)}, "of different ranks"),
-        ({f"{key}.lora_A.weight": torch.full((4, 2), math.nan), f"{key}.lora_B.weight": torch.ones(2, 4)}, "holds NaN"),
+        (
+            {f"{key}.lora_A.weight": torch.full((4, 2), math.nan), f"{key}.lora_B.weight": torch.ones(2, 4)},
+            "contains NaN",
+        ),
     ):
         save_file(tensors, path)
         with pytest.raises(ValueError, match=message):

@@ -88,7 +88,7 @@ def test_what_is_not_understood_is_said_once(
     odd = with_more(tmp_path / "odd.safetensors", lora, lora_unet_mystery__a1__weight=torch.ones(2, 2))
     (image,) = draw(micro_base, settings(steps=1), [odd], parts=parts)
     lines = image.lora_fit
-    said = "1 keys of its file are not understood (first: lora_unet_mystery.a1.weight)"
+    said = "1 keys of its file are unknown (first: lora_unet_mystery.a1.weight)"
     assert sum(said in line for line in lines) == 1 and lines[-1].endswith(said)
     assert caplog.text.count(said) == 1
 

@@ -152,7 +152,7 @@ def test_incomplete_folders_are_refused(micro_copy: Callable[[], Path], tmp_path
     folder = micro_copy()
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(FileNotFoundError, match="unet/ holds only diffusion_pytorch_model.bin, which is a pickle"):
+    with pytest.raises(FileNotFoundError, match="unet/ contains only diffusion_pytorch_model.bin, which is a pickle"):
         open_base(folder)
     folder = micro_copy()
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"

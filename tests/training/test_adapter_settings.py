@@ -200,8 +200,8 @@ def test_the_node_finds_the_file_by_its_name(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 2}, r"has rank 3 for a weight of shape \[16, 16\]; here it is 2, for"),
-        ({"adapter": "dora"}, "is a lora, and adapter is dora: take adapter lora"),
+        ({"rank": 2}, r"has rank 3 for a weight of shape \[16, 16\]; in this run it is 2, for"),
+        ({"adapter": "dora"}, "is a lora, and adapter is dora: set adapter to lora"),
         ({"adapter": "lokr"}, "is a lora, and adapter is lokr"),
         ({"target_modules": "all-linear"}, "only this run has .*: choose the target_modules and blocks"),
         ({"blocks": "mid_block"}, "with blocks mid_block has .*; only the file has down_blocks"),
@@ -221,7 +221,7 @@ def test_a_file_for_another_base_is_refused(adapter: Any, tmp_path: Path) -> Non
     name, module = next(iter(modules.items()))
     modules[name] = replace(module, down=torch.zeros(3, 640), up=torch.zeros(640, 3), dora_scale=torch.ones(640, 1))
     write_lora(tmp_path / "x.safetensors", LoRAFile(unet=modules), torch.float16)
-    with pytest.raises(ValueError, match=r"shape \[640, 640\]; here it is 3, for \[16, 16\]: .*or the base"):
+    with pytest.raises(ValueError, match=r"shape \[640, 640\]; in this run it is 3, for \[16, 16\]: .*or the base"):
         adapter(adapter="dora", rank=3, continue_from=str(tmp_path / "x.safetensors"))
 
 
@@ -230,7 +230,7 @@ def test_a_file_with_text_encoders_is_refused(adapter: Any, micro_base: SDXLBase
     text = random_lora(load_parts(micro_base)["text_encoder"], (TEXT,))
     write_lora(path, LoRAFile(unet=adapter(rank=3).modules(), text_encoder=text), torch.float16)
     config = TrainConfig(rank=3, continue_from=str(path))
-    with pytest.raises(ValueError, match="changes the text_encoder, and here it does not learn: set text_encoder_lear"):
+    with pytest.raises(ValueError, match="changes the text_encoder, and this run does not train it: set text_encoder"):
         trainable(micro_base, config)
 
 
@@ -252,7 +252,7 @@ def test_a_file_with_text_encoders_is_refused(adapter: Any, micro_base: SDXLBase
         ({"blocks": "up_blocks.7"}, "blocks names 'up_blocks.7', which is not a block: use .*mid_block"),
         ({"blocks": "mid_block, mid_block"}, "blocks names mid_block twice"),
         ({"blocks": "down_blocks.0"}, "blocks names down_blocks.0 and target_modules is attention"),
-        ({"block_ranks": "mid_block"}, "block_ranks is 'mid_block': write block=number, mid_block=4"),
+        ({"block_ranks": "mid_block"}, "block_ranks is 'mid_block': write block=number, such as mid_block=4"),
         ({"block_ranks": "mid_block=2.5"}, "block_ranks gives mid_block 2.5: a rank is a whole number"),
         ({"block_ranks": "mid_block=0"}, "block_ranks gives mid_block 0: give a value from 1 to 1024"),
         ({"block_ranks": "mid_block=2", "blocks": "up_blocks.0"}, "names mid_block, which blocks .up_blocks.0"),
@@ -271,5 +271,5 @@ def test_blocks_without_attention_may_learn_with_the_convolutions(adapter: Any) 
 
 
 def test_pissa_of_more_parts_than_a_weight_has_is_refused(adapter: Any) -> None:
-    with pytest.raises(ValueError, match="rank is 32 and init is pissa: .* has 16 singular parts"):
+    with pytest.raises(ValueError, match="rank is 32 and init is pissa: .* has 16 singular values"):
         adapter(rank=32, init="pissa")

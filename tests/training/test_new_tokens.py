@@ -179,7 +179,7 @@ def test_a_token_can_be_trained_further(
     tokens = read_lora(first.lora_path).tokens["zwx"]
     begun = trainable(micro_base, start).learned().tokens["zwx"]
     assert all(torch.equal(begun[part], rows) for part, rows in tokens.items())
-    with pytest.raises(ValueError, match="with the new tokens zwx of 1 vectors, and here they are zwx of 2 vectors"):
+    with pytest.raises(ValueError, match="with the new tokens zwx with 1 vectors, and this run has zwx with 2 vectors"):
         run(replace(start, vectors_per_token=2), where="b", dataset=named)
 
 
@@ -225,7 +225,7 @@ def test_a_stack_brings_its_tokens_into_prompts(trained: Trained, micro_base: SD
 def test_a_token_without_vectors_for_one_encoder_is_damage(tmp_path: Path) -> None:
     file = LoRAFile(tokens={"zwx": {"text_encoder": torch.zeros(1, 8)}})
     write_lora(tmp_path / "x.safetensors", file, torch.float32)
-    with pytest.raises(ValueError, match="new token zwx has no vectors for one of the text encoders"):
+    with pytest.raises(ValueError, match="new token zwx lacks vectors for one of the text encoders"):
         read_lora(tmp_path / "x.safetensors")
 
 

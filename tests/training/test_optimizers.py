@@ -320,7 +320,7 @@ def test_prodigy_refuses_several_rates() -> None:
 
 def test_a_device_without_fused_adamw_is_told() -> None:
     parameter = nn.Parameter(torch.ones(2, device="meta"))
-    with pytest.raises(ValueError, match="optimizer is 'adamw_fused', which meta does not have: choose adamw"):
+    with pytest.raises(ValueError, match="optimizer is 'adamw_fused', which meta does not support: choose adamw"):
         make_optimizer([ParameterGroup([parameter])], with_optimizer("adamw_fused"))
 
 

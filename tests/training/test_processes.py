@@ -130,7 +130,7 @@ def test_all_processes_leave_when_the_first_is_stopped_while_it_draws(
     ranks[0].terminate()
     for rank in ranks:
         rank.join()
-    assert "stopped before the end, at a checkpoint" in (tmp_path / "output.0").read_text()
+    assert "stopped at a checkpoint before the end" in (tmp_path / "output.0").read_text()
     assert "the first process of this run failed or was stopped" in (tmp_path / "output.1").read_text()
     assert (tmp_path / "lora_runs/small/checkpoints/step-000002").exists()
 
