@@ -13,7 +13,7 @@ from .wires import CATEGORY
 
 OWN_VAE = "(the base's own)"
 _VAE_HELP = (
-    "Another VAE than the base's, from the vae folder, for training and generating. It has to be a VAE for SDXL: one "
+    "A VAE from the vae folder to use instead of the base's own, for training and generating. It must be for SDXL: one "
     "for Stable Diffusion 1.5 has the same layout and gives wrong colours."
 )
 
@@ -63,8 +63,8 @@ class LoadSDXLBase:
         self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto", vae: str = OWN_VAE
     ) -> dict[str, Any]:
         hashes = cache_folders().hashes
-        said = {"prediction": prediction, "zero_terminal_snr": zero_terminal_snr}
-        opened = open_base(choices.find("base", base), precision, hashes, **said)
+        stated = {"prediction": prediction, "zero_terminal_snr": zero_terminal_snr}
+        opened = open_base(choices.find("base", base), precision, hashes, **stated)
         if zero_terminal_snr == "on":
             require_predictable(opened)
         if vae != OWN_VAE:

@@ -41,7 +41,7 @@ def names(kind: Kind) -> list[str]:
 
 
 def combo(kind: Kind, tooltip: str, first: str = "", **more: Any) -> Widget:
-    """A widget that offers the names of a kind; `first`, which is no file, is the default."""
+    """A combo of the names of a kind; `first`, an entry that is not a file, is the default."""
     if not first:
         return names(kind), {"tooltip": tooltip, **more}
     return [first, *names(kind)], {"default": first, "tooltip": tooltip, **more}
@@ -55,7 +55,7 @@ def find(kind: Kind, name: str) -> Path:
     for root in found.get(name, []):
         if (path := root / name.removesuffix(_DATASETS)).exists():
             return path
-    # Not offered: a folder further down, or a file written a moment ago.
+    # Not in the list: a folder further down, or a file that was just written.
     for root in _typed(kind):
         if (path := safe_path(root, name)).exists():
             return path
@@ -63,7 +63,7 @@ def find(kind: Kind, name: str) -> Path:
 
 
 def check(kind: Kind, name: str | None) -> bool | str:
-    """For VALIDATE_INPUTS: True, or an error message. The name is None if a link will bring it."""
+    """For VALIDATE_INPUTS: True, or an error message. The name is None if the input is linked."""
     try:
         return name is None or find(kind, name).exists() or f"{name!r} is missing: install the pack again"
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What the page shows on a node: text and images."""
+"""Text and images that the page shows on a node."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def show(
     images: Sequence[np.ndarray] = (),
     texts: Sequence[Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """A node's return value: its outputs, and what the page shows on the node. Images are uint8 [H, W, 3].
+    """The return value of a node: its outputs, and the text and images (uint8 [H, W, 3]) to show on it.
 
-    `texts` are each image's text chunks: who saves the preview from the page has them in the file.
+    `texts` are the text chunks of each image's PNG, for users who save the preview from the page.
     """
     ui: dict[str, Any] = {"text": (text,)}
     if images:
@@ -33,10 +33,10 @@ def show(
 
 
 def _preview(pixels: np.ndarray, texts: Mapping[str, str]) -> dict[str, str]:
-    """Named by its pixels, 24 digits, and by what it says of itself."""
+    """Writes a preview, named by the hashes of its pixels and of its text chunks."""
     chunks = [(kind, data) for kind, data, *_ in png_info(texts).chunks]
-    said = hashlib.sha256(b"".join(data for _, data in chunks)).hexdigest()[:8]
-    name = f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:24]}_{pixels.shape[1]}x{pixels.shape[0]}_{said}.png"
+    texts_hash = hashlib.sha256(b"".join(data for _, data in chunks)).hexdigest()[:8]
+    name = f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:24]}_{pixels.shape[1]}x{pixels.shape[0]}_{texts_hash}.png"
     path = temp_folder() / "sdxl_lora" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -111,5 +111,5 @@ class WatchOptions(TrainOptions):
 
 class MemoryOptions(TrainOptions):
     GROUP = MemorySettings
-    DESCRIPTION = "What saves memory."
+    DESCRIPTION = "How much memory training takes."
     SEARCH_ALIASES = ["gradient checkpointing", "out of memory", "low vram", "micro batch"]

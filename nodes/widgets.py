@@ -1,4 +1,4 @@
-"""Widgets made from settings, and the settings that come back from them."""
+"""Creates widgets from settings, and settings from the values of widgets."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def widget(config: type, option: str, **more: Any) -> Widget:
     shown: dict[str, Any] = {"default": default(config, option), "tooltip": declared(config, option).help}
     if choices := choices_of(config, option):
         return list(choices), {**shown, **more}
-    if isinstance(shown["default"], tuple):  # one line each
+    if isinstance(shown["default"], tuple):  # one item per line
         shown |= {"default": "\n".join(shown["default"]), "multiline": True}
     shown |= _limits(kind, declared(config, option).range)
-    if option == "seed":  # otherwise the page adds a widget that changes it after every run
+    if option == "seed":  # by default the frontend adds a widget that changes the seed after every run
         shown["control_after_generate"] = False
     return _KINDS.get(kind, "STRING"), {**shown, **more}
 
@@ -43,10 +43,10 @@ def _limits(kind: type, allowed: Range | None) -> dict[str, Any]:
 def train_config(
     options: Mapping[str, Any] | None, widgets: Mapping[str, Any], preset: Preset = "none"
 ) -> tuple[TrainConfig, list[str]]:
-    """The settings of a run: the widgets', those of TRAIN_OPTIONS, and the preset's where both are at their default.
+    """The settings of a run: of the widgets, of TRAIN_OPTIONS, and of the preset where both are at their default.
 
-    The second value says which of the preset's settings do not fit and were left out. Raises ValueError for an unknown
-    option, and for one that contradicts a widget that was changed.
+    The second value has a line for each setting of the preset that does not fit and is left out. Raises ValueError for
+    an unknown option, and for one that contradicts a changed widget.
     """
     settings = dict(widgets)
     if isinstance(settings.get("sample_prompts"), str):
@@ -69,10 +69,10 @@ def lines(text: str) -> tuple[str, ...]:
 
 
 def link(kind: str, tooltip: str) -> Widget:
-    """An input that only a link can bring."""
+    """An input without a widget, for a link only."""
     return kind, {"tooltip": tooltip}
 
 
 def settings_in(config: type, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a node's inputs that are settings of `config`."""
+    """The inputs of a node that are settings of `config`."""
     return {name: inputs[name] for name in fields_of(config) if name in inputs}

@@ -1,4 +1,4 @@
-"""The values that travel on our wires."""
+"""The values on the wires of this pack, and conversions from and to ComfyUI's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-StackEntry = tuple[str, float, float]  # .blocks of a subclass: strengths by block, see strengths_by_block
+StackEntry = tuple[str, float, float]  # a subclass has .blocks, see strengths_by_block
 CATEGORY = "SDXL LoRA"
 
 
@@ -25,7 +25,7 @@ class BlockStackEntry(tuple):
 
 
 def strengths_by_block(entry: Any) -> str:
-    """The `.blocks` of an entry. Raises ValueError for what other packs may keep there."""
+    """The `.blocks` of an entry. Raises ValueError for another type, such as another pack's."""
     blocks = getattr(entry, "blocks", "") or ""
     if not isinstance(blocks, str):
         raise ValueError(f"lora_stack has blocks {blocks!r} for {entry[0]}: expected a text such as mid_block=0")
@@ -41,7 +41,7 @@ def to_image(pixels: Sequence[np.ndarray]) -> Tensor:
 
 
 def from_image(image: Tensor) -> list[np.ndarray]:
-    """ComfyUI's IMAGE as uint8 [H, W, 3] arrays; transparency is laid on white, grey becomes RGB."""
+    """ComfyUI's IMAGE as uint8 [H, W, 3] arrays; transparency is composited on white, grey becomes RGB."""
     values = image.detach().float().nan_to_num().clamp(0, 1).cpu()
     if values.shape[-1] == 4:
         values, alpha = values[..., :3], values[..., 3:]

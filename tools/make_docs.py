@@ -13,9 +13,9 @@ from tools.run_workflow import ROOT, load_pack
 
 PAGES = ROOT / "web/docs"
 OPTIONS_TEXT = """\
-Connect `options` to Train SDXL LoRA, or to another options node. They chain; where two set the same setting, the later
-one wins. Settings at their default change nothing. A setting that contradicts another one, here or on Train SDXL LoRA,
-is an error that names both, before any model is loaded.
+Connect `options` to Train SDXL LoRA or to another options node. Of two nodes that change the same setting, the later
+one applies. Settings at their default change nothing. A setting that contradicts another one, here or on Train SDXL
+LoRA, is an error that names both, before any model is loaded.
 """
 
 

@@ -1,15 +1,15 @@
-// Hides advanced inputs on frontends that only note them in the widget's options (ComfyUI 0.3.64), and shows a node's
-// text under its widgets.
+// Hides advanced inputs on frontends that know them only as a widget option (ComfyUI 0.3.64), and shows the text of a
+// node below its widgets.
 import { app } from "../../scripts/app.js";
 
-const CATEGORY = "SDXL LoRA"; // of all nodes of this pack, and of no others
+const CATEGORY = "SDXL LoRA"; // of all nodes of this pack and no others
 const ROW = 20; // LiteGraph.NODE_WIDGET_HEIGHT; the layout adds 4
 
 function hideAdvanced(node) {
   for (const widget of node.widgets ?? []) {
     if (!widget.options?.advanced || widget.advanced) continue;
     widget.advanced = true;
-    // Those frontends leave room for hidden widgets, too.
+    // These frontends reserve room for hidden widgets.
     widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? ROW : -4];
   }
   node.setSize?.(node.computeSize());
@@ -22,14 +22,13 @@ function showText(node, lines) {
     area.className = "comfy-multiline-input";
     area.readOnly = true;
     widget = node.addDOMWidget("sdxl_lora_text", "text", area, { serialize: false, getMinHeight: () => 90 });
-    widget.serialize = false; // keeps it out of the saved graph
+    widget.serialize = false; // not saved with the workflow
     node.setSize?.([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   }
   widget.element.value = lines.join("\n");
 }
 
-// Of a node that is done the results are shown. ComfyUI would go on showing the last picture and the last numbers of
-// while it ran.
+// When a node has finished, its results are shown. ComfyUI would keep showing the last preview and numbers of the run.
 function dropProgress(node) {
   for (const id of [node.id, `${node.graph?.id}:${node.id}`]) delete app.nodePreviewImages?.[id];
   const text = node.widgets?.find((widget) => widget.name === "$$node-text-preview");
@@ -38,13 +37,13 @@ function dropProgress(node) {
   node.widgets.splice(node.widgets.indexOf(text), 1);
 }
 
-// Pictures take the room down to the node's lower edge, so widgets that come later would cover them.
-function putPicturesLast(node) {
+// Previews fill the node down to its lower edge, so later widgets would cover them.
+function putPreviewLast(node) {
   const at = node.widgets?.findIndex((widget) => widget.name === "$$canvas-image-preview") ?? -1;
   if (at >= 0 && at < node.widgets.length - 1) node.widgets.push(...node.widgets.splice(at, 1));
 }
 
-// ComfyUI shows a running node's text in a widget that it also saves; a saved graph holds the inputs' values alone.
+// ComfyUI shows the text of a running node in a widget and saves that widget's value; only inputs should be saved.
 function saveInputsOnly(node) {
   const own = node.widgets?.length ?? 0;
   const before = node.onSerialize;
@@ -63,7 +62,7 @@ app.registerExtension({
     const { onDrawBackground, onExecuted } = node;
     node.onDrawBackground = function () {
       onDrawBackground?.apply(this, arguments);
-      putPicturesLast(this);
+      putPreviewLast(this);
     };
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);

@@ -1,5 +1,5 @@
-"""The only place that knows ComfyUI: its folders, its memory, its progress bar, its server, its models.
+"""The only package that imports ComfyUI: its folders, memory management, progress bar, server and models.
 
-Where ComfyUI is absent the same calls work on one folder, named by SDXL_LORA_HOME: results go into it, and `input/`,
-`datasets/`, `models/`, `user/` and `temp/` lie in it.
+Outside ComfyUI the same functions use one folder, SDXL_LORA_HOME: results are written to it, and it contains `input/`,
+`datasets/`, `models/`, `user/` and `temp/`.
 """

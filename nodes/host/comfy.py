@@ -1,4 +1,4 @@
-"""Whether ComfyUI runs, and the small things that nodes take from its graph."""
+"""Whether the pack runs in ComfyUI, and small parts of its API for nodes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 
 def running() -> bool:
-    """Whether ComfyUI loaded this pack. Where only its folder is on sys.path nothing of it may be imported."""
+    """Whether ComfyUI has loaded this pack. If its folder is merely on sys.path, none of it may be imported."""
     return "folder_paths" in sys.modules
 
 
 class Nothing:
-    """Stands in for ComfyUI's ExecutionBlocker: a node that receives it does not run."""
+    """The substitute for ComfyUI's ExecutionBlocker: a node that receives it does not run."""
 
 
 def nothing() -> Any:
-    """The output that keeps whatever hangs on it from running."""
+    """An output that prevents the nodes connected to it from running."""
     if not running():
         return Nothing()
     from comfy_execution.graph_utils import ExecutionBlocker
@@ -25,7 +25,7 @@ def nothing() -> Any:
 
 
 def metadata(graph: dict[str, Any]) -> dict[str, Any] | None:
-    """The graph, for files that say how they were made; None where the user started ComfyUI with --disable-metadata."""
+    """The graph to write into image files; None if ComfyUI was started with --disable-metadata."""
     if not running():
         return graph
     from comfy.cli_args import args

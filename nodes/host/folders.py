@@ -1,4 +1,4 @@
-"""ComfyUI's folders, and their substitutes outside ComfyUI."""
+"""ComfyUI's folders, and their counterparts below SDXL_LORA_HOME."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def roots(folder_type: str) -> list[Path]:
         return _roots_at_home(folder_type)
     import folder_paths
 
-    # extra_model_paths.yaml was read before; its entries are kept.
+    # setdefault keeps the entries of extra_model_paths.yaml, which was read before.
     types = folder_paths.folder_names_and_paths
     types.setdefault("clip_score", ([os.path.join(folder_paths.models_dir, "clip_score")], set()))
     types.setdefault("sdxl_lora_cache", ([os.path.join(folder_paths.get_user_directory(), "sdxl_lora")], set()))
@@ -54,18 +54,18 @@ def file_names(folder_type: str) -> list[str]:
         return _file_names_at_home(folder_type)
     import folder_paths
 
-    return folder_paths.get_filename_list(folder_type)  # remembered until a folder changes
+    return folder_paths.get_filename_list(folder_type)  # cached by ComfyUI until a folder changes
 
 
 def cache_folders() -> CacheFolders:
-    """The folders of results that are kept between runs."""
+    """The folders of cached results."""
     return CacheFolders(roots("sdxl_lora_cache")[0])
 
 
 def add_output_folders() -> None:
-    """Where ComfyUI finds what this pack saves, besides the folders of output/ that it knows by itself.
+    """Registers the folders of output/ that this pack saves to and ComfyUI does not search by default.
 
-    Its own nodes then read new tokens: a prompt with `embedding:my_lora-ohwx`.
+    ComfyUI's own nodes then find new tokens, such as `embedding:my_lora-ohwx` in a prompt.
     """
     if not running():
         return

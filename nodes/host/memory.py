@@ -1,4 +1,4 @@
-"""The device, and the one owner of the weights that stay loaded between runs."""
+"""The device, and the owner of the weights that stay loaded between runs, under ComfyUI's memory management."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ComfyParts(LoadedParts):
         if any(weight.device.type != self.device.type for weight in module.parameters()):
             raise ValueError(
                 f"ComfyUI did not load the {name} to the {self.device.type}, as with --novram: start it without that "
-                "option, because this pack moves parts as a whole"
+                "option, because this pack loads each part as a whole"
             )
 
     def finish(self, name: str, offload: bool | None = None) -> None:
@@ -103,7 +103,7 @@ class ComfyParts(LoadedParts):
         self._drop_unlisted()
 
     def _drop_unlisted(self) -> None:
-        """Drops parts that made room for others of ours: they are in memory, where ComfyUI no longer sees them."""
+        """Drops parts that were offloaded for other parts of ours: they use memory that ComfyUI no longer manages."""
         import comfy.model_management
 
         listed = [loaded.model for loaded in comfy.model_management.current_loaded_models]
@@ -117,7 +117,7 @@ def _whole_patcher() -> type[ModelPatcher]:
 
     class WholePatcher(ModelPatcher):
         def partially_unload(self, *args: Any, **kwargs: Any) -> int:
-            return 0  # diffusers' layers cannot run on two devices, so ComfyUI has to evict the whole part
+            return 0  # diffusers' layers cannot run on two devices, so ComfyUI must evict the whole part
 
     return WholePatcher
 
@@ -129,7 +129,7 @@ def _owner() -> LoadedParts:
 
 @contextmanager
 def loaded_parts() -> Iterator[LoadedParts]:
-    """The one owner of weights that stay loaded between runs. After the block nothing is in use any more."""
+    """The owner of weights that stay loaded between runs. After the block none of them is in use."""
     owner = _owner()
     try:
         yield owner

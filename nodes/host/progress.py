@@ -1,4 +1,4 @@
-"""Progress on the node that runs and in the terminal, and the user's cancel."""
+"""Progress on the running node and in the terminal, and cancelling."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PREVIEWED = 4  # images of a batch
 
 
 class Progress:
-    """Shows progress on the node and in the terminal. Every call is a point where the user's cancel takes effect."""
+    """Shows progress on the node and in the terminal. Every call raises if the user has cancelled the run."""
 
     def __init__(self) -> None:
         self._phase: tuple[str, int] | None = None
         self._terminal: Any = None
         self._node: ProgressBar | None = None
         self._marks: deque[tuple[int, float]] = deque(maxlen=20)  # items done, and when
-        self._picture: np.ndarray | None = None
+        self._preview: np.ndarray | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -40,7 +40,7 @@ class Progress:
 
     @functools.cached_property
     def _previewer(self) -> LatentPreviewer | None:
-        """Makes pictures of latents; None where ComfyUI's user wants no previews."""
+        """Decodes previews of latents; None if previews are off in ComfyUI."""
         if not running():
             return None
         from comfy.latent_formats import SDXL
@@ -49,15 +49,15 @@ class Progress:
         return get_previewer(device(), SDXL())
 
     def on_estimate(self, latents: Tensor) -> None:
-        """Takes latents [B, 4, h, w] in the UNet's scale, a picture of which the next call shows."""
+        """Stores a preview of latents [B, 4, h, w] in the UNet's scale, which the next call shows."""
         if self._previewer:
             shown = [np.asarray(self._previewer.decode_latent_to_preview(one[None])) for one in latents[:PREVIEWED]]
-            self._picture = np.concatenate(shown, axis=1)
+            self._preview = np.concatenate(shown, axis=1)
 
     def __call__(
         self, done: int, total: int, phase: str = "", detail: str = "", preview: np.ndarray | None = None
     ) -> None:
-        """`detail` is a line of numbers, `preview` a picture to show on the node, uint8 [H, W, 3]."""
+        """`detail` is a line of numbers, `preview` an image to show on the node, uint8 [H, W, 3]."""
         if self._phase != (phase, total):
             self._begin(done, total, phase)
         self._terminal.set_postfix_str(detail, refresh=False)
@@ -68,18 +68,18 @@ class Progress:
         if phase:
             numbers = detail or self._time_left(done, total)
             _show_text("\n".join([f"{phase}: {done} of {total}", *numbers.split(", ")]).rstrip())
-        _let_the_user_cancel()
+        _raise_if_cancelled()
 
     def close(self) -> None:
         if self._terminal:
             self._terminal.close()
 
     def _shown(self, preview: np.ndarray | None) -> tuple[str, Image.Image, int] | None:
-        picture, self._picture = (self._picture if preview is None else preview), None
-        return None if picture is None else ("JPEG", Image.fromarray(picture), PREVIEW_SIDE)
+        shown, self._preview = (self._preview if preview is None else preview), None
+        return None if shown is None else ("JPEG", Image.fromarray(shown), PREVIEW_SIDE)
 
     def _time_left(self, done: int, total: int) -> str:
-        """Estimated from the last 20 items. The time before the first, such as loading, says nothing about speed."""
+        """Estimated from the last 20 items. The time before the first item, such as loading, is not counted."""
         if done and (not self._marks or done > self._marks[-1][0]):
             self._marks.append((done, time.monotonic()))
         if len(self._marks) < 2:
@@ -106,16 +106,16 @@ def _node_bar(total: int) -> ProgressBar | None:
 
 
 def _show_text(text: str) -> None:
-    """Beside the bar of the node that runs."""
+    """Shows text below the progress bar of the running node."""
     from comfy_execution.utils import get_executing_context
     from server import PromptServer
 
     context = get_executing_context()
-    if context and hasattr(PromptServer, "instance"):  # a script may run nodes without the server
+    if context and hasattr(PromptServer, "instance"):  # scripts run nodes without the server
         PromptServer.instance.send_progress_text(text, context.node_id)
 
 
-def _let_the_user_cancel() -> None:
+def _raise_if_cancelled() -> None:
     from comfy.model_management import throw_exception_if_processing_interrupted
 
     throw_exception_if_processing_interrupted()

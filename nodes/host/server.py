@@ -1,4 +1,4 @@
-"""The pack's routes on ComfyUI's server: stop a training and keep its LoRA."""
+"""The pack's route on ComfyUI's server: finish a training early and keep its LoRA."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ class StopButton:
     """Finishes a training early and keeps its LoRA."""
 
     def __init__(self) -> None:
-        self._wanted: threading.Event | None = None
+        self._pressed: threading.Event | None = None
 
     @contextmanager
     def offered(self) -> Iterator[Callable[[], bool]]:
-        """While a training runs; the callable says whether it is to finish."""
-        self._wanted = wanted = threading.Event()
+        """Enables the button during a training; the callable tells whether it was pressed."""
+        self._pressed = pressed = threading.Event()
         try:
-            yield wanted.is_set
+            yield pressed.is_set
         finally:
-            self._wanted = None
+            self._pressed = None
 
     def press(self) -> bool:
-        """Whether there was a training to stop."""
-        wanted = self._wanted
-        if wanted is not None:
-            wanted.set()
-        return wanted is not None
+        """Requests the stop. Returns whether a training is running."""
+        pressed = self._pressed
+        if pressed is not None:
+            pressed.set()
+        return pressed is not None
 
 
 stop_button = StopButton()
 
 
 def add_routes() -> None:
-    """POST /sdxl_lora/stop presses the stop button. Its answer has status 409 when nothing trains."""
-    if not running() or "server" not in sys.modules:  # a script may run nodes without the server
+    """Adds POST /sdxl_lora/stop, which presses the stop button. The status is 409 if no training is running."""
+    if not running() or "server" not in sys.modules:  # scripts run nodes without the server
         return
     from aiohttp.web import json_response
     from server import PromptServer
