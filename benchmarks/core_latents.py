@@ -89,7 +89,7 @@ def compare(args: argparse.Namespace) -> None:
     distance = apart(ours["latents"], core["latents"])
     print(
         f"| {args.sampler} {args.scheduler}, {args.steps} steps, {args.size} x {args.size}, fp32: our latents against "
-        f"core's (mean {float(core['latents'].mean()):.2f}, sd {float(core['latents'].std()):.2f}) | {distance:.1e}; "
+        f"ComfyUI (mean {float(core['latents'].mean()):.2f}, sd {float(core['latents'].std()):.2f}) | {distance:.1e}; "
         f"the LoRA moves them by {apart(ours['without'], core['latents']):.2f} | {TARGET:g} |"
     )
     sys.exit(distance > TARGET)
@@ -136,7 +136,7 @@ def sample(request: dict[str, Any], work: Path) -> None:
 
 
 def checkpoint(work: Path) -> Path:
-    """The random base as one file, as core reads it."""
+    """The random base as one file, as ComfyUI reads it."""
     file = work / "random-sdxl.safetensors"
     if not file.exists():
         if not (work / "random-sdxl/model_index.json").exists():

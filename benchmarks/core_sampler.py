@@ -1,4 +1,4 @@
-"""Run by core_latents.py on ComfyUI's Python, in its folder: the latents that core's own nodes end in, in fp32.
+"""Run by core_latents.py on ComfyUI's Python, in its folder: the latents of ComfyUI's own nodes, in fp32.
 
 Argument: a JSON file with `checkpoint`, `lora`, `strengths`, `prompts`, `seed`, `steps`, `guidance`, `sampler`,
 `scheduler`, `size`, and `out`, the file for the latents.

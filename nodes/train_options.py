@@ -93,7 +93,7 @@ class OptimizerOptions(TrainOptions):
 class CaptionOptions(TrainOptions):
     GROUP = CaptionSettings
     DESCRIPTION = (
-        "How captions are used: shuffled and dropped tags, long captions, masks, regularisation images, new tokens."
+        "How captions are used: tag shuffling and dropout, long captions, masks, regularisation images, new tokens."
     )
     SEARCH_ALIASES = ["shuffle tags", "tag dropout", "masked loss", "prior preservation", "dreambooth"]
 
@@ -101,7 +101,7 @@ class CaptionOptions(TrainOptions):
 class WatchOptions(TrainOptions):
     GROUP = WatchSettings
     FILES = {"clip_model": "clip"}
-    DESCRIPTION = "What is measured and shown during training, which step is saved, and when training stops by itself."
+    DESCRIPTION = "Validation, samples and metrics during training, the step to save, and early stopping."
     SEARCH_ALIASES = ["validation loss", "early stopping", "sample images", "keep best", "epochs", "checkpoints"]
 
     @classmethod

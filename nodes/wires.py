@@ -55,7 +55,7 @@ def to_latent(latents: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def from_latent(latent: Mapping[str, Any]) -> tuple[Tensor, list[np.ndarray]]:
-    """The samples [B, 4, H/8, W/8] of ComfyUI's LATENT, and the masks that core's nodes set on it."""
+    """The samples [B, 4, H/8, W/8] of ComfyUI's LATENT, and the masks that ComfyUI's nodes set on it."""
     noise_mask = latent.get("noise_mask")
     return latent["samples"].detach().clone(), [] if noise_mask is None else from_mask(noise_mask)
 
@@ -83,4 +83,4 @@ def _read_entry(entry: Any) -> StackEntry:
         return str(name), float(model), float(entry.get("strength_clip", model))
     if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) in (2, 3):
         return str(entry[0]), float(entry[1]), float(entry[-1])
-    raise ValueError(f"lora_stack holds {entry!r}: expected (name, strength_model, strength_clip)")
+    raise ValueError(f"lora_stack contains {entry!r}: expected (name, strength_model, strength_clip)")

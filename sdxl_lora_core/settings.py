@@ -51,7 +51,7 @@ def setting(
     """Declares a field of a config dataclass.
 
     Args:
-        default: its default, or dataclasses.MISSING for a setting that has to be given.
+        default: its default, or dataclasses.MISSING for a required setting.
         help: what the setting does and when to change it.
         range: the range of a number.
         only_with: another setting and those of its values with which this setting has an effect.
@@ -151,7 +151,7 @@ def _check_effect(config: object, field: dataclasses.Field[Any]) -> None:
 
 
 def default(config: type, option: str) -> Any:
-    """The default of a setting; None where it has to be given."""
+    """The default of a setting; None if it is required."""
     found = fields_of(config)[option].default
     return None if found is MISSING else found
 

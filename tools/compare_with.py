@@ -5,7 +5,7 @@
 
 The jobs are graphs for tools/run_workflow.py: trainings (LoRA files, embeddings, the identity of the run) and
 generations (PNG files and image keys). Each tree runs them in a process of its own, with this Python, with empty caches
-and without a GPU, which does not repeat its bits by itself. The exit code is 1 if anything differs or is missing.
+and without a GPU, which is not deterministic by default. The exit code is 1 if anything differs or is missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPT = "a red circle on a navy background"
 WIDTH, HEIGHT = 96, 64
 
 Node = dict[str, Any]
-Workflow = dict[str, Node]  # an input that is no link may be a tensor: run_workflow passes it on as it is
+Workflow = dict[str, Node]  # an input that is not a link may be a tensor: run_workflow passes it on
 Outputs = dict[str, tuple[list[Any], ...]]
 
 
@@ -209,11 +209,11 @@ def write_control_net(folder: Path) -> None:
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     net: Any = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(ROOT / "assets/tiny-sdxl/unet"))
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if name.startswith("controlnet_"):
-                weight.copy_(torch.randn(weight.shape, generator=draw) * 0.1)
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
     net.save_pretrained(folder)
 
 
@@ -303,9 +303,9 @@ def compare(ours: Path, theirs: Path, names: Iterable[str]) -> bool:
     for name in names:
         found = files_of(ours / name), files_of(theirs / name)
         sizes = [sum(map(len, files.values())) for files in found]
-        said = verdict(*found)
-        equal &= said == "equal"
-        print(f"{name:<30}{sizes[0]:>12}{sizes[1]:>13}  {said}")
+        result = verdict(*found)
+        equal &= result == "equal"
+        print(f"{name:<30}{sizes[0]:>12}{sizes[1]:>13}  {result}")
     return equal
 
 

@@ -23,7 +23,7 @@ LABEL_HEIGHT, PICTURE = 34, 128
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     workflow = json.loads((ROOT / "workflows/api/train_and_compare.json").read_text(encoding="utf-8"))
-    print("Training a LoRA on the bundled pictures, then drawing the same prompts without and with it.")
+    print("Training a LoRA on the bundled images, then generating the same prompts without and with it.")
     outputs = run(workflow, HOME, on_node=lambda node_id, title: print(f"  {title}", flush=True))
     before, after, prompts = images_of(workflow, outputs)
     before_after_grid(before, after, prompts).save(HOME / "before_after.png")
@@ -34,7 +34,7 @@ def main() -> None:
     print("  before_after.png  the same prompts and seeds, without and with the LoRA")
     print("  loss.png          the loss of the training")
     print(f"  loras/{lora}  the LoRA, for ComfyUI, diffusers and others")
-    print("  scores.md         the table above; cache, checkpoints and run.yaml lie beside it")
+    print("  scores.md         the table above; cache, checkpoints and run.yaml are beside it")
 
 
 def images_of(workflow: Workflow, outputs: Outputs) -> tuple[list[np.ndarray], list[np.ndarray], list[str]]:

@@ -1,6 +1,6 @@
 """python tools/dev.py TASK: the project's commands, the same on every system.
 
-demo: trains and draws with the bundled model. test-quick: what one runs while working, in about a minute.
+demo: trains and generates with the bundled model. test-quick: tests to run while working, about a minute.
 test: all that must always hold. accept: sweeps and long runs besides. test-comfy: the tests that need ComfyUI.
 wheel: the command line from a built wheel. lint: style, types, spelling and layers.
 

@@ -2,7 +2,7 @@
 
     python tools/forced_defaults.py [FIELD ...] [--table FILE]
 
-For each field the test files that name it run with the field forced inside TrainConfig; one of them has to fail.
+For each field the test files that name it run with the field forced inside TrainConfig; one of them must fail.
 Tests that a value is refused do not count, since a forced one never is, nor does one in a file that does not name the
 field. The table says which test failed first. Needs no machine to itself, but about half an hour of two cores.
 """

@@ -21,7 +21,7 @@ from tools.run_workflow import ROOT, load_pack
 PATH = ROOT / "tests/nodes/contract.json"
 GROUPS = ("required", "optional", "hidden")
 WORDS = {"tooltip"}  # may improve at any time
-# A file for each combo that offers what lies on disk: the choices that come with them are not the code's.
+# A file for each combo that lists files: those choices are not part of the code.
 FILES = (
     "input/on_disk/config.json",
     *(f"models/{kind}/on_disk.safetensors" for kind in ("checkpoints", "vae", "loras", "controlnet")),
@@ -43,7 +43,7 @@ def frozen() -> Contract:
 
 
 def contract() -> Contract:
-    """The nodes as they are now, whatever lies in the folders of this machine."""
+    """The present nodes, independent of the files on this machine."""
     pack = load_pack()
     bare, filled = _inputs(()), _inputs(FILES)
     return {
@@ -103,7 +103,7 @@ def differences(found: Contract, expected: Contract) -> list[str]:
 
 
 def _facts(contract: Contract, other: Contract) -> dict[str, str]:
-    """What the nodes that both have say of themselves, by place; as JSON, where 1, 1.0 and true differ."""
+    """The declarations of the nodes that both have, by place, as JSON, which distinguishes 1, 1.0 and true."""
     facts = {"nodes": _order(contract)}
     for node_id in (node_id for node_id in contract if node_id in other):
         for key, value in contract[node_id].items():

@@ -21,31 +21,31 @@ from tools.run_workflow import CORE_NODES, ROOT, Outputs, Workflow, load_pack, r
 NOTES = {
     "train_and_compare": (
         "## Train a LoRA and see what it changed\n\n"
-        "Runs as it is: a tiny SDXL and 24 sample images come with the pack. The same prompts and seeds are drawn "
-        "without and with the new LoRA, and CLIP scores both.\n\n"
+        "Runs as it is: a tiny SDXL and 24 sample images come with the pack. The same prompts and seeds are "
+        "generated without and with the new LoRA, and CLIP scores both.\n\n"
         "**For your own images**: choose your checkpoint in *Load SDXL Base* and your folder in *Load Caption "
         "Dataset*, set its resolution and the images' width and height to 1024, and start with 1000 steps at a "
         "learning rate of 0.0001. The bundled CLIP knows only the bundled shapes: choose a real one in *CLIP Score*."
     ),
     "train_and_watch": (
         "## Watch a training and keep its best step\n\n"
-        "Five of the 24 images are held out. Every 20 steps *Train SDXL LoRA* measures the loss on them and draws the "
-        "sample prompts, each with a CLIP score; the node shows the samples while it trains. When three measurements "
-        "in a row are no better it stops, long before 400 steps, and the file holds the best step and not the last. "
-        "The learning rate is high on purpose: the last samples show what that saves you from.\n\n"
-        "**Cancel** it and press *Run* again: it goes on where it stopped.\n\n"
+        "Five of the 24 images are held out. Every 20 steps *Train SDXL LoRA* measures the loss on them and generates "
+        "the sample prompts, each with a CLIP score; the node shows the samples during training. After three "
+        "measurements in a row without a lower loss it stops, long before 400 steps, and saves the best step instead "
+        "of the last. The learning rate is too high on purpose: the last samples show what early stopping avoids.\n\n"
+        "**Cancel** it and press *Run* again: it resumes where it stopped.\n\n"
         "**For your own images**: set `validate_every` and `sample_every` to 100 or so, and `clip_model` to one that "
         "knows more than the bundled shapes, or to nothing."
     ),
     "generate_with_lora_stack": (
         "## Two LoRAs in a row\n\n"
         "Each *Load LoRA (SDXL)* adds one LoRA to the stack. Switch one off with *enabled*, or change a strength, and "
-        "run again: images made before come back from the cache at once."
+        "run again: earlier images come from the cache at once."
     ),
     "score_images": (
         "## Keep the best of many\n\n"
-        "Eight images of one prompt, sorted by how well they fit it. Put *Load Image* or any other image batch in "
-        "place of the generator to score images of your own."
+        "Eight images of one prompt, sorted by how well they match it. Replace the generator by *Load Image* "
+        "or any other image batch to score your own images."
     ),
 }
 COLUMN, GAP, LINE, TEXT, PICTURE = 440, 60, 24, 110, 260  # pixels

@@ -2,7 +2,7 @@
 
     python tools/run_workflow.py workflows/api/train_and_compare.json --output out/demo --set 3.steps=100
 
-Knows this pack's nodes, LoadImage, PreviewImage and SaveImage. It is no second ComfyUI.
+Knows this pack's nodes, LoadImage, PreviewImage and SaveImage. It does not replace ComfyUI.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _home() -> Path:
 def run(workflow: Workflow, home: Path, on_node: OnNode = lambda node_id, title: None) -> Outputs:
     """Runs every node once, in order of the links. Returns each node's outputs by node id.
 
-    `home` gets the results and holds input/, models/ and the caches. Raises ValueError for a workflow that cannot run.
+    `home` receives results and has input/, models/ and the caches. Raises ValueError for a workflow that cannot run.
     """
     os.environ["SDXL_LORA_HOME"] = str(home)
     pack = load_pack()

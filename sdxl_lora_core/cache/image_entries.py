@@ -122,7 +122,7 @@ def lock_of(folder: Path) -> BaseFileLock:
 
 
 def release(lock: BaseFileLock) -> None:
-    # Deleted while still held: waiting processes open the file anew at each try. Windows deletes it on release instead.
+    # Deleted while still held: waiting processes reopen the file at each try. Windows deletes it on release instead.
     with suppress(OSError):
         Path(lock.lock_file).unlink()
     lock.release()

@@ -217,7 +217,7 @@ def _fingerprint(
 
 
 def _identity(entry: CaptionEntry) -> list[object]:
-    """What the fingerprint covers of an image. Optional properties are only added if set, so old fingerprints hold."""
+    """The part of the fingerprint for an image. Optional properties are added only if set, to keep old fingerprints."""
     captions = entry.caption if len(entry.captions) == 1 else list(entry.captions)
     extras = {"random_crops": entry.random_crops, "mask": entry.mask_sha256}
     more = {name: value for name, value in extras.items() if value}

@@ -54,7 +54,7 @@ def generate(job: GenerationJob, context: GenerationContext) -> list[GeneratedIm
 
 @dataclass(frozen=True)
 class _Session:
-    """What both passes of a job share."""
+    """The objects that both passes of a job share."""
 
     job: GenerationJob
     context: GenerationContext

@@ -54,7 +54,7 @@ class ImageBatch:
     """Inputs of images that are denoised together, one entry for each image.
 
     `negative` are the embeddings of the negative prompt, None without guidance. Without `starts` all images start from
-    noise. `hints` holds for each image the index of its hint in each ControlNet.
+    noise. `hints` has for each image the index of its hint in each ControlNet.
     """
 
     prompts: Sequence[TextEmbeds]

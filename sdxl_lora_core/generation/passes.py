@@ -139,7 +139,7 @@ class Pass:
     def images(
         self, requests: Sequence[Request], prepare: Callable[[Sequence[Request]], Sequence[Request]] = lambda _: _
     ) -> list[GeneratedImage]:
-        """The images of the requests, in order. `prepare` completes those that have to be generated."""
+        """The images of the requests, in order. `prepare` completes those that must be generated."""
         images = self._find(requests)
         missing = [request for request in dict.fromkeys(requests) if request.key not in images]
         if missing and self.config.cache == "only":

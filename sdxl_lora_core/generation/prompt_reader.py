@@ -17,7 +17,7 @@ PARSER_VERSIONS = {"plain": 1, "comfy": 1}
 
 
 def reading_facts(config: GenerateConfig) -> dict[str, Any]:
-    """What embeddings depend on besides prompts and files; empty if prompts are plain and cut at 77 tokens."""
+    """The settings that embeddings depend on; empty if prompts are plain and truncated at 77 tokens."""
     if config.prompt_syntax != "plain":
         return {"prompt_syntax": [config.prompt_syntax, PARSER_VERSIONS[config.prompt_syntax]]}
     return {"long_prompts": config.long_prompts} if config.long_prompts != "cut" else {}
@@ -61,7 +61,7 @@ class PromptReader:
         return self._parsed[prompt]
 
     def facts(self, prompt: str) -> dict[str, Any]:
-        """What a prompt's embeddings depend on besides its text; empty if it is plain and cut."""
+        """Everything that a prompt's embeddings depend on except its text; empty if it is plain and truncated."""
         used = [file.sha256 for file in self.parse(prompt).embeddings]
         return {**reading_facts(self.config), **({"embeddings": used} if used else {})}
 

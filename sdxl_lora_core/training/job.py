@@ -1,4 +1,4 @@
-"""What a run trains, and with which means."""
+"""The values that `train` takes: the job and its context."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run uses: its folders, the device, and callbacks.
+    """The resources of a run: its folders, the device, and callbacks.
 
     `on_step` gets a StepReport and may raise to cancel; a checkpoint is written first. `should_stop` ends the run after
     the current step and keeps the LoRA. `parts` owns the weights that generate images; by default the run has its own.

@@ -227,7 +227,7 @@ class Loop:
         """Gives up after some skipped steps in a row, and restores the state before them.
 
         Repeating them would fail again, because randomness depends on the step only. The loss scale of fp16 is found by
-        failing steps, so it has to be at its minimum first.
+        failing steps, so it must be at its minimum first.
         """
         failed = trailing_steps(self.state.skipped, self.state.step)
         if failed < GIVE_UP_AFTER or self.scaler.get_scale() > 1:

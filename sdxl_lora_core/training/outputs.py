@@ -1,4 +1,4 @@
-"""What a run writes of its adapter: LoRA files with metadata, and sample images."""
+"""The outputs of a run: LoRA files with metadata, and sample images."""
 
 from __future__ import annotations
 

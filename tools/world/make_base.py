@@ -162,7 +162,7 @@ def loss_of(model: TinySDXL, noise: DDPMScheduler, data: dict, step: int, size: 
     picks = [rng.randrange(len(data["kinds"])) for _ in range(size)]
     latents = data["latents"][picks]
     # The schedule's last step still shows an image's mean colour, which sampling starts without. An offset in the noise
-    # hides it, so that colour has to come from the prompt; SDXL itself was trained with one.
+    # hides it, so that colour must come from the prompt; SDXL itself was trained with one.
     offset = NOISE_OFFSET * torch.randn(size, 4, 1, 1, generator=generator)
     epsilon = torch.randn(latents.shape, generator=generator) + offset
     steps = (1000 * torch.rand(size, generator=generator) ** 0.75).long()  # somewhat more of the noisy steps

@@ -1,7 +1,7 @@
 """Trains the tiny CLIP on all three styles; stops and continues at any time: python tools/world/make_clip.py --work DIR
 
 Needs DIR/tokenizer. Every scene of a batch is there in all styles, with a caption for each style and one without style
-words: style words therefore have to tell the same content in two styles apart, and a caption without them has to be
+words: style words must therefore distinguish the same content in two styles, and a caption without them must be
 neutral.
 """
 
@@ -54,7 +54,7 @@ def pixels(scenes: list[world.Scene], style: str) -> torch.Tensor:
 
 
 def make_drawings(count: int) -> dict:
-    """`count` scenes as uint8 [N,styles,3,SIDE,SIDE], made once; captions are chosen anew in every step."""
+    """`count` scenes as uint8 [N,styles,3,SIDE,SIDE], made once; captions are chosen again in every step."""
     rng, kinds = random.Random("clip"), world.training_kinds()
     scenes = [random_scene(rng, kinds) for _ in range(count)]
     parts = [torch.stack([pixels(scenes[i : i + 64], style) for style in world.STYLES], 1) for i in range(0, count, 64)]

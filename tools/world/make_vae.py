@@ -149,7 +149,7 @@ def main() -> None:
             break
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / 200) * (1 - done) + 1e-5
-        whole = step % 2 or done > 0.7  # the normalisations and the attention have to see whole images, too
+        whole = step % 2 or done > 0.7  # the normalisations and the attention must see whole images, too
         loss = loss_of(vae, batch_at(step, 2 + 2 * (done > 0.7) if whole else 8, world.SIZE if whole else CROP))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

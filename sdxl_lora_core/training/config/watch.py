@@ -13,7 +13,7 @@ TensorBoard = Literal["auto", "off"]
 
 @dataclass(frozen=True, kw_only=True)
 class WatchSettings:
-    """What is measured and saved during training, and when training stops by itself."""
+    """Evaluation, checkpoints and early stopping."""
 
     sample_prompts: tuple[str, ...] = setting(
         (), "One prompt per line; the finished LoRA generates an image for each. Empty: none."

@@ -33,7 +33,7 @@ def with_class_images(
 ) -> TrainingJob:
     """The job with class images as its regularisation images, generated into `folder` through the image cache.
 
-    The owner of weights in `context` holds none on return. `on_step(done, total)` counts UNet calls and may raise to
+    The owner of weights in `context` has none on return. `on_step(done, total)` counts UNet calls and may raise to
     cancel; images finished before are cached.
     """
     planned = _planned(job, folder)
@@ -46,8 +46,8 @@ def with_class_images(
         width=planned[0].width,
         height=planned[0].height,
     )
-    means = GenerationContext(context.owner, context.folders.cache, on_step=on_step)
-    images = generate(GenerationJob(job.base, request), means)
+    resources = GenerationContext(context.owner, context.folders.cache, on_step=on_step)
+    images = generate(GenerationJob(job.base, request), resources)
     context.owner.drop_all()
     for entry, image in zip(planned, images, strict=True):
         write_atomic(entry.image, lambda file, pixels=image.pixels: Image.fromarray(pixels).save(file, format="PNG"))

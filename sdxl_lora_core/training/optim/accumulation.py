@@ -163,7 +163,7 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
 
 
 def shapes_of(batch: Batch, config: TrainConfig) -> list[object]:
-    """What the tensor shapes of the forward pass depend on.
+    """Everything that the tensor shapes of the forward pass depend on.
 
     Captions are part of it only if a text encoder is trained, which reads captions of any length; otherwise datasets
     share a measurement.

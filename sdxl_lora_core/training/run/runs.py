@@ -199,7 +199,7 @@ def _check_writable(folders: RunFolders, config: TrainConfig) -> None:
 
 
 def deciding_evaluations(config: TrainConfig, dataset: CaptionDataset) -> dict[str, Any]:
-    """What decides which step ends the run or is saved, as JSON values; empty if only `steps` does."""
+    """The evaluations that decide which step ends the run or is saved, as JSON values; empty if none do."""
     if not config.early_stopping and config.keep_best == "off":
         return {}
     deciding = {
