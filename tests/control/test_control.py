@@ -398,7 +398,7 @@ def test_wrong_settings_are_refused_by_name(micro_base: SDXLBase, files: list[Pa
     six = dataclasses.replace(control(files[2], control_type="tile").net, control_types=6)
     with pytest.raises(ValueError, match="control_type is 'tile', but ControlNet-Union u has .*, segment: choose"):
         Control(six, (hint(),), ControlConfig(control_type="tile"))
-    with pytest.raises(ValueError, match="ControlNet a has no image to steer by"):
+    with pytest.raises(ValueError, match="ControlNet a has no image: connect one"):
         Control(control(files[0]).net, ())
 
 

@@ -63,7 +63,7 @@ def test_stack_of_any_pack_is_read_and_never_changed() -> None:
     assert read[3] is special
     assert stack == before
     assert wires.read_stack(None) == []
-    with pytest.raises(ValueError, match=r"lora_stack holds 'a\.safetensors'"):
+    with pytest.raises(ValueError, match=r"lora_stack contains 'a\.safetensors'"):
         wires.read_stack(["a.safetensors"])
 
 
