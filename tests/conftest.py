@@ -30,7 +30,7 @@ from tests.micro.runs import SMALL, Train, Trained, load, train_on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What trains is slow, without saying so itself."""
+    """Marks tests that train as slow."""
     for item in items:
         if isinstance(item, pytest.Function) and {"run", "trained"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)

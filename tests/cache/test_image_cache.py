@@ -234,6 +234,7 @@ def test_three_processes_make_one_image(cache: ImageCache, tmp_path: Path) -> No
     assert log.read_text() == "made\n"
 
 
+@pytest.mark.slow
 def test_lock_of_a_killed_process_is_free(cache: ImageCache) -> None:
     holder = run_python(HOLD, cache.root, KEY)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"

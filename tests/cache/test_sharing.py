@@ -185,6 +185,7 @@ for key in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
 def test_a_disk_that_takes_no_more_costs_one_warning(tmp_path: Path) -> None:
     writer = start(FULL, tmp_path, KEY, key_of({"another": 1}))

@@ -80,6 +80,7 @@ def made(base: SDXLBase, config: GenerateConfig, *controls: Control, **options: 
 # The image itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [7.0, 1.0])
 def test_one_net_equals_the_plain_pipeline(
     micro_sdxl: Path, micro_base: SDXLBase, nets: list[Any], files: list[Path], guidance: float
@@ -122,6 +123,7 @@ def test_two_nets_equal_the_plain_pipeline_in_either_order(
         assert abs(image - made(micro_base, config, one)).max() > 10
 
 
+@pytest.mark.slow
 def test_image_to_image_equals_the_plain_pipeline(
     micro_sdxl: Path, micro_base: SDXLBase, nets: list[Any], files: list[Path]
 ) -> None:
@@ -142,6 +144,7 @@ def test_image_to_image_equals_the_plain_pipeline(
     assert abs(image - made(micro_base, config, starts=starts)).max() > 5
 
 
+@pytest.mark.slow
 def test_inpainting_equals_the_plain_pipeline(
     micro_sdxl: Path, micro_base: SDXLBase, nets: list[Any], files: list[Path]
 ) -> None:
@@ -251,6 +254,7 @@ def test_an_interval_without_a_step_changes_nothing(micro_base: SDXLBase, files:
     np.testing.assert_array_equal(made(micro_base, config, never), made(micro_base, config))
 
 
+@pytest.mark.slow
 def test_nets_see_what_the_unet_sees_and_rest_outside_their_interval(micro_base: SDXLBase, files: list[Path]) -> None:
     parts = WatchedParts()
     controls = [control(files[0], start_percent=0.2, end_percent=0.7)]
@@ -269,6 +273,7 @@ def test_nets_see_what_the_unet_sees_and_rest_outside_their_interval(micro_base:
 # Hints
 
 
+@pytest.mark.slow
 def test_each_image_has_its_own_hint_or_all_share_one(micro_base: SDXLBase, files: list[Path]) -> None:
     config = settings(count=2)
     own = control(files[0], hint(1), hint(2))
@@ -292,6 +297,7 @@ def test_hints_are_scaled_to_cover_and_cut_in_the_middle(micro_base: SDXLBase, f
     np.testing.assert_array_equal(image, made(micro_base, settings(), control(files[0], fit_image(wide, SIDE, SIDE))))
 
 
+@pytest.mark.slow
 def test_a_second_pass_is_steered_at_its_own_size(micro_base: SDXLBase, files: list[Path]) -> None:
     large = hint(0, 3 * SIDE, 3 * SIDE)
     steer = control(files[0], large)
@@ -314,6 +320,7 @@ def key(*controls: Control, numbers: Sequence[int] = (0,), **changes: Any) -> st
     return str(control_settings(settings(**changes), controls, tuple(numbers)))
 
 
+@pytest.mark.slow
 def test_every_setting_acts_on_pixels_and_key(micro_base: SDXLBase, files: list[Path]) -> None:
     config = settings(steps=6)
     before = control(files[0])
@@ -358,6 +365,7 @@ def test_strength_0_costs_and_changes_nothing(micro_base: SDXLBase, files: list[
     assert not any("control_net" in event for event in parts.events)
 
 
+@pytest.mark.slow
 def test_images_are_found_again_and_say_who_steered_them(
     micro_base: SDXLBase, files: list[Path], tmp_path: Path
 ) -> None:
@@ -421,6 +429,7 @@ def moves(parts: WatchedParts) -> list[str]:
     return [event.partition("_net")[0] for event in parts.taken_events() if event.split()[1] in ("unet", "control_net")]
 
 
+@pytest.mark.slow
 def test_nets_are_loaded_once_and_only_those_of_the_request_are_kept(micro_base: SDXLBase, files: list[Path]) -> None:
     def loads(*controls: Control, **changes: Any) -> list[str]:
         draw(micro_base, settings(**changes), controls=controls, parts=parts)
@@ -437,6 +446,7 @@ def test_nets_are_loaded_once_and_only_those_of_the_request_are_kept(micro_base:
     assert loads(a, b) == ["load control"]
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_loaded_anew(micro_base: SDXLBase, tmp_path: Path) -> None:
     parts = WatchedParts()
     path = save_single(tmp_path / "net.safetensors", random_net(micro_base, 1))
@@ -445,6 +455,7 @@ def test_a_changed_file_is_loaded_anew(micro_base: SDXLBase, tmp_path: Path) -> 
     assert abs(made(micro_base, settings(), control(path), parts=parts) - first).max() > 3
 
 
+@pytest.mark.slow
 def test_unet_and_nets_are_on_the_device_together_and_leave_together(micro_base: SDXLBase, files: list[Path]) -> None:
     parts = WatchedParts(offload=True)
     draw(micro_base, settings(steps=1), controls=[control(path) for path in files[:2]], parts=parts)
@@ -461,6 +472,7 @@ def test_unet_and_nets_are_on_the_device_together_and_leave_together(micro_base:
     ]
 
 
+@pytest.mark.slow
 def test_cancelling_leaves_nothing_behind(micro_base: SDXLBase, files: list[Path]) -> None:
     parts = WatchedParts()
     plain = pixels(micro_base, settings(), parts=parts)
@@ -484,6 +496,7 @@ def test_attention_in_slices_is_sliced_in_the_net_too(micro_base: SDXLBase, file
 # The node
 
 
+@pytest.mark.slow
 def test_the_node_adds_a_net_to_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_sdxl: Path, files: list[Path]
 ) -> None:

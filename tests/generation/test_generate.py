@@ -61,6 +61,7 @@ def plain_image(pipeline: Any, config: GenerateConfig) -> np.ndarray:
 # The image itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negative", ["", "a blue square"])
 def test_image_equals_the_plain_pipeline(micro_sdxl: Path, micro_base: SDXLBase, negative: str) -> None:
     config = settings(steps=25, width=80, height=64, negative_prompt=negative)
@@ -69,6 +70,7 @@ def test_image_equals_the_plain_pipeline(micro_sdxl: Path, micro_base: SDXLBase,
     assert abs(pixels(micro_base, config)[0] - reference).max() <= 1
 
 
+@pytest.mark.slow
 def test_merged_stack_equals_the_pipeline_with_adapters(
     micro_sdxl: Path, micro_base: SDXLBase, lora: LoRARef, unet_lora: LoRARef
 ) -> None:
@@ -86,6 +88,7 @@ def test_merged_stack_equals_the_pipeline_with_adapters(
     assert abs(pixels(micro_base, config, stack)[0] - reference).max() <= 1
 
 
+@pytest.mark.slow
 def test_v_prediction_base_with_zero_terminal_snr(micro_copy: Callable[[], Path], micro_base: SDXLBase) -> None:
     folder = micro_copy()
     edit_json(
@@ -98,6 +101,7 @@ def test_v_prediction_base_with_zero_terminal_snr(micro_copy: Callable[[], Path]
     assert abs(made - pixels(micro_base, config)[0]).max() > 20
 
 
+@pytest.mark.slow
 def test_vae_with_mean_and_spread_of_its_own(micro_copy: Callable[[], Path], micro_base: SDXLBase) -> None:
     folder = micro_copy()
     edit_json(folder / "vae" / "config.json", latents_mean=[0.5, -0.5, 1.0, 0.0], latents_std=[0.5, 2.0, 1.0, 0.3])
@@ -159,6 +163,7 @@ def test_without_guidance_the_unet_runs_once_and_the_negative_prompt_has_no_say(
 # Many images
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_the_others(micro_base: SDXLBase) -> None:
     prompts = ["a red circle", "a blue square"]
     config = settings(prompt="\n".join(prompts), prompt_per_line=True, count=2)
@@ -169,6 +174,7 @@ def test_an_image_does_not_depend_on_the_others(micro_base: SDXLBase) -> None:
         np.testing.assert_array_equal(image.pixels, alone)
 
 
+@pytest.mark.slow
 def test_batches_are_nearly_the_same_and_have_their_own_keys(micro_base: SDXLBase, parts: WatchedParts) -> None:
     single = draw(micro_base, settings(count=3), parts=parts)
     parts.held("unet").register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))

@@ -169,6 +169,7 @@ def test_cache_holds_no_path(micro_base: SDXLBase, images_folder: Path, lora: Lo
 # Prompt embeddings on disk
 
 
+@pytest.mark.slow
 def test_known_prompts_need_no_text_encoders(micro_base: SDXLBase, tmp_path: Path, lora: LoRARef) -> None:
     first = pixels(micro_base, settings(), prompt_cache=tmp_path)
     parts = WatchedParts()
@@ -178,6 +179,7 @@ def test_known_prompts_need_no_text_encoders(micro_base: SDXLBase, tmp_path: Pat
     assert parts.taken_events("load") == ["load text_encoders"], "the held UNet takes the LoRA in place"
 
 
+@pytest.mark.slow
 def test_damaged_prompt_file_heals(micro_base: SDXLBase, tmp_path: Path) -> None:
     first = pixels(micro_base, settings(), prompt_cache=tmp_path)
     files = list(tmp_path.rglob("*.safetensors"))
@@ -232,6 +234,7 @@ print(found[0].hit, sorted(heavy))
 """
 
 
+@pytest.mark.slow
 def test_a_hit_in_another_process_imports_nothing_heavy(
     micro_sdxl: Path, micro_base: SDXLBase, images_folder: Path, lora: LoRARef
 ) -> None:

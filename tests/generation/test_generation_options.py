@@ -17,6 +17,7 @@ def parts() -> WatchedParts:
     return WatchedParts()
 
 
+@pytest.mark.slow
 def test_attention_math_holds_for_one_call(micro_base: SDXLBase, parts: WatchedParts) -> None:
     def fast_kernels(attention: str) -> set[bool]:
         seen = set()
@@ -31,6 +32,7 @@ def test_attention_math_holds_for_one_call(micro_base: SDXLBase, parts: WatchedP
     assert abs(math - pixels(micro_base, settings(), parts=parts)).max() <= 1
 
 
+@pytest.mark.slow
 def test_attention_slicing_is_put_on_and_taken_off(micro_base: SDXLBase, parts: WatchedParts) -> None:
     def processors(**changes: Any) -> set[str]:
         pixels(micro_base, settings(steps=1, **changes), parts=parts)
@@ -66,6 +68,7 @@ def test_vae_slicing_is_put_on_and_taken_off(micro_base: SDXLBase, parts: Watche
     assert calls == [1, 1, 2]
 
 
+@pytest.mark.slow
 def test_room_for_computing_grows_with_what_is_computed_at_once(micro_base: SDXLBase, parts: WatchedParts) -> None:
     def rooms(**changes: Any) -> tuple[int, int]:
         pixels(micro_base, settings(steps=1, **changes), parts=parts)
@@ -109,6 +112,7 @@ def test_offload_auto_is_the_owners_choice(micro_base: SDXLBase, option: str, ow
     assert len(parts.taken_events("leave")) == leaves
 
 
+@pytest.mark.slow
 def test_drop_all_lets_go(micro_base: SDXLBase, parts: WatchedParts) -> None:
     pixels(micro_base, settings(steps=1), parts=parts)
     parts.drop_all()
@@ -117,6 +121,7 @@ def test_drop_all_lets_go(micro_base: SDXLBase, parts: WatchedParts) -> None:
     assert len(parts.taken_events("load")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("forced", "dtype"), [(True, torch.float32), (False, torch.float16)])
 def test_vae_of_a_half_precision_base(
     micro_copy: Callable[[], Path], parts: WatchedParts, forced: bool, dtype: torch.dtype

@@ -52,12 +52,14 @@ def by_hand(folder: Path, config: Any, interval: tuple[float, float]) -> np.ndar
     return ((image / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
 
 
+@pytest.mark.slow
 def test_each_setting_acts(tiny: SDXLBase) -> None:
     plain = pixels(tiny, settings(steps=6))
     for changes in ({"guidance_rescale": 0.4}, {"guidance_start": 0.3}, {"guidance_end": 0.6}):
         assert abs(pixels(tiny, settings(steps=6, **changes)) - plain).max() > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", [0.4, 1.0])
 def test_rescale_equals_diffusers(tiny: SDXLBase, rescale: float) -> None:
     config = settings(steps=10, guidance=9.0, guidance_rescale=rescale)
@@ -75,6 +77,7 @@ def test_rescale_equals_diffusers(tiny: SDXLBase, rescale: float) -> None:
     assert abs(pixels(tiny, config)[0] - reference * 255).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_unet_that_takes_the_scale_as_an_input_equals_diffusers(micro_copy: Callable[[], Path]) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -109,6 +112,7 @@ def test_interval_equals_the_loop_written_out(tiny: SDXLBase, interval: tuple[fl
     assert abs(pixels(tiny, config)[0] - by_hand(TINY, config, interval)).max() <= 1
 
 
+@pytest.mark.slow
 def test_steps_out_of_the_interval_cost_half_and_leave_nothing_behind(micro_base: SDXLBase) -> None:
     parts = WatchedParts()
     plain = pixels(micro_base, settings(steps=10), parts=parts)

@@ -307,6 +307,7 @@ print(key_of(image_facts(settings, "a red circle", 0)))
 """
 
 
+@pytest.mark.slow
 def test_key_is_the_same_in_another_process(micro_sdxl: Path, micro_base: SDXLBase) -> None:
     command = [sys.executable, "-c", KEY, str(micro_sdxl)]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}

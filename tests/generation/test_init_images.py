@@ -77,6 +77,7 @@ def test_image_to_image_equals_the_plain_pipeline(
     assert abs(image - wanted).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denoise", [1.0, 0.5])
 def test_inpainting_equals_the_plain_pipeline(micro_sdxl: Path, micro_base: SDXLBase, denoise: float) -> None:
     config = settings(denoise=denoise, steps=6)
@@ -121,6 +122,7 @@ def test_latents_go_out_and_in_again(micro_base: SDXLBase) -> None:
     assert (second.latents - first.latents).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_each_other(micro_base: SDXLBase) -> None:
     config = settings(denoise=0.5, count=2)
     pair = [picture(0), picture(1)]
@@ -254,6 +256,7 @@ def test_kept_latents_are_the_same_on_hit_and_miss(micro_base: SDXLBase, tmp_pat
     assert run(keep_latents=True).hit
 
 
+@pytest.mark.slow
 def test_the_vae_comes_and_goes_before_the_unet(micro_base: SDXLBase) -> None:
     parts = WatchedParts(offload=True)
     config = settings(denoise=0.5, count=2)
@@ -263,6 +266,7 @@ def test_the_vae_comes_and_goes_before_the_unet(micro_base: SDXLBase) -> None:
     assert moves.count("arrive vae") == 3, "one start is encoded once for all images"
 
 
+@pytest.mark.slow
 def test_the_node_takes_images_masks_and_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
     pack = load_pack()

@@ -57,6 +57,7 @@ def test_images_equal_the_librarys_own(micro_base: SDXLBase, changes: dict[str, 
     assert np.abs(pixels(micro_base, config)[0] - wanted).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_unet_is_told(micro_base: SDXLBase, option: str) -> None:
     parts, told = WatchedParts(), []

@@ -50,6 +50,7 @@ def test_one_step_starts_from_pure_noise_and_progress_counts_every_call(
         assert len(scheduler.timesteps) == SOLVERS[sampler].unet_calls(steps)
 
 
+@pytest.mark.slow
 def test_progress_of_a_sampler_with_two_calls_a_step(micro_base: SDXLBase) -> None:
     calls = []
     draw(micro_base, settings(sampler="heun", count=2), on_step=lambda done, total: calls.append((done, total)))
@@ -131,6 +132,7 @@ def test_samplers_without_the_option_start_from_zero_snr_too(zero_snr: Path, sam
     assert pixels(base, dataclasses.replace(config, steps=10)).std() > 10
 
 
+@pytest.mark.slow
 def test_v_prediction_without_zero_snr(micro_copy: Callable[[], Path]) -> None:
     folder = micro_copy()
     edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
@@ -153,6 +155,7 @@ def test_what_cannot_start_from_zero_snr_is_refused(
     assert not parts.events
 
 
+@pytest.mark.slow
 def test_a_base_saved_with_another_schedule_takes_the_one_that_is_asked_for(
     micro_copy: Callable[[], Path], micro_base: SDXLBase
 ) -> None:

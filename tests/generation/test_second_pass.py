@@ -33,6 +33,7 @@ def test_it_is_image_to_image_on_the_enlarged_image(micro_base: SDXLBase) -> Non
     np.testing.assert_array_equal(second, by_hand(micro_base, first))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"hires_denoise": 0.8}, {"hires_steps": 0}, {"hires_scale": 1.5}], ids=str)
 def test_each_setting_acts_on_pixels_and_key(micro_base: SDXLBase, changes: dict[str, Any]) -> None:
     (plain,), (other,) = (draw(micro_base, config) for config in (TWICE, dataclasses.replace(TWICE, **changes)))
@@ -40,6 +41,7 @@ def test_each_setting_acts_on_pixels_and_key(micro_base: SDXLBase, changes: dict
     assert plain.pixels.shape != other.pixels.shape or abs(plain.pixels.astype(int) - other.pixels).max() > 0
 
 
+@pytest.mark.slow
 def test_zero_steps_are_those_of_the_first_pass(micro_base: SDXLBase) -> None:
     (first,) = pixels(micro_base, settings())
     same = pixels(micro_base, dataclasses.replace(TWICE, hires_steps=0))
@@ -131,6 +133,7 @@ def test_the_png_says_it_as_a1111_does(micro_base: SDXLBase) -> None:
     assert "Denoising strength: 0.3" in PngTexts(micro_base, settings(denoise=0.3)).parameters("a red circle", 5)
 
 
+@pytest.mark.slow
 def test_large_images_are_decoded_in_tiles(micro_base: SDXLBase) -> None:
     parts = WatchedParts()
 

@@ -314,6 +314,7 @@ write_lora(Path(sys.argv[1]), LoRAFile(unet=modules, metadata=metadata), torch.f
 """
 
 
+@pytest.mark.slow
 def test_equal_content_gives_equal_bytes_in_any_process(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     names = [f"down_blocks.1.attentions.{i}.proj_in" for i in (1, 0)]

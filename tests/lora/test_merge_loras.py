@@ -190,6 +190,7 @@ def test_a_resized_module_is_the_best_of_its_rank(make: str, shape: tuple[int, .
     torch.testing.assert_close(change(resized, shape).flatten(1), wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_leading_directions_of_a_large_change_are_found() -> None:
     large = DiffModule(random(1100, 12) @ random(12, 1000) + 0.001 * random(1100, 1000))
     resized = resize(LoRAFile(unet={Q: large}), 12, 1.0).unet[Q]

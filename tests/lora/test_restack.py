@@ -104,6 +104,7 @@ def test_a_restacked_part_is_the_part_loaded_anew(base: SDXLBase, files: list[Pa
         assert same(bits(unet), bare) == (not wanted["strengths"])
 
 
+@pytest.mark.slow
 def test_a_weak_change_is_rounded_once(base: SDXLBase, files: list[Path]) -> None:
     """Half of it would be lost on the way if the weight were rounded before it."""
     weak = stack(files, 0.001)

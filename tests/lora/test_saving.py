@@ -243,6 +243,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_nodes_chain(home: Path, files: list[Path], micro_base: SDXLBase) -> None:
     from tools.run_workflow import load_pack
 

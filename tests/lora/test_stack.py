@@ -55,6 +55,7 @@ def test_strength_zero_costs_nothing(micro_base: SDXLBase, tmp_path: Path) -> No
     assert draw(micro_base, settings(), [off])[0].key == bare[0].key
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_loaded_again(
     micro_base: SDXLBase, parts: WatchedParts, lora: LoRARef, unet_lora: LoRARef
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_lora_that_does_not_fit_leaves_what_is_loaded(
     assert not parts.taken_events("load")
 
 
+@pytest.mark.slow
 def test_pefts_settings_beside_a_file_count_as_its_content(micro_base: SDXLBase, lora: LoRARef, tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(lora.path.read_bytes())

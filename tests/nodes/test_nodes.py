@@ -29,6 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_importing_the_pack_is_cheap() -> None:
     heavy = ["diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib", "torchvision"]
     heavy += ["pytorch_optimizer", "bitsandbytes"]

@@ -172,6 +172,7 @@ def test_a_part_that_lacks_tensors_is_refused_not_made_up(micro_copy: Callable[[
             load_part(open_base(folder), part, torch.float32)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory as Linux counts it")
 def test_reading_holds_no_file_beside_the_weights(tmp_path: Path) -> None:
     path = tmp_path / "large.safetensors"
@@ -227,6 +228,7 @@ def test_encoders_written_by_any_transformers_are_read_and_ours_can_be_read_by_a
 # ------------------------------------------------------------------ single files
 
 
+@pytest.mark.slow
 def test_a_single_file_is_bit_exact_in_all_parts(
     micro_checkpoint: Path, micro_sdxl: Path, micro_base: SDXLBase, no_network: None
 ) -> None:
@@ -387,6 +389,7 @@ def test_a_header_length_that_looks_like_another_format_is_none(first_byte: int,
     assert read_header(path).shapes == {"a": (1,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", ["", "x" * 3, "x" * 6])
 def test_weights_lie_at_even_addresses_wherever_they_lie_in_the_file(
     micro_copy: Callable[[], Path], micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path, shift: str
@@ -480,6 +483,7 @@ def test_loading_is_silent_and_leaves_the_libraries_talkative(
     assert caplog.text + "".join(capsys.readouterr()) == ""
 
 
+@pytest.mark.slow
 def test_importing_loads_nothing_heavy() -> None:
     code = "import sys, sdxl_lora_core.sdxl.base, sdxl_lora_core.lora.files; print(sorted(sys.modules))"
     root = Path(sdxl_lora_core.__file__).parents[1]

@@ -10,6 +10,7 @@ from sdxl_lora_core.text.encoding import encode_prompt_sdxl, truncated_words
 LONG = " ".join(f"word{number}" for number in range(90))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["a red heart", "", LONG, "naïve café, 猫!"])
 def test_embeddings_equal_the_librarys_own(micro_base: SDXLBase, prompt: str) -> None:
     tokenizers = load_tokenizers(micro_base)

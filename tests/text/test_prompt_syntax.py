@@ -212,6 +212,7 @@ def finder(folder: Path) -> dict[str, Any]:
     return {"find_embedding": lambda name: file if (file := folder / f"{name}.safetensors").exists() else None}
 
 
+@pytest.mark.slow
 def test_a_prompt_without_syntax_is_the_same_image_in_both(micro_base: SDXLBase) -> None:
     plain = pixels(micro_base, settings(prompt="a red heart", negative_prompt="blue", steps=2))
     assert (pixels(micro_base, comfy("a red heart", negative_prompt="blue")) == plain).all()
@@ -219,6 +220,7 @@ def test_a_prompt_without_syntax_is_the_same_image_in_both(micro_base: SDXLBase)
     assert (pixels(micro_base, comfy("a red heart", negative_prompt="(blue:1.8)")) != plain).any()
 
 
+@pytest.mark.slow
 def test_an_embedding_moves_pixels_and_its_content_the_key(
     micro_base: SDXLBase, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -271,6 +273,7 @@ def test_an_embedding_for_another_width_names_both(micro_base: SDXLBase, folder:
         draw(micro_base, comfy("embedding:cat"), **finder(folder))
 
 
+@pytest.mark.slow
 def test_a_long_prompt_goes_with_a_short_negative_one(micro_base: SDXLBase, caplog: pytest.LogCaptureFixture) -> None:
     cut = pixels(micro_base, settings(prompt=LONG, negative_prompt="blue", steps=2))
     assert re.search(r"its end has no effect \(set long_prompts to chunks to use it\): .*3 9$", caplog.text.strip())

@@ -95,6 +95,7 @@ def test_training_starts_at_the_base_in_fp32(kind: str, dtype: torch.dtype, micr
         torch.testing.assert_close(changed[name], weight, atol=rounding, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_lengths_of_a_dora_are_measured_in_fp32(micro_base: SDXLBase) -> None:
     for layer in Adapter(new_unet(micro_base, torch.bfloat16), TrainConfig(adapter="dora")).layers.values():
         lengths = layer.base_layer.weight.float().flatten(1).norm(dim=1)

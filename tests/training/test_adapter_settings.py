@@ -97,6 +97,7 @@ def test_the_blocks_are_those_of_the_full_size_unet() -> None:
     assert {name for name in names if name.partition("attentions.")[2].isdigit()} == {b for b in BLOCKS if "att" in b}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "count"), [({"target_modules": "all-linear"}, 722), ({"blocks": STYLE}, 80)])
 def test_the_full_size_unet_gets_kohyas_modules(settings: dict[str, Any], count: int) -> None:
     assert len(Adapter(full_size_unet(), TrainConfig(rank=1, **settings)).layers) == count
@@ -118,6 +119,7 @@ def test_the_first_adam_step_shows_the_rate_of_each_block(run: Train) -> None:
         assert module.factors["lora_up.weight"].abs().max().item() == pytest.approx(4e-3 * factor, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_lora_plus_leaves_the_down_matrices_at_the_plain_rate(adapter: Any) -> None:
     groups = {group.rate_factor: group.parameters for group in adapter(rank=2, lora_plus_ratio=4.0).groups}
     layers = adapter(rank=2).layers.values()
@@ -197,6 +199,7 @@ def test_the_node_finds_the_file_by_its_name(monkeypatch: pytest.MonkeyPatch) ->
         node.train(None, None, {"continue_from": "nothing"}, lora_name="x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -216,6 +219,7 @@ def test_a_file_that_does_not_fit_is_refused(
         adapter(**{"rank": 3, "continue_from": str(path), **settings})
 
 
+@pytest.mark.slow
 def test_a_file_for_another_base_is_refused(adapter: Any, tmp_path: Path) -> None:
     modules = adapter(adapter="dora", rank=3).modules()
     name, module = next(iter(modules.items()))

@@ -15,6 +15,7 @@ def new_unet(base: SDXLBase) -> Any:
     return load_part(base, "unet", torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "ends"),
     [
@@ -54,6 +55,7 @@ def test_only_fp32_matrices_are_trained_and_they_change_nothing_at_the_start(mic
     assert all(module.up.abs().max() == 0 < module.down.abs().max() for module in adapter.modules().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["attention", "all-linear+conv"])
 def test_the_merged_matrices_act_as_the_adapter_does(micro_base: SDXLBase, preset: Any) -> None:
     unet = new_unet(micro_base)

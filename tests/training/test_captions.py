@@ -252,6 +252,7 @@ def test_rows_of_different_length_stack_without_changing_what_attention_gives() 
         torch.testing.assert_close(repeated, alone, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_holds_short_and_long_captions(
     micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def test_gradients_match_finite_differences() -> None:
     assert torch.autograd.gradcheck(call, draw, eps=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_dora_and_dropout_stay_with_peft(micro_base: SDXLBase) -> None:
     for settings, fused in (({}, True), ({"dropout": 0.1}, False), ({"adapter": "dora"}, False)):
         unet: Any = load_part(micro_base, "unet", torch.float32)

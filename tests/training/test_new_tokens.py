@@ -116,6 +116,7 @@ def test_a_token_with_a_words_vector_reads_as_the_word(micro_base: SDXLBase) -> 
     assert torch.equal(embeds, wanted) and torch.equal(pooled, wanted_pooled)
 
 
+@pytest.mark.slow
 def test_other_words_stay_as_they_are(micro_base: SDXLBase) -> None:
     vectors = (torch.randn(2, 8), torch.randn(2, 12))
     for prompt in ("a red heart", ""):
@@ -132,6 +133,7 @@ def test_several_vectors_follow_one_another(micro_base: SDXLBase) -> None:
     assert torch.equal(embeds, wanted) and torch.equal(pooled, wanted_pooled)
 
 
+@pytest.mark.slow
 def test_start_words_and_random_starts(micro_base: SDXLBase) -> None:
     tokens = trainable(micro_base, PIVOTAL).learned().tokens
     for part, row in zip(("text_encoder", "text_encoder_2"), known(micro_base, "red"), strict=True):
@@ -267,6 +269,7 @@ def test_the_rate_that_is_shown_is_one_that_learns(trained: Trained) -> None:
     assert read_lora(result.lora_path).metadata["ss_learning_rate"] == "0.1"
 
 
+@pytest.mark.slow
 def test_a_start_of_several_words_is_their_mean_where_there_are_fewer_vectors(micro_base: SDXLBase) -> None:
     for vectors, wanted in ((1, [["red", "heart"]]), (3, [["red"], ["heart"], ["red"]])):
         config = TrainConfig(new_tokens="zwx=red heart", vectors_per_token=vectors)

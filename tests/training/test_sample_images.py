@@ -224,6 +224,7 @@ def test_a_picture_is_not_validated_with_if_it_is_trained_on(pictures: Path) -> 
         with_validation(load(pictures), load(pictures))
 
 
+@pytest.mark.slow
 def test_a_chart_of_everything_is_drawn(tmp_path: Path) -> None:
     state = LoopState(
         step=4,

@@ -91,6 +91,7 @@ def test_before_the_first_step_a_caption_reads_as_it_does_from_the_cache(
     torch.testing.assert_close(pooled, cached.pooled, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_that_stands_still_is_read_from_the_disk(micro_base: SDXLBase, pictures: Path, cache: Path) -> None:
     for config, still in ((FIRST, slice(8, 20)), (SECOND, slice(0, 8))):
         learner = learner_of(micro_base, config)
@@ -145,6 +146,7 @@ def test_the_file_merged_into_the_encoders_says_what_the_learner_says(
     torch.testing.assert_close(pooled, wanted_pooled, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_loss(micro_base: SDXLBase, pictures: Path, cache: Path) -> None:
     """Along a random direction, against the difference quotient."""
     learner = learner_of(micro_base, BOTH).train()
@@ -186,6 +188,7 @@ def test_the_file_holds_what_learned(trained: Trained, config: TrainConfig, pref
     assert moved == prefixes
 
 
+@pytest.mark.slow
 def test_target_modules_choose_the_encoders_layers(micro_base: SDXLBase) -> None:
     for preset, ends in (("attention", 4), ("attention+ff", 6), ("all-linear", 6)):
         learned = learner_of(micro_base, replace(BOTH, target_modules=preset)).learned()  # type: ignore[arg-type]
@@ -253,6 +256,7 @@ def test_nothing_that_learns_is_refused() -> None:
         replace(FIRST, optimizer="prodigy", learning_rate=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["kohya", "peft"])
 @torch.no_grad()
 def test_diffusers_loads_what_the_encoders_learned(micro_base: SDXLBase, tmp_path: Path, format: Any) -> None:
