@@ -101,7 +101,7 @@ def _notes(run: Run, job: TrainingJob) -> dict[str, Any]:
     if job.dataset.regularisation:
         notes["regularisation_images"] = len(job.dataset.regularisation)
     if cut := truncated_captions(job.base, job.dataset.entries, config.caption_chunks, placeholder_ids(config)):
-        notes["cut_captions"] = [f"{name}: not seen: {words}" for name, words in cut]
+        notes["cut_captions"] = [f"{name}: truncated: {words}" for name, words in cut]
     if encoders := learning_encoders(config):
         notes["text_encoders"] = f"{' and '.join(encoders)} read the captions in every step, without the cache"
     if tokens := tokens_of(config):
@@ -120,12 +120,12 @@ def _course(config: TrainConfig, trained: Trained) -> dict[str, Any]:
     if trained.stopped_early:
         course["stopped"] = (
             f"stopped on request after {state.step} of {config.steps} steps, and kept: with another number of steps, "
-            f"{config.steps + 1} for example, the training goes on from here in a file of its own"
+            f"such as {config.steps + 1}, training continues from here into a new file"
         )
     elif state.step < config.steps:
         course["early_stopping"] = (
             f"stopped early after {state.step} of {config.steps} steps: {config.early_stopping} validations in a row "
-            "brought no lower loss"
+            "without a lower loss"
         )
     if state.continued_from:
         course["continued"] = _continued(state, config)
@@ -133,7 +133,7 @@ def _course(config: TrainConfig, trained: Trained) -> dict[str, Any]:
         course["validation_loss"] = (trained.kept or validated[-1]).validation_loss
         course["validation_loss_before"] = validated[0].validation_loss
     if trained.kept:
-        course["kept"] = f"the file holds step {trained.kept.step}, the best by {config.keep_best}"
+        course["kept"] = f"the file has the adapter of step {trained.kept.step}, the best by {config.keep_best}"
     return course
 
 
@@ -142,7 +142,7 @@ def _continued(state: LoopState, config: TrainConfig) -> str:
         return f"the first steps are those of {state.continued_from}, as in one run of {config.steps} steps"
     return (
         f"the first {state.schedule_start} steps are those of {state.continued_from}; after them the schedule "
-        f"{config.lr_schedule} began anew, warm-up included"
+        f"{config.lr_schedule} starts again, warm-up included"
     )
 
 

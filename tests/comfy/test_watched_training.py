@@ -113,7 +113,7 @@ def check_report(report: dict[str, Any], rows: list[dict[str, str]]) -> None:
     assert last == best + PATIENCE * EVERY < STEPS, "the validation loss did not end the run"
     assert report["steps"] == last and report["validation_loss"] == validated[best] < validated[last]
     assert report["early_stopping"].startswith(f"stopped early after {last} of {STEPS} steps: {PATIENCE} validations")
-    assert report["kept"] == f"the file holds step {best}, the best by validation_loss"
+    assert report["kept"] == f"the file has the adapter of step {best}, the best by validation_loss"
     assert len(report["clip_scores"]) == 2 and report["images"] < 24
 
 

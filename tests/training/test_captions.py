@@ -297,7 +297,7 @@ def test_the_report_and_the_log_name_captions_that_are_cut(
     dataset = load(folder, caption_per_line=True)
     short = replace(SMALL, steps=1)
     (cut,) = run(short, dataset=dataset).report.cut_captions
-    assert cut.startswith("1.png: not seen: ") and cut.endswith("word 4 9")
+    assert cut.startswith("1.png: truncated: ") and cut.endswith("word 4 9")
     assert "the caption of 1.png is too long for caption_chunks" in caplog.text
     whole = run(replace(short, caption_chunks=3), where="b", dataset=dataset)
     assert whole.report.cut_captions is None

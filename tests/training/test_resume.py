@@ -171,7 +171,7 @@ def test_more_steps_of_another_schedule_begin_it_anew_and_say_so(run: Train, tmp
     run(short)
     long = replace(short, steps=8)
     more = run(long)
-    assert "the schedule linear began anew, warm-up included" in more.report.continued
+    assert "the schedule linear starts again, warm-up included" in more.report.continued
     state = json.loads(
         (folder_of(tmp_path, "a", "small_00002") / "checkpoints/step-000008/state.json").read_text(encoding="utf-8")
     )["loop"]

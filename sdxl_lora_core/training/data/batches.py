@@ -143,7 +143,7 @@ class TrainingData:
             log.info("%s is trained: it reads the captions in every step, their embeddings are not cached", part)
         chunks, tokens = self.config.caption_chunks, placeholder_ids(self.config)
         for name, words in truncated_captions(self.job.base, self.job.entries, chunks, tokens):
-            log.warning("the caption of %s is too long for caption_chunks, not seen: %s", name, words)
+            log.warning("the caption of %s is too long for caption_chunks and truncated: %s", name, words)
         samples = [sample for variants in self.variants for sample in variants] + self.validation
         cache_prompts(self.prompt_keys, self.prompt_files, on_item)
         cache_latents(self.job.base, samples, self.device, self.folders.hashes, on_item)
