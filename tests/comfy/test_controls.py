@@ -81,7 +81,7 @@ def test_names_are_offered_and_wrong_files_refused(drawing: Any) -> None:
     assert "'gone' was not found: choose a .safetensors file" in drawing.refused(steered("gone"))
     assert "t2i.safetensors is a T2I-Adapter: use an SDXL ControlNet" in drawing.failure(steered("t2i.safetensors"))
     message = drawing.failure(steered("edges.safetensors", control_type="depth"))
-    assert "ControlNet edges is no ControlNet-Union: set it to auto" in message
+    assert "ControlNet edges is not a ControlNet-Union: set it to auto" in message
 
 
 def test_the_preview_says_who_steered_it(drawing: Any) -> None:

@@ -256,7 +256,7 @@ def test_captions_in_utf_16_are_read_or_named(server: Any, png: bytes) -> None:
     outputs = server.run(job(dataset={"folder": folder_with(server, "utf16", files)}, train={"lora_name": "utf16"}))
     report = outputs["dataset"]["text"][0]
     assert "1 image to train on" in report
-    assert re.search(r"b\.(png|txt).*UTF-16 without its mark", report), report
+    assert re.search(r"b\.(png|txt).*UTF-16 without a byte order mark", report), report
 
 
 def test_models_of_another_kind(server: Any) -> None:

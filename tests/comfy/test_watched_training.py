@@ -86,7 +86,7 @@ def test_a_watched_training_is_cancelled_goes_on_and_stops_early(
     seen = len(story.server.text())
     outputs = story.server.run(story.workflow)
     rows = story.metrics()
-    assert f"the training goes on from step {step}\n" in story.server.text()[seen:]
+    assert f"training resumes at step {step}\n" in story.server.text()[seen:]
     assert min(story.steps_shown(seen)) >= step, "training began anew"
     assert rows[: len(before)] == before, "steps were done again: their speeds are not those of the first time"
     check_report(json.loads(outputs["4"]["text"][0]), rows)
