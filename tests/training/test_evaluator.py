@@ -144,7 +144,7 @@ def test_the_file_holds_the_best_step(run: Train, pictures: Path, monkeypatch: p
     dataset = load(pictures, validation_percent=20)
     scripted(monkeypatch, 0.1, 0.9, 0.5, 0.5)
     result = run(replace(WATCHED, keep_best="validation_loss"), dataset=dataset)
-    assert "holds step 4" in result.report.kept
+    assert "has the adapter of step 4" in result.report.kept
     assert result.report.validation_loss == 0.5 and result.report.steps == 6
     shorter = run(replace(WATCHED, steps=4), where="b", dataset=dataset)
     tensors = [torch_file(path.lora_path) for path in (result, shorter)]
@@ -168,7 +168,7 @@ def test_best_and_patience_survive_cancels_wherever_they_fall(
         WATCHED, steps=20, keep_best="validation_loss", early_stopping=2, checkpoint_every=checkpoint_every
     )
     whole = run(config, where="whole", dataset=dataset)
-    assert "holds step 2" in whole.report.kept
+    assert "has the adapter of step 2" in whole.report.kept
 
     def within(step: int) -> Any:
         def validation_loss(self: Evaluator, on_step: Any) -> float:

@@ -104,7 +104,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
 def test_the_file_holds_the_step_with_the_best_score(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, 10.0, 30.0, 20.0, 0.0)
     result = run(chosen(steps=5))
-    assert "holds step 4, the best by clip_score" in result.report.kept
+    assert "has the adapter of step 4, the best by clip_score" in result.report.kept
     assert lora_metadata_steps(result.lora_path) == "4"
 
 
