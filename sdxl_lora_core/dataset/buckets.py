@@ -53,12 +53,26 @@ def epoch_batches(
     return [[index for _, index in batch] for batch in batches]
 
 
+def is_added_square(bucket: Bucket, resolution: int) -> bool:
+    """Whether the bucket is a square that versions before 0.4 did not have at this resolution."""
+    return bucket[0] == bucket[1] and bucket not in _rectangles(resolution)
+
+
 def _buckets(resolution: int) -> list[Bucket]:
-    step = 64 if resolution >= 512 else 16
-    area = resolution * resolution
+    """All buckets. Where the resolution is not a multiple of the step, no rectangle of its area may be square."""
+    side = resolution // _step(resolution) * _step(resolution)
+    return [*_rectangles(resolution), (side, side)]
+
+
+def _rectangles(resolution: int) -> list[Bucket]:
+    step, area = _step(resolution), resolution * resolution
     shortest = max(step, resolution // 2 // step * step)
     wide = [(area // side // step * step, side) for side in range(shortest, resolution + 1, step)]
     return [*wide, *((height, width) for width, height in wide)]
+
+
+def _step(resolution: int) -> int:
+    return 64 if resolution >= 512 else 16
 
 
 def _cut(queue: list[tuple[bytes, int]], size: int) -> list[list[tuple[bytes, int]]]:

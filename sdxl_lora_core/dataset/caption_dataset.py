@@ -10,11 +10,12 @@ from pathlib import Path
 from ..files import file_sha256, json_sha256
 from ..images.crop import Crop, center_crop, random_crop
 from ..images.decode import decode, has_alpha, strict_pillow
-from .buckets import bucket_for
+from .buckets import bucket_for, is_added_square
 from .caption_text import clean_caption, with_trigger_word
 from .captions import read_captions
 from .config import DatasetConfig
-from .folder_files import FolderFiles, Problem, scan_folder
+from .folder_files import FolderFiles, ImageFile, Problem, scan_folder
+from .layout import arrange
 
 _FINGERPRINT_VERSION = 1
 # Converting an image of 64 megapixels takes up to 1 GB, so there is a limit instead of one thread per core.
@@ -68,7 +69,9 @@ class CaptionDataset:
 
     The fingerprint covers what training depends on: file contents, captions and settings in order, but no paths or
     times. `sources` are the folders with their settings, in order: loading them again gives the same dataset.
-    `validation_sources` are those of the datasets added by `with_validation`.
+    `validation_sources` are those of the datasets added by `with_validation`. `caption_files` are the texts and
+    metadata files that were read; `ignored_files` is the number of hidden and system files. Every file of a folder is
+    in one of these, is an image or mask of an entry, or has a problem that says why it is skipped.
     """
 
     entries: tuple[CaptionEntry, ...]
@@ -80,6 +83,8 @@ class CaptionDataset:
     sources: tuple[tuple[Path, DatasetConfig], ...] = ()
     validation_sources: tuple[tuple[Path, DatasetConfig], ...] = ()
     regularisation: tuple[CaptionEntry, ...] = ()
+    caption_files: tuple[Path, ...] = ()
+    ignored_files: int = 0
 
 
 def load_caption_dataset(
@@ -97,11 +102,13 @@ def load_caption_dataset(
         raise ValueError(f"{folder.name!r} is a file: give the folder with the images and captions")
     files = scan_folder(folder)
     found = len(files.images)
+    arrange(files)
     entries = _read_entries(files, config, hash_memo)
     problems = [Problem(f"{folder.name}/{p.file}", p.reason, p.skipped) for p in dict.fromkeys(files.problems)]
     if not entries:
         raise ValueError(_nothing_left(folder.name, found, problems))
-    return _joined(chained, folder, config, entries, problems)
+    loaded = _loaded(folder, config, entries, files)
+    return _joined(chained, replace(loaded, problems=tuple(problems)))
 
 
 def with_validation(dataset: CaptionDataset, held_out: CaptionDataset) -> CaptionDataset:
@@ -123,21 +130,23 @@ def with_validation(dataset: CaptionDataset, held_out: CaptionDataset) -> Captio
     )
 
 
-def _read_entries(files: FolderFiles, config: DatasetConfig, hash_memo: Path | None) -> list[CaptionEntry]:
+def _read_entries(
+    files: FolderFiles, config: DatasetConfig, hash_memo: Path | None
+) -> list[tuple[ImageFile, CaptionEntry]]:
     captions = read_captions(files, config.caption_per_line)
-    usable = [(key, path) for key, path in files.images if key in captions]
+    usable = [image for image in files.images if image.key in captions]
     with strict_pillow(), ThreadPoolExecutor(_DECODERS) as pool:
-        checked = list(pool.map(lambda item: _check(item[1], hash_memo), usable))
-        masks = {key: _mask(files, key, path, hash_memo) for key, path in usable}
+        checked = list(pool.map(lambda image: _check(image.path, hash_memo), usable))
+        masks = {image.key: _mask(files, image, hash_memo) for image in usable}
     entries = []
-    for (key, path), facts in zip(usable, checked, strict=True):
+    for image, facts in zip(usable, checked, strict=True):
         if isinstance(facts, str):
-            files.problems.append(Problem(key, facts))
+            files.problems.append(Problem(image.key, facts))
             continue
-        shown = tuple(with_trigger_word(caption, config.trigger_word) for caption in captions[key])
-        repeats = config.repeats * files.repeats(key)
-        settings = (repeats, config.flip, config.resolution, config.random_crops)
-        entries.append(CaptionEntry(path, shown, *facts, *settings, *masks[key]))
+        trigger = "" if image.is_regularisation else config.trigger_word
+        shown = tuple(with_trigger_word(caption, trigger) for caption in captions[image.key])
+        settings = (config.repeats * image.repeats, config.flip, config.resolution, config.random_crops)
+        entries.append((image, CaptionEntry(image.path, shown, *facts, *settings, *masks[image.key])))
     return entries
 
 
@@ -150,48 +159,63 @@ def _check(path: Path, hash_memo: Path | None) -> tuple[int, int, str] | str:
         return str(error)
 
 
-def _mask(files: FolderFiles, key: str, path: Path, hash_memo: Path | None) -> tuple[Path | None, str]:
+def _mask(files: FolderFiles, image: ImageFile, hash_memo: Path | None) -> tuple[Path | None, str]:
     """The image's mask and its hash. A mask that cannot be used is reported, and the image is used without one."""
-    mask = files.mask(key)
+    mask = files.masks.get(image.stem)
     if mask is None:
-        return (path, "") if has_alpha(path) else (None, "")
+        return (image.path, "") if has_alpha(image.path) else (None, "")
     try:
         if decode(mask).convert("L").getextrema()[1] == 0:
             raise ValueError("is all black, so nothing would be trained: paint the part to train on white")
         return mask, file_sha256(mask, hash_memo)
     except (ValueError, OSError) as error:
-        files.problems.append(Problem(f"masks/{mask.name}", str(error)))
+        files.problems.append(Problem(mask.relative_to(files.root).as_posix(), str(error)))
         return None, ""
 
 
-def _joined(
-    chained: CaptionDataset | None,
-    folder: Path,
-    config: DatasetConfig,
-    entries: Sequence[CaptionEntry],
-    problems: Sequence[Problem],
+def _loaded(
+    folder: Path, config: DatasetConfig, entries: Sequence[tuple[ImageFile, CaptionEntry]], files: FolderFiles
 ) -> CaptionDataset:
-    training, validation = _split(entries, config.validation_percent)
-    regularisation: list[CaptionEntry] = []
-    if config.is_regularisation:
-        training, regularisation = regularisation, training
-    words, name = [clean_caption(config.trigger_word)], folder.name
-    sources = (*(chained.sources if chained else ()), (folder, config))
-    if chained is not None:
-        training, validation = [*chained.entries, *training], [*chained.validation, *validation]
-        regularisation = [*chained.regularisation, *regularisation]
-        problems, words = [*chained.problems, *problems], [*chained.trigger_words, *words]
-        name = f"{chained.name} + {name}"
-    words = [word for word in dict.fromkeys(words) if word]
+    """The dataset of one folder."""
+    regularisation = [entry for image, entry in entries if image.is_regularisation or config.is_regularisation]
+    others = [entry for image, entry in entries if not (image.is_regularisation or config.is_regularisation)]
+    training, validation = _split(others, config.validation_percent)
+    words = [word] if (word := clean_caption(config.trigger_word)) else []
+    skipped = {problem.file for problem in files.problems if problem.skipped}
     return CaptionDataset(
         entries=tuple(training),
         validation=tuple(validation),
-        fingerprint=_fingerprint(training, validation, regularisation, words),
-        problems=tuple(problems),
+        fingerprint="",
+        problems=(),
         trigger_words=tuple(words),
-        name=name,
-        sources=sources,
+        name=folder.name,
+        sources=((folder, config),),
         regularisation=tuple(regularisation),
+        caption_files=tuple(path for name, path in files.texts.items() if name not in skipped),
+        ignored_files=files.ignored,
+    )
+
+
+def _joined(chained: CaptionDataset | None, loaded: CaptionDataset) -> CaptionDataset:
+    """`chained` followed by `loaded`, with their fingerprint."""
+    parts = [part for part in (chained, loaded) if part]
+    words = tuple(dict.fromkeys(word for part in parts for word in part.trigger_words))
+    training, validation, regularisation = (
+        tuple(entry for part in parts for entry in getattr(part, kind))
+        for kind in ("entries", "validation", "regularisation")
+    )
+    return CaptionDataset(
+        entries=training,
+        validation=validation,
+        fingerprint=_fingerprint(training, validation, regularisation, words),
+        problems=tuple(problem for part in parts for problem in part.problems),
+        trigger_words=words,
+        name=" + ".join(part.name for part in parts),
+        sources=tuple(source for part in parts for source in part.sources),
+        validation_sources=tuple(source for part in parts for source in part.validation_sources),
+        regularisation=regularisation,
+        caption_files=tuple(path for part in parts for path in part.caption_files),
+        ignored_files=sum(part.ignored_files for part in parts),
     )
 
 
@@ -219,13 +243,14 @@ def _fingerprint(
 def _identity(entry: CaptionEntry) -> list[object]:
     """The part of the fingerprint for an image. Optional properties are added only if set, to keep old fingerprints."""
     captions = entry.caption if len(entry.captions) == 1 else list(entry.captions)
-    extras = {"random_crops": entry.random_crops, "mask": entry.mask_sha256}
+    square = is_added_square(entry.bucket, entry.resolution)
+    extras = {"random_crops": entry.random_crops, "mask": entry.mask_sha256, "square_bucket": square}
     more = {name: value for name, value in extras.items() if value}
     return [entry.sha256, captions, entry.repeats, entry.flip, entry.resolution, *([more] if more else [])]
 
 
 def _nothing_left(name: str, found: int, problems: Sequence[Problem]) -> str:
-    if not problems:
+    if not found:
         return f"the dataset folder {name!r} contains no images: put images with captions into it"
     files: dict[str, list[str]] = {}
     for problem in problems:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from .caption_text import valid_unicode
 
-_KOHYA_FOLDER = re.compile(r"([1-9][0-9]{0,2}|1000)_(.+)")
 # Includes formats that Pillow may not read: such a file is then reported instead of silently ignored.
 IMAGE_SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"),
@@ -19,6 +18,13 @@ IMAGE_SUFFIXES = {
 }
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+# Of macOS, Synology, QNAP, Windows and Linux; hidden files and folders are ignored as well.
+_SYSTEM_NAMES = {
+    *("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin", "system volume information"),
+    *("lost+found", "thumbs.db", "desktop.ini"),
+}
+_MASK_FOLDERS = ("masks", "mask")
+_MASK_ENDING = "-masklabel"  # OneTrainer's
 
 
 @dataclass(frozen=True)
@@ -30,52 +36,61 @@ class Problem:
     skipped: bool = True
 
 
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of a dataset folder. `key` is its path relative to the folder, with slashes, in Unicode normal form C.
+
+    `repeats` and `folder_caption` are those of its kohya folder, such as `10_cat`.
+    """
+
+    key: str
+    path: Path
+    repeats: int = 1
+    folder_caption: str = ""
+    is_regularisation: bool = False
+
+    @property
+    def stem(self) -> str:
+        """The key without its suffix."""
+        return stem_of(self.key)
+
+
 @dataclass
 class FolderFiles:
-    """The files of a dataset folder by key: the path relative to it, with slashes, in Unicode normal form C.
+    """The files of a dataset folder. Texts are captions and metadata by key; masks are by the stem of their image.
 
-    `images` is a list because two files can have the same key (composed and decomposed spellings of one name).
-    `kohya` maps each subfolder such as `10_cat` to its repeats and name, if all images are in such folders.
+    `images` is a list because two files can have the same key (composed and decomposed spellings of one name);
+    `left_out` are images that the layout of the folder does not use (see layout.arrange).
+    `ignored` is the number of hidden files and of files that systems write into folders.
     """
 
     root: Path
-    images: list[tuple[str, Path]] = field(default_factory=list)
+    images: list[ImageFile] = field(default_factory=list)
+    left_out: list[ImageFile] = field(default_factory=list)
     texts: dict[str, Path] = field(default_factory=dict)
     masks: dict[str, Path] = field(default_factory=dict)
-    kohya: dict[str, tuple[int, str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    ignored: int = 0
 
-    def repeats(self, key: str) -> int:
-        return self.kohya.get(first_folder(key), (1, ""))[0]
-
-    def mask(self, key: str) -> Path | None:
-        """The mask of an image: masks/<name> with any image suffix."""
-        return self.masks.get(stem_of(key).removeprefix("images/"))
+    @cached_property
+    def texts_by_folded_name(self) -> dict[str, list[str]]:
+        """The keys of texts by their names in folded case."""
+        names: dict[str, list[str]] = {}
+        for name in self.texts:
+            names.setdefault(name.casefold(), []).append(name)
+        return names
 
 
 def scan_folder(root: Path) -> FolderFiles:
-    """Finds every image, caption and metadata file below `root` except hidden ones; images are sorted by key.
+    """Finds every image, caption and metadata file below `root`; images are sorted by key.
 
-    Links to files outside `root`, linked folders and unreadable folders are reported in `problems` and not followed.
+    All other files, links to files outside `root`, linked folders and unreadable folders are reported in `problems`.
     """
     files = FolderFiles(root.resolve())
     for path in _walk(files):
-        key = key_of(path.relative_to(files.root).as_posix())
-        suffix = PurePosixPath(key).suffix.lower()
-        if suffix not in IMAGE_SUFFIXES and suffix not in CAPTION_SUFFIXES and path.name not in METADATA_NAMES:
-            continue
-        if not path.is_file():
-            files.problems.append(Problem(key, "is not a file, or is a broken link"))
-        elif path.is_symlink() and not path.resolve().is_relative_to(files.root):
-            files.problems.append(Problem(key, "is a link to a file outside the folder: put the file itself here"))
-        elif suffix in IMAGE_SUFFIXES:
-            files.images.append((key, path))
-        else:
-            files.texts[str(PurePosixPath(key).with_suffix(suffix))] = path
-    files.images.sort(key=lambda item: (item[0].casefold(), item[0], item[1].as_posix()))
+        _add(files, path)
+    files.images.sort(key=lambda image: (image.key.casefold(), image.key, image.path.as_posix()))
     _separate_masks(files)
-    _leave_out_images_outside(files)
-    files.kohya = _kohya_folders(files.images)
     return files
 
 
@@ -89,12 +104,27 @@ def stem_of(key: str) -> str:
     return str(PurePosixPath(key).with_suffix(""))
 
 
-def first_folder(key: str) -> str:
-    """The topmost folder in a key, empty for a file directly in the dataset folder."""
-    return key.split("/", 1)[0] if "/" in key else ""
+def _add(files: FolderFiles, path: Path) -> None:
+    key = key_of(path.relative_to(files.root).as_posix())
+    suffix = PurePosixPath(key).suffix.lower()
+    is_text = suffix in CAPTION_SUFFIXES or path.name.lower() in METADATA_NAMES
+    if not path.is_file():
+        files.problems.append(Problem(key, "is not a file, or is a broken link"))
+    elif path.is_symlink() and not path.resolve().is_relative_to(files.root):
+        files.problems.append(Problem(key, "is a link to a file outside the folder: put the file itself here"))
+    elif suffix in IMAGE_SUFFIXES:
+        files.images.append(ImageFile(key, path))
+    elif not is_text:
+        files.problems.append(Problem(key, "is not an image, a caption or a mask"))
+    elif (name := str(PurePosixPath(key).with_suffix(suffix))) in files.texts:
+        files.problems.append(Problem(key, f"has the same name as another text, {files.texts[name].name}"))
+    else:
+        files.texts[name] = path
 
 
 def _walk(files: FolderFiles) -> Iterator[Path]:
+    """Every file that is not ignored."""
+
     def note(error: OSError) -> None:
         name = Path(error.filename).relative_to(files.root).as_posix()
         files.problems.append(Problem(key_of(name), f"cannot be read: {error.strerror}"))
@@ -104,35 +134,46 @@ def _walk(files: FolderFiles) -> Iterator[Path]:
             if (link := Path(folder, name)).is_symlink():
                 key = key_of(link.relative_to(files.root).as_posix())
                 files.problems.append(Problem(key, "is a linked folder, which is not followed: put the files here"))
-        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
-        yield from (Path(folder, name) for name in sorted(names) if not _is_hidden(name))
+            elif _is_ignored(name):
+                files.ignored += sum(len(found) for _, _, found in os.walk(link))
+        subfolders[:] = sorted(name for name in subfolders if not _is_ignored(name))
+        files.ignored += sum(map(_is_ignored, names))
+        yield from (Path(folder, name) for name in sorted(names) if not _is_ignored(name))
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def _kohya_folders(images: list[tuple[str, Path]]) -> dict[str, tuple[int, str]]:
-    folders = {first_folder(key): _KOHYA_FOLDER.fullmatch(first_folder(key)) for key, _ in images}
-    kohya = {folder: (int(match[1]), match[2]) for folder, match in folders.items() if match}
-    return kohya if len(kohya) == len(folders) else {}
+def _is_ignored(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
 def _separate_masks(files: FolderFiles) -> None:
-    """Moves an image in masks/ that has the name of another image from `images` to `masks`."""
-    stems = {stem_of(key).removeprefix("images/") for key, _ in files.images if not key.startswith("masks/")}
-    for key, path in files.images:
-        if key.startswith("masks/") and (stem := stem_of(key).removeprefix("masks/")) in stems:
-            files.masks.setdefault(stem, path)
-    masks = set(files.masks.values())
-    files.images = [(key, path) for key, path in files.images if path not in masks]
+    """Moves the mask of another image from `images` to `masks`. Masks without an image are reported."""
+    stems = {image.stem for image in files.images}
+    kept: list[ImageFile] = []
+    orphans: list[ImageFile] = []
+    for image in files.images:
+        candidates = _masked_stems(image.stem)
+        if owner := next((stem for stem in candidates if stem in stems), None):
+            files.masks.setdefault(owner, image.path)
+            if files.masks[owner] != image.path:
+                files.problems.append(Problem(image.key, f"is a second mask of {owner}, which is not used"))
+        else:
+            (orphans if candidates else kept).append(image)
+    if not files.masks:  # a folder named masks may be one of images
+        kept += orphans
+        kept.sort(key=files.images.index)
+    else:
+        files.problems += [Problem(image.key, "is a mask of no image here") for image in orphans]
+    files.images = kept
 
 
-def _leave_out_images_outside(files: FolderFiles) -> None:
-    """If there is a folder images/, only the images in it are used."""
-    if not any(key.startswith("images/") for key, _ in files.images):
-        return
-    for key, _ in files.images:
-        if not key.startswith("images/"):
-            files.problems.append(Problem(key, "is outside images/: move it there to use it"))
-    files.images = [(key, path) for key, path in files.images if key.startswith("images/")]
+def _masked_stems(stem: str) -> list[str]:
+    """The possible stems of the image that a mask belongs to; empty for a name that is not one of a mask."""
+    if stem.endswith(_MASK_ENDING):
+        return [stem.removesuffix(_MASK_ENDING)]
+    *folders, name = stem.split("/")
+    for number, folder in enumerate(folders):
+        if folder in _MASK_FOLDERS:
+            before, after = folders[:number], [*folders[number + 1 :], name]
+            inside = "/".join([*before, *after])
+            return [inside, f"images/{inside}", f"img/{inside}"]
+    return []

@@ -36,6 +36,7 @@ def describe(dataset: CaptionDataset, limit: int = 40) -> str:
         *_extras(dataset),
         *_bucket_table(dataset.entries),
         *_enlarged(dataset.entries, limit),
+        *_mostly_cropped(dataset.entries, limit),
         *_problem_lines("skipped", [problem for problem in dataset.problems if problem.skipped], limit),
         *_problem_lines("used, but check", [problem for problem in dataset.problems if not problem.skipped], limit),
         f"fingerprint: {dataset.fingerprint[:16]}",
@@ -53,6 +54,7 @@ def _extras(dataset: CaptionDataset) -> list[str]:
         "captions": sum(len(entry.captions) for entry in entries) if any(len(e.captions) > 1 for e in entries) else 0,
         "masks (used with masked_loss)": sum(entry.mask is not None for entry in entries),
         "regularisation images": len(dataset.regularisation),
+        "hidden and system files, ignored": dataset.ignored_files,
     }
     return [f"{name}: {count}" for name, count in counts.items() if count]
 
@@ -74,6 +76,19 @@ def _enlarged(entries: Sequence[CaptionEntry], limit: int) -> list[str]:
             bucket = f"{crop.bucket_w}x{crop.bucket_h}"
             lines.append(f"  {entry.image.name}: {entry.width}x{entry.height}, trained at {bucket}")
     return _titled("smaller than their bucket, so enlarged (soft; a lower resolution avoids it)", lines, limit)
+
+
+def _mostly_cropped(entries: Sequence[CaptionEntry], limit: int) -> list[str]:
+    lines = []
+    for entry in entries:
+        crop = entry.center
+        share = crop.bucket_w * crop.bucket_h / (crop.resized_w * crop.resized_h)
+        if share < 0.5:
+            bucket = f"{crop.bucket_w}x{crop.bucket_h}"
+            lines.append(
+                f"  {entry.image.name}: {entry.width}x{entry.height}, {share:.0%} of it is trained, at {bucket}"
+            )
+    return _titled("mostly cropped away, because no bucket is as long (crop them yourself)", lines, limit)
 
 
 def _problem_lines(title: str, problems: Sequence[Problem], limit: int) -> list[str]:

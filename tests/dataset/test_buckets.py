@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from sdxl_lora_core.dataset.buckets import bucket_for, epoch_batches
+from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.images.crop import Crop, center_crop, crop_to_bucket
+from sdxl_lora_core.settings import declared
 
 RESOLUTIONS = (64, 128, 496, 512, 528, 768, 1024, 1536)
 SIZES = (
@@ -60,6 +62,15 @@ def test_no_bucket_of_the_same_area_limit_is_nearer(resolution):
         wanted = math.log(size[0] / size[1])
         distance = abs(math.log(np.divide(*bucket_for(*size, resolution))) - wanted)
         assert distance <= min(abs(math.log(w / h) - wanted) for w, h in rivals) + 1e-6
+
+
+def test_a_square_stays_square_at_every_accepted_resolution():
+    allowed = declared(DatasetConfig, "resolution").range
+    resolutions = range(allowed.low, allowed.high + 1, allowed.step)
+    assert len(resolutions) == 253
+    for resolution in resolutions:
+        width, height = bucket_for(1000, 1000, resolution)
+        assert width == height == resolution // (64 if resolution >= 512 else 16) * (64 if resolution >= 512 else 16)
 
 
 def test_a_picture_without_pixels_has_no_bucket():

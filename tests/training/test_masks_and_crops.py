@@ -247,12 +247,50 @@ def test_kohya_folders_give_repeats_and_the_missing_captions(pictures: Path, tmp
     assert "repeats: 1 image x 10, 1 image x 20" in describe(dataset)
 
 
-@pytest.mark.parametrize("other", ["plain", "0_zero", "01_first", "2024_holiday", "5"])
-def test_other_folders_are_folders(pictures: Path, tmp_path: Path, other: str) -> None:
-    lay_kohya(pictures, tmp_path, "10_dog", other)
-    for path in (tmp_path / "10_dog" / "x.txt", tmp_path / other / "x.txt"):
-        path.write_text("one")
-    assert [entry.repeats for entry in load(tmp_path).entries] == [1, 1]
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ("plain", "is outside the folders with repeats"),
+        ("0_zero", "is in 0_zero, which stands for 0 repeats: use 1 to 1000"),
+        ("1500_many", "is in 1500_many, which stands for 1500 repeats"),
+        ("2024", "is outside the folders with repeats"),
+        ("10 dog", "is outside the folders with repeats"),
+        ("10_dog/unused", "is in a subfolder of 10_dog: move it to 10_dog"),
+        ("_backup/10_dog", "is outside the folders with repeats"),
+        ("reg/1_dog", "is outside the folders with repeats"),
+    ],
+)
+def test_what_is_beside_kohya_folders_is_left_out_and_named(
+    pictures: Path, tmp_path: Path, other: str, reason: str
+) -> None:
+    lay_kohya(pictures, tmp_path, "10_dog", "01_cat", other)
+    dataset = load(tmp_path)
+    assert [(entry.repeats, entry.caption) for entry in dataset.entries] == [(1, "cat"), (10, "dog")]
+    (skipped,) = [problem for problem in dataset.problems if problem.skipped]
+    assert f"{other}/" in skipped.file and reason in skipped.reason
+
+
+def test_one_stray_image_leaves_the_repeats_of_kohya_folders(pictures: Path, tmp_path: Path) -> None:
+    lay_kohya(pictures, tmp_path, "10_dog", "5_cat")
+    for stray in ("preview.png", "unreadable.psd"):
+        shutil.copy(pictures / "0.png", tmp_path / stray)
+    dataset = load(tmp_path)
+    assert sorted(entry.repeats for entry in dataset.entries) == [5, 10]
+    assert {Path(p.file).name for p in dataset.problems if p.skipped} == {"preview.png", "unreadable.psd"}
+
+
+def test_kohya_folders_may_be_in_images(pictures: Path, tmp_path: Path) -> None:
+    dataset = load(lay_kohya(pictures, tmp_path, "images/10_dog", "images/5_cat"))
+    assert [(entry.repeats, entry.caption) for entry in dataset.entries] == [(10, "dog"), (5, "cat")]
+
+
+def test_a_kohya_project_has_its_regularisation_images_in_reg(pictures: Path, tmp_path: Path) -> None:
+    lay_kohya(pictures, tmp_path, "img/10_ohwx cat", "reg/1_cat", "log/samples")
+    dataset = load(tmp_path, trigger_word="ohwx")
+    assert [(entry.repeats, entry.caption) for entry in dataset.entries] == [(10, "ohwx cat")]
+    assert [(entry.repeats, entry.caption) for entry in dataset.regularisation] == [(1, "cat")]
+    (skipped,) = [problem for problem in dataset.problems if problem.skipped]
+    assert "log/samples/" in skipped.file
 
 
 def test_every_image_of_kohya_folders_is_seen_as_often_as_they_say(
