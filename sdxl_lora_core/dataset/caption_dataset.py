@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image, ImageChops
+
 from ..files import file_sha256, json_sha256
-from ..images.crop import Crop, center_crop, random_crop
-from ..images.decode import decode, has_alpha, strict_pillow
+from ..images.crop import Crop, center_crop, crop_to_bucket, random_crop
+from ..images.decode import decode_mask, decode_with_alpha, strict_pillow
 from .buckets import bucket_for, is_added_square
 from .caption_text import clean_caption, with_trigger_word
 from .captions import read_captions
@@ -26,7 +28,8 @@ _DECODERS = 4
 class CaptionEntry:
     """One image. `width` and `height` in px after EXIF rotation; `captions` include the trigger word.
 
-    `mask` is the file in masks/, or the image itself if it has an alpha channel; None to train on the whole image.
+    `mask` is the mask's file, or the image itself if it has an alpha channel; None to train on the whole image.
+    `mask_has_alpha`: the mask's file has transparent parts, which count as black.
     """
 
     image: Path
@@ -40,6 +43,7 @@ class CaptionEntry:
     random_crops: int = 0
     mask: Path | None = None
     mask_sha256: str = ""
+    mask_has_alpha: bool = False
 
     @property
     def caption(self) -> str:
@@ -135,42 +139,58 @@ def _read_entries(
 ) -> list[tuple[ImageFile, CaptionEntry]]:
     captions = read_captions(files, config.caption_per_line)
     usable = [image for image in files.images if image.key in captions]
+
+    def read(image: ImageFile) -> tuple[CaptionEntry | None, list[Problem]]:
+        return _read_entry(files, image, captions[image.key], config, hash_memo)
+
     with strict_pillow(), ThreadPoolExecutor(_DECODERS) as pool:
-        checked = list(pool.map(lambda image: _check(image.path, hash_memo), usable))
-        masks = {image.key: _mask(files, image, hash_memo) for image in usable}
-    entries = []
-    for image, facts in zip(usable, checked, strict=True):
-        if isinstance(facts, str):
-            files.problems.append(Problem(image.key, facts))
-            continue
-        trigger = "" if image.is_regularisation else config.trigger_word
-        shown = tuple(with_trigger_word(caption, trigger) for caption in captions[image.key])
-        settings = (config.repeats * image.repeats, config.flip, config.resolution, config.random_crops)
-        entries.append((image, CaptionEntry(image.path, shown, *facts, *settings, *masks[image.key])))
-    return entries
+        results = list(pool.map(read, usable))
+    files.problems += [problem for _, problems in results for problem in problems]
+    return [(image, entry) for image, (entry, _) in zip(usable, results, strict=True) if entry]
 
 
-def _check(path: Path, hash_memo: Path | None) -> tuple[int, int, str] | str:
-    """Width, height and hash of an image, or why it cannot be used."""
+def _read_entry(
+    files: FolderFiles, image: ImageFile, captions: Sequence[str], config: DatasetConfig, hash_memo: Path | None
+) -> tuple[CaptionEntry | None, list[Problem]]:
+    """The entry of an image, None if it cannot be used, and the problems of the image and its mask."""
     try:
-        width, height = decode(path).size
-        return width, height, file_sha256(path, hash_memo)
+        pixels, alpha = decode_with_alpha(image.path)
+        digest = file_sha256(image.path, hash_memo)
     except (ValueError, OSError) as error:
-        return str(error)
+        return None, [Problem(image.key, str(error))]
+    trigger = "" if image.is_regularisation else config.trigger_word
+    shown = tuple(with_trigger_word(caption, trigger) for caption in captions)
+    settings = (config.repeats * image.repeats, config.flip, config.resolution, config.random_crops)
+    entry = CaptionEntry(image.path, shown, pixels.width, pixels.height, digest, *settings)
+    if mask := files.masks.get(image.stem):
+        entry, problem = _with_mask(entry, mask, hash_memo)
+        return entry, [Problem(mask.relative_to(files.root).as_posix(), *problem)] if problem else []
+    if alpha is None:
+        return entry, []
+    if _is_black(alpha, entry):
+        return None, [Problem(image.key, "is fully transparent where it is cropped, so nothing would be trained")]
+    return replace(entry, mask=image.path), []
 
 
-def _mask(files: FolderFiles, image: ImageFile, hash_memo: Path | None) -> tuple[Path | None, str]:
-    """The image's mask and its hash. A mask that cannot be used is reported, and the image is used without one."""
-    mask = files.masks.get(image.stem)
-    if mask is None:
-        return (image.path, "") if has_alpha(image.path) else (None, "")
+def _with_mask(entry: CaptionEntry, mask: Path, hash_memo: Path | None) -> tuple[CaptionEntry, tuple[str, bool] | None]:
+    """The entry with a mask that can be used, and the mask's problem (reason, whether it is skipped), if it has one."""
     try:
-        if decode(mask).convert("L").getextrema()[1] == 0:
-            raise ValueError("is all black, so nothing would be trained: paint the part to train on white")
-        return mask, file_sha256(mask, hash_memo)
+        painted, has_alpha = decode_mask(mask)
+        digest = file_sha256(mask, hash_memo)
     except (ValueError, OSError) as error:
-        files.problems.append(Problem(mask.relative_to(files.root).as_posix(), str(error)))
-        return None, ""
+        return entry, (str(error), True)
+    if _is_black(painted, entry):
+        reason = "is all black where it is cropped, so nothing would be trained: paint the part to train on white"
+        return entry, (reason, True)
+    masked = replace(entry, mask=mask, mask_sha256=digest, mask_has_alpha=has_alpha)
+    if _is_black(ImageChops.invert(painted), entry):
+        return masked, ("is all white where it is cropped, so it has no effect", False)
+    return masked, None
+
+
+def _is_black(mask: Image.Image, entry: CaptionEntry) -> bool:
+    """Whether a mask (mode L) is black in every crop of the image."""
+    return all(crop_to_bucket(mask, crop).getextrema()[1] == 0 for crop in entry.crops)
 
 
 def _loaded(
@@ -245,6 +265,7 @@ def _identity(entry: CaptionEntry) -> list[object]:
     captions = entry.caption if len(entry.captions) == 1 else list(entry.captions)
     square = is_added_square(entry.bucket, entry.resolution)
     extras = {"random_crops": entry.random_crops, "mask": entry.mask_sha256, "square_bucket": square}
+    extras["mask_has_alpha"] = entry.mask_has_alpha
     more = {name: value for name, value in extras.items() if value}
     return [entry.sha256, captions, entry.repeats, entry.flip, entry.resolution, *([more] if more else [])]
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageFile, ImageOps
 
 MAX_PIXELS = 64 * 2**20
 MAX_SIDE = 16384
@@ -56,28 +56,43 @@ def open_image(path: Path) -> Image.Image:
 
 def decode(path: Path) -> Image.Image:
     """`open_image` within a `strict_pillow` of the caller, which covers many files and names the file in errors."""
+    return decode_with_alpha(path)[0]
+
+
+def decode_with_alpha(path: Path) -> tuple[Image.Image, Image.Image | None]:
+    """As `decode`, with the alpha channel (mode L) of an image that has transparency."""
     try:
         _verify(path)
         with Image.open(path, formats=_known_formats()) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright), _alpha(upright)
     except _DAMAGE as error:
         raise ValueError(f"cannot be used: {_reason(error)}") from error
 
 
-def has_alpha(path: Path) -> bool:
-    """Whether an image has transparency; False for a file that cannot be read as an image."""
-    try:
-        with Image.open(path, formats=_known_formats()) as image:
-            return image.has_transparency_data
-    except _DAMAGE:
-        return False
+def decode_mask(path: Path) -> tuple[Image.Image, bool]:
+    """A mask (mode L) with its transparent parts black, and whether it has any. Raises ValueError as `decode` does."""
+    image, alpha = decode_with_alpha(path)
+    grey = image.convert("L")
+    is_opaque = alpha is None or alpha.getextrema()[0] == 255
+    return (grey, False) if is_opaque else (ImageChops.multiply(grey, alpha), True)
+
+
+def open_mask(path: Path) -> Image.Image:
+    """As `decode_mask`, outside a `strict_pillow`. Raises ValueError naming the file."""
+    with strict_pillow():
+        return decode_mask(path)[0]
 
 
 def open_alpha(path: Path) -> Image.Image:
-    """The alpha channel (mode L) of an image that `open_image` accepts, rotated by its EXIF orientation."""
+    """The alpha channel (mode L) of an image with transparency, rotated by its EXIF orientation."""
     with strict_pillow(), Image.open(path, formats=_known_formats()) as image:
         return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
 
 def _verify(path: Path) -> None:

@@ -16,6 +16,7 @@ from ..sdxl.base import prediction_arguments
 from ..settings import fields_of, to_yaml
 from .config.captions import placeholder_ids, tokens_of
 from .config.train_config import TrainConfig, learning_encoders
+from .data.batches import small_batches
 from .data.caption_variants import truncated_captions
 from .job import TrainingJob
 from .monitor.charts import smoothed
@@ -49,6 +50,7 @@ class RunReport:
     cut_captions: list[str] | None = None
     text_encoders: str | None = None
     new_tokens: dict[str, str] | None = None
+    small_batches: str | None = None
     note: str | None = None
     stopped: str | None = None
     early_stopping: str | None = None
@@ -108,6 +110,8 @@ def _notes(run: Run, job: TrainingJob) -> dict[str, Any]:
         notes["new_tokens"] = {
             token: f"embedding:{run.embedding(token).stem} in prompts of ComfyUI's own nodes" for token in tokens
         }
+    if note := small_batches(job):
+        notes["small_batches"] = note
     if run.name != config.lora_name:
         notes["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"
     return notes

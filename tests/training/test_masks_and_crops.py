@@ -17,7 +17,7 @@ from sdxl_lora_core.dataset.report import describe
 from sdxl_lora_core.images.crop import center_crop
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.sdxl.latents import crop_pixels
-from sdxl_lora_core.training.data.batches import PassOfUpdate
+from sdxl_lora_core.training.data.batches import PassOfUpdate, small_batches
 from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, objective, weights
 
 SHORT = replace(SMALL, steps=2)
@@ -87,6 +87,68 @@ def test_a_mask_that_cannot_be_used_is_named(folder: Path) -> None:
     reasons = {problem.file: problem.reason for problem in dataset.problems}
     assert "cannot be used" in reasons["masked/masks/0.png"] and "is all black" in reasons["masked/masks/2.png"]
     assert [entry.mask is None for entry in dataset.entries] == [True, False, True]
+
+
+def test_white_paint_on_transparency_is_a_mask_of_the_paint(
+    micro_base: SDXLBase, folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    before = load(folder)
+    mask.save(folder / "masks" / "0.png")
+    dataset = load(folder)
+    data = data_of(micro_base, dataset, cache, masked_loss=True)
+    torch.testing.assert_close(data.variants[0][0].mask()[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8))
+    assert dataset.fingerprint != before.fingerprint and dataset.entries[0].mask_has_alpha
+
+
+def test_a_mask_with_an_opaque_alpha_channel_keeps_the_fingerprint(folder: Path) -> None:
+    path = folder / "masks" / "0.png"
+    Image.open(path).convert("RGBA").save(path)
+    assert not load(folder).entries[0].mask_has_alpha
+
+
+def test_masks_are_judged_where_the_image_is_cropped(pictures: Path, tmp_path: Path) -> None:
+    """The bucket keeps the middle 128 x 32 pixels of an image of 256 x 32."""
+    for number, box in enumerate([(0, 0, 40, 32), (60, 0, 200, 32), (0, 0, 256, 32), (0, 0, 256, 31)]):
+        Image.new("RGB", (256, 32), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("one")
+        paint_mask(tmp_path / "masks" / f"{number}.png", box, (256, 32))
+    dataset = load(tmp_path)
+    found = {Path(problem.file).name: (problem.reason, problem.skipped) for problem in dataset.problems}
+    assert set(found) == {"0.png", "1.png", "2.png"}
+    assert "is all black where it is cropped" in found["0.png"][0] and found["0.png"][1]
+    assert found["1.png"] == found["2.png"] == ("is all white where it is cropped, so it has no effect", False)
+    assert [entry.mask is None for entry in dataset.entries] == [True, False, False, False]
+
+
+def test_fully_transparent_images_are_not_trained_on(pictures: Path, tmp_path: Path) -> None:
+    for number, alpha in enumerate([0, 255, 128]):
+        image = Image.open(pictures / f"{number}.png").convert("RGBA")
+        image.putalpha(alpha)
+        image.save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("one")
+    dataset = load(tmp_path)
+    assert [entry.image.name for entry in dataset.entries] == ["1.png", "2.png"]
+    (problem,) = dataset.problems
+    assert problem.skipped and "is fully transparent" in problem.reason
+    shutil.move(tmp_path / "0.png", tmp_path / "only.png")
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").unlink()
+    with pytest.raises(ValueError, match="none of the 1 image"):
+        load(tmp_path)
+
+
+def test_buckets_that_cannot_fill_a_batch_are_named(
+    micro_base: SDXLBase, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, size in enumerate([(64, 64), (96, 48), (48, 96), (128, 32), (32, 128)]):
+        Image.new("RGB", size, (number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("one")
+    data = data_of(micro_base, load(tmp_path), cache, batch_size=8)
+    note = small_batches(data.job)
+    assert note and note.startswith("batch_size is 8, but the mean batch has 1.0 images") and note in caplog.text
+    assert small_batches(replace(data.job, config=replace(data.config, batch_size=1))) is None
 
 
 def test_the_fingerprint_covers_a_mask(folder: Path) -> None:

@@ -144,6 +144,8 @@ class TrainingData:
         chunks, tokens = self.config.caption_chunks, placeholder_ids(self.config)
         for name, words in truncated_captions(self.job.base, self.job.entries, chunks, tokens):
             log.warning("the caption of %s is too long for caption_chunks and truncated: %s", name, words)
+        if note := small_batches(self.job):
+            log.warning(note)
         samples = [sample for variants in self.variants for sample in variants] + self.validation
         cache_prompts(self.prompt_keys, self.prompt_files, on_item)
         cache_latents(self.job.base, samples, self.device, self.folders.hashes, on_item)
@@ -213,6 +215,18 @@ def _latents(sample: Sample, random: torch.Generator) -> Tensor:
     """A sample of the VAE's posterior, [4, H/8, W/8]."""
     mean, std = sample.posterior()
     return mean + std * torch.randn(mean.shape, generator=random)
+
+
+def small_batches(job: TrainingJob) -> str | None:
+    """A note if the mean batch of an epoch has less than three quarters of `batch_size`."""
+    sizes = [len(batch) for batch in job.epoch_batches(0)]
+    mean, wanted = sum(sizes) / len(sizes), job.config.batch_size
+    if mean >= 0.75 * wanted:
+        return None
+    return (
+        f"batch_size is {wanted}, but the mean batch has {mean:.1f} images, because images of different buckets cannot "
+        "share one and many buckets have few: lower batch_size, or crop the images to fewer aspect ratios"
+    )
 
 
 def require_new_tokens(config: TrainConfig, captions: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from ...cache.tensor_cache import OnItem, is_readable, minor_version, store_tens
 from ...dataset.caption_dataset import CaptionEntry
 from ...files import file_sha256, json_sha256
 from ...images.crop import Crop
-from ...images.decode import open_alpha, open_image
+from ...images.decode import open_alpha, open_image, open_mask
 from ...runtime.device import release_memory
 from ...sdxl.base import SDXLBase, load_part
 from ...sdxl.latents import crop_mask, crop_pixels, encode_posterior
@@ -66,7 +66,7 @@ def make_sample(base: SDXLBase, entry: CaptionEntry, crop: Crop, mirrored: bool,
         crop=crop,
         mirrored=mirrored,
         latents_file=_latents_path(folder, key),
-        mask_file=_latents_path(folder, json_sha256({"mask": _mask_sha256(entry), **cut})) if entry.mask else None,
+        mask_file=_latents_path(folder, json_sha256({**_mask_facts(entry), **cut})) if entry.mask else None,
     )
 
 
@@ -103,12 +103,17 @@ def cache_masks(samples: Sequence[Sample], hashes: Path, on_item: OnItem) -> Non
 def _open_mask(entry: CaptionEntry, hashes: Path) -> Image.Image:
     assert entry.mask is not None
     _require_unchanged(entry.mask, _mask_sha256(entry), hashes)
-    return open_alpha(entry.mask) if entry.mask == entry.image else open_image(entry.mask).convert("L")
+    return open_alpha(entry.mask) if entry.mask == entry.image else open_mask(entry.mask)
 
 
 def _mask_sha256(entry: CaptionEntry) -> str:
     """The hash of the mask file, or of the image if its alpha channel is the mask."""
     return entry.mask_sha256 or entry.sha256
+
+
+def _mask_facts(entry: CaptionEntry) -> dict[str, str]:
+    transparent = {"transparent": "black"} if entry.mask_has_alpha else {}
+    return {"mask": _mask_sha256(entry), **transparent}
 
 
 def _latents_path(folder: Path, key: str) -> Path:
