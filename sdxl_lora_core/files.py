@@ -9,7 +9,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,8 +17,10 @@ import numpy as np
 
 Claimed = TypeVar("Claimed")
 
+LONGEST_NAME = 255  # bytes of a file name on most systems; some shares have less
+_NUMBERED = "_00002"
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-_FORBIDDEN = set('<>:"|?*\\') | {chr(code) for code in range(32)}
+_FORBIDDEN = set('<>:"|?*\\') | {chr(code) for code in (*range(32), 127)}
 
 
 def safe_path(root: Path, user: str) -> Path:
@@ -36,6 +38,68 @@ def safe_path(root: Path, user: str) -> Path:
     if not path.is_relative_to(resolved):
         raise ValueError(f"{user!r} is outside {root.name!r}: give a file or folder inside it")
     return path
+
+
+def check_name(option: str, name: str, ending: str = ".safetensors", subfolders: bool = False) -> None:
+    """Raises ValueError naming `option` unless `name` with `ending` is a valid file name on every operating system.
+
+    There must be room for the number that is appended to a taken name. `subfolders`: slashes separate folders.
+    """
+    parts = name.split("/") if subfolders else [name]
+    if reason := next((reason for part in parts if (reason := _name_problem(part))), None):
+        raise ValueError(f"{option} is {name!r}: {reason}")
+    if ending and name.lower().endswith(ending):
+        raise ValueError(f"{option} is {name!r}: leave out {ending}, which is added")
+    require_short(option, name, LONGEST_NAME - len(_NUMBERED + ending))
+
+
+def require_short(option: str, name: str, most: int) -> None:
+    """Raises ValueError naming `option` if the last part of `name` has more than `most` bytes."""
+    size = len(name.rpartition("/")[2].encode())
+    if size > most:
+        raise ValueError(f"{option} is {name!r}, whose name takes {size} bytes as UTF-8: use at most {most}")
+
+
+def longest_name(folder: Path) -> int:
+    """The bytes that a file name in `folder`, or in its nearest parent that exists, may have."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    try:
+        return os.pathconf(existing, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows has no pathconf
+        return LONGEST_NAME
+
+
+def require_file_names(folder: Path, names: Mapping[str, str], ending: str = ".safetensors") -> None:
+    """Raises ValueError if a file of one of `names` (by option), with a number and `ending`, cannot be in `folder`."""
+    for option, name in names.items():
+        require_short(option, name, longest_name(folder) - len(_NUMBERED + ending))
+
+
+def _name_problem(part: str) -> str | None:
+    """Why a part of a path is not a valid name."""
+    if not part or part.strip(" .") != part:
+        return "use a name that neither is empty nor begins or ends with a dot or a space"
+    if bad := sorted(_FORBIDDEN & set(part) | {"/"} & set(part)):
+        return f"leave out {', '.join(map(repr, bad))}, which file names cannot have everywhere"
+    if any("\ud800" <= letter <= "\udfff" for letter in part):
+        return "it contains half a character (a lone surrogate): type it again"
+    if _RESERVED.fullmatch(part):
+        return "Windows reserves this name: use another"
+    return None
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name in the folder of `path`: short, as names may be limited to 143 bytes, and known to `leftovers_of`."""
+    return path.with_name(f".{_mark(path)}.{uuid.uuid4().hex}.tmp")
+
+
+def leftovers_of(path: Path) -> Iterator[Path]:
+    """The temporary files for `path` of killed processes."""
+    return path.parent.glob(f".{_mark(path)}.{'[0-9a-f]' * 32}.tmp")
+
+
+def _mark(path: Path) -> str:
+    return hashlib.sha256(path.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def claim_name(wanted: str, claim: Callable[[str], Claimed | None]) -> Claimed:
@@ -58,7 +122,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     Raises OSError naming the file; an existing file is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_beside(path)
     try:
         write(temporary)
         flush_to_disk(temporary)

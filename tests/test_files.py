@@ -94,3 +94,56 @@ def test_the_stat_fingerprint_sees_names_sizes_and_times_and_never_raises(tmp_pa
     assert len(set(seen)) == 6 and all(len(fingerprint) == 64 for fingerprint in seen)
     assert files.stat_fingerprint(tmp_path / "none") == "unreadable: FileNotFoundError"
     assert files.stat_fingerprint(tmp_path / "\0").startswith("unreadable: ")
+
+
+LONG = "字" * 75  # 225 bytes: with its ending longer than a name may be
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "neither is empty"),
+        (".hidden", "nor begins or ends with a dot"),
+        ("a ", "nor begins or ends with a dot or a space"),
+        ("..", "nor begins or ends with a dot"),
+        ("a/b", "leave out '/'"),
+        ("a\\b", r"leave out '\\\\'"),
+        ("a\nb", r"leave out '\\n'"),
+        ("a\tb", r"leave out '\\t'"),
+        ("a\0b", r"leave out '\\x00'"),
+        ('a"<b', "leave out '\"', '<'"),
+        ("CON", "Windows reserves this name"),
+        ("nul.v2", "Windows reserves this name"),
+        ("a\ud83d", "half a character"),
+        ("a.SafeTensors", "leave out .safetensors, which is added"),
+        (LONG * 2, "takes 450 bytes as UTF-8: use at most 237"),
+    ],
+)
+def test_names_that_no_file_can_have_everywhere_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"lora_name is .*{reason}"):
+        files.check_name("lora_name", name)
+
+
+def test_good_names_are_accepted() -> None:
+    for name in ("my_lora", "猫" * 40, "a.b", "v1.0 final", "consul", LONG):
+        files.check_name("lora_name", name)
+    files.check_name("lora_name", "styles/ink", subfolders=True)
+    with pytest.raises(ValueError, match="neither is empty"):
+        files.check_name("lora_name", "styles//ink", subfolders=True)
+
+
+def test_a_folder_may_allow_only_shorter_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files.longest_name(tmp_path / "not" / "there") == os.pathconf(tmp_path, "PC_NAME_MAX")
+    monkeypatch.setattr(files, "longest_name", lambda folder: 143)
+    files.require_file_names(tmp_path, {"lora_name": "x" * 125})
+    with pytest.raises(ValueError, match="lora_name is 'x+', whose name takes 126 bytes as UTF-8: use at most 125"):
+        files.require_file_names(tmp_path, {"lora_name": "x" * 126})
+
+
+def test_temporary_names_are_short_and_belong_to_their_file(tmp_path: Path) -> None:
+    path, other = tmp_path / f"{'x' * 200}.safetensors", tmp_path / "other.safetensors"
+    temporary = files.temporary_beside(path)
+    assert len(temporary.name) < 60 and temporary.parent == tmp_path
+    temporary.touch()
+    files.temporary_beside(other).touch()
+    assert list(files.leftovers_of(path)) == [temporary]

@@ -75,8 +75,9 @@ def decode_mask(path: Path) -> tuple[Image.Image, bool]:
     """A mask (mode L) with its transparent parts black, and whether it has any. Raises ValueError as `decode` does."""
     image, alpha = decode_with_alpha(path)
     grey = image.convert("L")
-    is_opaque = alpha is None or alpha.getextrema()[0] == 255
-    return (grey, False) if is_opaque else (ImageChops.multiply(grey, alpha), True)
+    if alpha is None or alpha.getextrema()[0] == 255:
+        return grey, False
+    return ImageChops.multiply(grey, alpha), True
 
 
 def open_mask(path: Path) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..files import check_name
 from ..sdxl.precision import WeightType
 from ..settings import MAX_SEED, Range, check_settings, setting
 
@@ -35,6 +36,7 @@ class SaveLoRAConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_name("lora_name", self.lora_name, subfolders=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class MergeLoRAsConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_name("lora_name", self.lora_name, subfolders=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +76,4 @@ class SaveBaseConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_name("base_name", self.base_name, subfolders=True)

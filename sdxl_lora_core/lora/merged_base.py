@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import canonical_json, claim_name, safe_path
+from ..files import canonical_json, claim_name, require_file_names, safe_path, temporary_beside
 from ..safetensors_file import first_names, read_header, save_tensors
 from ..sdxl.base import TOKENIZERS, SDXLBase, scheduler_config
 from ..sdxl.checkpoint_names import published_names
@@ -43,6 +42,7 @@ def save_merged_base(
     folder name exists anywhere. A folder is written part by part.
     Raises ValueError for a LoRA that does not fit, and for values that `precision` cannot represent.
     """
+    require_file_names(folder, {"base_name": config.base_name})
     merged = _MergedBase(base, stack, config, on_part)
     if config.layout == "single_file":
         return write_once(folder, config.base_name, taken, merged.write_file), merged.fit
@@ -87,8 +87,7 @@ class _MergedBase:
         self.on_part(len(PARTS), len(PARTS))
 
     def write_folder(self, folder: Path, taken: Callable[[str], bool]) -> Path:
-        temporary = safe_path(folder, self.config.base_name)
-        temporary = temporary.with_name(f".{temporary.name}.{uuid.uuid4().hex}")
+        temporary = temporary_beside(safe_path(folder, self.config.base_name))
         try:
             for part, module in self.parts():
                 _save_part(part, module, temporary / part)

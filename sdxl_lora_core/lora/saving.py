@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import filecmp
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import canonical_json, claim_name, flush_to_disk, safe_path
+from ..files import canonical_json, claim_name, flush_to_disk, require_file_names, safe_path, temporary_beside
 from ..sdxl.precision import DTYPES
 from .config import MergeLoRAsConfig, SaveLoRAConfig
 from .files import write_lora
@@ -37,6 +36,7 @@ def save_lora(
     Raises ValueError for an empty stack, and for LoRAs that cannot be added up or written in the format.
     """
     _require_some(stack)
+    require_file_names(folder, {"lora_name": config.lora_name})
     merged = single(stack[0]) if len(stack) == 1 else combine(stack, "concatenate", 0)
     file = resize(merged, config.rank, config.energy, on_module) if config.rank or config.energy < 1 else merged
     recipe = {key: value for key, value in asdict(config).items() if key in ("rank", "energy")}
@@ -52,6 +52,7 @@ def merge_loras(
 ) -> Path:
     """As save_lora, merged by `config.method`. The strengths of the stack are the weights."""
     _require_some(stack)
+    require_file_names(folder, {"lora_name": config.lora_name})
     reduction = Reduction(config.density, config.seed)
     file = combine(stack, config.method, config.rank, reduction, on_module)
     used = {
@@ -133,8 +134,7 @@ def write_once(folder: Path, name: str, taken: Callable[[str], bool], write: Cal
 
     Raises ValueError for a name outside the folder.
     """
-    temporary = safe_path(folder, f"{name}.safetensors")
-    temporary = temporary.with_name(f".{temporary.name}.{uuid.uuid4().hex}")
+    temporary = temporary_beside(safe_path(folder, f"{name}.safetensors"))
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

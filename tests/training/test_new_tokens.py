@@ -297,3 +297,14 @@ def test_tags_that_are_new_tokens_are_never_dropped(micro_base: SDXLBase, pictur
     config = replace(SMALL, tag_dropout=1.0, new_tokens="zwx")
     words = TrainingJob(micro_base, load(pictures), config).trigger_words
     assert caption_variants(("a, zwx, b",), "", words, config)[0] == "zwx"
+
+
+def test_names_too_long_for_the_embeddings_file_are_refused_before_anything_is_loaded(
+    run: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdxl_lora_core.sdxl import loading
+
+    monkeypatch.setattr(loading, "from_folder", lambda *_: pytest.fail("a part was loaded"))
+    token = "x" * 205
+    with pytest.raises(ValueError, match=f"lora_name with new_tokens {token} is 's+-x+', .* use at most 237"):
+        run(replace(SMALL, lora_name="s" * 40, new_tokens=token), dataset=load(pictures, trigger_word=token))

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sdxl_lora_core.cache.folders import CacheFolders
+from sdxl_lora_core.files import temporary_beside
 from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
@@ -124,8 +125,8 @@ def test_what_a_killed_process_left_is_swept(run: Train, tmp_path: Path) -> None
     folder, loras = folder_of(tmp_path, "a"), tmp_path / "a" / "loras"
     uuid = "0123456789abcdef" * 2
     (folder / "checkpoints" / f".tmp-{uuid}").mkdir()
-    left = [folder / f".report.json.{uuid}.tmp", loras / f".small.safetensors.{uuid}.tmp"]
-    others = loras / f".other.safetensors.{uuid}.tmp"
+    left = [folder / f".report.json.{uuid}.tmp", temporary_beside(loras / "small.safetensors")]
+    others = temporary_beside(loras / "other.safetensors")
     for file in (*left, others):
         file.write_text("cut off")
     run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...files import check_name
 from ...sdxl.loading import ENCODERS, Part
 from ...settings import MAX_SEED, UNLIMITED, Range, check_settings, fields_of, setting
 from .adapter import AdapterSettings, check_adapter, encoder_rate
@@ -103,14 +104,7 @@ class TrainConfig(
             raise ValueError(
                 f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up must be shorter"
             )
-        if (
-            not self.lora_name
-            or set(self.lora_name) & set('/\\<>:"|?*')
-            or self.lora_name.strip(" .") != self.lora_name
-        ):
-            raise ValueError(
-                f'lora_name is {self.lora_name!r}: use a plain file name without slashes or any of <>:"|?*'
-            )
+        check_name("lora_name", self.lora_name)
 
 
 def check_learning_rates(config: TrainConfig) -> None:

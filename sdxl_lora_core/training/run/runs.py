@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -15,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 from ...cache.folders import CacheFolders
 from ...dataset.caption_dataset import CaptionDataset
 from ...evaluation.clip_model import clip_fingerprint
-from ...files import claim_name, file_sha256, json_sha256, write_text_atomic
+from ...files import (
+    claim_name,
+    file_sha256,
+    json_sha256,
+    leftovers_of,
+    require_file_names,
+    write_text_atomic,
+)
 from ...sdxl.base import SDXLBase, prediction_arguments
 from ...settings import without_later_defaults
 from ..config.captions import tokens_of
@@ -25,7 +31,6 @@ from .checkpoints import Checkpoints
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-_UUID = "[0-9a-f]" * 32
 RANDOMNESS_VERSION = 1  # raised when noise, order or initialisation change, so that old runs are not continued
 
 
@@ -69,8 +74,7 @@ class Run:
     def sweep(self) -> None:
         """Deletes temporary files of a killed process. Nobody else writes under this name."""
         self.checkpoints.sweep()
-        own = glob.escape(self.lora_path.name)
-        for leftover in (*self.folder.glob(".*.tmp"), *self.lora_path.parent.glob(f".{own}.{_UUID}.tmp")):
+        for leftover in (*self.folder.glob(".*.tmp"), *leftovers_of(self.lora_path)):
             leftover.unlink(missing_ok=True)
 
 
@@ -186,6 +190,9 @@ def _is_taken(run: Run, folders: RunFolders, config: TrainConfig) -> bool:
 
 
 def _check_writable(folders: RunFolders, config: TrainConfig) -> None:
+    require_file_names(folders.loras, {"lora_name": config.lora_name})
+    names = {f"lora_name with new_tokens {token}": f"{config.lora_name}-{token}" for token in tokens_of(config)}
+    require_file_names(folders.loras.with_name("embeddings"), names)
     embeddings = [folders.loras.with_name("embeddings")] if config.new_tokens else []
     for folder in (folders.loras, folders.runs, folders.cache.root, *embeddings):
         probe = folder / f".probe-{os.getpid()}"
