@@ -4,7 +4,7 @@ from typing import Any
 
 from ..sdxl_lora_core.lora.config import SaveBaseConfig
 from ..sdxl_lora_core.lora.merged_base import save_merged_base
-from ..sdxl_lora_core.sdxl.base import SDXLBase, open_base, prediction_arguments
+from ..sdxl_lora_core.sdxl.base import SDXLBase, open_base, prediction_arguments, require_single_file_size
 from . import choices
 from .host.folders import cache_folders, output_folder
 from .host.progress import Progress
@@ -44,6 +44,8 @@ class SaveMergedBase:
 
     def save(self, base: SDXLBase, lora_stack: Any, **settings: Any) -> dict[str, Any]:
         config = SaveBaseConfig(**settings)
+        if config.layout == "single_file":
+            require_single_file_size(base)
         stack = choices.open_loras(lora_stack)
         kind = "checkpoints" if config.layout == "single_file" else "diffusers"
         folder = output_folder() / kind

@@ -77,7 +77,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def write_weights(path: Path, packed: PackedWeights, metadata: Mapping[str, str]) -> None:
-    """Writes a file atomically, equal bytes for equal content: the library itself writes metadata in random order."""
+    """Writes a file atomically, equal bytes for equal content: the library itself writes metadata in random order.
+
+    The file is read back before it gets its name. Raises ValueError if no program could read it.
+    """
     header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **packed.entries}, separators=(",", ":"))
     text = header.encode("ascii")
     text += b" " * (-len(text) % 8)  # tensors start on multiples of 8
@@ -87,6 +90,7 @@ def write_weights(path: Path, packed: PackedWeights, metadata: Mapping[str, str]
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
             file.write(packed.data)
+        read_header(temporary)
 
     write_atomic(path, write)
 

@@ -52,7 +52,7 @@ def _words(metadata: Mapping[str, str]) -> list[str]:
         return [f"trigger words: {', '.join(words)}"]
     tags = Counter[str]()
     for counts in read_tag_counts(metadata).values():
-        tags.update({tag.strip(): int(count) for tag, count in counts.items()})
+        tags.update({tag.strip(): count for tag, count in counts.items()})
     return [f"most frequent tags: {', '.join(tag for tag, _ in tags.most_common(_SHOWN_TAGS))}"] if tags else []
 
 

@@ -119,9 +119,18 @@ def _of_part(settings: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
     return {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)} or settings
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, place: Place, otherwise: Any) -> Any:
-    fitting = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", place.module))
-    return next(fitting, otherwise)
+def _by_pattern(patterns: Any, place: Place, otherwise: Any) -> Any:
+    """The value of the first pattern for a module. Malformed patterns and values apply to none."""
+    items = patterns.items() if isinstance(patterns, Mapping) else ()
+    numbers = (item for item in items if isinstance(item[1], int | float))
+    return next((value for key, value in numbers if _matches(key, place.module)), otherwise)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except re.error:
+        return False
 
 
 def peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:

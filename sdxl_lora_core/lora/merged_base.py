@@ -84,6 +84,7 @@ class _MergedBase:
         if self.base.zero_terminal_snr:
             tensors["ztsnr"] = torch.tensor([])
         save_tensors(file, tensors, _metadata(self.base, self.stack, self.config))
+        read_header(file)
         self.on_part(len(PARTS), len(PARTS))
 
     def write_folder(self, folder: Path, taken: Callable[[str], bool]) -> Path:

@@ -15,7 +15,15 @@ from torch import nn
 from ..files import file_sha256, json_sha256
 from ..safetensors_file import read_header
 from . import loading
-from .detection import WANTED, Prediction, PredictionType, read_json, require_checkpoint, require_folder
+from .detection import (
+    WANTED,
+    Prediction,
+    PredictionType,
+    read_json,
+    require_checkpoint,
+    require_folder,
+    transformer_blocks,
+)
 from .loading import PARTS, Part
 from .precision import PRECISIONS, Precision
 
@@ -104,6 +112,18 @@ def require_predictable(base: SDXLBase, other_remedy: str = "") -> None:
         raise ValueError(
             f"{base.name} would predict epsilon with zero terminal SNR, where the first input is pure noise: set "
             f"prediction to v_prediction if the base was trained so, else zero_terminal_snr to off{other_remedy}"
+        )
+
+
+def require_single_file_size(base: SDXLBase) -> None:
+    """Raises ValueError if a single file of this base could not be opened, because it is not of SDXL's size."""
+    own, published = (read_json(configs / "unet" / "config.json") for configs in (base.configs, CONFIGS))
+    sizes = [(unet["cross_attention_dim"], transformer_blocks(unet)) for unet in (own, published)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"layout is single_file, but {base.name} has {sizes[0][1]} transformer blocks and text of width "
+            f"{sizes[0][0]} where SDXL has {sizes[1][1]} and {sizes[1][0]}, and a single file does not describe that: "
+            "set layout to diffusers"
         )
 
 

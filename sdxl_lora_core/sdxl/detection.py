@@ -57,9 +57,9 @@ def require_checkpoint(header: WeightsHeader, configs: Path) -> Prediction:
     unet = read_json(configs / "unet" / "config.json")
     _require_channels(name, _shape(header, "input_blocks.0.0.weight"))
     blocks = sum(re.search(r"transformer_blocks\.\d+\.norm1\.weight$", tensor) is not None for tensor in header.shapes)
-    if blocks != _transformer_blocks(unet):
+    if blocks != transformer_blocks(unet):
         raise ValueError(
-            f"{name} has {blocks} transformer blocks where SDXL has {_transformer_blocks(unet)},"
+            f"{name} has {blocks} transformer blocks where SDXL has {transformer_blocks(unet)},"
             f" as SSD-1B and other pruned models have: {WANTED}"
         )
     width = _shape(header, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")
@@ -112,7 +112,7 @@ def _shape(header: WeightsHeader, tensor: str) -> tuple[int, ...]:
     return shape
 
 
-def _transformer_blocks(unet: Mapping[str, Any]) -> int:
+def transformer_blocks(unet: Mapping[str, Any]) -> int:
     """The number in the whole UNet: the depth of each stage times its attentions in the down and up blocks."""
     depths, layers = unet["transformer_layers_per_block"], unet["layers_per_block"]
     stages = sum(

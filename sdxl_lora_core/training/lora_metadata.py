@@ -147,7 +147,6 @@ def _dataset_values(job: TrainingJob) -> dict[str, object]:
         "num_train_images": shown,
         "resolution": [resolution, resolution],
         "enable_bucket": True,
-        "tag_frequency": tags,
         "subsets": [
             {"num_repeats": folder.repeats, "img_count": folder.images, "image_dir": name, "class_tokens": classes}
             for name, folder in folders.items()
@@ -171,7 +170,7 @@ def _folders(dataset: CaptionDataset) -> dict[str, FolderFacts]:
         groups.setdefault((entry.repeats, entry.image.parent.name), []).append(entry)
     facts = {
         f"{repeats}_{name.removeprefix(f'{repeats}_')}": FolderFacts(
-            len(entries), repeats, tag_counts(entry.caption for entry in entries)
+            len(entries), repeats, tag_counts(caption for entry in entries for caption in entry.captions)
         )
         for (repeats, name), entries in groups.items()
     }

@@ -18,6 +18,7 @@ from ..lora.modules import LoRAFile, LoRAModule, with_dora_scale
 from ..lora.writing import kohya_state_dict
 from ..runtime.distributed import Processes
 from ..sdxl.base import SDXLBase, load_part, predicting, require_predictable
+from .config.captions import tokens_of
 from .config.loss import LAST_TIMESTEP
 from .config.train_config import TrainConfig
 from .data.batches import require_new_tokens
@@ -59,7 +60,8 @@ def train(job: TrainingJob, context: RunContext) -> TrainResult:
     require_work_for_all(job.config, processes)
     with _claimed(job, context) as run:
         outputs = RunOutputs(run, job, context)
-        reused = processes.share(run.finished)
+        tokens = [run.embedding(token) for token in tokens_of(job.config)]
+        reused = processes.share(run.finished and all(file.is_file() for file in tokens))
         if not reused:
             _train_and_save(run, job, context)
             processes.wait()

@@ -266,3 +266,15 @@ def test_the_nodes_chain(home: Path, files: list[Path], micro_base: SDXLBase) ->
     assert "new token ohwx stays in its LoRA" in report
     again = nodes["SaveMergedBase"]().save(micro_base, saved, layout="diffusers")["result"][1]
     assert again == "my_model_00002"
+
+
+def test_a_base_of_another_size_is_not_saved_as_a_single_file_that_nobody_can_read(
+    micro_base: SDXLBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
+    from tools.run_workflow import load_pack
+
+    node: Any = load_pack().NODE_CLASS_MAPPINGS["SaveMergedBase"]()
+    with pytest.raises(ValueError, match=r"layout is single_file, but micro-sdxl has .* set layout to diffusers"):
+        node.save(micro_base, [], layout="single_file")
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -218,6 +218,31 @@ def test_another_way_to_choose_the_step_is_another_run(run: Train, pictures: Pat
     assert more.report.continued is not None and same_tensors(more.lora_path, whole.lora_path)
 
 
+@pytest.mark.parametrize("damage", ["truncated LoRA", "no LoRA", "no report", "broken report", "no chart"])
+def test_results_that_are_gone_or_damaged_are_written_again_from_the_checkpoint(
+    run: Train, tmp_path: Path, damage: str
+) -> None:
+    whole = run()
+    before, folder = lora_bytes(whole), folder_of(tmp_path, "a")
+    match damage:
+        case "truncated LoRA":
+            whole.lora_path.write_bytes(before[: len(before) // 2])
+        case "no LoRA":
+            whole.lora_path.unlink()
+        case "no report":
+            (folder / "report.json").unlink()
+        case "broken report":
+            (folder / "report.json").write_text("{", encoding="utf-8")
+        case _:
+            (folder / "loss.png").unlink()
+    seen: list[StepReport] = []
+    again = run(on_step=seen.append)
+    assert trained_steps(seen) == [] and not again.reused
+    assert lora_bytes(again) == before and again.lora_path == whole.lora_path
+    assert (folder / "report.json").exists() and again.loss_chart.exists()
+    assert run().reused
+
+
 def test_another_format_trains_nothing_again(run: Train) -> None:
     run()
     seen: list[StepReport] = []

@@ -22,6 +22,7 @@ from ...files import (
     require_file_names,
     write_text_atomic,
 )
+from ...safetensors_file import read_header
 from ...sdxl.base import SDXLBase, prediction_arguments
 from ...settings import without_later_defaults
 from ..config.captions import tokens_of
@@ -55,7 +56,15 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.lora_path.exists() and (self.folder / "finished").exists()
+        """Whether all of its results are there and whole; if not, they are written again from the last checkpoint."""
+        if not (self.folder / "finished").exists() or not (self.folder / "loss.png").exists():
+            return False
+        try:
+            read_header(self.lora_path)
+            json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return True
 
     @property
     def known(self) -> dict[str, Any] | None:
