@@ -16,7 +16,16 @@ from torch import Tensor
 from .files import write_atomic
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
-_MAGIC = {b"PK\x03\x04": "a PyTorch pickle", b"\x80": "a Python pickle", b"GGUF": "a GGUF file", b"<": "a web page"}
+_MAGIC = {
+    b"PK\x03\x04": "a PyTorch pickle",
+    b"\x80": "a Python pickle",
+    b"GGUF": "a GGUF file",
+    b"<": "a web page instead of the file: download it again, logged in if the site asks for it",
+    b"{": "a JSON text instead of the file: download it again, logged in if the site asks for it",
+    b"version h": "a Git LFS pointer instead of the file: run git lfs pull, or download the file itself",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"Rar!": "a RAR archive: unpack it",
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ def write_weights(path: Path, packed: PackedWeights, metadata: Mapping[str, str]
 
 def _require_safetensors(path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path.name} is not a file: give a .safetensors file")
+        raise FileNotFoundError(f"{path.name} is not a file: use a .safetensors file")
     kind = _foreign_kind(path)
     if kind is None:
         return
@@ -106,7 +115,7 @@ def _require_safetensors(path: Path) -> None:
             f"{path.name} is {kind}, which is not opened because it can run arbitrary code:"
             " convert it to .safetensors, or use the .safetensors file of the same model"
         )
-    raise ValueError(f"{path.name} is {kind}: give a .safetensors file")
+    raise ValueError(f"{path.name} is {kind}" if ":" in kind else f"{path.name} is {kind}: use a .safetensors file")
 
 
 def _foreign_kind(path: Path) -> str | None:

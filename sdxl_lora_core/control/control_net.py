@@ -16,7 +16,7 @@ from ..runtime.library_logs import quiet_libraries
 from ..safetensors_file import WeightsHeader, read_header
 from ..sdxl.base import SDXLBase, weights_sha256
 from ..sdxl.detection import read_json
-from ..sdxl.file_kinds import CONTROL, SDXL_CONTROL_NETS, kind_of
+from ..sdxl.file_kinds import CONTROL, SDXL_CONTROL_NETS, kind_of, require_unscaled
 from ..sdxl.loading import align, assembled, read_tensors, require_complete, weight_files
 from ..sdxl.unet_names import diffusers_block_name
 
@@ -82,6 +82,7 @@ def require_control_net(header: WeightsHeader) -> dict[str, Any]:
     kind = kind_of(header)
     if kind not in SDXL_CONTROL_NETS:
         raise ValueError(f"{header.path.name} is {kind}: {WANTED}")
+    require_unscaled(header)
     try:
         settings = _layout({diffusers_name(name): shape for name, shape in header.shapes.items()})
     except (KeyError, IndexError) as error:

@@ -36,14 +36,14 @@ _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?[._]down(?:\.weight)?$"), "down"),
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?[._]up(?:\.weight)?$"), "up"),
     (re.compile(r"\.lora_mid\.weight$"), "mid"),
-    (re.compile(r"\.lora_(?:B|up)(?:\.\w+)?\.bias$"), "up_bias"),
-    (re.compile(r"\.lora_A(?:\.(?!weight$)\w+)?(?:\.weight)?$"), "down"),
-    (re.compile(r"\.lora_B(?:\.(?!weight$)\w+)?(?:\.weight)?$"), "up"),
+    (re.compile(r"\.lora_(?:B|up)(?:\..+?)?\.bias$"), "up_bias"),
+    (re.compile(r"\.lora_A(?:\.(?!weight$).+?)?(?:\.weight)?$"), "down"),
+    (re.compile(r"\.lora_B(?:\.(?!weight$).+?)?(?:\.weight)?$"), "up"),
     (re.compile(r"\.(?:diff|w_norm)$"), "diff"),
     (re.compile(r"\.(?:diff_b|b_norm)$"), "diff_b"),
     (re.compile(r"\.alpha$"), "alpha"),
     (re.compile(r"\.dora_scale$"), "dora_scale"),
-    (re.compile(r"\.lora_magnitude_vector(?:\.\w+)*$"), "magnitude"),
+    (re.compile(r"\.lora_magnitude_vector(?:\..+)?$"), "magnitude"),
 )
 _LYCORIS_FACTOR = re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$")
 _PARTS: tuple[tuple[str, Part, bool], ...] = (  # the prefix, its part, whether underscores replace the dots
@@ -60,6 +60,7 @@ _PARTS: tuple[tuple[str, Part, bool], ...] = (  # the prefix, its part, whether 
     ("diffusion_model.", "unet", False),
 )
 _PEFT_WRAPPER = "base_model.model."
+_WRAPPERS = re.compile(r"(^|(?<=[._]))(_orig_mod|module)[._]")  # of torch.compile and DataParallel, at any depth
 _DIFFUSERS_UNET = re.compile(
     r"(down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)(\.|$)"
 )
@@ -86,7 +87,7 @@ def role_of(key: str) -> tuple[str, Role] | None:
 
 def place_of(key: str) -> Place | None:
     """The module of a key without its ending, in any of the formats above; None for an unknown one."""
-    name = key.removeprefix(_PEFT_WRAPPER)
+    name = _WRAPPERS.sub("", key).removeprefix(_PEFT_WRAPPER)
     part, flat = "unet", False
     for prefix, named, is_flat in _PARTS:
         if name.startswith(prefix):

@@ -24,6 +24,7 @@ from .detection import (
     require_folder,
     transformer_blocks,
 )
+from .file_kinds import require_unscaled
 from .loading import PARTS, Part
 from .precision import PRECISIONS, Precision
 
@@ -76,11 +77,11 @@ def open_base(
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
     if path.is_dir():
-        found = require_folder(path)
+        found = require_folder(path, prediction)
         hashes = {part: _folder_part_hash(path / part, part, hash_memo) for part in PARTS}
         base = _handle(path, path, precision, found, hashes)
     elif path.exists():
-        found = require_checkpoint(read_header(path), configs)
+        found = require_checkpoint(read_header(path), configs, prediction)
         base = _handle(path, configs, precision, found, dict.fromkeys(PARTS, file_sha256(path, hash_memo)))
     else:
         raise FileNotFoundError(f"base model {path.name} does not exist: {WANTED}")
@@ -209,7 +210,7 @@ def _folder_part_hash(folder: Path, part: str, memo: Path | None) -> str:
     """The hash of a part's settings and weights. Checks that every weight file is complete."""
     _, files = loading.find_weights(folder)
     for file in files:
-        read_header(file)
+        require_unscaled(read_header(file))
     settings = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
     return json_sha256([part, settings, [file_sha256(file, memo) for file in files]])
 

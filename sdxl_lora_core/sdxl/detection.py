@@ -9,19 +9,24 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..safetensors_file import WeightsHeader
-from .file_kinds import UNET, kind_of
+from .file_kinds import UNET, VAE, kind_of, require_unscaled
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
 WANTED = "use an SDXL base: a single-file checkpoint (.safetensors) or a diffusers folder with model_index.json"
 PIPELINE = "StableDiffusionXLPipeline"
+# Pipelines of the same four parts: plain, Img2Img, ControlNet, PAG and others.
+_PIPELINES = re.compile(r"StableDiffusionXL\w*Pipeline")
 PART_CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
 }
-_PREDICTIONS: dict[str, PredictionType] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+_PREDICTIONS: dict[str, PredictionType] = {
+    **dict.fromkeys(("epsilon", "eps", "e"), "epsilon"),
+    **dict.fromkeys(("v_prediction", "v_pred", "vpred", "v"), "v_prediction"),
+}
 _CHANNELS = {8: "an image-editing model", 9: "an inpainting model"}
 _TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
@@ -47,16 +52,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def require_checkpoint(header: WeightsHeader, configs: Path) -> Prediction:
-    """The prediction of a checkpoint. Raises ValueError unless it is a complete SDXL of the size in `configs`."""
+def require_checkpoint(header: WeightsHeader, configs: Path, override: str = "auto") -> Prediction:
+    """The prediction of a checkpoint. Raises ValueError unless it is a complete SDXL of the size in `configs`.
+
+    An unknown prediction type in the file does not matter if `override` gives one.
+    """
     name, kind = header.path.name, kind_of(header)
     if kind != "an SDXL checkpoint":
         raise ValueError(f"{name} is {kind}: {WANTED}")
     if "edm_mean" in header.shapes or "edm_vpred.sigma_max" in header.shapes:
         raise ValueError(f"{name} is an SDXL variant with an EDM schedule, such as Playground v2.5: {WANTED}")
+    require_unscaled(header)
+    if missing := [half for half in ("encoder", "decoder") if not header.has(f"{VAE}{half}.")]:
+        raise ValueError(f"{name} has a VAE without its {missing[0]}: {WANTED}")
     unet = read_json(configs / "unet" / "config.json")
     _require_channels(name, _shape(header, "input_blocks.0.0.weight"))
-    blocks = sum(re.search(r"transformer_blocks\.\d+\.norm1\.weight$", tensor) is not None for tensor in header.shapes)
+    own = [tensor for tensor in header.shapes if tensor.startswith(UNET)]
+    blocks = sum(re.search(r"transformer_blocks\.\d+\.norm1\.weight$", tensor) is not None for tensor in own)
     if blocks != transformer_blocks(unet):
         raise ValueError(
             f"{name} has {blocks} transformer blocks where SDXL has {transformer_blocks(unet)},"
@@ -67,11 +79,11 @@ def require_checkpoint(header: WeightsHeader, configs: Path) -> Prediction:
         raise ValueError(
             f"{name} takes text of width {width[1]} where SDXL takes {unet['cross_attention_dim']}: {WANTED}"
         )
-    return _prediction_in(header)
+    return _prediction_in(header, override)
 
 
-def require_folder(folder: Path) -> Prediction:
-    """The prediction of a diffusers folder. Raises ValueError unless it is an SDXL pipeline, of any size."""
+def require_folder(folder: Path, override: str = "auto") -> Prediction:
+    """As require_checkpoint, for a diffusers folder of SDXL, whatever its size."""
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"folder {folder.name} has no model_index.json: {WANTED}")
     _require_pipeline(folder.name, read_json(folder / "model_index.json"))
@@ -87,11 +99,11 @@ def require_folder(folder: Path) -> Prediction:
         )
     if vae.get("latents_mean") is not None:
         raise ValueError(f"folder {folder.name} has a VAE with latents_mean, as Playground v2.5: {WANTED}")
-    return _prediction_of_scheduler(folder)
+    return _prediction_of_scheduler(folder, override)
 
 
 def _require_pipeline(name: str, index: Mapping[str, Any]) -> None:
-    if index.get("_class_name") != PIPELINE:
+    if not _PIPELINES.fullmatch(str(index.get("_class_name"))):
         raise ValueError(f"folder {name} is a {index.get('_class_name')} and not a {PIPELINE}: {WANTED}")
     for part, wanted in PART_CLASSES.items():
         _, found = index.get(part) or (None, None)
@@ -123,23 +135,28 @@ def transformer_blocks(unet: Mapping[str, Any]) -> int:
     return stages + depths[-1]
 
 
-def _prediction_in(header: WeightsHeader) -> Prediction:
+def _prediction_in(header: WeightsHeader, override: str) -> Prediction:
     """From the marker tensors `v_pred` and `ztsnr` that trainers write, else from the ModelSpec metadata."""
-    zero_snr = "ztsnr" in header.shapes
     if "v_pred" in header.shapes:
-        return Prediction("v_prediction", zero_snr)
-    return Prediction(_known(header.path.name, header.metadata.get("modelspec.prediction_type", "epsilon")), zero_snr)
+        return Prediction("v_prediction", "ztsnr" in header.shapes)
+    # ztsnr alone does not say that the base was trained so, and with epsilon the first step would be undefined.
+    stated = header.metadata.get("modelspec.prediction_type", "").strip() or "epsilon"
+    return Prediction(_known(header.path.name, stated, override), False)
 
 
-def _prediction_of_scheduler(folder: Path) -> Prediction:
+def _prediction_of_scheduler(folder: Path, override: str) -> Prediction:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if str(scheduler.get("_class_name", "")).startswith("EDM"):
         raise ValueError(f"folder {folder.name} has an EDM schedule, such as Playground v2.5: {WANTED}")
-    prediction = _known(f"folder {folder.name}", scheduler.get("prediction_type", "epsilon"))
+    prediction = _known(f"folder {folder.name}", scheduler.get("prediction_type") or "epsilon", override)
     return Prediction(prediction, bool(scheduler.get("rescale_betas_zero_snr", False)))
 
 
-def _known(where: str, prediction: str) -> PredictionType:
-    if prediction not in _PREDICTIONS:
-        raise ValueError(f"{where} has prediction type {prediction!r}: only epsilon and v_prediction are supported")
-    return _PREDICTIONS[prediction]
+def _known(where: str, prediction: str, override: str) -> PredictionType:
+    known = _PREDICTIONS.get(prediction.casefold().replace("-", "_"))
+    if known is None and override == "auto":
+        raise ValueError(
+            f"{where} has prediction type {prediction!r}: only epsilon and v_prediction are supported; set prediction "
+            "to the one that the base was trained with"
+        )
+    return known or "epsilon"

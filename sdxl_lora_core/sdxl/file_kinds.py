@@ -32,8 +32,6 @@ _CHECKPOINTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("joint_blocks.",), "a Stable Diffusion 3 transformer"),
     (("cond_stage_model.transformer.",), "a Stable Diffusion 1.x checkpoint"),
     (("cond_stage_model.model.",), "a Stable Diffusion 2.x checkpoint"),
-    ((UNET, TEXT, TEXT_2, VAE), "an SDXL checkpoint"),
-    ((UNET, TEXT, TEXT_2), "an SDXL checkpoint without its VAE"),
     ((UNET, "conditioner.embedders.0.model."), "an SDXL refiner checkpoint"),
     ((UNET,), "a diffusion model without its text encoders"),
     (("input_blocks.",), "a UNet alone"),
@@ -59,6 +57,7 @@ _STEERING: tuple[tuple[tuple[str, ...], str], ...] = (
     (("controlnet_blocks.", "pos_embed_input."), "a Stable Diffusion 3 ControlNet"),
     (("controlnet_blocks.",), "a ControlNet for a diffusion transformer"),
 )
+_SCALE = re.compile(r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|scale_input|input_scale|comfy_quant)(_\d)?$")
 SDXL_CONTROL_NETS = "an SDXL ControlNet", "an SDXL ControlNet-Union"
 _KOLORS_ADDED_WIDTH = 5632
 
@@ -78,6 +77,8 @@ _ADAPTERS: tuple[tuple[str, str], ...] = (
 
 def kind_of(header: WeightsHeader) -> str:
     """The kind of the file with its article: "a Flux checkpoint", "a LoRA" and so on."""
+    if header.has(UNET, TEXT, TEXT_2):  # whatever else is in it, such as a stray key of an adapter
+        return "an SDXL checkpoint" if header.has(VAE) else "an SDXL checkpoint without its VAE"
     for prefixes, kind in _STEERING:
         if header.has(*prefixes):
             return kind
@@ -104,6 +105,15 @@ def _control_net(header: WeightsHeader) -> str | None:
     widths = {shape[-1] for name, shape in names.items() if name.endswith("attn2.to_k.weight")}
     version = {768: "1.x", 1024: "2.x"}.get(max(widths, default=0))
     return f"a Stable Diffusion {version} ControlNet" if version else "a ControlNet of another architecture"
+
+
+def require_unscaled(header: WeightsHeader) -> None:
+    """Raises ValueError for weights that are stored with scales beside them, such as scaled fp8: w = scale * q."""
+    if name := next((name for name in header.shapes if _SCALE.search(name)), None):
+        raise ValueError(
+            f"{header.path.name} has quantised weights with scales beside them ({name}), which are not read: use the "
+            "fp16, bf16 or plain fp8 version of the model"
+        )
 
 
 def is_adapter(header: WeightsHeader) -> bool:

@@ -31,11 +31,11 @@ _TENSORS_AT_ONCE = 64
 
 
 def find_weights(folder: Path) -> tuple[str | None, list[Path]]:
-    """The variant (None or "fp16") and the weight files in a part's folder: one file, or the shards in its index.
+    """The variant (None, "fp16" or "bf16") and the weight files in a part's folder: one, or the shards in its index.
 
-    The full-precision file is preferred to an fp16 variant. Raises FileNotFoundError if there are no safetensors.
+    The full-precision file is preferred to a variant. Raises FileNotFoundError if there are no safetensors.
     """
-    for variant, infix in ((None, ""), ("fp16", ".fp16")):
+    for variant, infix in ((None, ""), ("fp16", ".fp16"), ("bf16", ".bf16")):
         for stem in ("diffusion_pytorch_model", "model"):
             file = folder / f"{stem}{infix}.safetensors"
             index = folder / f"{stem}.safetensors.index{infix}.json"

@@ -77,3 +77,21 @@ def test_a_header_that_no_program_reads_is_not_written(tmp_path: Path) -> None:
     file = LoRAFile(unet={PLACE.module: LoRAModule(torch.ones(2, 4), torch.ones(4, 2), 2.0)}, metadata={"some": "x"})
     write_lora(path, file, torch.float32)
     assert read_header(path).metadata["some"] == "x"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"unet.{PLACE.module}.lora_A.my-adapter.weight",
+        f"unet.{PLACE.module}.lora_A.v1.2.weight",
+        f"unet._orig_mod.{PLACE.module}.lora_A.weight",
+        f"module.unet.{PLACE.module}.lora_A.weight",
+        f"base_model.model._orig_mod.{PLACE.module}.lora_A.default.weight",
+        f"_orig_mod.base_model.model.{PLACE.module}.lora_A.weight",
+    ],
+)
+def test_keys_of_compiled_and_wrapped_models_are_read(tmp_path: Path, key: str) -> None:
+    tensors = {key: torch.ones(2, 4), key.replace("lora_A", "lora_B"): torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    file = read_lora(tmp_path / "x.safetensors")
+    assert list(file.unet) == [PLACE.module] and file.unknown == ()

@@ -355,6 +355,100 @@ def test_relatives_of_sdxl_are_refused(micro_tensors: dict[str, Tensor], micro_s
     refused("text of width 24", {**micro_tensors, wide: torch.zeros(16, 24)})
 
 
+def test_stray_keys_do_not_make_a_checkpoint_something_else(
+    micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    stray = ("x.alpha", "lora_unet_x.lora_down.weight", "ip_adapter.1.to_k.weight", "lora_controlnet")
+    ema = {f"model_ema.{name}": value.clone() for name, value in micro_tensors.items() if "transformer_blocks" in name}
+    save_file({**micro_tensors, **ema, **{name: torch.zeros(1) for name in stray}}, path)
+    assert open_base(path, configs=micro_sdxl).layout == "single_file"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scaled_fp8",
+        f"{UNET}scaled_fp8",
+        f"{UNET}input_blocks.4.1.proj_in.scale_weight",
+        f"{UNET}input_blocks.4.1.proj_in.weight_scale",
+        "first_stage_model.decoder.conv_in.scale_input",
+    ],
+)
+def test_scaled_weights_are_refused_instead_of_read_without_their_scales(
+    micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({**micro_tensors, name: torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="has quantised weights with scales beside them .*: use the fp16, bf16"):
+        open_base(path, configs=micro_sdxl)
+
+
+def test_scaled_weights_in_a_folder_are_refused(micro_copy: Callable[[], Path]) -> None:
+    folder = micro_copy()
+    (file,) = (folder / "unet").glob("*.safetensors")
+    save_file({**load_file(file), "conv_in.weight_scale": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="has quantised weights"):
+        open_base(folder)
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_half_a_vae_is_named(micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path, half: str) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({name: value for name, value in micro_tensors.items() if f"first_stage_model.{half}" not in name}, path)
+    with pytest.raises(ValueError, match=f"has a VAE without its {half}"):
+        open_base(path, configs=micro_sdxl)
+
+
+@pytest.mark.parametrize(
+    ("stated", "prediction"), [("eps", "epsilon"), ("V", "v_prediction"), ("v-pred", "v_prediction"), ("", "epsilon")]
+)
+def test_usual_names_of_prediction_types_are_understood(
+    micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path, stated: str, prediction: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(micro_tensors, path, {"modelspec.prediction_type": stated})
+    assert open_base(path, configs=micro_sdxl).prediction_type == prediction
+
+
+def test_an_unknown_prediction_type_does_not_matter_where_one_is_set(
+    micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(micro_tensors, path, {"modelspec.prediction_type": "flow"})
+    with pytest.raises(ValueError, match="prediction type 'flow'.*set prediction"):
+        open_base(path, configs=micro_sdxl)
+    assert open_base(path, configs=micro_sdxl, prediction="v_prediction").prediction_type == "v_prediction"
+
+
+def test_the_marker_of_zero_snr_counts_with_that_of_v_prediction_only(
+    micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path
+) -> None:
+    path, found = tmp_path / "model.safetensors", []
+    for markers in (("ztsnr",), ("v_pred", "ztsnr")):
+        save_file({**micro_tensors, **{name: torch.zeros(0) for name in markers}}, path)
+        base = open_base(path, configs=micro_sdxl)
+        found.append((base.prediction_type, base.zero_terminal_snr))
+    assert found == [("epsilon", False), ("v_prediction", True)]
+
+
+@pytest.mark.parametrize("name", ["Img2Img", "ControlNet", "PAG", "ControlNetImg2Img", ""])
+def test_pipelines_over_the_same_parts_are_accepted(micro_copy: Callable[[], Path], name: str) -> None:
+    folder = micro_copy()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": f"StableDiffusionXL{name}Pipeline"}))
+    assert open_base(folder).layout == "diffusers"
+
+
+def test_a_folder_with_bf16_files_only_is_read(micro_copy: Callable[[], Path]) -> None:
+    folder = micro_copy()
+    for part in PARTS:
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_name(f"{file.stem}.bf16.safetensors"))
+    base = open_base(folder, "fp32")
+    assert load_part(base, "unet", torch.float32) and load_part(base, "text_encoder", torch.float32)
+
+
 def test_a_small_model_is_not_taken_for_the_real_sdxl(micro_checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="17 transformer blocks where SDXL has 70"):
         open_base(micro_checkpoint)
@@ -367,7 +461,11 @@ def test_pickles_and_damaged_files_are_refused(micro_checkpoint: Path, tmp_path:
         ("model.pt", b"", "a pickle, which is not opened"),
         ("renamed.safetensors", b"PK\x03\x04" + bytes(100), "a PyTorch pickle, which is not opened"),
         ("old.safetensors", b"\x80\x02}q\x00." + bytes(100), "a Python pickle, which is not opened"),
-        ("page.safetensors", b"<!doctype html>" + bytes(100), "a web page: give a .safetensors file"),
+        ("page.safetensors", b"<!doctype html>" + bytes(100), "a web page instead of the file: download it again"),
+        ("answer.safetensors", b'{"error": "Invalid token"}', "a JSON text instead of the file"),
+        ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run git lfs pull"),
+        ("model.safetensors", b"7z\xbc\xaf\x27\x1c" + bytes(100), "a 7z archive: unpack it"),
+        ("model2.safetensors", b"Rar!\x1a\x07" + bytes(100), "a RAR archive: unpack it"),
         ("cut.safetensors", whole[:-1], "not a complete safetensors file"),
         ("head.safetensors", whole[:500], "not a complete safetensors file"),
         ("empty.safetensors", b"", "not a complete safetensors file"),
