@@ -55,10 +55,14 @@ def find(kind: Kind, name: str) -> Path:
     for root in found.get(name, []):
         if (path := root / name.removesuffix(_DATASETS)).exists():
             return path
-    # Not in the list: a folder further down, or a file that was just written.
-    for root in _typed(kind):
-        if (path := safe_path(root, name)).exists():
-            return path
+    # Not in the list: a folder further down, a file that was just written, or another spelling of its path.
+    searched = _typed(kind)
+    inside = next((root for root in searched if Path(name).is_relative_to(root)), None)
+    spelled = Path(name).relative_to(inside).as_posix() if inside else name.replace("\\", "/")
+    for root in searched:
+        for relative in (spelled, f"{spelled}.safetensors"):
+            if (path := safe_path(root, relative)).exists():
+                return path
     raise FileNotFoundError(f"{name!r} was not found: choose {_EXPECTED[kind]}. There are: {', '.join(names(kind))}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,12 @@ from torch import Tensor
 
 StackEntry = tuple[str, float, float]  # a subclass has .blocks, see strengths_by_block
 CATEGORY = "SDXL LoRA"
+# The keys of rows that are mappings, in the spellings of several packs; those of the page have no effect.
+_NAME_KEYS = ("name", "lora_name", "lora")
+_MODEL_KEYS = ("strength_model", "model_strength", "modelStrength", "strength", "weight")
+_CLIP_KEYS = ("strength_clip", "clip_strength", "clipStrength", "strengthTwo")
+_SWITCHES = ("on", "active", "enabled")
+_PAGE_KEYS = ("id", "expanded", "collapsed", "locked", "selected")
 
 
 class BlockStackEntry(tuple):
@@ -68,19 +75,46 @@ def from_mask(mask: Tensor) -> list[np.ndarray]:
 def read_stack(stack: Any) -> list[StackEntry]:
     """A LORA_STACK of any pack as a new list of (name, strength on the UNet, strength on the text encoders).
 
-    Accepts None, pairs, triples (a subclass is kept) and mappings. Raises ValueError for anything else.
+    Accepts None, pairs, triples (a subclass is kept) and mappings; rows that are switched off are left out. Raises
+    ValueError for anything else, for unknown keys of a mapping and for strengths that are not finite numbers.
     """
-    entries = [_read_entry(entry) for entry in stack or []]
+    entries = [_read_entry(entry) for entry in stack or [] if _is_on(entry)]
     return [entry for entry in entries if entry[0] not in ("", "None")]
+
+
+def _is_on(entry: Any) -> bool:
+    return not isinstance(entry, Mapping) or all(bool(entry.get(key, True)) for key in _SWITCHES)
 
 
 def _read_entry(entry: Any) -> StackEntry:
     if isinstance(entry, tuple) and len(entry) == 3:
+        _ = _strength(entry, entry[1]), _strength(entry, entry[2])
         return entry
     if isinstance(entry, Mapping):
-        name = entry.get("name") or entry.get("lora_name") or entry.get("lora") or ""
-        model = entry.get("strength_model", entry.get("strength", 1.0))
-        return str(name), float(model), float(entry.get("strength_clip", model))
+        return _read_mapping(entry)
     if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) in (2, 3):
-        return str(entry[0]), float(entry[1]), float(entry[-1])
+        return str(entry[0]), _strength(entry, entry[1]), _strength(entry, entry[-1])
     raise ValueError(f"lora_stack contains {entry!r}: expected (name, strength_model, strength_clip)")
+
+
+def _read_mapping(row: Mapping[str, Any]) -> StackEntry:
+    known = {*_NAME_KEYS, *_MODEL_KEYS, *_CLIP_KEYS, *_SWITCHES, *_PAGE_KEYS}
+    if unknown := [key for key in row if key not in known]:
+        raise ValueError(
+            f"lora_stack has a row with {unknown[0]!r}, which is unknown: use {_NAME_KEYS[0]}, {_MODEL_KEYS[0]} and "
+            f"{_CLIP_KEYS[0]}"
+        )
+    name = next((row[key] for key in _NAME_KEYS if row.get(key)), "")
+    model = next((row[key] for key in _MODEL_KEYS if row.get(key) is not None), 1.0)
+    clip = next((row[key] for key in _CLIP_KEYS if row.get(key) is not None), model)
+    return str(name), _strength(row, model), _strength(row, clip)
+
+
+def _strength(entry: Any, value: Any) -> float:
+    try:
+        strength = float(value)
+    except (TypeError, ValueError):
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ValueError(f"lora_stack has the strength {value!r} in {entry!r}: use a number such as 1.0")
+    return strength

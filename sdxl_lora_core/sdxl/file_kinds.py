@@ -137,7 +137,7 @@ def foreign_adapter(header: WeightsHeader) -> str | None:
         return "a Stable Diffusion 2.x LoRA"
     if 1280 in widths:
         return "an SDXL refiner LoRA"
-    old_text_encoder = any(name.startswith("lora_te_") for name in header.shapes)
+    old_text_encoder = 2048 not in widths and any(name.startswith("lora_te_") for name in header.shapes)
     if 768 in widths or old_text_encoder or any(_OUTER_ATTENTION.search(name) for name in header.shapes):
         return "a Stable Diffusion 1.x LoRA"
     return None

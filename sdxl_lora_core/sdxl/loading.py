@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -132,7 +132,18 @@ def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, 
     except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"the {part} in {file.name} does not fit ({error}): download the checkpoint again") from error
     require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file.name)
+    if prefix == _PREFIXES[part]:
+        require_complete(_unknown(tensors, module, part), part, file.name)
     return align(module)
+
+
+def _unknown(tensors: Iterable[str], module: nn.Module, part: Part) -> list[str]:
+    """The names of tensors that the part does not have, which diffusers' conversion ignores."""
+    from .checkpoint_names import published_names  # which imports this module
+
+    shapes = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
+    known = published_names(part, shapes)
+    return [name for name in tensors if name not in known and not name.endswith(_HARMLESS)]
 
 
 def vae_alone(path: Path, configs: Path, dtype: torch.dtype) -> nn.Module:

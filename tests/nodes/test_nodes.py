@@ -68,6 +68,47 @@ def test_stack_of_any_pack_is_read_and_never_changed() -> None:
         wires.read_stack(["a.safetensors"])
 
 
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"on": False, "lora": "a", "strength": 1.0}, None),
+        ({"name": "a", "active": False}, None),
+        ({"name": "a", "enabled": 0}, None),
+        ({"on": True, "lora": "a", "strength": 0.5, "strengthTwo": None}, ("a", 0.5, 0.5)),
+        ({"on": True, "lora": "a", "strength": 0.5, "strengthTwo": 0.2}, ("a", 0.5, 0.2)),
+        ({"name": "a", "strength": "0.7", "clipStrength": 0.1, "expanded": True, "locked": False}, ("a", 0.7, 0.1)),
+        ({"lora_name": "a", "model_strength": 0.3, "clip_strength": 0.4}, ("a", 0.3, 0.4)),
+    ],
+)
+def test_rows_of_mappings_are_read_in_the_spellings_of_several_packs(row: Any, read: Any) -> None:
+    assert wires.read_stack([row]) == ([read] if read else [])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"name": "a", "force": 0.5}, "a row with 'force', which is unknown: use name, strength_model and"),
+        ({"name": "a", "strength": "much"}, "the strength 'much' in"),
+        (("a", math.nan, 1.0), "the strength nan in"),
+        (("a", None), "the strength None in"),
+        (["a", "x", 1.0], "the strength 'x' in"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_refused_in_a_sentence(row: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"lora_stack has {message}"):
+        wires.read_stack([row])
+
+
+def test_loras_are_found_by_other_spellings_of_their_path(home: Path) -> None:
+    lora = home / "loras" / "styles" / "ink.safetensors"
+    lora.parent.mkdir(parents=True)
+    lora.touch()
+    for name in ("styles/ink.safetensors", "styles\\ink.safetensors", "styles/ink", str(lora)):
+        assert choices.find("lora", name).resolve() == lora.resolve()
+    with pytest.raises(ValueError, match="is not a valid relative path"):
+        choices.find("lora", "/etc/passwd")
+
+
 def test_images_go_in_and_out_without_a_change() -> None:
     pixels = [np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5 for _ in range(2)]
     image = wires.to_image(pixels)

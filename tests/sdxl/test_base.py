@@ -392,6 +392,25 @@ def test_scaled_weights_in_a_folder_are_refused(micro_copy: Callable[[], Path]) 
         open_base(folder)
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("unet", f"{UNET}input_blocks.1.0.extra.weight"),
+        ("vae", "first_stage_model.decoder.extra.weight"),
+        ("text_encoder", "conditioner.embedders.0.transformer.text_model.extra.weight"),
+        ("text_encoder_2", "conditioner.embedders.1.model.extra.weight"),
+    ],
+)
+def test_unknown_tensors_of_a_single_file_are_named(
+    micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path, part: Any, name: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({**micro_tensors, name: torch.zeros(1)}, path)
+    base = open_base(path, configs=micro_sdxl)
+    with pytest.raises(ValueError, match=f"the {part} in model.safetensors does not fit: 1 tensors .*{name}"):
+        load_part(base, part, torch.float32)
+
+
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_half_a_vae_is_named(micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path, half: str) -> None:
     path = tmp_path / "model.safetensors"
