@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -159,11 +160,17 @@ def json_sha256(value: object) -> str:
 
 
 def file_sha256(path: Path, memo: Path | None = None) -> str:
-    """SHA-256 of a file. `memo` is a folder that stores it while the inode, size and modification time are the same."""
+    """SHA-256 of a file. `memo` is a folder that stores it while the inode, size and times are the same.
+
+    A file that changed so recently that the next change may get the same times is hashed without a memo.
+    """
     if memo is None:
         return _hash_file(path)
     stat = path.stat()
-    identity = [str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
+    # ctime, because programs can set the modification time back; on Windows it is the time of creation.
+    identity = [str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < _clock_grain(stat):
+        return _hash_file(path)
     note = memo / f"{json_sha256(identity)}.txt"
     with contextlib.suppress(OSError, ValueError):
         known = note.read_text(encoding="ascii")
@@ -176,7 +183,7 @@ def file_sha256(path: Path, memo: Path | None = None) -> str:
 
 
 def stat_fingerprint(path: Path) -> str:
-    """Changes with the name, size or modification time of the file `path` or of a file below the folder `path`.
+    """Changes with the name, size or times of the file `path` or of a file below the folder `path`.
 
     Reads no content and never raises.
     """
@@ -186,7 +193,12 @@ def stat_fingerprint(path: Path) -> str:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         return f"unreadable: {type(error).__name__}"
     # repr, because a file name may hold bytes that are not valid Unicode
-    return json_sha256([(repr(name), stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return json_sha256([(repr(name), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats])
+
+
+def _clock_grain(stat: os.stat_result) -> int:
+    """An upper bound of the resolution of a file system's times, in nanoseconds: FAT's is two seconds."""
+    return 2 * 10**9 if stat.st_mtime_ns % 10**9 == 0 else 5 * 10**7
 
 
 def _hash_file(path: Path) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -58,15 +59,33 @@ def test_a_remembered_hash_is_not_read_again_until_the_file_changes(
 ) -> None:
     target, memo = tmp_path / "weights", tmp_path / "memo"
     target.write_bytes(b"one")
+    assert files.file_sha256(target, memo) and not memo.exists()  # too young: a change might not be seen
+    time.sleep(0.06)
     first = files.file_sha256(target, memo)
     with monkeypatch.context() as patch:
         patch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
         assert files.file_sha256(target, memo) == first
     target.write_bytes(b"three")
     assert files.file_sha256(target, memo) != first
+    time.sleep(0.06)
+    assert files.file_sha256(target, memo) != first
     for note in memo.iterdir():
         note.write_text("")  # what a power cut leaves
     assert files.file_sha256(target, memo) == files.file_sha256(target)
+
+
+def test_a_file_rewritten_in_place_with_the_same_size_and_time_is_hashed_again(tmp_path: Path) -> None:
+    target, memo = tmp_path / "weights", tmp_path / "memo"
+    target.write_bytes(b"one")
+    time.sleep(0.06)
+    before, first, seen = target.stat(), files.file_sha256(target, memo), files.stat_fingerprint(target)
+    assert len(list(memo.iterdir())) == 1
+    with target.open("r+b") as handle:
+        handle.write(b"two")
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (target.stat().st_size, target.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert files.file_sha256(target, memo) == hashlib.sha256(b"two").hexdigest() != first
+    assert files.stat_fingerprint(target) != seen
 
 
 def test_canonical_json_does_not_depend_on_order() -> None:

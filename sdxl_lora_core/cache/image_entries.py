@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -107,11 +108,12 @@ def entries(root: Path) -> Iterator[Entry]:
 
 
 def remove_entry(folder: Path) -> None:
-    """Deletes the manifest first, so that an interruption leaves no valid entry."""
+    """Deletes the manifest first, so that an interruption leaves no valid entry. May raise OSError.
+
+    Foreign files and folders in the entry, such as a file server's thumbnails, are deleted as well.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
-    for file in folder.iterdir():
-        file.unlink(missing_ok=True)
-    folder.rmdir()
+    shutil.rmtree(folder)
 
 
 def lock_of(folder: Path) -> BaseFileLock:

@@ -146,19 +146,20 @@ def _evict(root: Path, allowed: int) -> Freed:
         going.append(entry)
         left -= entry.size
     removed = _remove(going)
-    size = sum(entry.size for entry in removed)
-    return Freed(sum(1 for entry in removed if entry.used), size, total - size)
+    left = sum(entry.size for entry in entries(root))
+    return Freed(sum(1 for entry in removed if entry.used), max(0, total - left), left)
 
 
 def _remove(going: Iterable[Entry]) -> list[Entry]:
-    """Deletes entries and returns them, except those that another process has locked."""
+    """Deletes entries and returns those that are gone: others are locked, or a program has one of their files open."""
     removed = []
     for entry in going:
         with held(entry.folder) as mine:
             if mine:
-                with suppress(OSError):  # another process deleted it first, or is writing it again
+                with suppress(OSError):
                     remove_entry(entry.folder)
-                removed.append(entry)
+                if not entry.folder.exists():
+                    removed.append(entry)
     return removed
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..files import write_atomic
@@ -19,6 +20,17 @@ OnItem = Callable[[str, int, int], None]
 
 def store_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     write_atomic(path, lambda temporary: save_tensors(temporary, tensors))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a cached file. Raises FileNotFoundError with the remedy if it was deleted meanwhile."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the cached file {path.name} was deleted while a training needs it: start the training again, which "
+            "computes the file again and resumes at the last checkpoint"
+        ) from error
 
 
 def is_readable(path: Path) -> bool:

@@ -9,10 +9,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..cache.tensor_cache import OnItem, is_readable, minor_version, store_tensors
+from ..cache.tensor_cache import OnItem, is_readable, load_tensors, minor_version, store_tensors
 from ..files import json_sha256
 from ..runtime.device import release_memory
 from ..sdxl.base import SDXLBase, load_part, load_tokenizers
@@ -22,7 +21,7 @@ from .encoding import encode_prompt_sdxl
 
 def load_prompt(path: Path) -> tuple[Tensor, Tensor]:
     """The embeddings [77 n, C] and pooled embeddings [P] of one prompt."""
-    tensors = load_file(path)
+    tensors = load_tensors(path)
     return tensors["embeds"], tensors["pooled"]
 
 

@@ -113,7 +113,7 @@ def _notes(run: Run, job: TrainingJob) -> dict[str, Any]:
     if note := small_batches(job):
         notes["small_batches"] = note
     if run.name != config.lora_name:
-        notes["note"] = f"{config.lora_name} was taken by another LoRA, so this one is {run.name}"
+        notes["note"] = f"the name {config.lora_name} was taken, so this LoRA is {run.name}"
     return notes
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -103,6 +104,36 @@ def test_the_image_just_made_stays_however_small_the_limit(cache: ImageCache) ->
         with cache.locked([key]):
             cache.store(key, PIXELS, {})
     assert here(cache) == [2]
+
+
+def test_foreign_folders_in_an_entry_do_not_keep_it(filled: ImageCache) -> None:
+    thumbnails = entry_folder(filled.root, KEYS[0]) / "@eaDir"
+    limit_to(filled, 8.5)
+    thumbnails.mkdir()
+    (thumbnails / "SYNO.png").write_bytes(b"x" * 100)
+    freed = maintenance.prune(filled.root)
+    assert not entry_folder(filled.root, KEYS[0]).exists() and here(filled) == list(range(2, 10))
+    assert freed.images == 2 and freed.left == size_of(filled)
+
+
+def test_what_another_program_holds_open_is_not_counted_as_removed(
+    filled: ImageCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = entry_folder(filled.root, KEYS[0])
+    remove = shutil.rmtree
+
+    def on_windows(folder: Path) -> None:
+        if folder == busy:
+            raise PermissionError(13, "in use", str(folder / "image.png"))
+        remove(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", on_windows)
+    limit_to(filled, 8.5)
+    freed = maintenance.prune(filled.root)
+    assert freed.images == 1 and busy.exists() and freed.left == size_of(filled)
+    assert maintenance._read_size(filled.root) == size_of(filled)
+    monkeypatch.undo()
+    assert maintenance.prune(filled.root).left == size_of(filled) and not busy.exists()
 
 
 def test_limit_holds_among_threads(filled: ImageCache) -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import struct
+import time
 import unicodedata
 import zlib
 
@@ -544,6 +545,7 @@ def test_fingerprint_is_over_content_and_settings_not_paths_and_times(tmp_path):
 
 def test_hashes_are_of_the_files_and_remembered(tmp_path):
     folder, memo = many(tmp_path / "a", 2), tmp_path / "memo"
+    time.sleep(0.06)
     loaded = [load_caption_dataset(folder, SMALL, hash_memo=memo) for _ in range(2)]
     assert loaded[0] == loaded[1] and len(list(memo.iterdir())) == 2
     assert loaded[0].entries[0].sha256 == hashlib.sha256((folder / "00.png").read_bytes()).hexdigest()
