@@ -84,6 +84,7 @@ def content(kind: Kind, name: str | None) -> str:
 
 def find_embedding(name: str) -> Path | None:
     """The file of `embedding:name`, in any subfolder, with or without extension. The topmost one wins."""
+    name = name.replace("\\", "/")
     files = sorted(file_names("embeddings"), key=lambda file: (len(Path(file).parts), file))
     for spelled in (str, str.casefold):  # exactly as written first, then case-insensitively as on Windows
         for ending in ("", ".safetensors", ".sft", ".pt", ".bin"):

@@ -119,6 +119,7 @@ def check_settings(config: object) -> None:
     for name, field in fields_of(config).items():
         _check_range(config, name)
         _check_choice(config, name)
+        _check_text(config, name)
         _check_effect(config, field)
 
 
@@ -136,6 +137,13 @@ def _check_choice(config: object, option: str) -> None:
     value, choices = getattr(config, option), choices_of(type(config), option)
     if choices and value not in choices:
         raise ValueError(f"{option} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def _check_text(config: object, option: str) -> None:
+    value = getattr(config, option)
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{option} is {text!r}, which contains half a character (a lone surrogate): type it again")
 
 
 def _check_effect(config: object, field: dataclasses.Field[Any]) -> None:

@@ -21,7 +21,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from safetensors.torch import load_file
 
-from sdxl_lora_core.cli.main import main, read_run
+from sdxl_lora_core.cli.main import main
+from sdxl_lora_core.cli.run_file import read_run
 from sdxl_lora_core.safetensors_file import read_header
 from sdxl_lora_core.settings import Range, from_mapping, setting
 from sdxl_lora_core.training.config.train_config import TrainConfig

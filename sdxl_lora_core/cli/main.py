@@ -11,30 +11,27 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..cache.folders import CacheFolders
 from ..control.control_net import describe_control_net, open_control_net
-from ..dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
+from ..dataset.caption_dataset import load_caption_dataset
 from ..dataset.config import DatasetConfig
 from ..dataset.report import describe
 from ..lora.describe import describe_lora
 from ..runtime.distributed import FirstFailed
 from ..sdxl.base import describe_base, open_base
-from ..sdxl.vae_override import with_vae
-from ..settings import from_mapping
-from ..training.config.train_config import TrainConfig
-from ..training.job import RunContext, TrainingJob
+from ..training.job import RunContext
 from ..training.loop import Diverged
 from ..training.monitor.progress import StepReport
 from ..training.run.runs import RunFolders
 from ..training.train import train
 from . import cache, settings_list
+from .run_file import read_run
 from .signals import Interruption, Left
 
 HOME = Path("output/sdxl_lora")
@@ -87,46 +84,6 @@ def _train(options: argparse.Namespace) -> None:
     if is_first:
         print(result.report.to_json())
         print(result.lora_path)
-
-
-def read_run(path: Path, hash_memo: Path | None, changes: Mapping[str, Any] = MappingProxyType({})) -> TrainingJob:
-    """The job of a run.yaml; `changes` override its train settings. All settings are checked before anything is loaded.
-
-    Raises ValueError naming a wrong setting, FileNotFoundError for a base or dataset that does not exist.
-    """
-    import yaml
-
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(document, dict) or not {"base", "datasets", "train"} <= set(document):
-        raise ValueError(f"{path.name} is not a run: it needs the sections base, datasets and train")
-    config = from_mapping(TrainConfig, {**document["train"], **changes}, f"{path.name}: train")
-    sources, held_out = (
-        [_source(path.name, section) for section in document.get(part, [])] for part in ("datasets", "validation")
-    )
-    section = document["base"]
-    stated = {name: section[name] for name in ("precision", "prediction", "zero_terminal_snr") if name in section}
-    base = open_base(Path(section["path"]), hash_memo=hash_memo, **stated)
-    if "vae" in section:
-        base = with_vae(base, Path(section["vae"]), hash_memo)
-    dataset = _load(sources, hash_memo)
-    if dataset is None:
-        raise ValueError(f"{path.name}: datasets is empty: name at least one folder")
-    validation = _load(held_out, hash_memo)
-    return TrainingJob(base, with_validation(dataset, validation) if validation else dataset, config)
-
-
-def _load(sources: Sequence[tuple[Path, DatasetConfig]], hash_memo: Path | None) -> CaptionDataset | None:
-    dataset: CaptionDataset | None = None
-    for folder, settings in sources:
-        dataset = load_caption_dataset(folder, settings, dataset, hash_memo)
-    return dataset
-
-
-def _source(file: str, section: dict[str, Any]) -> tuple[Path, DatasetConfig]:
-    settings = {name: value for name, value in section.items() if name != "folder"}
-    if "folder" not in section:
-        raise ValueError(f"{file}: datasets: every entry needs a folder")
-    return Path(section["folder"]), from_mapping(DatasetConfig, settings, f"{file}: datasets")
 
 
 def _inspect(options: argparse.Namespace) -> None:

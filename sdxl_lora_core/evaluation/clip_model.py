@@ -51,8 +51,12 @@ def load_tokenizer(folder: Path, model: Any) -> Any:
     from transformers import AutoTokenizer
 
     # Without these files transformers would silently create an empty tokenizer.
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise FileNotFoundError(f"{folder.name!r} has no tokenizer.json or vocab.json: copy the tokenizer files to it")
+    pair = ("vocab.json", "merges.txt")
+    if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in pair):
+        raise FileNotFoundError(
+            f"{folder.name!r} has neither tokenizer.json nor both of vocab.json and merges.txt: copy the tokenizer "
+            "files to it"
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     end, expected = tokenizer.eos_token_id, model.config.text_config.eos_token_id
     fits = end == len(tokenizer) - 1 if expected == _LEGACY_EOS else end == expected

@@ -92,6 +92,8 @@ def start_images(
     Zeros at denoise 1, the output of ComfyUI's Empty Latent Image, count as no start: the image and its key are then
     those of text to image. Raises ValueError for sizes and counts that do not match.
     """
+    if masks and not any(mask.any() for mask in masks):  # ComfyUI's Load Image gives one where there is no alpha
+        raise ValueError("mask is empty, so nothing would be repainted: paint one, or disconnect it")
     if images and latents is not None:
         raise ValueError("image and latent are both given: disconnect one of them")
     if latents is not None:

@@ -12,7 +12,6 @@ Unmatched parentheses are text, as in ComfyUI and unlike in A1111.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +26,8 @@ Token = tuple[int, float]  # id and weight
 
 NESTED = 1.1  # the factor of parentheses without a number
 WORD_TOKENS = 8  # a piece of at least this many tokens may be split between chunks, a shorter one stays in one chunk
+DEEPEST = 70  # parentheses in each other
+LARGEST_WEIGHT = 1000.0  # above it embeddings are so large that the UNet's values are not finite
 _PARENTHESIS = re.compile(r"\\[()]|([()])")
 _ESCAPED = re.compile(r"\\([()])")
 _EMBEDDING = "embedding:"
@@ -80,11 +81,13 @@ def chunked(groups: Sequence[Sequence[Token]]) -> list[list[Token]]:
     return rows
 
 
-def _weighted(text: str, around: float) -> Iterator[tuple[str, float]]:
+def _weighted(text: str, around: float, depth: int = 0) -> Iterator[tuple[str, float]]:
     """Text, with its escapes, and its weight; `around` is the weight of the surrounding text."""
     for part in _outermost(text):
         if part[0] == "(" and part[-1] == ")" and not part.endswith("\\)"):
-            yield from _weighted(*_own_weight(part[1:-1], around * NESTED))
+            if depth == DEEPEST:
+                raise ValueError(f"the prompt has more than {DEEPEST} parentheses in each other: remove some")
+            yield from _weighted(*_own_weight(part[1:-1], around * NESTED), depth + 1)
         else:
             yield part, around
 
@@ -114,8 +117,11 @@ def _own_weight(text: str, otherwise: float) -> tuple[str, float]:
         weight = float(number) if words else otherwise
     except ValueError:
         return text, otherwise
-    if not math.isfinite(weight):
-        raise ValueError(f"the prompt gives ({text}) the weight {weight}: write a number, such as ({words}:1.2)")
+    if not abs(weight) <= LARGEST_WEIGHT:
+        raise ValueError(
+            f"the prompt gives ({text[:80]}) the weight {weight}: write a number up to {LARGEST_WEIGHT:g}, such as "
+            f"({words[:80]}:1.2)"
+        )
     return words or text, weight
 
 

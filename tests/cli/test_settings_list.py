@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sdxl_lora_core.cli.main import main, read_run
+from sdxl_lora_core.cli.main import main
+from sdxl_lora_core.cli.run_file import read_run
 from sdxl_lora_core.cli.settings_list import SECTIONS, read_changes
 from sdxl_lora_core.settings import declared, fields_of
 from sdxl_lora_core.training.config.train_config import TrainConfig
@@ -66,7 +67,7 @@ def test_set_overrides_the_settings_of_the_file(run_yaml: Path) -> None:
     ("change", "message"),
     [
         ("rank", "--set rank: use NAME=VALUE"),
-        ("ranks=2", "run.yaml: train: unknown setting ranks"),
+        ("ranks=2", "run.yaml line 6: train: unknown setting ranks"),
         ("rank=0", "rank is 0: give a value from 1 to 1024"),
         ("rank=high", "rank: Input should be a valid integer"),
     ],

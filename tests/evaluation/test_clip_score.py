@@ -280,7 +280,8 @@ def with_config(text):
         (with_config("{"), ValueError, "not a JSON object"),
         (with_config('{"model_type": "clip_vision_model"}'), ValueError, "type 'clip_vision_model', not 'clip'"),
         (without("model.safetensors"), FileNotFoundError, "no model.safetensors"),
-        (without("vocab.json"), FileNotFoundError, "no tokenizer.json or vocab.json"),
+        (without("vocab.json"), FileNotFoundError, "has neither tokenizer.json nor both of vocab.json and merges.txt"),
+        (without("merges.txt"), FileNotFoundError, "has neither tokenizer.json nor both of vocab.json and merges.txt"),
     ],
 )
 def test_incomplete_folders_are_refused_by_name(clip, tmp_path, spoil, error, message):

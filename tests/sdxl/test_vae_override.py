@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdxl_lora_core.cli.main import read_run
+from sdxl_lora_core.cli.run_file import read_run
 from sdxl_lora_core.sdxl.base import SDXLBase, describe_base, load_part, open_base
 from sdxl_lora_core.sdxl.checkpoint_names import published_names
 from sdxl_lora_core.sdxl.vae_override import with_vae

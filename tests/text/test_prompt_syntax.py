@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
 from sdxl_lora_core.text.embedding_files import EmbeddingFile, open_embedding
 from sdxl_lora_core.text.encoding import encode_prompt_sdxl
@@ -59,8 +60,21 @@ def test_readings(prompt: str, pieces: list[tuple[Any, float]]) -> None:
     assert read(prompt) == pieces
 
 
+def test_prompts_that_no_model_can_use_are_refused_in_a_sentence() -> None:
+    def find(name: str) -> None:
+        return None
+
+    with pytest.raises(ValueError, match="more than 70 parentheses in each other: remove some"):
+        read_comfy("(" * 5000 + "a" + ")" * 5000, find)
+    assert read_comfy("(" * 50 + "a" + ")" * 50, find)[0].content == "a"
+    with pytest.raises(ValueError, match=r"gives \(a:1e30\) the weight 1e\+30: write a number up to 1000"):
+        read_comfy("(a:1e30)", find)
+    with pytest.raises(ValueError, match=r"prompt is .*ud83d.* half a character"):
+        GenerateConfig(prompt="a \ud83d")
+
+
 def test_what_cannot_be_read_says_why() -> None:
-    with pytest.raises(ValueError, match=r"gives \(a:inf\) the weight inf: write a number, such as \(a:1.2\)"):
+    with pytest.raises(ValueError, match=r"gives \(a:inf\) the weight inf: write a number up to 1000, .*\(a:1.2\)"):
         read("(a:inf)")
     with pytest.raises(ValueError, match="embedding: without a name"):
         read("embedding:")

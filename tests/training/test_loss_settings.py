@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from safetensors import safe_open
 from torch import Tensor
 
-from sdxl_lora_core.cli.main import read_run
+from sdxl_lora_core.cli.run_file import read_run
 from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base, scheduler_config
 from sdxl_lora_core.training.config.train_config import TrainConfig

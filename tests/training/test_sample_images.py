@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core.cli.main import read_run
+from sdxl_lora_core.cli.run_file import read_run
 from sdxl_lora_core.dataset.caption_dataset import with_validation
 from sdxl_lora_core.generation.job import GenerationContext, GenerationJob
 from sdxl_lora_core.lora.stack import LoRARef
