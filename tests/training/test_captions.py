@@ -80,6 +80,12 @@ def test_tags_that_are_kept_where_none_is_moved_are_refused() -> None:
         TrainConfig(keep_tags=1)
 
 
+@pytest.mark.parametrize("separator", ["\n", "\t", ", \r"])
+def test_a_separator_that_no_caption_contains_is_refused(separator: str) -> None:
+    with pytest.raises(ValueError, match="tag_separator is .*, which no caption contains"):
+        replace(SMALL, shuffle_tags=True, tag_separator=separator)
+
+
 def test_the_forms_depend_on_seed_image_caption_and_number_only() -> None:
     shown = variants(SHUFFLED, TAGS)
     assert variants(replace(SHUFFLED, caption_variants=10), TAGS) == shown[:10]

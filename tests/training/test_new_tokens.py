@@ -308,3 +308,9 @@ def test_names_too_long_for_the_embeddings_file_are_refused_before_anything_is_l
     token = "x" * 205
     with pytest.raises(ValueError, match=f"lora_name with new_tokens {token} is 's+-x+', .* use at most 237"):
         run(replace(SMALL, lora_name="s" * 40, new_tokens=token), dataset=load(pictures, trigger_word=token))
+
+
+def test_a_known_word_as_a_new_token_is_warned_of(micro_base: SDXLBase, caplog: pytest.LogCaptureFixture) -> None:
+    trainable(micro_base, replace(SMALL, new_tokens="cat, ohwx"))
+    assert caplog.text.count("new_tokens names cat, which is a word that text_encoder knows") == 1
+    assert "new_tokens names ohwx" not in caplog.text

@@ -111,6 +111,11 @@ def placeholder_ids(settings: CaptionSettings) -> TokenIds:
 def check_captions(settings: CaptionSettings) -> None:
     if not settings.tag_separator:
         raise ValueError("tag_separator is empty: set it to the text between two tags, such as a comma")
+    if any(ord(letter) < 32 for letter in settings.tag_separator):
+        raise ValueError(
+            f"tag_separator is {settings.tag_separator!r}, which no caption contains, because captions are one line: "
+            "use the text between two tags, such as a comma"
+        )
     if settings.keep_tags and not (settings.shuffle_tags or settings.tag_dropout):
         raise ValueError(
             f"keep_tags is {settings.keep_tags}, shuffle_tags is off and tag_dropout 0: all tags are kept anyway, so "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ from ..config.captions import tokens_of
 from ..config.train_config import TrainConfig, learning_encoders
 from ..job import TrainingJob
 from .adapters import Adapter, ParameterGroup
+
+log = logging.getLogger("sdxl_lora")
+
+# CLIP's vocabulary is ordered by frequency: from this id on, words such as ohwx (47993) hardly occur.
+_RARE = 40_000
 
 
 class TrainedEncoders(nn.Module):
@@ -45,6 +51,14 @@ class TrainedEncoders(nn.Module):
 
     def _add_tokens(self, part: Part, config: TrainConfig, start: LoRAFile | None) -> None:
         encoder, tokenizer = self.encoders[part], self.tokenizers[part]
+        for name in tokens_of(config):
+            if len(ids := tokenizer(name, add_special_tokens=False).input_ids) == 1 and ids[0] < _RARE:
+                log.warning(
+                    "new_tokens names %s, which is a word that %s knows: the new token replaces it in captions and "
+                    "prompts; a made-up word such as ohwx avoids that",
+                    name,
+                    part,
+                )
         vectors = start_vectors(encoder, tokenizer, tokens_of(config), config.vectors_per_token, config.seed)
         if start:
             vectors |= {name: known[part] for name, known in start.tokens.items()}
