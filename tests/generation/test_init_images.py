@@ -178,6 +178,7 @@ def test_empty_latents_are_no_start() -> None:
         ({"latents": torch.zeros(1, 16, 8, 8)}, r"latent has shape \[1, 16, 8, 8\], SDXL's have"),
         ({"masks": [half_mask()]}, "mask is given without an image or latent"),
         ({"images": [picture()], "masks": [np.zeros((64, 64), np.float32)]}, "mask is empty"),
+        ({"images": [picture(0, 96, 80)], "masks": [np.zeros((64, 64), np.float32)]}, "mask is empty"),  # of Load Image
         ({"images": [picture()], "masks": [half_mask(32, 32)]}, "mask is 32x32 and image is 64x64: use a mask of"),
         ({"images": [picture()] * 2, "masks": [half_mask()] * 3}, "2 images are given for 3 starts: give 1 or 3"),
     ],

@@ -167,7 +167,7 @@ def test_embeddings_are_found_by_name_in_any_subfolder(home: Path) -> None:
         (home / file).write_bytes(b"")
     find = choices.find_embedding
     assert find("cat") == find("cat.safetensors") == home / "embeddings/cat.safetensors"
-    assert find("deep/cat") == home / "models/embeddings/deep/cat.safetensors"
+    assert find("deep/cat") == find("deep\\cat") == home / "models/embeddings/deep/cat.safetensors"
     assert find("dog") == home / "embeddings/dog.pt", "so that it can be said why it is not read"
     assert find("CAT") == home / "embeddings/cat.safetensors", "as on Windows, so everywhere"
     assert not any(find(name) for name in ("at", "deep", "../embeddings/cat", ""))
