@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Sequence
 
 _BOMS = (  # UTF-32 first: its little-endian mark starts with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -51,6 +52,25 @@ def with_trigger_word(caption: str, trigger_word: str) -> str:
     if not trigger or contains_word(caption, trigger):
         return caption
     return f"{trigger}, {caption}"
+
+
+def split_tags(text: str, separator: str) -> list[str]:
+    """The tags of a caption without surrounding spaces; empty ones are left out."""
+    return [tag for part in text.split(separator) if (tag := part.strip())]
+
+
+def pinned_tags(tags: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The tags that are never moved or dropped: each trigger word itself, else the tags that contain it."""
+    pinned: set[str] = set()
+    for word in words:
+        equal = [tag for tag in tags if tag.casefold() == word.casefold()]
+        pinned.update(equal or tags_with(tags, [word]))
+    return [tag for tag in tags if tag in pinned]
+
+
+def tags_with(tags: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The tags that contain one of the words."""
+    return [tag for tag in tags if any(contains_word(tag, word) for word in words)]
 
 
 def _decode_unmarked(data: bytes) -> tuple[str, str]:

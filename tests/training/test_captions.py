@@ -19,6 +19,7 @@ from sdxl_lora_core.text.prompt_cache import load_prompt
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import PassOfUpdate, TrainingData
 from sdxl_lora_core.training.data.caption_variants import caption_variants
+from sdxl_lora_core.training.run.runs import _pins_fewer_tags
 from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, data_of, load, lora_bytes, weights
 
 TAGS = "zxq, one, two, three, four, five"
@@ -49,6 +50,27 @@ def test_shuffled_tags_are_the_same_tags_behind_the_trigger_word() -> None:
 def test_a_trigger_word_of_two_tags_or_inside_of_a_tag_comes_first() -> None:
     shown = variants(SHUFFLED, "one, photo of ZXQ cat, two, three, b", words=("zxq, b",))
     assert all(caption.startswith("photo of ZXQ cat, b, ") for caption in shown)
+
+
+def test_only_the_trigger_itself_is_pinned_where_it_is_a_tag() -> None:
+    tags = "a cat, cat, cat ears, black cat, one"
+    shown = variants(SHUFFLED, tags, words=("cat",))
+    assert all(caption.startswith("cat, ") for caption in shown)
+    assert {caption.split(", ")[1] for caption in shown} == {"a cat", "cat ears", "black cat", "one"}
+    assert set(variants(replace(SHUFFLED, tag_dropout=1.0), tags, words=("cat",))) == {"cat"}
+    assert set(variants(replace(SHUFFLED, tag_dropout=1.0), "one, cat ears", words=("cat",))) == {"cat ears"}
+
+
+def test_the_fingerprint_changes_only_for_runs_that_pinned_more_than_the_trigger(
+    micro_base: SDXLBase, pictures: Path, tmp_path: Path
+) -> None:
+    def content(text: str, **settings: Any) -> bool:
+        folder = lay_captions(pictures, tmp_path / text.replace(", ", "-"), text)
+        return _pins_fewer_tags(load(folder, trigger_word="cat"), replace(SMALL, **settings))
+
+    assert content("cat, cat ears", shuffle_tags=True) and content("one, black cat, cat", tag_dropout=0.5)
+    assert not content("cat, cat hat") and not content("cat, one", shuffle_tags=True)
+    assert not content("cat ears, two", shuffle_tags=True)
 
 
 def test_the_first_tags_are_kept() -> None:

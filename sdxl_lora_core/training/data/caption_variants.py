@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...dataset.caption_dataset import CaptionEntry
-from ...dataset.caption_text import contains_word
+from ...dataset.caption_text import pinned_tags, split_tags
 from ...hashed_random import uniform
 from ...sdxl.base import SDXLBase, load_tokenizers
 from ...text.encoding import CHUNK_TOKENS, TokenIds, truncated_words
@@ -34,10 +34,9 @@ def caption_variants(
 
 
 def _variant(caption: str, trigger_words: Sequence[str], config: TrainConfig, key: str) -> str:
-    """A variant: the tags with a trigger word, the first `keep_tags` others, then the remaining ones, shuffled."""
-    tags = _split(caption, config.tag_separator)
-    words = [part for word in trigger_words for part in _split(word, config.tag_separator)]
-    triggers = [tag for tag in tags if any(contains_word(tag, word) for word in words)]
+    """A variant: the trigger words' tags, the first `keep_tags` others, then the remaining ones, shuffled."""
+    tags = split_tags(caption, config.tag_separator)
+    triggers = pinned_tags(tags, [part for word in trigger_words for part in split_tags(word, config.tag_separator)])
     others = [tag for tag in tags if tag not in triggers]
     kept, loose = others[: config.keep_tags], list(enumerate(others[config.keep_tags :]))
     loose = [(place, tag) for place, tag in loose if uniform(key, "drop", place) >= config.tag_dropout]
@@ -45,10 +44,6 @@ def _variant(caption: str, trigger_words: Sequence[str], config: TrainConfig, ke
         loose.sort(key=lambda item: uniform(key, "order", item[0]))
     joint = f"{config.tag_separator.strip()} "
     return joint.join([*triggers, *kept, *(tag for _, tag in loose)])
-
-
-def _split(text: str, separator: str) -> list[str]:
-    return [tag for part in text.split(separator) if (tag := part.strip())]
 
 
 def truncated_captions(

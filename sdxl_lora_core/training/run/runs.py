@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cache.folders import CacheFolders
 from ...dataset.caption_dataset import CaptionDataset
+from ...dataset.caption_text import pinned_tags, split_tags, tags_with
 from ...evaluation.clip_model import clip_fingerprint
 from ...files import (
     claim_name,
@@ -107,8 +108,20 @@ def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig
         "settings": settings,
         "version": RANDOMNESS_VERSION,
     }
+    if _pins_fewer_tags(dataset, config):
+        content["pinned_tags"] = "trigger words"
     deciding = deciding_evaluations(config, dataset)
     return json_sha256(content | {"looks": deciding} if deciding else content)
+
+
+def _pins_fewer_tags(dataset: CaptionDataset, config: TrainConfig) -> bool:
+    """Whether a caption has tags that versions before 0.4 pinned because they contain a trigger word: `cat ears`."""
+    if not (config.shuffle_tags or config.tag_dropout):
+        return False
+    separator = config.tag_separator
+    words = [part for word in (*dataset.trigger_words, *tokens_of(config)) for part in split_tags(word, separator)]
+    captions = (split_tags(caption, separator) for entry in dataset.entries for caption in entry.captions)
+    return any(pinned_tags(tags, words) != tags_with(tags, words) for tags in captions)
 
 
 @contextmanager
