@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -193,9 +194,18 @@ class Pass:
             left = [request for request in batch if request.key not in images]
             if images:
                 self.progress.advance(self.calls * len(images))
-            return images | self._make_now(left, ingredients()) if left else images
+            if not left:
+                return images
+            prompts = ingredients().prompts
+            by_length: defaultdict[int, list[Request]] = defaultdict(list)
+            for request in left:
+                by_length[prompts[request.prompt.text].hidden.shape[1]].append(request)
+            for alike in by_length.values():
+                images |= self._make_now(alike, ingredients())
+            return images
 
     def _make_now(self, batch: Sequence[Request], ingredients: _Ingredients) -> dict[str, GeneratedImage]:
+        """Generates images whose prompts have one length: others would be repeated to a common multiple of theirs."""
         start = time.perf_counter()
         inputs = ImageBatch(
             prompts=[ingredients.prompts[request.prompt.text] for request in batch],

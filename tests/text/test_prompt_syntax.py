@@ -287,6 +287,23 @@ def test_an_embedding_for_another_width_names_both(micro_base: SDXLBase, folder:
         draw(micro_base, comfy("embedding:cat"), **finder(folder))
 
 
+def test_prompts_of_unlike_length_are_denoised_apart(micro_base: SDXLBase) -> None:
+    """Together they would be repeated to the least common multiple of their lengths: 7, 8, 9, 11 chunks to 5544."""
+    prompts = ["red", " ".join(["blue"] * 80), "green", " ".join(["cat"] * 160)]
+    request = comfy("\n".join(prompts), prompt_per_line=True, batch_size=4, guidance=1.0)
+    parts, lengths = WatchedParts(), []
+    draw(micro_base, comfy("red"), parts=parts)
+
+    def note(module: Any, inputs: Any, arguments: dict[str, Any]) -> None:
+        lengths.append(tuple(arguments["encoder_hidden_states"].shape[:2]))
+
+    hook = parts.held("unet").register_forward_pre_hook(note, with_kwargs=True)
+    images = draw(micro_base, request, parts=parts)
+    hook.remove()
+    assert set(lengths) == {(1, 154), (1, 231), (2, 77)}
+    assert [image.prompt for image in images] == prompts
+
+
 @pytest.mark.slow
 def test_a_long_prompt_goes_with_a_short_negative_one(micro_base: SDXLBase, caplog: pytest.LogCaptureFixture) -> None:
     cut = pixels(micro_base, settings(prompt=LONG, negative_prompt="blue", steps=2))
