@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -194,13 +194,7 @@ class Pass:
             left = [request for request in batch if request.key not in images]
             if images:
                 self.progress.advance(self.calls * len(images))
-            if not left:
-                return images
-            prompts = ingredients().prompts
-            by_length: defaultdict[int, list[Request]] = defaultdict(list)
-            for request in left:
-                by_length[prompts[request.prompt.text].hidden.shape[1]].append(request)
-            for alike in by_length.values():
+            for alike in _by_length(left, ingredients().prompts) if left else []:
                 images |= self._make_now(alike, ingredients())
             return images
 
@@ -250,6 +244,16 @@ class Pass:
 def negative_prompt(reader: Any, config: GenerateConfig) -> ParsedPrompt | None:
     """The negative prompt; None if guidance is off and it has no effect."""
     return reader.parse(config.negative_prompt) if is_guided(config) else None
+
+
+def _by_length(requests: Sequence[Request], prompts: Mapping[str, TextEmbeds]) -> Iterable[list[Request]]:
+    """The requests in groups whose prompts have equal numbers of tokens, in the order of the first of each."""
+    if len(requests) == 1:
+        return [list(requests)]
+    groups: defaultdict[int, list[Request]] = defaultdict(list)
+    for request in requests:
+        groups[prompts[request.prompt.text].hidden.shape[1]].append(request)
+    return groups.values()
 
 
 def _not_cached(missing: Sequence[Request], found: int) -> str:

@@ -564,7 +564,7 @@ def test_a_wrong_run_yaml_is_refused_before_anything_is_opened(trained: Trained,
     settings = tmp_path / "run.yaml"
     written = trained().loss_chart.with_name("run.yaml").read_text(encoding="utf-8")
     settings.write_text(written.replace("rank: 2", "rnak: 2"), encoding="utf-8")
-    with pytest.raises(SystemExit, match="run.yaml: train: unknown setting rnak"):
+    with pytest.raises(SystemExit, match="run.yaml line \\d+: train: unknown setting rnak"):
         main(["train", str(settings), "--output", str(tmp_path)])
 
 
