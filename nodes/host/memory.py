@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ...sdxl_lora_core.runtime.device import default_device
 from ...sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from .comfy import running
 
@@ -22,9 +23,7 @@ def device() -> torch.device:
         import comfy.model_management
 
         return comfy.model_management.get_torch_device()
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return default_device()
 
 
 class SDXLPart(nn.Module):

@@ -23,6 +23,7 @@ from ..dataset.caption_dataset import load_caption_dataset
 from ..dataset.config import DatasetConfig
 from ..dataset.report import describe
 from ..lora.describe import describe_lora
+from ..runtime.device import default_device
 from ..runtime.distributed import FirstFailed
 from ..sdxl.base import describe_base, open_base
 from ..training.job import RunContext
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--output", type=Path, default=Path("output"), help="gets loras/ and lora_runs/")
     command.add_argument("--home", type=Path, default=HOME, help="the folder of the caches")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="overrides a train setting")
-    command.add_argument("--device", type=torch.device, default=_default_device())
+    command.add_argument("--device", type=torch.device, default=default_device())
     command.set_defaults(run=_train)
     command = commands.add_parser("inspect", help="describe a base, a LoRA, a ControlNet or a dataset")
     command.add_argument("path", type=Path)
@@ -128,9 +129,3 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _default_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

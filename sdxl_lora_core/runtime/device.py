@@ -1,22 +1,70 @@
-"""Memory of the compute device: how much is free, how much is in use, and releasing it."""
+"""The compute device: its memory, its random numbers and the precision it supports.
+
+A device other than the CPU is asked through torch's module for its type (torch.cuda, torch.xpu, torch.mps, torch.npu),
+so that devices this pack has never seen work if their module has CUDA's functions.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
+
+_TRANSFER = 64 * 2**20  # bytes; the tensors of a transfer are on the device twice
+
+# AMD GPUs without bf16 instructions: RDNA 2 and older. torch emulates them and reports bf16 as supported.
+_AMD_WITHOUT_BF16 = ("gfx803", "gfx900", "gfx906", "gfx101", "gfx103")
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+def default_device() -> torch.device:
+    """The machine's accelerator, else the CPU. Processes that share a machine have one accelerator each."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    return torch.device(kind.type if kind else "cpu", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated on `device`; infinity if it does not say."""
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
+    module = _module(device)
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    import psutil
+        return module.recommended_max_memory() - module.driver_allocated_memory()
+    if not hasattr(module, "mem_get_info"):
+        return math.inf
+    unused = module.memory_reserved(device) - module.memory_allocated(device)
+    return module.mem_get_info(device)[0] + unused
 
-    return psutil.virtual_memory().available
+
+def copied_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors on the CPU, moved in few transfers, because each waits for the device."""
+    copies: dict[int, Tensor] = {}
+    for group in _groups(tensors):
+        flat = torch.cat([tensor.detach().flatten() for _, tensor in group]).to("cpu", copy=True)
+        parts = flat.split([tensor.numel() for _, tensor in group])
+        copies |= {i: part.view(tensor.shape).clone() for (i, tensor), part in zip(group, parts, strict=True)}
+    return [copies[i] for i in range(len(tensors))]
+
+
+def _groups(tensors: Sequence[Tensor]) -> Iterable[list[tuple[int, Tensor]]]:
+    """The tensors with their positions, in groups of one dtype and device and of _TRANSFER bytes at most, or of one."""
+    groups: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    for i, tensor in enumerate(tensors):
+        group = groups.setdefault((tensor.dtype, tensor.device), [])
+        if group and sum(other.nbytes for _, other in group) + tensor.nbytes > _TRANSFER:
+            yield groups.pop((tensor.dtype, tensor.device))
+            group = groups.setdefault((tensor.dtype, tensor.device), [])
+        group.append((i, tensor))
+    yield from groups.values()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -28,16 +76,60 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def release_memory(device: torch.device) -> None:
     """Frees unreachable objects and returns torch's unused cached memory to the device."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    if hasattr(module := _module(device), "empty_cache"):
+        module.empty_cache()
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes in use: on CUDA torch's peak since the run began, elsewhere the present resident memory of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Bytes in use: torch's peak since `reset_peak`, or the resident memory of the process if torch counts none."""
+    if hasattr(module := _module(device), "max_memory_allocated"):
+        return module.max_memory_allocated(device)
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts counting the peak that `memory_in_use` returns."""
+    if hasattr(module := _module(device), "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats(device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 without emulation. One that does not say is taken for one that does not."""
+    if device.type == "cuda" and torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return not name.startswith(_AMD_WITHOUT_BF16)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return device.type == "cpu" or bool(getattr(_module(device), "is_bf16_supported", lambda: False)())
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the random numbers of the CPU and of `device` within the block, and restores both after it.
+
+    torch.random.fork_rng copies the state of every GPU of the machine, and knows no other accelerators.
+    """
+    module = _module(device)
+    chosen = () if device.type == "mps" else (device,)  # torch.mps has one device and takes no argument
+    state = module.get_rng_state(*chosen) if module else None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            if module:
+                module.manual_seed(seed)
+            yield
+        finally:
+            if state is not None:
+                module.set_rng_state(state, *chosen)
+
+
+def _module(device: torch.device) -> Any:
+    """torch's module for the type of the device; None for the CPU, and for DirectML, which has none."""
+    try:
+        return None if device.type == "cpu" else torch.get_device_module(device)
+    except RuntimeError:
+        return None

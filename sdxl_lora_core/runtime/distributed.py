@@ -9,12 +9,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Value = TypeVar("Value")
+
+# Of a process that waits for the first one, which caches a large dataset or generates images alone. torch's own, 10
+# minutes with NCCL, would end the run. The launcher ends the processes if one of them fails.
+_TIMEOUT = timedelta(days=1)
 
 
 class FirstFailed(RuntimeError):
@@ -36,7 +41,7 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=device.type == "cpu")
+        state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT)
         return cls(state.process_index, state.num_processes, device)
 
     @property

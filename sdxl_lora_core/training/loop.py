@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..lora.modules import LoRAFile
 from ..runtime.determinism import deterministic_steps
 from ..runtime.device import release_memory
 from .data.batches import TrainingData
@@ -22,12 +23,13 @@ from .evaluator import Evaluator
 from .job import RunContext, TrainingJob
 from .model.trainable import TrainableSDXL
 from .monitor.journal import Journal
-from .monitor.progress import Meter, StepReport
+from .monitor.progress import Meter, OnStep, StepReport
+from .monitor.sample_images import Samples
 from .monitor.validation import best_evaluation, converged
 from .optim.accumulation import Gradients, size_of
 from .optim.lr_schedule import learning_rate
 from .optim.memory_plan import set_checkpointing
-from .optim.optimizers import make_optimizer, set_learning_rates, state_copies
+from .optim.optimizers import make_optimizer, set_learning_rates, state_copies, state_on_cpu
 from .optim.weight_average import Averaging
 from .outputs import RunOutputs
 from .run.checkpoints import Checkpoint
@@ -84,11 +86,16 @@ class Loop:
             self.data,
             self.config,
             self.processes,
-            self.outputs.sample_images,
+            self._sample,
             self.journal,
             self.state,
             self.device,
         )
+
+    def _sample(self, learned: LoRAFile, step: int, on_step: OnStep) -> Samples:
+        """Samples while the optimizer's state and the averages are in main memory, so that the device is free."""
+        with state_on_cpu(self.optimizer), self.averaging.on_cpu():
+            return self.outputs.sample_images(learned, step, on_step)
 
     def __enter__(self) -> Loop:
         return self
@@ -207,16 +214,19 @@ class Loop:
         rate = learning_rate(self.config, step, self.state.schedule_start)
         set_learning_rates(self.optimizer, self.model.groups, rate)
         with self.saved_on_failure():
-            loss = self.gradients.of_update(self.state)
+            losses = self.gradients.of_update(self.state)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        if math.isfinite(loss) and bool(norm.isfinite()):
+        norm_on_device = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        # One transfer an update. The losses are added up as Python floats in the order of the passes.
+        *values, norm = torch.cat([losses, norm_on_device.reshape(1)]).tolist()
+        loss = sum(values)
+        if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self.averaging.update(step + 1)
         else:
             self.state.skipped.append(step + 1)
-            log.warning("step %d is skipped: loss %s, gradient norm %s", step + 1, loss, norm.item())
+            log.warning("step %d is skipped: loss %s, gradient norm %s", step + 1, loss, norm)
         self.scaler.update()
         self.gradients.clear()
         self.state.step = step + 1

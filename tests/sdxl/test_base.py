@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -549,13 +550,27 @@ def test_dtypes_by_precision_and_device(monkeypatch: pytest.MonkeyPatch) -> None
     cuda, mps = torch.device("cuda"), torch.device("mps")
     assert resolve_dtype("auto", CPU) == torch.float32
     assert resolve_dtype("bf16", CPU) == torch.bfloat16
-    assert resolve_dtype("auto", mps) == torch.float16
+    for macos_14, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_, answer=macos_14: answer)
+        assert resolve_dtype("auto", mps) == dtype
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert resolve_dtype("auto", cuda) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert resolve_dtype("auto", cuda) == torch.float16
     with pytest.raises(ValueError, match="choose 'fp16'"):
         resolve_dtype("bf16", cuda)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("gfx906:sramecc+:xnack-", torch.float16), ("gfx1030", torch.float16), ("gfx1100", torch.bfloat16)],
+)
+def test_auto_is_not_bf16_on_amd_gpus_that_emulate_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    assert resolve_dtype("auto", torch.device("cuda")) == dtype
 
 
 def test_fp16_computes_on_the_cpu(micro_base: SDXLBase) -> None:

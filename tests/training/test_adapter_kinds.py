@@ -211,7 +211,7 @@ def test_kernels_factored_once_more_are_merged_as_peft_does() -> None:
         plain = torch.nn.Sequential(torch.nn.Conv2d(32, 48, 3))
         plain.load_state_dict(model.state_dict())
         layer: Any = inject_adapter_in_model(settings, model)[0]
-        module = kind(_factors(layer), 3.0)
+        module = kind(_factors(layer, {weight: weight.detach() for weight in layer.parameters()}), 3.0)
         assert any(name.endswith(("t1", "t2")) for name in module.factors)
         layer.merge()
         merge_into(plain, {"0": module}, 1.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ...lora.modules import AdapterModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule, with_dora_scale
+from ...runtime.device import copied_to_cpu, seeded
 from ...sdxl.blocks import read_block_values, read_blocks, value_for
 from ...sdxl.loading import Part
 from ..config.adapter import encoder_rate
 from ..config.train_config import TrainConfig
 from .adapter_init import continue_from, pissa_init
 from .lora_linear import fuse
+
+Copies = Mapping[Tensor, Tensor]  # of trained parameters, on the CPU
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -43,8 +47,7 @@ class Adapter:
 
     def __init__(self, model: Any, config: TrainConfig, part: Part = "unet", start: LoRAFile | None = None) -> None:
         self.config = config
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+        with seeded(config.seed, model.device):
             model.add_adapter(_peft_config(config, part), "default")
             self.layers = {
                 _file_path(name, part): layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")
@@ -64,18 +67,20 @@ class Adapter:
     def modules(self) -> dict[str, AdapterModule]:
         """The change of the original weights by diffusers' names, copied to the CPU, for a LoRA file."""
         read = {"loha": self._loha, "lokr": self._lokr}.get(self.config.adapter, self._lora)
-        return {name: read(name, layer) for name, layer in self.layers.items()}
+        parameters = [parameter for group in self.groups for parameter in group.parameters]
+        copies = dict(zip(parameters, copied_to_cpu(parameters), strict=True))
+        return {name: read(name, layer, copies) for name, layer in self.layers.items()}
 
-    def _lora(self, name: str, layer: Any) -> LoRAModule:
+    def _lora(self, name: str, layer: Any, copies: Copies) -> LoRAModule:
         """rsLoRA's scale alpha / sqrt(rank) is alpha * sqrt(rank) / rank. PiSSA's initial product is subtracted."""
-        down, up = _copy(layer.lora_A["default"].weight), _copy(layer.lora_B["default"].weight)
+        down, up = copies[layer.lora_A["default"].weight], copies[layer.lora_B["default"].weight]
         alpha = layer.lora_alpha["default"] * (math.sqrt(down.shape[0]) if self.config.use_rslora else 1.0)
         if name in self.first:
             first_down, first_up = self.first[name]
             down, up, alpha = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1), 2 * alpha
         if self.config.adapter == "lora":
             return LoRAModule(down, up, alpha)
-        magnitude = _copy(layer.lora_magnitude_vector["default"].weight).reshape(-1, *[1] * (down.dim() - 1))
+        magnitude = copies[layer.lora_magnitude_vector["default"].weight].reshape(-1, *[1] * (down.dim() - 1))
         module = LoRAModule(down, up, alpha, magnitude=magnitude)
         return module if self.config.save_format == "peft" else with_dora_scale(module, self._base(name, layer))
 
@@ -87,12 +92,12 @@ class Adapter:
         down, up = (factor.to(weight.device) for factor in self.first[name])
         return weight + layer.scaling["default"] * up @ down
 
-    def _loha(self, name: str, layer: Any) -> LoHaModule:
-        return LoHaModule(_factors(layer), layer.alpha["default"])
+    def _loha(self, name: str, layer: Any, copies: Copies) -> LoHaModule:
+        return LoHaModule(_factors(layer, copies), layer.alpha["default"])
 
-    def _lokr(self, name: str, layer: Any) -> LoKrModule:
+    def _lokr(self, name: str, layer: Any, copies: Copies) -> LoKrModule:
         """Files have no scale if neither matrix is factored, so the first one is multiplied by it."""
-        module = LoKrModule(_factors(layer), layer.alpha["default"])
+        module = LoKrModule(_factors(layer, copies), layer.alpha["default"])
         if module.rank:
             return module
         first = module.factors["lokr_w1"] * layer.scaling["default"]
@@ -170,14 +175,10 @@ def _groups(layers: dict[str, Any], config: TrainConfig, part: Part) -> list[Par
     return [ParameterGroup(parameters, factor) for factor, parameters in groups.items()]
 
 
-def _factors(layer: Any) -> dict[str, Tensor]:
+def _factors(layer: Any, copies: Copies) -> dict[str, Tensor]:
     """The factors of a LoHa or LoKr layer; peft's names are LyCORIS'."""
     names = (name for name in layer.adapter_layer_names if "default" in getattr(layer, name))
-    return {name: _copy(getattr(layer, name)["default"]) for name in names}
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    return {name: copies[getattr(layer, name)["default"]] for name in names}
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,12 @@ class Objective:
         self.weights = self._weights()
 
     def to(self, device: torch.device) -> None:
-        """Moves the noise schedule. diffusers would do so in the first step, maybe the memory plan's with fake ones."""
+        """Moves the noise schedule and the weights.
+
+        diffusers would move the schedule in the first step, which may be that of the memory plan, with fake tensors.
+        """
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        self.weights = self.weights.to(device)
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The input of the UNet, float32 [B, 4, H/8, W/8]."""
@@ -44,7 +48,7 @@ class Objective:
         """The loss of each sample, weighted by timestep, float32 [B]. `masks` [B, 1, H/8, W/8] weight its pixels."""
         target = self.target(latents, noise, timesteps)
         errors = _mean(self._errors(prediction.float(), target.float()), masks)
-        return self.weights.to(errors.device)[timesteps] * errors
+        return self.weights[timesteps] * errors
 
     def squared_errors(
         self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, masks: Tensor | None = None

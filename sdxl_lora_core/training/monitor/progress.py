@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...runtime.device import memory_in_use
+from ...runtime.device import memory_in_use, reset_peak
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class Meter:
         self._updates: deque[tuple[int, float]] = deque(maxlen=span)
         for loss in losses:
             self._smoothing.add(loss)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak(device)
 
     @contextmanager
     def update(self, images: int) -> Iterator[None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...hashed_random import generator
-from ...runtime.device import free_memory, is_out_of_memory, release_memory
+from ...runtime.device import free_memory, is_out_of_memory, release_memory, seeded
 from ...runtime.distributed import Processes
 from ..config.train_config import TrainConfig, learning_encoders
 from ..data.batches import Batch, PassOfUpdate
@@ -56,9 +56,10 @@ class Gradients:
         if plan.tight:
             log.warning("this run may not fit, or use shared memory that is many times slower: %s", plan.reason)
 
-    def of_update(self, state: LoopState) -> float:
-        """Stores the gradient of the mean loss over the effective batch in the parameters and returns that loss.
+    def of_update(self, state: LoopState) -> Tensor:
+        """Stores the gradient of the mean loss over the effective batch in the parameters.
 
+        Returns terms that add up to that loss, float32 [N], on the device, so that nothing has to wait for it.
         If memory runs out, `state` is changed to smaller passes or more checkpointing. Raises torch.OutOfMemoryError
         when neither is left.
         """
@@ -100,20 +101,18 @@ class Gradients:
                 f"or the rank (now {self.config.rank}), or close other programs that use the memory ({cause})"
             )
 
-    def _accumulate(self, state: LoopState) -> float:
+    def _accumulate(self, state: LoopState) -> Tensor:
         own, following = self._passes(state.step, state), self._passes(state.step + 1, state)[:1]
         images = sum(map(len, self.feed.data.micro_batches(state.step)))
         self.model.train()
-        losses: list[Tensor] = []
+        losses = [torch.zeros((), device=self.feed.device)]
         for number, current in enumerate(own):
             batch = self.feed.batch(current, next(iter([*own[number + 1 :], *following]), None))
             with layer_dropout(self.config, current.step, current.first, self.feed.device):
                 loss = self.model.losses(batch).sum() / images
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
-        # One transfer an update. Added up as Python floats in the order of the passes.
-        values = torch.stack(losses).tolist() if losses else []
-        return self._sum_over_processes(sum(values, 0.0))
+        return self._sum_over_processes(torch.stack(losses))
 
     def _passes(self, step: int, state: LoopState) -> list[PassOfUpdate]:
         """This process's passes of an update; none after the last one."""
@@ -121,18 +120,18 @@ class Gradients:
             return []
         return list(passes(step, self.feed.data.micro_batches(step), state.images_per_pass, self.processes))
 
-    def _sum_over_processes(self, loss: float) -> float:
-        """Adds the other processes' gradients to this one's, and their losses to `loss`."""
+    def _sum_over_processes(self, losses: Tensor) -> Tensor:
+        """Adds the other processes' gradients to this one's. Returns the losses of all of them."""
         gradients = []
         for parameter in self.model.parameters_to_train:
             if parameter.grad is None:  # none of the images was this process's, or SDXL does not use the layer's output
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         if self.processes.count == 1:
-            return loss
-        total = torch.tensor([loss], device=self.feed.device)
+            return losses
+        total = losses.sum(0, keepdim=True)
         self.processes.add_up([total, *gradients])
-        return total.item()
+        return total
 
 
 def passes(step: int, batches: Sequence[Sequence[int]], size: int, processes: Processes) -> Iterator[PassOfUpdate]:
@@ -156,9 +155,7 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
     if not (config.dropout or config.rank_dropout or config.module_dropout):
         yield
         return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(generator(config.seed, step, position).initial_seed())
+    with seeded(generator(config.seed, step, position).initial_seed(), device):
         yield
 
 

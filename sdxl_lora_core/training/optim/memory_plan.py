@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +86,8 @@ def plan_memory(
 
 
 def _reason(mode: Checkpointing, images: int, needed: int, free: float) -> str:
-    return (
-        f"gradient checkpointing {mode}, {images} images a pass: "
-        f"about {needed / 1e9:.1f} GB needed of {free / 1e9:.1f} GB free"
-    )
+    room = "an unknown amount of memory" if math.isinf(free) else f"{free / 1e9:.1f} GB free"
+    return f"gradient checkpointing {mode}, {images} images a pass: about {needed / 1e9:.1f} GB needed of {room}"
 
 
 def _read_count(note: Path) -> int | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.optimizer import Optimizer
 from ..config.train_config import TrainConfig
@@ -77,6 +78,24 @@ def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> tor
     make = getattr(importlib.import_module(module), name)
     parameters = [{"params": group.parameters} for group in groups]
     return make(parameters, lr=config.leading_rate, **optimizer_settings(config))
+
+
+@contextmanager
+def state_on_cpu(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Moves the optimizer's state to main memory within the block."""
+    moved = [
+        (state, name, value.device)
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.device.type != "cpu"
+    ]
+    for state, name, _ in moved:
+        state[name] = state[name].to("cpu")
+    try:
+        yield
+    finally:
+        for state, name, device in moved:
+            state[name] = state[name].to(device)
 
 
 def _require_fused(device: torch.device) -> None:

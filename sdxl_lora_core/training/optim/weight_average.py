@@ -45,6 +45,16 @@ class Averaging:
                 self.schedule_free.train()  # undoes eval() up to rounding
             _copy(trained, self.parameters)
 
+    @contextmanager
+    def on_cpu(self) -> Iterator[None]:
+        """Moves the EMA to main memory within the block."""
+        devices = [tensor.device for tensor in self.ema]
+        self.ema = [tensor.to("cpu") for tensor in self.ema]
+        try:
+            yield
+        finally:
+            self.ema = [tensor.to(device) for tensor, device in zip(self.ema, devices, strict=True)]
+
     def _put_average(self) -> None:
         if self.schedule_free is not None:
             self.schedule_free.eval()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...files import file_sha256, flush_to_disk, write_text_atomic
+from ...runtime.device import copied_to_cpu
 from ...safetensors_file import save_tensors
 from .loop_state import LoopState
 from .optimizer_state import restore_state, split_state
@@ -77,7 +78,7 @@ class Checkpoints:
         temporary.mkdir(parents=True)
         try:
             moments, plan = split_state(optimizer)
-            tensors = {f"weight.{i}": weight.detach().cpu() for i, weight in enumerate(weights)}
+            tensors = {f"weight.{i}": weight for i, weight in enumerate(copied_to_cpu(weights))}
             save_tensors(temporary / STATE, tensors | moments)
             flush_to_disk(temporary / STATE)
             write_adapter(temporary / ADAPTER)

@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...runtime.device import copied_to_cpu
+
 
 def split_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
     """Copies of the state's tensors on the CPU, and the structure as JSON.
 
     Raises TypeError for a value that JSON cannot represent.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}  # by name, on the device
 
     def plan_of(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            tensors[name] = value
             return {"tensor": name}
         if isinstance(value, dict):  # as pairs, because JSON would turn the numbers of parameters into strings
             return {"dict": [[key, plan_of(item, f"{name}.{key}")] for key, item in value.items()]}
@@ -28,7 +30,8 @@ def split_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], An
             return value
         raise TypeError(f"{type(optimizer).__name__} keeps a {type(value).__name__} in {name}: no form to save it in")
 
-    return tensors, plan_of(optimizer.state_dict(), "optimizer")
+    plan = plan_of(optimizer.state_dict(), "optimizer")
+    return dict(zip(tensors, copied_to_cpu(list(tensors.values())), strict=True)), plan
 
 
 def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plan: Any) -> None:
@@ -39,7 +42,7 @@ def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], 
             return plan
         ((kind, content),) = plan.items()
         if kind == "tensor":
-            return tensors[content]
+            return tensors[content].clone()  # else the state would keep a mapping of the file open
         if kind == "dict":
             return {key: value_of(item) for key, item in content}
         return (tuple if kind == "tuple" else list)(value_of(item) for item in content)
