@@ -24,6 +24,7 @@ from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.lora.merge_into_weights import merge_into
+from sdxl_lora_core.runtime.device import default_device
 from sdxl_lora_core.sdxl.base import CONFIGS, load_part, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.job import RunContext, TrainingJob
@@ -91,15 +92,15 @@ def write_random_base(folder: Path, **unet_sizes: Any) -> None:
     for part, make in makers.items():
         with torch.device("meta"):
             module: Any = make()
-        fill(module.to(torch.bfloat16).to_empty(device="cpu"))
+        fill(module.to(torch.bfloat16).to_empty(device=default_device()))
         if part == "unet":
             let_noise_through(module)
-        module.save_pretrained(folder / part)
+        module.to("cpu").save_pretrained(folder / part)
     shutil.copy(CONFIGS / "model_index.json", folder)
 
 
 def fill(module: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(default_device()).manual_seed(0)
     for name, buffer in module.named_buffers():
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
@@ -133,10 +134,10 @@ def let_noise_through(unet: Any, share: float = NOVELTY) -> None:
     out.weight[:, :both, 1, 1] = signed.T.to(out.weight)
 
 
-def write_pictures(folder: Path, size: int) -> Path:
+def write_pictures(folder: Path, size: int, count: int = 3) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(3):
-        Image.new("RGB", (size, size), (80 * number, 120, 200)).save(folder / f"{number}.png")
+    for number in range(count):
+        Image.new("RGB", (size, size), (240 * number // count, 120, 200)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a plain picture, number {number}")
     return folder
 
