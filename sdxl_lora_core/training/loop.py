@@ -185,7 +185,7 @@ class Loop:
         """Writes a checkpoint unless this step has one. A full disk costs the checkpoint, not the run."""
         if self.saved_step == self.state.step or not self.processes.is_first:
             return
-        if not all(parameter.isfinite().all() for parameter in self.parameters):
+        if not torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all():
             log.warning("no checkpoint at step %d: the LoRA has values that are not finite", self.state.step)
             return
         self.count_seconds()

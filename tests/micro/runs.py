@@ -71,7 +71,7 @@ def change_losses(
     """The loss of a batch in 0-based `step` becomes change(losses, learner, batch, step)."""
     of_update, losses, steps = Gradients.of_update, TrainableSDXL.losses, [0]
 
-    def noting(self: Gradients, state: LoopState) -> float:
+    def noting(self: Gradients, state: LoopState) -> torch.Tensor:
         steps[0] = state.step
         return of_update(self, state)
 

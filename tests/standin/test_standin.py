@@ -1,0 +1,33 @@
+"""Runs training.py in a process that has the stand-in accelerator: torch cannot take a device back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.standin.accelerator import unsupported
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_private_names = pytest.mark.skipif(bool(unsupported()), reason=str(unsupported()))
+
+
+def run(selection: str, file: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.standin.plugin", "-p", "no:xdist", "-m", selection]
+    done = subprocess.run([*command, f"tests/standin/{file}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@needs_private_names
+@pytest.mark.timeout(900)
+def test_training_on_the_stand_in() -> None:
+    run("not accept", "training.py")
+
+
+@needs_private_names
+@pytest.mark.accept
+@pytest.mark.timeout(1800)
+def test_every_option_on_the_stand_in() -> None:
+    run("accept", "training.py")
