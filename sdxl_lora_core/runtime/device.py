@@ -9,14 +9,15 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_TRANSFER = 64 * 2**20  # bytes; the tensors of a transfer are on the device twice
+_TRANSFER = 64 * 2**20  # bytes, about; the tensors of a transfer are on the device twice
 
 # AMD GPUs without bf16 instructions: RDNA 2 and older. torch emulates them and reports bf16 as supported.
 _AMD_WITHOUT_BF16 = ("gfx803", "gfx900", "gfx906", "gfx101", "gfx103")
@@ -47,24 +48,18 @@ def free_memory(device: torch.device) -> float:
 
 def copied_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of the tensors on the CPU, moved in few transfers, because each waits for the device."""
-    copies: dict[int, Tensor] = {}
-    for group in _groups(tensors):
-        flat = torch.cat([tensor.detach().flatten() for _, tensor in group]).to("cpu", copy=True)
-        parts = flat.split([tensor.numel() for _, tensor in group])
-        copies |= {i: part.view(tensor.shape).clone() for (i, tensor), part in zip(group, parts, strict=True)}
-    return [copies[i] for i in range(len(tensors))]
-
-
-def _groups(tensors: Sequence[Tensor]) -> Iterable[list[tuple[int, Tensor]]]:
-    """The tensors with their positions, in groups of one dtype and device and of _TRANSFER bytes at most, or of one."""
-    groups: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    bytes_so_far: Counter[tuple[torch.dtype, torch.device]] = Counter()
+    transfers: defaultdict[object, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
-        group = groups.setdefault((tensor.dtype, tensor.device), [])
-        if group and sum(other.nbytes for _, other in group) + tensor.nbytes > _TRANSFER:
-            yield groups.pop((tensor.dtype, tensor.device))
-            group = groups.setdefault((tensor.dtype, tensor.device), [])
-        group.append((i, tensor))
-    yield from groups.values()
+        kind = tensor.dtype, tensor.device
+        transfers[kind, bytes_so_far[kind] // _TRANSFER].append(i)
+        bytes_so_far[kind] += tensor.nbytes
+    copies: dict[int, Tensor] = {}
+    for group in transfers.values():
+        flat = torch.cat([tensors[i].detach().flatten() for i in group]).to("cpu")
+        parts = flat.split([tensors[i].numel() for i in group])
+        copies |= {i: part.view(tensors[i].shape).clone() for i, part in zip(group, parts, strict=True)}
+    return [copies[i] for i in range(len(tensors))]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

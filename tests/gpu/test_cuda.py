@@ -9,19 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_lora_core.cache.folders import CacheFolders
-from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
-from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.run.runs import RunFolders
 from tests.micro.images import draw
-from tests.micro.runs import Cancelled, cancel_at, parameters_alive, train_on
+from tests.micro.runs import Cancelled, Train, cancel_at, parameters_alive
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -29,19 +24,12 @@ CUDA = torch.device("cuda")
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.usefixtures("real_plan")
-def test_training_gives_finite_weights_and_frees_the_memory(
-    micro_base: SDXLBase, tmp_path: Path, precision: Any
-) -> None:
-    for number in range(2):
-        Image.new("RGB", (64, 64), (90 * number, 40, 200)).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text("a picture")
-    dataset = load_caption_dataset(tmp_path, DatasetConfig(resolution=64))
-    folders = RunFolders(tmp_path / "loras", tmp_path / "runs", CacheFolders(tmp_path / "cache"), lambda name: False)
-    config = TrainConfig(steps=8, learning_rate=1e-3, precision=precision, lora_name="first")
-    train_on(micro_base, dataset, config, folders=folders, device=CUDA)  # libraries allocate their workspace once
+def test_training_gives_finite_weights_and_frees_the_memory(run: Train, tmp_path: Path, precision: Any) -> None:
+    config = TrainConfig(steps=8, learning_rate=1e-3, precision=precision)
+    cache = tmp_path / "cache"  # a new one, so that the plan measures
+    run(config, where="first", cache=cache, device=CUDA)  # libraries allocate their workspace once
     before, alive = torch.cuda.memory_allocated(), parameters_alive()
-    config = replace(config, lora_name="second", seed=1)
-    result = train_on(micro_base, dataset, config, folders=folders, device=CUDA)
+    result = run(replace(config, seed=1), where="second", cache=cache, device=CUDA)
     tensors = load_file(result.lora_path)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
@@ -70,23 +58,12 @@ def test_offload_by_phase_leaves_nothing_on_the_device(micro_base: SDXLBase) -> 
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "loha", "lokr"])
-def test_a_deterministic_run_that_is_resumed_ends_in_the_same_bytes(
-    micro_base: SDXLBase, tmp_path: Path, adapter: Any
-) -> None:
-    for number in range(3):
-        Image.new("RGB", (64, 64), (90 * number, 40, 200)).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text("a picture")
-    dataset = load_caption_dataset(tmp_path, DatasetConfig(resolution=64))
+def test_a_deterministic_run_that_is_resumed_ends_in_the_same_bytes(run: Train, adapter: Any) -> None:
     config = TrainConfig(steps=6, adapter=adapter, deterministic=True, dropout=0.1 if adapter == "lora" else 0.0)
-
-    def trained(place: str, *cuts: int) -> dict[str, torch.Tensor]:
-        cache = CacheFolders(tmp_path / place / "cache")
-        folders = RunFolders(tmp_path / place / "loras", tmp_path / place / "runs", cache, lambda name: False)
-        for cut in cuts:
-            with pytest.raises(Cancelled):
-                train_on(micro_base, dataset, config, folders=folders, device=CUDA, on_step=cancel_at(cut))
-        return load_file(train_on(micro_base, dataset, config, folders=folders, device=CUDA).lora_path)
-
-    whole, resumed = trained("whole"), trained("resumed", 2, 5)
+    whole = load_file(run(config, where="whole", device=CUDA).lora_path)
+    for cut in (2, 5):
+        with pytest.raises(Cancelled):
+            run(config, where="resumed", device=CUDA, on_step=cancel_at(cut))
+    resumed = load_file(run(config, where="resumed", device=CUDA).lora_path)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,6 @@ class Accelerator:
     limit: int = 2**40
     allocated: int = 0
     peak: int = 0
-    launches: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
@@ -79,16 +79,14 @@ ACCEL = Accelerator()
 def unsupported() -> str | None:
     """Why this version of torch cannot have the stand-in; None if it can."""
     for name in _PRIVATE:
-        module, _, attribute = name.rpartition(".")
         try:
-            found = functools.reduce(getattr, module.split(".")[1:], torch) if module != "torch" else torch
-            getattr(found, attribute)
+            operator.attrgetter(name.removeprefix("torch."))(torch)
         except AttributeError:
             return f"torch {torch.__version__} has no {name}"
     return None
 
 
-def install() -> Accelerator:
+def install() -> None:
     """Registers the device with torch, for the rest of this process."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -101,7 +99,6 @@ def install() -> Accelerator:
         library.impl("scaled_dot_product_attention", _attention, key)
     library.impl("as_strided", _as_strided, "PrivateUse1")
     _KEPT.append(library)
-    return ACCEL
 
 
 _KEPT: list[Any] = []  # a library's kernels are removed with it
@@ -213,32 +210,31 @@ def _kernel(name: str) -> Callable[..., Any]:
     base, _, overload = name.partition(".")
     operation: Any = getattr(getattr(torch.ops.aten, base), overload or "default")
     arguments = operation._schema.arguments
-    writes = {i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write}
+    writes = any(argument.alias_info and argument.alias_info.is_write for argument in arguments)
     outputs = [argument.name for argument in arguments if argument.is_out]
-    takes = {argument.name for argument in arguments}
     draws = torch.Tag.nondeterministic_seeded in operation.tags
+    takes_generator = draws and any(argument.name == "generator" for argument in arguments)
     pointwise = torch.Tag.pointwise in operation.tags or base in ("where", "add_", "fill_", "masked_fill", "lerp")
 
     def run(*args: Any, **kwargs: Any) -> Any:
         tensors = _tensors([*args, *kwargs.values()])
         if base not in _MIXED:
             _require_one_device(name, tensors, pointwise)
-        _record(base, args)
+        _count_wait(base, args)
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
         if kwargs.get("pin_memory"):
             raise RuntimeError("accel has no pinned memory")
-        chosen = kwargs.get("generator") if "generator" in takes else None
-        if draws and chosen is not None:
-            raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
-        if "generator" in takes and draws:
+        if takes_generator:
+            if kwargs.get("generator") is not None:
+                raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
             kwargs["generator"] = ACCEL.random
         inputs = tree_map_only(Tensor, _on_cpu, (args, kwargs))
-        with _own_random(draws and "generator" not in takes):
+        with _own_random(draws and not takes_generator):
             if outputs and any(kwargs[one].numel() == 0 for one in outputs if isinstance(kwargs.get(one), Tensor)):
                 return _fill_outputs(operation, inputs, kwargs, outputs)
             results = operation(*inputs[0], **inputs[1])
-        return tree_map_only(Tensor, functools.partial(_returned, arguments=tensors, written=bool(writes)), results)
+        return tree_map_only(Tensor, functools.partial(_returned, arguments=tensors, written=writes), results)
 
     return run
 
@@ -281,14 +277,12 @@ def _as_strided(
     tensor: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> Tensor:
     """The offset counts from the start of the storage, which the CPU's tensor on the same memory does not know."""
-    start = tensor.storage_offset()
-    apart = 0 if storage_offset is None else storage_offset - start
+    apart = 0 if storage_offset is None else storage_offset - tensor.storage_offset()
     with torch.inference_mode(tensor.is_inference()):
         return torch._C._dynamo.guards._reinterpret_tensor(tensor, size, stride, apart)
 
 
-def _record(base: str, args: Sequence[Any]) -> None:
-    ACCEL.launches[base] += 1
+def _count_wait(base: str, args: Sequence[Any]) -> None:
     to_host = base == "copy_" and not _is_own(args[0]) and _is_own(args[1])
     if base in _WAITS or to_host:
         ACCEL.waits[base] += 1
