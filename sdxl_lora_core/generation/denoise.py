@@ -57,9 +57,10 @@ class Denoiser:
 
         `on_step` gets the number of UNet calls done and may raise to cancel.
         """
-        scheduler, timesteps = self.schedule
+        scheduler, timesteps, of_unet = self.schedule
         for number, (timestep, progress) in enumerate(zip(timesteps, self.schedule.progress, strict=True), 1):
-            prediction = self._predict(latents, timestep, progress, conditioning)
+            sample = scheduler.scale_model_input(latents, timestep)
+            prediction = self._predict(sample, of_unet[number - 1], progress, conditioning)
             if self.on_estimate:
                 self.on_estimate(clean_estimate(scheduler, prediction, timestep, latents))
             denoised = scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
@@ -69,14 +70,14 @@ class Denoiser:
                 latents = self.inpainting.restored(latents, scheduler, timesteps[number : number + 1])
         return latents
 
-    def _predict(self, latents: Tensor, timestep: Tensor, progress: float, conditioning: Conditioning) -> Tensor:
-        """The prediction of the UNet, steered by the ControlNets, with guidance where it is active.
+    def _predict(self, sample: Tensor, timestep: Tensor, progress: float, conditioning: Conditioning) -> Tensor:
+        """The prediction for latents in the scale of the UNet's input, steered by ControlNets and guidance.
 
         Outside the guidance interval the UNet sees the prompts alone, at half the cost, and their prediction stands for
         that of the negative prompt as well.
         """
         guided = self.guidance is not None and self.guidance.is_active(progress)
-        sample = self.schedule.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+        sample = torch.cat([sample] * 2) if guided else sample
         embeds, pooled, time_ids = conditioning.last(len(sample))
         inputs = {
             "encoder_hidden_states": embeds,

@@ -38,10 +38,15 @@ def scheduler_settings(base: SDXLBase, config: GenerateConfig) -> dict[str, Any]
 
 
 class DenoisingSchedule(NamedTuple):
-    """One of diffusers' schedulers after `set_timesteps`, and the timesteps that remain to be run, noisiest first."""
+    """One of diffusers' schedulers after `set_timesteps`, and the timesteps that remain to be run, noisiest first.
+
+    `timesteps` are on the CPU, for the scheduler, which uses them as indices: on a GPU each step would wait for it.
+    `of_unet` are the same on the UNet's device.
+    """
 
     scheduler: Any
     timesteps: Tensor
+    of_unet: Tensor
 
     @property
     def progress(self) -> list[float]:
@@ -59,7 +64,8 @@ def denoising_schedule(
     skipped = (config.schedule_steps - config.steps) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
-    return DenoisingSchedule(scheduler, scheduler.timesteps[skipped:])
+    of_unet, scheduler.timesteps = scheduler.timesteps, scheduler.timesteps.cpu()
+    return DenoisingSchedule(scheduler, scheduler.timesteps[skipped:], of_unet[skipped:])
 
 
 def make_scheduler(base: SDXLBase, config: GenerateConfig, seeds: Sequence[int]) -> Any:
@@ -121,6 +127,8 @@ def _build(name: str, settings: dict[str, Any]) -> Any:
     scheduler_class: Any = getattr(diffusers, name)
     if name == "EulerAncestralDiscreteScheduler":
         scheduler_class = _with_eulers_sigmas()
+    if name == "DPMSolverSDEScheduler":
+        scheduler_class = _with_noise_of_cpu()
     if settings.get("sigmas") == "normal" and hasattr(scheduler_class, "_convert_to_karras"):
         scheduler_class = _with_normal_sigmas(scheduler_class)
         settings = {**settings, "use_karras_sigmas": True}
@@ -153,3 +161,21 @@ def _with_eulers_sigmas() -> type[Any]:
             self.sigmas, self.timesteps = self.euler.sigmas, self.euler.timesteps
 
     return WithEulersSigmas
+
+
+@functools.cache
+def _with_noise_of_cpu() -> type[Any]:
+    """A subclass that samples its noise on the CPU, as all others do: diffusers' own needs a generator of the device,
+    which gives other images on each kind of device and does not exist on some."""
+    from diffusers import DPMSolverSDEScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    class WithNoiseOfCpu(DPMSolverSDEScheduler):
+        def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
+            if self.noise_sampler is None:
+                levels = self.sigmas[self.sigmas > 0].tolist()
+                sampler = BrownianTreeNoiseSampler(sample.cpu(), min(levels), max(levels), self.noise_sampler_seed)
+                self.noise_sampler = lambda *sigmas: sampler(*sigmas).to(sample.device)
+            return super().step(model_output, timestep, sample, *args, **options)
+
+    return WithNoiseOfCpu

@@ -1,4 +1,4 @@
-"""Runs training.py in a process that has the stand-in accelerator: torch cannot take a device back."""
+"""Runs the other files in processes that have the stand-in accelerator: torch cannot take a device back."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ def run(selection: str, file: str) -> None:
 
 @needs_private_names
 @pytest.mark.timeout(900)
-def test_training_on_the_stand_in() -> None:
-    run("not accept", "training.py")
+@pytest.mark.parametrize("file", ["training.py", "generation.py"])
+def test_on_the_stand_in(file: str) -> None:
+    run("not accept", file)
 
 
 @needs_private_names
 @pytest.mark.accept
 @pytest.mark.timeout(1800)
-def test_every_option_on_the_stand_in() -> None:
-    run("accept", "training.py")
+@pytest.mark.parametrize("file", ["training.py", "generation.py"])
+def test_every_option_on_the_stand_in(file: str) -> None:
+    run("accept", file)

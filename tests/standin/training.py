@@ -184,6 +184,13 @@ def masked(pictures: Path, tmp_path: Path) -> CaptionDataset:
     return load_caption_dataset(folder, DatasetConfig(resolution=64))
 
 
+@pytest.mark.accept
+def test_a_run_with_regularisation_images_is_the_cpus(run: Train, pictures: Path, tmp_path: Path) -> None:
+    config = DatasetConfig(resolution=64, is_regularisation=True)
+    dataset = load_caption_dataset(pictures, config, another_picture(tmp_path / "mine"))
+    require_equal(*both(run, replace(EXACT, prior_weight=0.5), dataset=dataset), tolerance=1e-6)
+
+
 def another_picture(folder: Path) -> CaptionDataset:
     """One that is not trained on."""
     folder.mkdir()
