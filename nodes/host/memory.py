@@ -39,7 +39,7 @@ class ComfyParts(LoadedParts):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._patchers: dict[str, ModelPatcher] = {}
+        self._patchers: dict[str, Any] = {}
         self._in_use: set[str] = set()
         self._moving = False
 
@@ -47,6 +47,7 @@ class ComfyParts(LoadedParts):
         if name not in self._patchers or self._patchers[name].model.part is not module:
             self._patchers[name] = self._evictable(name, module)
         self._in_use.add(name)
+        self._patchers[name].resting = False
         self._load_in_use(room)
         if any(weight.device.type != self.device.type for weight in module.parameters()):
             raise ValueError(
@@ -61,6 +62,7 @@ class ComfyParts(LoadedParts):
     def to_cpu(self, name: str, module: nn.Module) -> None:
         with self._own_move():
             self._patchers[name].detach()
+        self._patchers[name].resting = True
 
     def released(self, name: str, module: nn.Module) -> None:
         self._in_use.discard(name)
@@ -84,7 +86,7 @@ class ComfyParts(LoadedParts):
         finally:
             self._moving = False
 
-    def _evictable(self, part: str, module: nn.Module) -> ModelPatcher:
+    def _evictable(self, part: str, module: nn.Module) -> Any:
         from comfy.model_patcher import CallbacksMP
 
         holder = SDXLPart(module)
@@ -115,8 +117,14 @@ def _whole_patcher() -> type[ModelPatcher]:
     from comfy.model_patcher import ModelPatcher
 
     class WholePatcher(ModelPatcher):
+        resting = False  # held in main memory, with nothing on the device
+
         def partially_unload(self, *args: Any, **kwargs: Any) -> int:
             return 0  # diffusers' layers cannot run on two devices, so ComfyUI must evict the whole part
+
+        def model_size(self) -> int:
+            # ComfyUI evicts first what has the most beside the device. A resting part is to be last: it frees nothing.
+            return -1 if self.resting else super().model_size()
 
     return WholePatcher
 

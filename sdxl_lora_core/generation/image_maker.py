@@ -16,6 +16,7 @@ from ..control.control_net import load_control_net, load_key
 from ..control.control_residuals import ActiveControl
 from ..lora.stack import StackEntry
 from ..lora.stacked_part import StackedPart
+from ..runtime.device import out_of_memory_named
 from ..runtime.loaded_parts import Loaded, LoadedParts, PartRequest
 from ..sdxl.base import SDXLBase, load_part
 from ..sdxl.latents import VAE_SCALE, unscaled
@@ -103,8 +104,14 @@ class ImageMaker:
             guidance = guidance_of(self.base, self.config) if embedding is None else None
             denoiser = Denoiser(unet, schedule, guidance, controls, inpainting, self.on_estimate, embedding)
             options = step_options(schedule.scheduler, generators, SOLVERS[self.config.sampler].eta)
-            latents = denoiser.denoise(latents, self._conditioning(batch, unet), options, on_step)
+            smaller = "lower batch_size, width or height, or set attention_slicing on"
+            with out_of_memory_named(f"the UNet computes {self._size}", smaller):
+                latents = denoiser.denoise(latents, self._conditioning(batch, unet), options, on_step)
             return latents, loaded.state.fit
+
+    @property
+    def _size(self) -> str:
+        return f"{self.config.width}x{self.config.height}, batch_size {self.config.batch_size}"
 
     def _conditioning(self, batch: ImageBatch, unet: Any) -> Conditioning:
         """Negative prompt first, if there is one. The sizes are in the UNet's precision, as in diffusers' pipelines."""
@@ -121,7 +128,8 @@ class ImageMaker:
         """The pixels and the latents in the VAE's own scale of each image."""
         with self._vae_phase() as vae:
             encoded = unscaled(latents.to(vae.device, vae.dtype), vae.config)
-            image = vae.decode(encoded, return_dict=False)[0].float().cpu()
+            with out_of_memory_named(f"the VAE decodes {self._size}", "set vae_tiling or vae_slicing on"):
+                image = vae.decode(encoded, return_dict=False)[0].float().cpu()
             _require_finite(image, latents, self.dtype, vae.dtype)
         pixels = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
         eight_bits = (pixels * 255).round().astype(np.uint8)

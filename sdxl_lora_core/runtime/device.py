@@ -68,6 +68,21 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
+@contextmanager
+def out_of_memory_named(doing: str, remedy: str) -> Iterator[None]:
+    """Within the block, an error of exhausted memory becomes torch.OutOfMemoryError with these words in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or isinstance(error, _Named):
+            raise
+        raise _Named(f"out of memory while {doing}: {remedy} ({str(error).splitlines()[0]})") from error
+
+
+class _Named(torch.OutOfMemoryError):
+    """Says what was done, so that a block around it leaves it as it is."""
+
+
 def release_memory(device: torch.device) -> None:
     """Frees unreachable objects and returns torch's unused cached memory to the device."""
     gc.collect()

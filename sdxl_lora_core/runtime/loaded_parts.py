@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .device import out_of_memory_named
+
 
 class Loaded(NamedTuple):
     """A module, and the `state` that its loader needs to change it later."""
@@ -61,7 +63,7 @@ class LoadedParts:
             self.finish(request.name, request.offload)
 
     def borrow(self, request: PartRequest) -> Loaded:
-        """The part on the device, until `finish`."""
+        """The part on the device, until `finish`. Raises torch.OutOfMemoryError, and drops it, if it does not fit."""
         # ComfyUI calls from inside inference mode; weights loaded or moved in there could never be trained on.
         with torch.inference_mode(False), torch.no_grad():
             name = request.name
@@ -70,8 +72,19 @@ class LoadedParts:
             if name not in self._held:
                 self._held[name] = request.key, request.load()
             loaded = self._held[name][1]
-            self.to_device(name, loaded.module, request.room)
+            self._arrive(request, loaded.module)
             return loaded
+
+    def _arrive(self, request: PartRequest, module: nn.Module) -> None:
+        gigabytes = sum(weight.nbytes for weight in module.parameters()) / 1e9
+        remedy = "set the base's precision to bf16 or fp16, offload to phase, or close programs that use the memory"
+        doing = f"moving the {request.name} ({gigabytes:.1f} GB) to the {self.device.type}"
+        with out_of_memory_named(doing, remedy):
+            try:
+                self.to_device(request.name, module, request.room)
+            except BaseException:
+                self.drop(request.name)  # part of it may be on the device
+                raise
 
     def _change(self, request: PartRequest) -> None:
         try:

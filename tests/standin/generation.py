@@ -6,6 +6,7 @@ Collected by name only, in a process with `-p tests.standin.plugin`: see test_st
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,23 @@ def test_scores() -> None:
         score_images(images, ["a red circle"], ROOT / "assets" / "tiny-clip", where) for where in ("cpu", DEVICE)
     )
     assert on_device == on_cpu
+
+
+SMALL_DEVICES = {  # the size beside which it is too small, in bytes, and what is said
+    "part": (settings(), 700_000, "moving the unet .0.0 GB. to the accel: set the base's precision to bf16 or fp16"),
+    "UNet": (settings(), 840_000, "the UNet computes 64x64, batch_size 1: lower batch_size, width or height"),
+    "VAE": (settings(width=256), 2_000_000, "the VAE decodes 256x64, batch_size 1: set vae_tiling or vae_slicing"),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_DEVICES)
+def test_a_device_that_is_too_small(micro_base: SDXLBase, device: LoadedParts, name: str, tmp_path: Path) -> None:
+    config, size, words = SMALL_DEVICES[name]
+    config = replace(config, offload="phase")
+    wanted = pixels(micro_base, config, prompt_cache=tmp_path)
+    pixels(micro_base, config, parts=device, prompt_cache=tmp_path)
+    said = f"^out of memory while {words}.*accel out of memory"
+    with ACCEL.limited(size), pytest.raises(torch.OutOfMemoryError, match=said):
+        pixels(micro_base, config, parts=device, prompt_cache=tmp_path)
+    again = pixels(micro_base, config, parts=device, prompt_cache=tmp_path)
+    np.testing.assert_array_equal(again, wanted)
