@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..sdxl_lora_core.files import safe_path, stat_fingerprint
 from ..sdxl_lora_core.lora.stack import LoRARef, StackEntry, open_stack
+from ..sdxl_lora_core.messages import shown
 from .host.folders import cache_folders, file_names, input_folder, roots
 from .widgets import Widget
 from .wires import read_stack, strengths_by_block
@@ -25,6 +26,7 @@ _BUNDLED: dict[Kind, dict[str, Path]] = {
     "clip": {"tiny-clip (bundled)": _ASSETS / "tiny-clip"},
 }
 _DATASETS = " [datasets]"
+_SHOWN = 20  # names in a message
 _EXPECTED: dict[Kind, str] = {
     "dataset": "a folder inside ComfyUI's input folder",
     "base": "a .safetensors file in the checkpoints folder, or a folder with model_index.json in the diffusers folder",
@@ -49,11 +51,13 @@ def combo(kind: Kind, tooltip: str, first: str = "", **more: Any) -> Widget:
 
 def find(kind: Kind, name: str) -> Path:
     """The file or folder of a name. Raises FileNotFoundError, or ValueError for a path outside its folder."""
+    if not isinstance(name, str):
+        raise ValueError(f"{shown(name)} is not a name: choose {_EXPECTED[kind]}")
     if name in _BUNDLED[kind]:
         return _BUNDLED[kind][name]
     found = _found(kind)
     for root in found.get(name, []):
-        if (path := root / name.removesuffix(_DATASETS)).exists():
+        if os.path.exists(path := root / name.removesuffix(_DATASETS)):
             return path
     # Not in the list: a folder further down, a file that was just written, or another spelling of its path.
     searched = _typed(kind)
@@ -61,15 +65,19 @@ def find(kind: Kind, name: str) -> Path:
     spelled = Path(name).relative_to(inside).as_posix() if inside else name.replace("\\", "/")
     for root in searched:
         for relative in (spelled, f"{spelled}.safetensors"):
-            if (path := safe_path(root, relative)).exists():
+            if os.path.exists(path := safe_path(root, relative)):  # Path.exists raises for a name that is too long
                 return path
-    raise FileNotFoundError(f"{name!r} was not found: choose {_EXPECTED[kind]}. There are: {', '.join(names(kind))}")
+    offered = names(kind)
+    others = f" and {len(offered) - _SHOWN} more" if len(offered) > _SHOWN else ""
+    raise FileNotFoundError(
+        f"{shown(name)} was not found: choose {_EXPECTED[kind]}. There are: {', '.join(offered[:_SHOWN])}{others}"
+    )
 
 
 def check(kind: Kind, name: str | None) -> bool | str:
     """For VALIDATE_INPUTS: True, or an error message. The name is None if the input is linked."""
     try:
-        return name is None or find(kind, name).exists() or f"{name!r} is missing: install the pack again"
+        return name is None or find(kind, name).exists() or f"{shown(name)} is missing: install the pack again"
     except (OSError, ValueError) as error:
         return str(error)
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sdxl_lora_core.messages import shown
+
 StackEntry = tuple[str, float, float]  # a subclass has .blocks, see strengths_by_block
 CATEGORY = "SDXL LoRA"
 # The keys of rows that are mappings, in the spellings of several packs; those of the page have no effect.
@@ -35,7 +37,7 @@ def strengths_by_block(entry: Any) -> str:
     """The `.blocks` of an entry. Raises ValueError for another type, such as another pack's."""
     blocks = getattr(entry, "blocks", "") or ""
     if not isinstance(blocks, str):
-        raise ValueError(f"lora_stack has blocks {blocks!r} for {entry[0]}: expected a text such as mid_block=0")
+        raise ValueError(f"lora_stack has blocks {shown(blocks)} for {entry[0]}: expected a text such as mid_block=0")
     return blocks
 
 
@@ -94,15 +96,15 @@ def _read_entry(entry: Any) -> StackEntry:
         return _read_mapping(entry)
     if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) in (2, 3):
         return str(entry[0]), _strength(entry, entry[1]), _strength(entry, entry[-1])
-    raise ValueError(f"lora_stack contains {entry!r}: expected (name, strength_model, strength_clip)")
+    raise ValueError(f"lora_stack contains {shown(entry)}: expected (name, strength_model, strength_clip)")
 
 
 def _read_mapping(row: Mapping[str, Any]) -> StackEntry:
     known = {*_NAME_KEYS, *_MODEL_KEYS, *_CLIP_KEYS, *_SWITCHES, *_PAGE_KEYS}
     if unknown := [key for key in row if key not in known]:
         raise ValueError(
-            f"lora_stack has a row with {unknown[0]!r}, which is unknown: use {_NAME_KEYS[0]}, {_MODEL_KEYS[0]} and "
-            f"{_CLIP_KEYS[0]}"
+            f"lora_stack has a row with {shown(unknown[0])}, which is unknown: use {_NAME_KEYS[0]}, {_MODEL_KEYS[0]} "
+            f"and {_CLIP_KEYS[0]}"
         )
     name = next((row[key] for key in _NAME_KEYS if row.get(key)), "")
     model = next((row[key] for key in _MODEL_KEYS if row.get(key) is not None), 1.0)
@@ -116,5 +118,5 @@ def _strength(entry: Any, value: Any) -> float:
     except (TypeError, ValueError):
         strength = math.nan
     if not math.isfinite(strength):
-        raise ValueError(f"lora_stack has the strength {value!r} in {entry!r}: use a number such as 1.0")
+        raise ValueError(f"lora_stack has the strength {shown(value)} in {shown(entry)}: use a number such as 1.0")
     return strength

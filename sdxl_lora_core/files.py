@@ -16,9 +16,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from .messages import shown
+
 Claimed = TypeVar("Claimed")
 
 LONGEST_NAME = 255  # bytes of a file name on most systems; some shares have less
+_LONGEST_PATH = 4095  # bytes, of Linux; systems with less say so when a folder is made
+_TEMPORARY = 64  # bytes, of temporary names beside a file
 _NUMBERED = "_00002"
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _FORBIDDEN = set('<>:"|?*\\') | {chr(code) for code in (*range(32), 127)}
@@ -33,11 +37,11 @@ def safe_path(root: Path, user: str) -> Path:
     parts = user.split("/")
     for part in parts:
         if part in ("", ".", "..") or part.endswith((" ", ".")) or _RESERVED.fullmatch(part) or _FORBIDDEN & set(part):
-            raise ValueError(f"{user!r} is not a valid relative path: give a file or folder inside {root.name!r}")
+            raise ValueError(f"{shown(user)} is not a valid relative path: give a file or folder inside {root.name!r}")
     resolved = root.resolve()
     path = (resolved / user).resolve()
     if not path.is_relative_to(resolved):
-        raise ValueError(f"{user!r} is outside {root.name!r}: give a file or folder inside it")
+        raise ValueError(f"{shown(user)} is outside {root.name!r}: give a file or folder inside it")
     return path
 
 
@@ -48,9 +52,9 @@ def check_name(option: str, name: str, ending: str = ".safetensors", subfolders:
     """
     parts = name.split("/") if subfolders else [name]
     if reason := next((reason for part in parts if (reason := _name_problem(part))), None):
-        raise ValueError(f"{option} is {name!r}: {reason}")
+        raise ValueError(f"{option} is {shown(name)}: {reason}")
     if ending and name.lower().endswith(ending):
-        raise ValueError(f"{option} is {name!r}: leave out {ending}, which is added")
+        raise ValueError(f"{option} is {shown(name)}: leave out {ending}, which is added")
     require_short(option, name, LONGEST_NAME - len(_NUMBERED + ending))
 
 
@@ -58,7 +62,7 @@ def require_short(option: str, name: str, most: int) -> None:
     """Raises ValueError naming `option` if the last part of `name` has more than `most` bytes."""
     size = len(name.rpartition("/")[2].encode())
     if size > most:
-        raise ValueError(f"{option} is {name!r}, whose name takes {size} bytes as UTF-8: use at most {most}")
+        raise ValueError(f"{option} is {shown(name)}, whose name takes {size} bytes as UTF-8: use at most {most}")
 
 
 def longest_name(folder: Path) -> int:
@@ -72,8 +76,14 @@ def longest_name(folder: Path) -> int:
 
 def require_file_names(folder: Path, names: Mapping[str, str], ending: str = ".safetensors") -> None:
     """Raises ValueError if a file of one of `names` (by option), with a number and `ending`, cannot be in `folder`."""
+    longest = longest_name(folder)
     for option, name in names.items():
-        require_short(option, name, longest_name(folder) - len(_NUMBERED + ending))
+        for subfolder in name.split("/")[:-1]:
+            require_short(option, subfolder, longest)
+        require_short(option, name, longest - len(_NUMBERED + ending))
+        size = len(os.fsencode(folder.resolve() / name)) + _TEMPORARY
+        if size > _LONGEST_PATH:
+            raise ValueError(f"{option} is {shown(name)}, whose path takes {size} bytes: use fewer or shorter folders")
 
 
 def _name_problem(part: str) -> str | None:

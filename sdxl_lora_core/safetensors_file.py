@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import write_atomic
+from .messages import brief, shown
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 _MAGIC = {
@@ -53,12 +54,13 @@ def read_header(path: Path) -> WeightsHeader:
             return WeightsHeader(path, shapes, dict(file.metadata() or {}))
     except SafetensorError as error:
         raise ValueError(
-            f"{path.name} is not a complete safetensors file ({error}): truncated or damaged, download or save it again"
+            f"{path.name} is not a complete safetensors file ({brief(error)}): truncated or damaged, download or save "
+            "it again"
         ) from error
 
 
 def first_names(names: Iterable[str], count: int = 3) -> str:
-    return ", ".join(sorted(names)[:count])
+    return ", ".join(shown(name)[1:-1] for name in sorted(names)[:count])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
+from .messages import shown
+
 MAX_SEED = 2**64 - 1
 UNLIMITED = 1_000_000  # the upper end of a range that has no natural one
 
@@ -136,14 +138,16 @@ def _plain(number: float) -> str:
 def _check_choice(config: object, option: str) -> None:
     value, choices = getattr(config, option), choices_of(type(config), option)
     if choices and value not in choices:
-        raise ValueError(f"{option} is {value!r}: choose one of {', '.join(choices)}")
+        raise ValueError(f"{option} is {shown(value)}: choose one of {', '.join(choices)}")
 
 
 def _check_text(config: object, option: str) -> None:
     value = getattr(config, option)
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{option} is {text!r}, which contains half a character (a lone surrogate): type it again")
+            raise ValueError(
+                f"{option} is {shown(text)}, which contains half a character (a lone surrogate): type it again"
+            )
 
 
 def _check_effect(config: object, field: dataclasses.Field[Any]) -> None:
@@ -184,7 +188,8 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
     known = fields_of(config)
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        names = ", ".join(shown(name)[1:-1] for name in unknown[:3])
+        raise ValueError(f"{where}: unknown setting {names}; known are {', '.join(sorted(known))}")
     try:
         return TypeAdapter(config).validate_python(values)
     except ValidationError as error:

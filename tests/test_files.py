@@ -155,7 +155,7 @@ def test_a_folder_may_allow_only_shorter_names(tmp_path: Path, monkeypatch: pyte
     assert files.longest_name(tmp_path / "not" / "there") == os.pathconf(tmp_path, "PC_NAME_MAX")
     monkeypatch.setattr(files, "longest_name", lambda folder: 143)
     files.require_file_names(tmp_path, {"lora_name": "x" * 125})
-    with pytest.raises(ValueError, match="lora_name is 'x+', whose name takes 126 bytes as UTF-8: use at most 125"):
+    with pytest.raises(ValueError, match="lora_name is 'x+…, whose name takes 126 bytes as UTF-8: use at most 125"):
         files.require_file_names(tmp_path, {"lora_name": "x" * 126})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from ..dataset.config import DatasetConfig
+from ..messages import shown
 from ..sdxl.base import open_base
 from ..sdxl.vae_override import with_vae
 from ..settings import from_mapping
@@ -90,12 +92,14 @@ class _RunFile:
     def path_in(self, settings: Mapping[str, Any], name: str, section: str) -> Path:
         value = settings.get(name)
         if not isinstance(value, str) or not value.strip() or "\0" in value:
-            raise ValueError(f"{self.where(section)}: {name} is {value!r}: give a path as text")
+            raise ValueError(f"{self.where(section)}: {name} is {shown(value)}: give a path as text")
+        if not os.path.exists(value):  # Path.exists raises for a name that is too long
+            raise FileNotFoundError(f"{self.where(section)}: {name} {shown(value)} does not exist")
         return Path(value)
 
     def _settings(self, values: Any, section: str) -> Mapping[str, Any]:
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-            raise ValueError(f"{self.where(section)} has {values!r}: write settings as name: value")
+            raise ValueError(f"{self.where(section)} has {shown(values)}: write settings as name: value")
         return values
 
 

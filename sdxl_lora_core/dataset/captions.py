@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from ..messages import shown
 from .caption_text import clean_caption
 from .folder_files import CAPTION_SUFFIXES, METADATA_NAMES, FolderFiles, ImageFile, Problem
 from .metadata_files import read_metadata
@@ -69,7 +70,7 @@ def _of_folder(files: FolderFiles, image: ImageFile) -> tuple[str, ...]:
     if not caption:
         raise ValueError(f"has no caption: write one to {image.stem}.txt")
     files.problems.append(
-        Problem(image.key, f"has no caption: the name of its folder is used, {caption!r}", skipped=False)
+        Problem(image.key, f"has no caption: the name of its folder is used, {shown(caption)}", skipped=False)
     )
     return (caption,)
 

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..files import safe_path
+from ..messages import shown
 from .caption_text import clean_caption, valid_unicode
 from .folder_files import METADATA_NAMES, FolderFiles, Problem, key_of
 from .text_files import MAX_CAPTION_BYTES, read_text
@@ -36,7 +37,7 @@ def read_metadata(files: FolderFiles) -> dict[str, list[str]]:
             try:
                 key, texts = _read_row(files, PurePosixPath(name).parent, images, row)
                 if captions.setdefault(key, texts) != texts:
-                    raise ValueError(f"{key!r} already has a different caption, which is used")
+                    raise ValueError(f"{shown(key)} already has a different caption, which is used")
             except ValueError as error:
                 files.problems.append(Problem(f"{name} line {line}", str(error)))
     return captions
@@ -114,7 +115,7 @@ def _read_row(files: FolderFiles, folder: PurePosixPath, images: _Images, row: R
     keys = (key_of((folder / parent / relative).as_posix()) for parent in ("", "images"))
     key = next((found for key in keys if (found := images.find(key))), None)
     if key is None:
-        raise ValueError(f"names {clean_caption(file_name)!r}, which is not an image in this folder")
+        raise ValueError(f"names {shown(clean_caption(file_name))}, which is not an image in this folder")
     if len(valid_unicode("".join(texts)).encode()) > MAX_CAPTION_BYTES:
         raise ValueError(f"its caption is larger than {MAX_CAPTION_BYTES // 1024} KiB: shorten it")
     return key, texts

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import file_sha256, json_sha256
+from ..messages import brief, shown
 from ..runtime.library_logs import quiet_libraries
 
 _IMAGES_AT_ONCE = 8
@@ -37,7 +38,7 @@ def load_clip(folder: Path) -> torch.nn.Module:
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
             )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the CLIP model in {folder.name!r} cannot be loaded: {error}") from error
+        raise ValueError(f"the CLIP model in {folder.name!r} cannot be loaded: {brief(error)}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
@@ -123,7 +124,9 @@ def require_clip_folder(folder: Path) -> None:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{folder.name}/config.json is not a JSON object: {wanted}") from error
     if kind != "clip":
-        raise ValueError(f"{folder.name!r} contains a model of type {kind!r}, not 'clip' (image and text): {wanted}")
+        raise ValueError(
+            f"{folder.name!r} contains a model of type {shown(kind)}, not 'clip' (image and text): {wanted}"
+        )
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise FileNotFoundError(f"{folder.name!r} has no model.safetensors (other formats are not opened): {wanted}")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..cache.image_cache import ImageCache
 from ..control.control import HintNumbers
+from ..messages import shown
 from ..text.text_model import TextEmbeds
 from .config import GenerateConfig
 from .guidance import is_guided
@@ -257,7 +258,7 @@ def _by_length(requests: Sequence[Request], prompts: Mapping[str, TextEmbeds]) -
 
 
 def _not_cached(missing: Sequence[Request], found: int) -> str:
-    names = "; ".join(f"{request.prompt.text!r} with seed {request.seed}" for request in missing[:3])
+    names = "; ".join(f"{shown(request.prompt.text)} with seed {request.seed}" for request in missing[:3])
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     return (
         f"cache is 'only' and {len(missing)} of {len(missing) + found} images are not in the cache: {names}{more}; "

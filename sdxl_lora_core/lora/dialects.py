@@ -24,6 +24,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ..messages import shown
 from ..sdxl.loading import Part
 from ..sdxl.unet_names import diffusers_block_name, dotted
 
@@ -31,6 +32,7 @@ from ..sdxl.unet_names import diffusers_block_name, dotted
 # a factor: hada_w1_a, lokr_w2 and so on
 Role = str
 SETTINGS_KEY = "lora_adapter_metadata"  # where diffusers stores peft's settings, as JSON
+_NUMBERS = ("r", "lora_alpha", "alpha")  # of these settings
 
 _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?[._]down(?:\.weight)?$"), "down"),
@@ -123,7 +125,7 @@ def _of_part(settings: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
 def _by_pattern(patterns: Any, place: Place, otherwise: Any) -> Any:
     """The value of the first pattern for a module. Malformed patterns and values apply to none."""
     items = patterns.items() if isinstance(patterns, Mapping) else ()
-    numbers = (item for item in items if isinstance(item[1], int | float))
+    numbers = (item for item in items if _is_number(item[1]))
     return next((value for key, value in numbers if _matches(key, place.module)), otherwise)
 
 
@@ -141,6 +143,17 @@ def peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"the file's metadata {SETTINGS_KEY} is not JSON ({error}): save it again") from error
     return settings if isinstance(settings, dict) else {}
+
+
+def require_numbers(where: str, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if peft's settings have a rank or alpha that is not a number: it scales the LoRA."""
+    for key, value in settings.items():
+        if key.rpartition(".")[2] in _NUMBERS and value is not None and not _is_number(value):
+            raise ValueError(f"{where} has {key} {shown(value)} in its settings, which is not a number: save it again")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _unet_module(path: str) -> str | None:

@@ -6,7 +6,6 @@ In memory a LoRA's modules are named by diffusers' path within their part, whate
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..safetensors_file import WeightsHeader, first_names, pack_weights, read_header, write_weights
+from ..sdxl.detection import read_json
 from ..sdxl.file_kinds import foreign_adapter, is_adapter, kind_of, other_adapter
 from .config import FileFormat
-from .dialects import SETTINGS_KEY, peft_settings
+from .dialects import SETTINGS_KEY, peft_settings, require_numbers
 from .modules import LoRAFile
 from .reading import lora_of_tensors
 from .writing import state_dict
@@ -33,7 +33,8 @@ def read_lora(path: Path) -> LoRAFile:
     """
     header = read_header(path)
     beside = settings_file(path)
-    settings = peft_settings(header.metadata) or (json.loads(beside.read_text(encoding="utf-8")) if beside else {})
+    settings = peft_settings(header.metadata) or (read_json(beside) if beside else {})
+    require_numbers(path.name, settings)
     _require_sdxl_lora(header)
     with safe_open(path, framework="pt") as weights:
         tensors = ((key, weights.get_tensor(key)) for key in weights.keys())  # noqa: SIM118

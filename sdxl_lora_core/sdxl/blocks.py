@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ..messages import shown
+
 _STAGES_WITH_ATTENTION = {"down_blocks.1": 2, "down_blocks.2": 2, "mid_block": 1, "up_blocks.0": 3, "up_blocks.1": 3}
 _STAGES = ("down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2")
 WITH_ATTENTION = (
@@ -18,7 +20,7 @@ def read_blocks(option: str, text: str) -> tuple[str, ...]:
     blocks = tuple(name.strip() for name in text.split(",") if name.strip())
     for block in blocks:
         if block not in BLOCKS:
-            raise ValueError(f"{option} names {block!r}, which is not a block: use {', '.join(BLOCKS)}")
+            raise ValueError(f"{option} names {shown(block)}, which is not a block: use {', '.join(BLOCKS)}")
         if blocks.count(block) > 1:
             raise ValueError(f"{option} names {block} twice: keep one of them")
     return blocks
@@ -36,7 +38,7 @@ def read_block_values(option: str, text: str, low: float, high: float) -> dict[s
         try:
             values[block] = float(number)
         except ValueError as error:
-            raise ValueError(f"{option} is {text!r}: write block=number, such as {block}=4") from error
+            raise ValueError(f"{option} is {shown(text)}: write block=number, such as {block}=4") from error
         if not low <= values[block] <= high:
             raise ValueError(f"{option} gives {block} {number.strip()}: give a value from {low:g} to {high:g}")
     return dict(sorted(values.items(), key=lambda item: -len(item[0])))

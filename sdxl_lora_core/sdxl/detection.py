@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ..messages import brief, shown
 from ..safetensors_file import WeightsHeader
 from .file_kinds import UNET, VAE, kind_of, require_unscaled
 
@@ -42,14 +43,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises FileNotFoundError or ValueError naming the file."""
     name = f"{path.parent.name}/{path.name}"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} is missing: the model folder is incomplete, download it again") from error
-    except ValueError as error:
-        raise ValueError(f"{name} is not JSON ({error}): download the model again") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({brief(error)}): download the model again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{name} is not a JSON object: download the model again")
     return values
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number of JSON")
 
 
 def require_checkpoint(header: WeightsHeader, configs: Path, override: str = "auto") -> Prediction:
@@ -86,6 +91,16 @@ def require_folder(folder: Path, override: str = "auto") -> Prediction:
     """As require_checkpoint, for a diffusers folder of SDXL, whatever its size."""
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"folder {folder.name} has no model_index.json: {WANTED}")
+    try:
+        return _folders_prediction(folder, override)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"folder {folder.name} has settings that SDXL has not ({type(error).__name__}: {brief(error)}): download "
+            "the model again"
+        ) from error
+
+
+def _folders_prediction(folder: Path, override: str) -> Prediction:
     _require_pipeline(folder.name, read_json(folder / "model_index.json"))
     unet, vae, text, text_2 = (read_json(folder / part / "config.json") for part in PART_CLASSES)
     _require_channels(folder.name, (0, unet["in_channels"]))
@@ -156,7 +171,7 @@ def _known(where: str, prediction: str, override: str) -> PredictionType:
     known = _PREDICTIONS.get(prediction.casefold().replace("-", "_"))
     if known is None and override == "auto":
         raise ValueError(
-            f"{where} has prediction type {prediction!r}: only epsilon and v_prediction are supported; set prediction "
-            "to the one that the base was trained with"
+            f"{where} has prediction type {shown(prediction)}: only epsilon and v_prediction are supported; set "
+            "prediction to the one that the base was trained with"
         )
     return known or "epsilon"

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..messages import brief
 from ..runtime.library_logs import quiet_libraries
 from ..safetensors_file import read_header, save_tensors
 from .detection import PART_CLASSES, read_json
@@ -56,9 +57,16 @@ def weight_files(path: Path) -> list[Path]:
 
 def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     """Loads a part from its folder. Raises ValueError if the files do not have exactly the part's tensors."""
-    with quiet_libraries():
-        module, wrong = (_unet if part == "unet" else _small_part)(folder, part, dtype)
-    require_complete(wrong, part, f"{folder.parent.name}/{folder.name}")
+    where = f"{folder.parent.name}/{folder.name}"
+    try:
+        with quiet_libraries():
+            module, wrong = (_unet if part == "unet" else _small_part)(folder, part, dtype)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of any type: each library checks its settings in its own way, or not at all
+        cause = f"{type(error).__name__}: {brief(error)}"
+        raise ValueError(f"the {part} in {where} cannot be loaded ({cause}): download the model again") from error
+    require_complete(wrong, part, where)
     return align(module)
 
 
@@ -130,7 +138,8 @@ def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, 
         with quiet_libraries():
             module = _convert(tensors, configs, part, dtype)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"the {part} in {file.name} does not fit ({error}): download the checkpoint again") from error
+        cause = brief(error)
+        raise ValueError(f"the {part} in {file.name} does not fit ({cause}): download the checkpoint again") from error
     require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file.name)
     if prefix == _PREFIXES[part]:
         require_complete(_unknown(tensors, module, part), part, file.name)

@@ -306,7 +306,7 @@ def test_names_too_long_for_the_embeddings_file_are_refused_before_anything_is_l
 
     monkeypatch.setattr(loading, "from_folder", lambda *_: pytest.fail("a part was loaded"))
     token = "x" * 205
-    with pytest.raises(ValueError, match=f"lora_name with new_tokens {token} is 's+-x+', .* use at most 237"):
+    with pytest.raises(ValueError, match=f"lora_name with new_tokens {token} is 's+-x+…, .* use at most 237"):
         run(replace(SMALL, lora_name="s" * 40, new_tokens=token), dataset=load(pictures, trigger_word=token))
 
 

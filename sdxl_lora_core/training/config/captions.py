@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ...messages import shown
 from ...settings import NOT_EMPTY, Range, fields_of, setting
 from ...text.encoding import CHUNK_TOKENS, TokenIds
 
@@ -86,7 +87,7 @@ def read_new_tokens(text: str, vectors_per_token: int) -> dict[str, str]:
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, _, start = (part.strip() for part in entry.partition("="))
         if not _NAME.fullmatch(name):
-            raise ValueError(f"new_tokens names {name!r}: use letters, digits, - and _ as in 'ohwx' or 'ohwx=cat'")
+            raise ValueError(f"new_tokens names {shown(name)}: use letters, digits, - and _ as in 'ohwx' or 'ohwx=cat'")
         if name.lower() in map(str.lower, tokens):
             raise ValueError(f"new_tokens names {name} twice: remove one")
         tokens[name] = start

@@ -1,0 +1,17 @@
+"""Values from people's files in messages: in one line, and no longer than one reads."""
+
+from __future__ import annotations
+
+
+def shown(value: object, most: int = 80) -> str:
+    """The value as Python writes it, with at most `most` characters."""
+    return _cut(repr(value), most)
+
+
+def brief(error: object, most: int = 200) -> str:
+    """The first line of an error's text, with at most `most` characters."""
+    return _cut(str(error).strip().partition("\n")[0], most)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
