@@ -5,12 +5,13 @@ It follows from the run's settings and data only, without times, paths or hosts,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ..dataset.caption_dataset import CaptionDataset, CaptionEntry
+from ..dataset.caption_dataset import CaptionEntry
+from ..dataset.caption_text import contains_word
 from ..files import canonical_json
 from ..lora.metadata import IMPLEMENTATIONS, tag_counts
 from ..sdxl.precision import DTYPES
@@ -33,13 +34,15 @@ def lora_metadata(job: TrainingJob, name: str, steps: int, dtype: torch.dtype) -
     """The metadata of the LoRA `name` after `steps` updates, computed at precision `dtype`."""
     base, config = job.base, job.config
     v_prediction = base.prediction_type == "v_prediction"
+    # Model sites know a checkpoint by the SHA-256 of its file; a folder has none.
+    base_hash = dict(base.part_hashes)["unet"] if base.layout == "single_file" else base.fingerprint
     precision = next(option for option, computed in DTYPES.items() if computed == dtype)
     values: dict[str, object] = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_output_name": name,
         "ss_sd_model_name": base.name,
-        "ss_sd_model_hash": base.fingerprint[:8],
-        "ss_new_sd_model_hash": base.fingerprint,
+        "ss_sd_model_hash": base_hash[:8],
+        "ss_new_sd_model_hash": base_hash,
         "ss_v_parameterization": v_prediction,
         "ss_zero_terminal_snr": base.zero_terminal_snr,
         "ss_mixed_precision": "no" if precision == "fp32" else precision,
@@ -137,9 +140,9 @@ def _network_values(config: TrainConfig) -> dict[str, object]:
 
 
 def _dataset_values(job: TrainingJob) -> dict[str, object]:
-    folders, trigger_words, resolution = _folders(job.dataset), job.trigger_words, job.resolution
+    folders, trigger_words, resolution = _folders(job), job.trigger_words, job.resolution
     shown = sum(folder.images * folder.repeats for folder in folders.values())
-    tags = {name: dict.fromkeys(trigger_words, folder.images) | dict(folder.tags) for name, folder in folders.items()}
+    tags = {name: folder.tags for name, folder in folders.items()}
     classes = ", ".join(trigger_words)
     dataset = {
         "is_dreambooth": True,
@@ -163,15 +166,26 @@ def _dataset_values(job: TrainingJob) -> dict[str, object]:
     }
 
 
-def _folders(dataset: CaptionDataset) -> dict[str, FolderFacts]:
+def _folders(job: TrainingJob) -> dict[str, FolderFacts]:
     """The training images by kohya's names of folders, `3_cat`; by the dataset's name if there is only one folder."""
     groups: dict[tuple[int, str], list[CaptionEntry]] = {}
-    for entry in dataset.entries:
+    for entry in job.dataset.entries:
         groups.setdefault((entry.repeats, entry.image.parent.name), []).append(entry)
     facts = {
         f"{repeats}_{name.removeprefix(f'{repeats}_')}": FolderFacts(
-            len(entries), repeats, tag_counts(caption for entry in entries for caption in entry.captions)
+            len(entries), repeats, _tags(entries, job.trigger_words)
         )
         for (repeats, name), entries in groups.items()
     }
-    return facts if len(facts) > 1 else {dataset.name: next(iter(facts.values()))}
+    return facts if len(facts) > 1 else {job.dataset.name: next(iter(facts.values()))}
+
+
+def _tags(entries: Sequence[CaptionEntry], trigger_words: Sequence[str]) -> dict[str, int]:
+    """How many images have each trigger word, also within sentences, and how many captions have each tag."""
+    words = {word: sum(_has(entry, word) for entry in entries) for word in trigger_words}
+    tags = tag_counts(caption for entry in entries for caption in entry.captions)
+    return {word: count for word, count in words.items() if count} | tags
+
+
+def _has(entry: CaptionEntry, word: str) -> bool:
+    return any(contains_word(caption, word) for caption in entry.captions)

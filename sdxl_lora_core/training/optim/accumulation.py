@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ...dataset.caption_dataset import image_count
 from ...hashed_random import generator
 from ...runtime.device import free_memory, is_out_of_memory, release_memory, seeded
 from ...runtime.distributed import Processes
@@ -87,19 +88,23 @@ class Gradients:
         step, images = state.step + 1, state.images_per_pass
         if images > 1:
             state.images_per_pass = (images + 1) // 2
-            log.warning(
-                "out of memory at step %d: from here %d images a pass, not %d", step, state.images_per_pass, images
-            )
+            fewer = image_count(state.images_per_pass)
+            self._note(state, f"from here {fewer} a pass, not {images}")
         elif self.config.gradient_checkpointing == "auto" and state.gradient_checkpointing != "on":
             state.gradient_checkpointing = "on"
             set_checkpointing(self.model.unet, "on")
-            log.warning("out of memory at step %d: gradient checkpointing is on from here, steps take longer", step)
+            self._note(state, "gradient checkpointing is on from here, steps take longer")
         else:
             remedy = "" if state.gradient_checkpointing == "on" else "set gradient_checkpointing to auto, or "
             raise torch.OutOfMemoryError(
                 f"out of memory at step {step} with a single image a pass: {remedy}lower the dataset's resolution "
                 f"or the rank (now {self.config.rank}), or close other programs that use the memory ({cause})"
             )
+
+    def _note(self, state: LoopState, change: str) -> None:
+        note = f"out of memory at step {state.step + 1}: {change}"
+        log.warning(note)
+        state.memory = f"{state.memory}; {note}"
 
     def _accumulate(self, state: LoopState) -> Tensor:
         own, following = self._passes(state.step, state), self._passes(state.step + 1, state)[:1]
