@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.sdxl.base import describe_base, open_base, require_predictable
+from ..sdxl_lora_core.sdxl.base import describe_base, open_base, require_predictable, require_vae
 from ..sdxl_lora_core.sdxl.vae_override import with_vae
 from ..sdxl_lora_core.training.config.train_config import TrainConfig
 from . import choices
@@ -69,6 +69,7 @@ class LoadSDXLBase:
             require_predictable(opened)
         if vae != OWN_VAE:
             opened = with_vae(opened, choices.find("vae", vae), hashes)
+        require_vae(opened)
         info = describe_base(opened)
         return show((opened, info), info)
 

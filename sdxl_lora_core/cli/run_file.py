@@ -12,7 +12,7 @@ from typing import Any
 from ..dataset.caption_dataset import CaptionDataset, load_caption_dataset, with_validation
 from ..dataset.config import DatasetConfig
 from ..messages import shown
-from ..sdxl.base import open_base
+from ..sdxl.base import open_base, require_vae
 from ..sdxl.vae_override import with_vae
 from ..settings import from_mapping
 from ..training.config.train_config import TrainConfig
@@ -39,6 +39,7 @@ def read_run(path: Path, hash_memo: Path | None, changes: Mapping[str, Any] = Ma
     base = open_base(file.path_in(section, "path", "base"), hash_memo=hash_memo, **stated)
     if "vae" in section:
         base = with_vae(base, file.path_in(section, "vae", "base"), hash_memo)
+    require_vae(base)
     dataset, validation = _load(sources, hash_memo), _load(held_out, hash_memo)
     assert dataset
     return TrainingJob(base, with_validation(dataset, validation) if validation else dataset, config)

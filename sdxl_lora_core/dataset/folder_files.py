@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from .caption_text import valid_unicode
+from .caption_text import decode_unicode, legacy_encoding, valid_unicode
 
 # Includes formats that Pillow may not read: such a file is then reported instead of silently ignored.
 IMAGE_SUFFIXES = {
@@ -23,6 +24,7 @@ _SYSTEM_NAMES = {
     *("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin", "system volume information"),
     *("lost+found", "thumbs.db", "desktop.ini"),
 }
+_SAMPLE = 64 * 1024  # bytes that are enough to detect an encoding
 _MASK_FOLDERS = ("masks", "mask")
 _MASK_ENDING = "-masklabel"  # OneTrainer's
 
@@ -79,6 +81,18 @@ class FolderFiles:
         for name in self.texts:
             names.setdefault(name.casefold(), []).append(name)
         return names
+
+    @cached_property
+    def legacy_encoding(self) -> str:
+        """The encoding of the texts that are not Unicode."""
+        texts, size = [], 0
+        for path in self.texts.values():
+            with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+                text = file.read(_SAMPLE)
+                if size < _SAMPLE and decode_unicode(text) is None:
+                    texts.append(text)
+                    size += len(text)
+        return legacy_encoding(texts)
 
 
 def scan_folder(root: Path) -> FolderFiles:

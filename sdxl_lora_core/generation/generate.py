@@ -13,6 +13,7 @@ from ..cache.image_cache import ImageCache
 from ..control.control import Control, HintNumbers, active_controls
 from ..control.control_net import require_fit
 from ..lora.stack import StackEntry, open_stack
+from ..sdxl.base import require_vae
 from ..sdxl.precision import resolve_dtype
 from .config import GenerateConfig
 from .image_keys import control_settings, image_settings
@@ -38,6 +39,7 @@ def generate(job: GenerationJob, context: GenerationContext) -> list[GeneratedIm
     ControlNet that does not fit the base, for an image that is not finite, and for one that is not cached if
     `config.cache` is "only".
     """
+    require_vae(job.base)
     require_counts(job.starts, job.config)
     session = _Session(job, context)
     for control in session.controls:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .fonts import Font, with_font
 
 _INK, _PAPER, _FAINT = (24, 24, 24), (255, 255, 255), (120, 120, 120)
 _LINE_HEIGHT = 1.35
 CELL = 256
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
 
 def text_strip(width: int, lines: Sequence[str], size: int) -> Image.Image:
     """An image of lines of text on white, `size` px high each, cut to `width` px with an ellipsis."""
     strip = Image.new("RGB", (width, strip_height(len(lines), size)), _PAPER)
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size)
-    margin = size // 3
+    draw, margin = ImageDraw.Draw(strip), size // 3
     for number, line in enumerate(lines):
-        text = wrap(line, font, width - 2 * margin, max_lines=1)
+        text, font = with_font(line, size)
+        text = wrap(text, font, width - 2 * margin, max_lines=1)
         draw.text((margin, margin + number * size * _LINE_HEIGHT), "".join(text), fill=_INK, font=font)
     return strip
 
@@ -58,14 +58,15 @@ def sheet(cells: Sequence[tuple[Image.Image, str]], footer: str, cell: int = CEL
     rows = math.ceil(len(cells) / columns)
     width, row_height = gap + columns * (cell + gap), cell + text_height + gap
     page = Image.new("RGB", (width, gap + rows * row_height + strip_height(1, text_size)), _PAPER)
-    font = ImageFont.load_default(text_size)
-    for number, (image, text) in enumerate(cells):
+    for number, (image, caption) in enumerate(cells):
         left, top = gap + number % columns * (cell + gap), gap + number // columns * row_height
+        text, font = with_font(caption, text_size)
         _paste_cell(page, image, wrap(text, font, cell, max_lines=4), (left, top), cell, font)
     draw = ImageDraw.Draw(page)
+    text, font = with_font(footer, text_size)
     draw.text(
         (gap, page.height - strip_height(1, text_size)),
-        "".join(wrap(footer, font, width - 2 * gap, 1)),
+        "".join(wrap(text, font, width - 2 * gap, 1)),
         fill=_FAINT,
         font=font,
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..files import canonical_json, claim_name, require_file_names, safe_path, temporary_beside
 from ..safetensors_file import first_names, read_header, save_tensors
-from ..sdxl.base import TOKENIZERS, SDXLBase, scheduler_config
+from ..sdxl.base import TOKENIZERS, SDXLBase, require_vae, scheduler_config
 from ..sdxl.checkpoint_names import published_names
 from ..sdxl.detection import PART_CLASSES, PIPELINE
 from ..sdxl.loading import ENCODERS, PARTS, Part, save_encoder
@@ -43,6 +43,7 @@ def save_merged_base(
     Raises ValueError for a LoRA that does not fit, and for values that `precision` cannot represent.
     """
     require_file_names(folder, {"base_name": config.base_name})
+    require_vae(base)
     merged = _MergedBase(base, stack, config, on_part)
     if config.layout == "single_file":
         return write_once(folder, config.base_name, taken, merged.write_file), merged.fit

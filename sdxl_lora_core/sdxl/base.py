@@ -19,6 +19,7 @@ from .detection import (
     WANTED,
     Prediction,
     PredictionType,
+    has_vae,
     read_json,
     require_checkpoint,
     require_folder,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).parent / "configs"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+NO_VAE = ""  # in place of its hash
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PredictionOverride = Literal["auto", "epsilon", "v_prediction"]
 Override = Literal["auto", "on", "off"]
@@ -44,7 +46,7 @@ class SDXLBase:
 
     `fingerprint` depends on content only: not on the path, the precision or an overridden prediction type. `configs`
     is the folder with each part's settings: the model's own, or CONFIGS for a single file. `vae` replaces the base's
-    own VAE (see vae_override).
+    own VAE (see vae_override). A checkpoint may lack one: the hash of the VAE is then NO_VAE (see require_vae).
     """
 
     path: Path
@@ -81,8 +83,10 @@ def open_base(
         hashes = {part: _folder_part_hash(path / part, part, hash_memo) for part in PARTS}
         base = _handle(path, path, precision, found, hashes)
     elif path.exists():
-        found = require_checkpoint(read_header(path), configs, prediction)
-        base = _handle(path, configs, precision, found, dict.fromkeys(PARTS, file_sha256(path, hash_memo)))
+        header = read_header(path)
+        found = require_checkpoint(header, configs, prediction)
+        hashes = dict.fromkeys(PARTS, file_sha256(path, hash_memo)) | ({} if has_vae(header) else {"vae": NO_VAE})
+        base = _handle(path, configs, precision, found, hashes)
     else:
         raise FileNotFoundError(f"base model {path.name} does not exist: {WANTED}")
     return predicting(base, prediction, zero_terminal_snr)
@@ -102,6 +106,15 @@ def predicting(base: SDXLBase, prediction: PredictionOverride, zero_terminal_snr
         prediction_type=base.prediction_type if prediction == "auto" else prediction,
         zero_terminal_snr=base.zero_terminal_snr if zero_terminal_snr == "auto" else zero_terminal_snr == "on",
     )
+
+
+def require_vae(base: SDXLBase) -> None:
+    """Raises ValueError for a checkpoint without a VAE, or with half of one, if no other was chosen (see with_vae)."""
+    if dict(base.part_hashes)["vae"] == NO_VAE:
+        raise ValueError(
+            f"{base.name} is an SDXL checkpoint without its VAE, or with half of one: choose one as vae, such as "
+            "SDXL's own, or use another checkpoint"
+        )
 
 
 def require_predictable(base: SDXLBase, other_remedy: str = "") -> None:
@@ -148,6 +161,8 @@ def load_part(base: SDXLBase, part: Part, dtype: torch.dtype, device: torch.devi
 
     Raises ValueError if tensors are missing, unknown or of the wrong shape.
     """
+    if part == "vae":
+        require_vae(base)
     if part not in PARTS:
         raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}")
     if part == "vae" and base.vae:

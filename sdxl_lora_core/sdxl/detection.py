@@ -58,18 +58,16 @@ def _no_number(constant: str) -> None:
 
 
 def require_checkpoint(header: WeightsHeader, configs: Path, override: str = "auto") -> Prediction:
-    """The prediction of a checkpoint. Raises ValueError unless it is a complete SDXL of the size in `configs`.
+    """The prediction of a checkpoint. Raises ValueError unless it is SDXL of the size in `configs`.
 
-    An unknown prediction type in the file does not matter if `override` gives one.
+    Its VAE may be missing (see has_vae), and an unknown prediction type does not matter if `override` gives one.
     """
     name, kind = header.path.name, kind_of(header)
-    if kind != "an SDXL checkpoint":
+    if not kind.startswith("an SDXL checkpoint"):
         raise ValueError(f"{name} is {kind}: {WANTED}")
     if "edm_mean" in header.shapes or "edm_vpred.sigma_max" in header.shapes:
         raise ValueError(f"{name} is an SDXL variant with an EDM schedule, such as Playground v2.5: {WANTED}")
     require_unscaled(header)
-    if missing := [half for half in ("encoder", "decoder") if not header.has(f"{VAE}{half}.")]:
-        raise ValueError(f"{name} has a VAE without its {missing[0]}: {WANTED}")
     unet = read_json(configs / "unet" / "config.json")
     _require_channels(name, _shape(header, "input_blocks.0.0.weight"))
     own = [tensor for tensor in header.shapes if tensor.startswith(UNET)]
@@ -85,6 +83,11 @@ def require_checkpoint(header: WeightsHeader, configs: Path, override: str = "au
             f"{name} takes text of width {width[1]} where SDXL takes {unet['cross_attention_dim']}: {WANTED}"
         )
     return _prediction_in(header, override)
+
+
+def has_vae(header: WeightsHeader) -> bool:
+    """Whether a checkpoint has both halves of a VAE."""
+    return header.has(f"{VAE}encoder.", f"{VAE}decoder.")
 
 
 def require_folder(folder: Path, override: str = "auto") -> Prediction:

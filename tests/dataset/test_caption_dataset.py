@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
+from sdxl_lora_core.dataset import caption_text, text_files
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
-from sdxl_lora_core.dataset.caption_text import decode_text, with_trigger_word
+from sdxl_lora_core.dataset.caption_text import with_trigger_word
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.dataset.report import contact_sheet, describe
 from sdxl_lora_core.images.decode import open_image
@@ -380,8 +381,32 @@ def test_a_caption_of_exactly_the_limit_is_read(tmp_path):
     assert captions(load(tmp_path, {"a.png": png(), "a.txt": text}))["a.png"] == text.strip()
 
 
-def test_decoding_names_what_it_used():
-    assert decode_text(b"\xff\xfea\0")[1] == "utf-16" and decode_text(b"\xe4")[1] == "cp1252"
+@pytest.mark.parametrize(
+    ("encoding", "texts"),
+    [
+        ("cp932", ["青い髪の女の子、笑顔", "猫", "1girl, 青い目, smile"]),
+        ("gb18030", ["蓝色头发的女孩，微笑，户外", "红色的圆圈", "1girl, 蓝眼睛, smile"]),
+        ("euc_kr", ["파란 머리 소녀, 미소", "고양이", "빨간 원"]),
+        ("cp1251", ["девушка с синими волосами, улыбка", "кот", "1girl, синие глаза, smile"]),
+        ("cp1252", ["une rue à Paris, été", "café", "niño pequeño, corazón"]),
+    ],
+)
+def test_captions_of_older_programs_are_read(tmp_path, encoding, texts):
+    """The encoding is detected from all captions of the folder: that of a short one alone is a guess."""
+    files = {f"{number}.txt": text.encode(encoding) for number, text in enumerate([*texts, "plain"])}
+    dataset = load(tmp_path, {**files, **{f"{number}.png": png((number, 0, 0)) for number in range(len(files))}})
+    assert [*captions(dataset).values()] == [*texts, "plain"]
+    assert [problem.reason for problem in dataset.problems] == [
+        f"is not UTF-8 and was read as {encoding}: check its letters and save it as UTF-8"
+    ] * len(texts)
+
+
+def test_without_charset_normalizer_they_are_western_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(caption_text, "can_detect_encodings", lambda: False)
+    monkeypatch.setattr(text_files, "can_detect_encodings", lambda: False)
+    dataset = load(tmp_path, {"a.png": png(), "a.txt": "猫".encode("cp932")})
+    (problem,) = dataset.problems
+    assert "was read as cp1252" in problem.reason and "python -m pip install charset-normalizer" in problem.reason
 
 
 def test_metadata_problems_are_named_with_their_line(tmp_path):

@@ -11,12 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdxl_lora_core
+from sdxl_lora_core.lora.config import SaveBaseConfig
+from sdxl_lora_core.lora.merged_base import save_merged_base
 from sdxl_lora_core.safetensors_file import read_header
 from sdxl_lora_core.sdxl.base import (
     SDXLBase,
@@ -24,10 +27,13 @@ from sdxl_lora_core.sdxl.base import (
     load_part,
     load_tokenizers,
     open_base,
+    require_vae,
     scheduler_config,
 )
 from sdxl_lora_core.sdxl.loading import PARTS, save_encoder
 from sdxl_lora_core.sdxl.precision import resolve_dtype
+from sdxl_lora_core.sdxl.vae_override import with_vae
+from tests.micro.images import draw, pixels, settings
 
 UNET = "model.diffusion_model."
 CPU = torch.device("cpu")
@@ -327,7 +333,6 @@ SDXL = (f"{UNET}input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x
         ((f"{UNET}double_blocks.0.x",), "a Flux checkpoint"),
         (("double_blocks.0.x", "single_blocks.0.x"), "a Flux transformer"),
         ((f"{UNET}input_blocks.0.0.weight", "conditioner.embedders.0.model.x", "first_stage_model.x"), "SDXL refiner"),
-        (SDXL, "without its VAE"),
         (("first_stage_model.encoder.x",), "a VAE alone"),
         (("encoder.conv_in.weight", "decoder.conv_in.weight"), "a VAE alone"),
         (("down_blocks.0.x",), "a UNet alone"),
@@ -412,12 +417,28 @@ def test_unknown_tensors_of_a_single_file_are_named(
         load_part(base, part, torch.float32)
 
 
-@pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_half_a_vae_is_named(micro_tensors: dict[str, Tensor], micro_sdxl: Path, tmp_path: Path, half: str) -> None:
+@pytest.mark.parametrize("lacking", ["", "encoder", "decoder"], ids=["all", "encoder", "decoder"])
+def test_a_checkpoint_without_a_whole_vae_needs_a_chosen_one(
+    micro_tensors: dict[str, Tensor], micro_sdxl: Path, micro_base: SDXLBase, tmp_path: Path, lacking: str
+) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({name: value for name, value in micro_tensors.items() if f"first_stage_model.{half}" not in name}, path)
-    with pytest.raises(ValueError, match=f"has a VAE without its {half}"):
-        open_base(path, configs=micro_sdxl)
+    kept = {name: value for name, value in micro_tensors.items() if f"first_stage_model.{lacking}" not in name}
+    save_file(kept, path)
+    base = open_base(path, "fp32", configs=micro_sdxl)
+    for use in (
+        lambda: require_vae(base),
+        lambda: load_part(base, "vae", torch.float32),
+        lambda: draw(base, settings()),
+        lambda: save_merged_base(base, [], SaveBaseConfig(base_name="merged"), tmp_path, lambda name: False),
+    ):
+        with pytest.raises(
+            ValueError, match="model is an SDXL checkpoint without its VAE, or with half of one: choose"
+        ):
+            use()
+    complete = with_vae(base, micro_sdxl / "vae")
+    require_vae(complete)
+    np.testing.assert_array_equal(pixels(complete, settings()), pixels(micro_base, settings()))
+    assert complete.fingerprint not in (base.fingerprint, micro_base.fingerprint)
 
 
 @pytest.mark.parametrize(

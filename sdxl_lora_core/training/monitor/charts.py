@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_atomic
+from ...images.fonts import with_families
 from ..run.loop_state import LoopState
 from .progress import Smoothing
 
@@ -29,7 +30,8 @@ def plot_losses(path: Path, title: str, state: LoopState, kept: int | None = Non
     scores = [(past.step, past.clip_score) for past in state.looks if past.clip_score is not None]
     heights = (5, 1, 1) if scores else (5, 1)
     losses, *others, rates = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(title)
+    text, families = with_families(title)
+    figure.suptitle(text, fontfamily=families)
     _plot_losses(losses, state)
     _plot_marks(losses, state)
     for axes in others:
