@@ -6,7 +6,6 @@ import ctypes
 import gc
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
@@ -30,15 +29,12 @@ def resident() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("real_plan")
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.accept)])
-def test_memory_is_flat_over_trainings_and_generations(
-    run: Train, micro_base: SDXLBase, tmp_path: Path, times: int
-) -> None:
-    """Each training measures its memory plan anew, and each generation has a new LoRA on the weights that are held."""
+def test_memory_is_flat_over_trainings_and_generations(run: Train, micro_base: SDXLBase, times: int) -> None:
+    """Each generation has a new LoRA on the weights that are held. Memory plans: test_memory_plan.py and test_demo.py."""
     alive, memory, parts = [], [], LoadedParts(CPU)
     for number in range(times):
-        trained = run(replace(WATCHED, lora_name=f"run-{number}", seed=number), cache=tmp_path / f"cache-{number}")
+        trained = run(replace(WATCHED, lora_name=f"run-{number}", seed=number))
         lora = LoRARef(trained.lora_path, trained.lora_name, 1.0, 1.0)
         draw(micro_base, settings(seed=number, steps=2, batch_size=2, count=2), [lora], parts=parts)
         alive.append(len(parameters_alive()))

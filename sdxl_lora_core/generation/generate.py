@@ -39,8 +39,8 @@ def generate(job: GenerationJob, context: GenerationContext) -> list[GeneratedIm
     ControlNet that does not fit the base, for an image that is not finite, and for one that is not cached if
     `config.cache` is "only".
     """
-    require_vae(job.base)
     require_counts(job.starts, job.config)
+    require_vae(job.base)
     session = _Session(job, context)
     for control in session.controls:
         require_fit(control.net, job.base)
