@@ -31,7 +31,7 @@ def resident() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.accept)])
 def test_memory_is_flat_over_trainings_and_generations(run: Train, micro_base: SDXLBase, times: int) -> None:
-    """Each generation has a new LoRA on the weights that are held. test_memory_plan.py and test_demo.py have the plan."""
+    """Each generation has a new LoRA on the weights that are held. The memory plan has tests of its own."""
     alive, memory, parts = [], [], LoadedParts(CPU)
     for number in range(times):
         trained = run(replace(WATCHED, lora_name=f"run-{number}", seed=number))
