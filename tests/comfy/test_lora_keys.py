@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,14 @@ def full_size(kind: str, empty_sdxl: dict[str, Any]) -> LoRAFile:
     config = TrainConfig(adapter=kind, rank=1, target_modules="all-linear+conv", save_format=form)  # type: ignore[arg-type]
     parts = ("unet", "text_encoder", "text_encoder_2")
     return LoRAFile(**{part: zeros(Adapter(copy.deepcopy(empty_sdxl[part]), config, part), kind) for part in parts})
+
+
+@pytest.fixture(autouse=True)
+def kept_parameters() -> Iterator[None]:
+    """Moving a module off the meta device keeps its parameters, which the adapter's groups refer to."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def zeros(adapter: Adapter, kind: str) -> dict[str, Any]:
