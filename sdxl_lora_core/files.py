@@ -21,7 +21,7 @@ from .messages import shown
 Claimed = TypeVar("Claimed")
 
 LONGEST_NAME = 255  # bytes of a file name on most systems; some shares have less
-_LONGEST_PATH = 4095  # bytes, of Linux; systems with less say so when a folder is made
+_LONGEST_PATH = 4096 if os.name == "posix" else 32_767  # Windows has 260, or this many where long paths are on
 _TEMPORARY = 64  # bytes, of temporary names beside a file
 _NUMBERED = "_00002"
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
@@ -67,11 +67,20 @@ def require_short(option: str, name: str, most: int) -> None:
 
 def longest_name(folder: Path) -> int:
     """The bytes that a file name in `folder`, or in its nearest parent that exists, may have."""
+    return _limit(folder, "PC_NAME_MAX", LONGEST_NAME)
+
+
+def longest_path(folder: Path) -> int:
+    """The bytes that a path in `folder` may have, as longest_name."""
+    return _limit(folder, "PC_PATH_MAX", _LONGEST_PATH) - 1  # without the zero at its end
+
+
+def _limit(folder: Path, name: str, otherwise: int) -> int:
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     try:
-        return os.pathconf(existing, "PC_NAME_MAX")
+        return os.pathconf(existing, name)
     except (AttributeError, OSError, ValueError):  # Windows has no pathconf
-        return LONGEST_NAME
+        return otherwise
 
 
 def require_file_names(folder: Path, names: Mapping[str, str], ending: str = ".safetensors") -> None:
@@ -82,7 +91,7 @@ def require_file_names(folder: Path, names: Mapping[str, str], ending: str = ".s
             require_short(option, subfolder, longest)
         require_short(option, name, longest - len(_NUMBERED + ending))
         size = len(os.fsencode(folder.resolve() / name)) + _TEMPORARY
-        if size > _LONGEST_PATH:
+        if size > longest_path(folder):
             raise ValueError(f"{option} is {shown(name)}, whose path takes {size} bytes: use fewer or shorter folders")
 
 

@@ -8,9 +8,9 @@ def shown(value: object, most: int = 80) -> str:
     return _cut(repr(value), most)
 
 
-def brief(error: object, most: int = 200) -> str:
-    """The first line of an error's text, with at most `most` characters."""
-    return _cut(str(error).strip().partition("\n")[0], most)
+def brief(error: object, most: int = 300) -> str:
+    """An error's text in one line, with at most `most` characters."""
+    return _cut(" ".join(str(error).split()), most)
 
 
 def _cut(text: str, most: int) -> str:

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.files import file_sha256
 from sdxl_lora_core.generation.init_images import start_images
+from sdxl_lora_core.generation.png_metadata import PngTexts
 from sdxl_lora_core.lora.files import read_lora
 from sdxl_lora_core.sdxl.base import SDXLBase, open_base
 from sdxl_lora_core.training.data.batches import Batch
@@ -27,7 +28,7 @@ from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.monitor.progress import StepReport
 from tests.generation.test_init_images import picture
 from tests.micro.controls import control, random_net, save_single
-from tests.micro.images import draw, settings, weighted, write_lora
+from tests.micro.images import draw, edit_json, settings, weighted, write_lora
 from tests.micro.runs import SMALL, Losses, Train, change_losses, load
 
 pytestmark = pytest.mark.slow
@@ -405,3 +406,12 @@ def test_a_png_does_not_name_what_had_no_effect(micro_base: SDXLBase, tmp_path: 
         "a red circle\nSteps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 1, Seed: 5, Size: 64x64, "
         "Model: micro-sdxl"
     )
+
+
+def test_a_png_of_a_distilled_unet_has_no_negative_prompt(micro_base: SDXLBase, micro_copy: Callable[[], Path]) -> None:
+    folder = micro_copy()
+    edit_json(folder / "unet" / "config.json", time_cond_proj_dim=12)
+    base = replace(micro_base, path=folder, configs=folder)
+    text = PngTexts(base, settings(negative_prompt="blurry", guidance=7.0)).parameters("a", 1)
+    assert "blurry" not in text
+    assert "blurry" in PngTexts(micro_base, settings(negative_prompt="blurry", guidance=7.0)).parameters("a", 1)

@@ -75,3 +75,19 @@ def test_a_font_that_has_the_letters_is_used(tmp_path: Path) -> None:
 
 def test_ascii_stays_in_pillows_font() -> None:
     assert "DejaVu" not in str(fonts.with_font("plain", 20)[1].getname())
+
+
+def test_a_font_that_is_gone_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib's list of fonts is a file, which knows nothing of a font that was removed."""
+    gone = font_manager.FontEntry(fname=str(tmp_path / "gone.ttc"), name="Gone", style="normal", weight=400)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [gone, *font_manager.fontManager.ttflist])
+    monkeypatch.setattr(fonts, "FAMILIES", ("Gone", "DejaVu Sans"))
+    assert [*fonts.installed()] == ["DejaVu Sans"]
+    assert fonts.with_font("é", 20)[0] == "é"
+    chart(tmp_path / "a.png", "é")
+
+
+def test_without_any_font_letters_are_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fonts, "FAMILIES", ())
+    assert fonts.with_font("é", 20)[0] == "\\xe9"
+    chart(tmp_path / "a.png", "é")

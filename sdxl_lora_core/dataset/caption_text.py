@@ -16,10 +16,17 @@ _BOMS = (  # UTF-32 first: its little-endian mark starts with that of UTF-16
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
-# What text files had before UTF-8, most likely first: Western, Japanese, simplified and traditional Chinese, Korean,
-# Cyrillic.
-_LEGACY = ("cp1252", "cp932", "gb18030", "big5", "euc_kr", "cp1251")
-_ENOUGH = 512  # bytes, from which the detection is reliable: shorter texts are repeated
+# Of text files that are not Unicode: Western, Japanese, simplified and traditional Chinese, Korean, Cyrillic.
+_WESTERN, *_OTHERS = ("cp1252", "cp932", "gb18030", "big5", "euc_kr", "cp1251")
+_ENOUGH = 512  # bytes: shorter texts are repeated, because the detection does not judge very short ones
+# Bytes that hardly occur in Western texts: three accented letters or four other signs in a row, and Japanese kana.
+_FOREIGN = re.compile(rb"[\xc0-\xff]{3}|[\xa1-\xfe]{4}|\x82[\x9f-\xf1]|\x83[\x40-\x96]")
+# What Western bytes become in the other encodings: words of two scripts, half-width and unassigned letters, and
+# Cyrillic words of one letter.
+_UNLIKELY = re.compile(
+    r"[a-zA-Z][^\W\d_\x00-\u024f]|[^\W\d_\x00-\u024f][a-zA-Z]|[\uff61-\uff9f\ue000-\uf8ff]"
+    r"|(?<![\u0400-\u04ff])[\u0400-\u04ff](?![\u0400-\u04ff])"
+)
 
 
 def decode_unicode(data: bytes) -> str | None:
@@ -37,27 +44,54 @@ def decode_unicode(data: bytes) -> str | None:
     return _require_text(text)
 
 
-def decode_legacy(data: bytes, encoding: str) -> tuple[str, str]:
-    """The text and its encoding: the given one, or Latin-1, which decodes any bytes. Raises as decode_unicode."""
-    try:
-        return _require_text(data.decode(encoding)), encoding
-    except UnicodeDecodeError:
-        return _require_text(data.decode("latin-1")), "latin-1"
+def decode_legacy(data: bytes, usual: str) -> tuple[str, str]:
+    """The text and its encoding. `usual` is that of the other texts of the folder (see legacy_encoding).
+
+    A text is taken for Western unless its bytes are unlike it, or the usual encoding makes words of it; Latin-1 decodes
+    what Windows-1252 does not. Raises as decode_unicode, also for damaged UTF-8.
+    """
+    _require_no_damaged_utf8(data)
+    foreign = _FOREIGN.search(data) is not None
+    for encoding in [usual, legacy_encoding([data])] if foreign else [usual]:
+        text = _decoded(data, encoding)
+        if encoding != _WESTERN and text is not None and (foreign or not _UNLIKELY.search(text)):
+            return _require_text(text), encoding
+    western = _decoded(data, _WESTERN)
+    return (_require_text(data.decode("latin-1")), "latin-1") if western is None else (_require_text(western), _WESTERN)
 
 
 def legacy_encoding(texts: Sequence[bytes]) -> str:
-    """The encoding of texts by one program that are not Unicode. Without charset-normalizer it is Windows-1252."""
-    if not can_detect_encodings():
-        return _LEGACY[0]
+    """The encoding of those texts that are neither Unicode nor Western; Windows-1252 if there are none.
+
+    It is detected by charset-normalizer, where that is installed.
+    """
+    joined = b"\n".join([*filter(_FOREIGN.search, texts), b""])
+    if not joined or not can_detect_encodings():
+        return _WESTERN
     from charset_normalizer import from_bytes
 
-    joined = b"\n".join(texts) + b"\n"
-    found = from_bytes(joined * (_ENOUGH // len(joined) + 1), cp_isolation=[*_LEGACY]).best()
-    return found.encoding if found else _LEGACY[0]
+    found = from_bytes(joined * (_ENOUGH // len(joined) + 1), cp_isolation=[*_OTHERS]).best()
+    return found.encoding if found else _WESTERN
 
 
 def can_detect_encodings() -> bool:
     return importlib.util.find_spec("charset_normalizer") is not None
+
+
+def _decoded(data: bytes, encoding: str) -> str | None:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+
+
+def _require_no_damaged_utf8(data: bytes) -> None:
+    """Raises ValueError for a text that is UTF-8 but for a few bytes, such as one that was cut off."""
+    text = data.decode("utf-8", "replace")
+    broken = text.count("\ufffd")
+    whole = sum(not letter.isascii() for letter in text) - broken
+    if broken and whole >= 2 * broken:
+        raise ValueError(f"is UTF-8 with damaged characters ({broken}): write it again")
 
 
 def _require_text(text: str) -> str:

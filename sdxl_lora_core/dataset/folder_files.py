@@ -89,6 +89,8 @@ class FolderFiles:
         for path in self.texts.values():
             with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
                 text = file.read(_SAMPLE)
+                if len(text) == _SAMPLE:  # cut off, perhaps within a character
+                    text = text[: text.rfind(b"\n") + 1]
                 if size < _SAMPLE and decode_unicode(text) is None:
                     texts.append(text)
                     size += len(text)

@@ -57,10 +57,11 @@ class Denoiser:
 
         `on_step` gets the number of UNet calls done and may raise to cancel.
         """
-        scheduler, timesteps, of_unet = self.schedule
-        for number, (timestep, progress) in enumerate(zip(timesteps, self.schedule.progress, strict=True), 1):
+        scheduler, timesteps, on_device = self.schedule
+        steps = zip(timesteps, on_device, self.schedule.progress, strict=True)
+        for number, (timestep, of_unet, progress) in enumerate(steps, 1):
             sample = scheduler.scale_model_input(latents, timestep)
-            prediction = self._predict(sample, of_unet[number - 1], progress, conditioning)
+            prediction = self._predict(sample, of_unet, progress, conditioning)
             if self.on_estimate:
                 self.on_estimate(clean_estimate(scheduler, prediction, timestep, latents))
             denoised = scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]

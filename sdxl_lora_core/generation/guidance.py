@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..sdxl.base import SDXLBase
+from ..sdxl.detection import read_json
 from ..sdxl.noise_levels import is_within
 from .config import BASES_RESCALE, GenerateConfig
 
@@ -66,6 +67,12 @@ def scale_embedding(unet: Any, scale: float, rows: int) -> Tensor | None:
 def is_guided(config: GenerateConfig) -> bool:
     """Whether the negative prompt has an effect: only at a guidance scale above 1."""
     return config.guidance > 1
+
+
+def uses_negative_prompt(base: SDXLBase, config: GenerateConfig) -> bool:
+    """Whether the negative prompt has an effect with this base: not if its UNet was distilled to guidance scales."""
+    distilled = read_json(base.configs / "unet" / "config.json").get("time_cond_proj_dim")
+    return is_guided(config) and distilled is None
 
 
 def guidance_rescale(base: SDXLBase, config: GenerateConfig) -> float:

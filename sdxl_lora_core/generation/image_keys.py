@@ -53,7 +53,7 @@ def image_settings(
         "batch_size": config.batch_size,
         **({"merge": MERGE_VERSION} if loras else {}),
         "libraries": {name: ".".join(version(name).split(".")[:2]) for name in KEYED_LIBRARIES},
-        **({"noise": "cpu"} if config.sampler == "dpmpp_sde" and device.type != "cpu" else {}),  # was of the device
+        **({"noise": "cpu"} if config.sampler == "dpmpp_sde" and device.type != "cpu" else {}),  # of the device before
         **reading_facts(config),
         **guidance_settings(base, config),
         **({} if is_own_size(config) else {"micro_conditioning": [list(pair) for pair in micro_conditioning(config)]}),

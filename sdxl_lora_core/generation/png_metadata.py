@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..sdxl.base import SDXLBase
     from ..text.embedding_files import EmbeddingFile
     from .config import GenerateConfig
-from .guidance import is_guided
+from .guidance import uses_negative_prompt
 
 _SHORT_HASH = 10  # AutoV2 of Civitai and A1111: the first digits of the file's SHA-256
 _SAMPLERS = {
@@ -63,7 +63,7 @@ class PngTexts:
         """A1111's text, as Civitai reads it, with the hashes by which it finds models, LoRAs and embeddings."""
         loras = {_plain_name(entry.ref.name): entry for entry in self.stack}
         lines = [" ".join([prompt, *(f"<lora:{name}:{_strengths(entry)}>" for name, entry in loras.items())])]
-        if self.config.negative_prompt and is_guided(self.config):
+        if self.config.negative_prompt and uses_negative_prompt(self.base, self.config):
             lines.append(f"Negative prompt: {self.config.negative_prompt}")
         hashes = {f"lora:{name}": entry.sha256[:_SHORT_HASH] for name, entry in loras.items()}
         hashes |= {f"embed:{_plain_name(file.name)}": file.sha256[:_SHORT_HASH] for file in embeddings}

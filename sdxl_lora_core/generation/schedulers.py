@@ -41,12 +41,12 @@ class DenoisingSchedule(NamedTuple):
     """One of diffusers' schedulers after `set_timesteps`, and the timesteps that remain to be run, noisiest first.
 
     `timesteps` are on the CPU, for the scheduler, which uses them as indices: on a GPU each step would wait for it.
-    `of_unet` are the same on the UNet's device.
+    `on_device` are the same on the UNet's device.
     """
 
     scheduler: Any
     timesteps: Tensor
-    of_unet: Tensor
+    on_device: Tensor
 
     @property
     def progress(self) -> list[float]:
@@ -64,8 +64,8 @@ def denoising_schedule(
     skipped = (config.schedule_steps - config.steps) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
-    of_unet, scheduler.timesteps = scheduler.timesteps, scheduler.timesteps.cpu()
-    return DenoisingSchedule(scheduler, scheduler.timesteps[skipped:], of_unet[skipped:])
+    on_device, scheduler.timesteps = scheduler.timesteps, scheduler.timesteps.cpu()
+    return DenoisingSchedule(scheduler, scheduler.timesteps[skipped:], on_device[skipped:])
 
 
 def make_scheduler(base: SDXLBase, config: GenerateConfig, seeds: Sequence[int]) -> Any:

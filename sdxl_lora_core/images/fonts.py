@@ -27,25 +27,27 @@ def with_font(text: str, size: int) -> tuple[str, Font]:
     if text.isascii():
         return text, ImageFont.load_default(size)
     letters = {ord(letter) for letter in text if not letter.isascii()}
-    path = max(installed().values(), key=lambda path: len(letters & _letters(path)))  # the first of several
+    path = max(installed().values(), key=lambda path: len(letters & _letters(path)), default=None)
+    if path is None:
+        return _drawable(text, []), ImageFont.load_default(size)
     return _drawable(text, [path]), ImageFont.truetype(str(path), size)
 
 
 def with_families(text: str) -> tuple[str, list[str]]:
     """The text and the families from which matplotlib takes its letters. Letters of none are replaced as above."""
-    fonts = installed()
-    return _drawable(text, fonts.values()), [*fonts]
+    fonts = {} if text.isascii() else installed()
+    return _drawable(text, fonts.values()), [*fonts] or ["sans-serif"]
 
 
 def installed() -> dict[str, Path]:
-    """The files of FAMILIES that are installed, in their order."""
+    """The files of FAMILIES that are installed, in their order. matplotlib's list may name some that are gone."""
     from matplotlib.font_manager import fontManager
 
     files: dict[str, Path] = {}
     for font in fontManager.ttflist:
         if font.style == "normal" and font.weight == 400:
             files.setdefault(font.name, Path(font.fname))
-    return {family: files[family] for family in FAMILIES if family in files}
+    return {family: files[family] for family in FAMILIES if family in files and _letters(files[family])}
 
 
 def _drawable(text: str, fonts: Iterable[Path]) -> str:
@@ -60,4 +62,7 @@ def _drawable(text: str, fonts: Iterable[Path]) -> str:
 def _letters(path: Path) -> frozenset[int]:
     from matplotlib.ft2font import FT2Font
 
-    return frozenset(FT2Font(str(path)).get_charmap())
+    try:
+        return frozenset(FT2Font(str(path)).get_charmap())
+    except (OSError, RuntimeError):  # gone, or in a format of its own
+        return frozenset()

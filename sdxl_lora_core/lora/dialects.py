@@ -32,7 +32,6 @@ from ..sdxl.unet_names import diffusers_block_name, dotted
 # a factor: hada_w1_a, lokr_w2 and so on
 Role = str
 SETTINGS_KEY = "lora_adapter_metadata"  # where diffusers stores peft's settings, as JSON
-_NUMBERS = ("r", "lora_alpha", "alpha")  # of these settings
 
 _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?[._]down(?:\.weight)?$"), "down"),
@@ -108,13 +107,14 @@ def peft_alpha(settings: Mapping[str, Any], place: Place, rank: int) -> float:
     own = _of_part(settings, place)
     alpha = own.get("lora_alpha") or own.get("alpha") or rank  # the second is the name in peft's LoHa and LoKr
     alpha = _by_pattern(own.get("alpha_pattern"), place, alpha)
-    return float(alpha) * (math.sqrt(rank) if own.get("use_rslora") else 1.0)
+    return _number(place, "alpha", alpha) * (math.sqrt(rank) if own.get("use_rslora") else 1.0)
 
 
 def peft_rank(settings: Mapping[str, Any], place: Place) -> int | None:
     """The rank of a module by peft's settings: the tensors of a LoKr may not show it."""
     own = _of_part(settings, place)
-    return _by_pattern(own.get("rank_pattern"), place, own.get("r"))
+    rank = _by_pattern(own.get("rank_pattern"), place, own.get("r"))
+    return int(_number(place, "rank", rank)) if rank else None
 
 
 def _of_part(settings: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
@@ -125,7 +125,7 @@ def _of_part(settings: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
 def _by_pattern(patterns: Any, place: Place, otherwise: Any) -> Any:
     """The value of the first pattern for a module. Malformed patterns and values apply to none."""
     items = patterns.items() if isinstance(patterns, Mapping) else ()
-    numbers = (item for item in items if _is_number(item[1]))
+    numbers = (item for item in items if isinstance(item[1], int | float) and math.isfinite(item[1]))
     return next((value for key, value in numbers if _matches(key, place.module)), otherwise)
 
 
@@ -145,15 +145,18 @@ def peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def require_numbers(where: str, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError if peft's settings have a rank or alpha that is not a number: it scales the LoRA."""
-    for key, value in settings.items():
-        if key.rpartition(".")[2] in _NUMBERS and value is not None and not _is_number(value):
-            raise ValueError(f"{where} has {key} {shown(value)} in its settings, which is not a number: save it again")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(place: Place, name: str, value: Any) -> float:
+    """A rank or an alpha. Raises ValueError if it is not a number: it scales the LoRA."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{place.part}.{place.module} has {name} {shown(value)} in the LoRA's settings, which is not a number: "
+            "save the LoRA again"
+        )
+    return number
 
 
 def _unet_module(path: str) -> str | None:

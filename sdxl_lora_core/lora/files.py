@@ -17,7 +17,7 @@ from ..safetensors_file import WeightsHeader, first_names, pack_weights, read_he
 from ..sdxl.detection import read_json
 from ..sdxl.file_kinds import foreign_adapter, is_adapter, kind_of, other_adapter
 from .config import FileFormat
-from .dialects import SETTINGS_KEY, peft_settings, require_numbers
+from .dialects import SETTINGS_KEY, peft_settings
 from .modules import LoRAFile
 from .reading import lora_of_tensors
 from .writing import state_dict
@@ -34,7 +34,6 @@ def read_lora(path: Path) -> LoRAFile:
     header = read_header(path)
     beside = settings_file(path)
     settings = peft_settings(header.metadata) or (read_json(beside) if beside else {})
-    require_numbers(path.name, settings)
     _require_sdxl_lora(header)
     with safe_open(path, framework="pt") as weights:
         tensors = ((key, weights.get_tensor(key)) for key in weights.keys())  # noqa: SIM118

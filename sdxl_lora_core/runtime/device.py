@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..messages import brief
+
 _TRANSFER = 64 * 2**20  # bytes, about; the tensors of a transfer are on the device twice
 
 # AMD GPUs without bf16 instructions: RDNA 2 and older. torch emulates them and reports bf16 as supported.
@@ -63,8 +65,8 @@ def copied_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out. CUDA raises a class of its own; cuBLAS, cuDNN and MPS only say so in the message."""
-    words = ("out of memory", "ALLOC_FAILED")
+    """Whether memory ran out. CUDA raises a class of its own; cuBLAS, cuDNN, MPS and the CPU only say so in words."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
@@ -74,12 +76,12 @@ def out_of_memory_named(doing: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error) or isinstance(error, _Named):
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
             raise
-        raise _Named(f"out of memory while {doing}: {remedy} ({str(error).splitlines()[0]})") from error
+        raise OutOfMemory(f"out of memory while {doing}: {remedy} ({brief(error)})") from error
 
 
-class _Named(torch.OutOfMemoryError):
+class OutOfMemory(torch.OutOfMemoryError):
     """Says what was done, so that a block around it leaves it as it is."""
 
 

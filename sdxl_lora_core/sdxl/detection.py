@@ -40,10 +40,13 @@ class Prediction(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileNotFoundError or ValueError naming the file."""
+    """The JSON object in a file; NaN and Infinity, which some programs write, become None.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
     name = f"{path.parent.name}/{path.name}"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} is missing: the model folder is incomplete, download it again") from error
     except (ValueError, RecursionError) as error:
@@ -51,10 +54,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{name} is not a JSON object: download the model again")
     return values
-
-
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")
 
 
 def require_checkpoint(header: WeightsHeader, configs: Path, override: str = "auto") -> Prediction:
@@ -98,14 +97,16 @@ def require_folder(folder: Path, override: str = "auto") -> Prediction:
         return _folders_prediction(folder, override)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"folder {folder.name} has settings that SDXL has not ({type(error).__name__}: {brief(error)}): download "
-            "the model again"
+            f"folder {folder.name} has settings that are not those of SDXL ({type(error).__name__}: {brief(error)}): "
+            "download the model again"
         ) from error
 
 
 def _folders_prediction(folder: Path, override: str) -> Prediction:
     _require_pipeline(folder.name, read_json(folder / "model_index.json"))
     unet, vae, text, text_2 = (read_json(folder / part / "config.json") for part in PART_CLASSES)
+    if not isinstance(unet["in_channels"], int):
+        raise TypeError(f"in_channels is {shown(unet['in_channels'])}")
     _require_channels(folder.name, (0, unet["in_channels"]))
     text_width = text["hidden_size"] + text_2["hidden_size"]
     time_width = text_2["projection_dim"] + _TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
@@ -124,7 +125,8 @@ def _require_pipeline(name: str, index: Mapping[str, Any]) -> None:
     if not _PIPELINES.fullmatch(str(index.get("_class_name"))):
         raise ValueError(f"folder {name} is a {index.get('_class_name')} and not a {PIPELINE}: {WANTED}")
     for part, wanted in PART_CLASSES.items():
-        _, found = index.get(part) or (None, None)
+        entry = index.get(part)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found != wanted:
             raise ValueError(f"folder {name} has {found or 'nothing'} as its {part}, not {wanted}: {WANTED}")
 
@@ -166,7 +168,7 @@ def _prediction_of_scheduler(folder: Path, override: str) -> Prediction:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if str(scheduler.get("_class_name", "")).startswith("EDM"):
         raise ValueError(f"folder {folder.name} has an EDM schedule, such as Playground v2.5: {WANTED}")
-    prediction = _known(f"folder {folder.name}", scheduler.get("prediction_type") or "epsilon", override)
+    prediction = _known(f"folder {folder.name}", str(scheduler.get("prediction_type") or "epsilon"), override)
     return Prediction(prediction, bool(scheduler.get("rescale_betas_zero_snr", False)))
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..messages import brief
+from ..runtime.device import is_out_of_memory
 from ..runtime.library_logs import quiet_libraries
 from ..safetensors_file import read_header, save_tensors
 from .detection import PART_CLASSES, read_json
@@ -61,9 +62,11 @@ def from_folder(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     try:
         with quiet_libraries():
             module, wrong = (_unet if part == "unet" else _small_part)(folder, part, dtype)
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, ImportError):
         raise
     except Exception as error:  # of any type: each library checks its settings in its own way, or not at all
+        if isinstance(error.__cause__, ImportError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            raise
         cause = f"{type(error).__name__}: {brief(error)}"
         raise ValueError(f"the {part} in {where} cannot be loaded ({cause}): download the model again") from error
     require_complete(wrong, part, where)
@@ -138,6 +141,8 @@ def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, 
         with quiet_libraries():
             module = _convert(tensors, configs, part, dtype)
     except (ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error.__cause__, ImportError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            raise
         cause = brief(error)
         raise ValueError(f"the {part} in {file.name} does not fit ({cause}): download the checkpoint again") from error
     require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file.name)

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from sdxl_lora_core.dataset import caption_text, text_files
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
-from sdxl_lora_core.dataset.caption_text import with_trigger_word
+from sdxl_lora_core.dataset.caption_text import decode_legacy, legacy_encoding, with_trigger_word
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.dataset.report import contact_sheet, describe
 from sdxl_lora_core.images.decode import open_image
@@ -386,19 +386,60 @@ def test_a_caption_of_exactly_the_limit_is_read(tmp_path):
     [
         ("cp932", ["青い髪の女の子、笑顔", "猫", "1girl, 青い目, smile"]),
         ("gb18030", ["蓝色头发的女孩，微笑，户外", "红色的圆圈", "1girl, 蓝眼睛, smile"]),
+        ("big5", ["藍色頭髮的女孩，微笑", "貓", "一隻狗在海邊"]),
         ("euc_kr", ["파란 머리 소녀, 미소", "고양이", "빨간 원"]),
         ("cp1251", ["девушка с синими волосами, улыбка", "кот", "1girl, синие глаза, smile"]),
         ("cp1252", ["une rue à Paris, été", "café", "niño pequeño, corazón"]),
     ],
 )
 def test_captions_of_older_programs_are_read(tmp_path, encoding, texts):
-    """The encoding is detected from all captions of the folder: that of a short one alone is a guess."""
+    """The encoding is detected from all captions of the folder, and large files in UTF-8 do not hide it."""
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n" + "gone.png,青い髪\n" * 5000, encoding="utf-8")
     files = {f"{number}.txt": text.encode(encoding) for number, text in enumerate([*texts, "plain"])}
     dataset = load(tmp_path, {**files, **{f"{number}.png": png((number, 0, 0)) for number in range(len(files))}})
     assert [*captions(dataset).values()] == [*texts, "plain"]
-    assert [problem.reason for problem in dataset.problems] == [
+    assert [problem.reason for problem in dataset.problems if "gone.png" not in problem.reason] == [
         f"is not UTF-8 and was read as {encoding}: check its letters and save it as UTF-8"
     ] * len(texts)
+
+
+WESTERN = [
+    "é",
+    "Ä",
+    "ß",
+    "50° angle",
+    "© 2020 Getty",
+    "price £5",
+    "5×5 grid",
+    "maçã vermelha",
+    "“café…”",
+    "étés",
+    "«été»",
+]
+
+
+@pytest.mark.parametrize("text", [*WESTERN, "São João, ações", "Ærø, Ålborg blå øjne"])
+def test_a_short_western_caption_is_western(text):
+    data = text.encode("cp1252")
+    assert decode_legacy(data, legacy_encoding([data])) == (text, "cp1252")
+
+
+@pytest.mark.parametrize("usual", ["cp1251", "cp932", "gb18030"])
+def test_a_western_caption_among_others_is_western(usual):
+    for text in ("une rue à Paris, été", "maçã vermelha", "50° angle", "größer Spaß", "œuvre d’art"):
+        assert decode_legacy(text.encode("cp1252"), usual)[0] == text
+
+
+@pytest.mark.parametrize("text", ["青い髪の女の子", "девушка с синими волосами"])
+def test_a_foreign_caption_among_western_ones_is_detected_alone(text):
+    data = text.encode("cp932" if text > "я" else "cp1251")
+    assert decode_legacy(data, "cp1252")[0] == text
+
+
+def test_a_caption_that_was_cut_within_a_character_is_named(tmp_path):
+    text = "une rue à Paris, été, gelé".encode()[:-1]
+    dataset = load(tmp_path, {"a.png": png(), "a.txt": text, "b.png": png("blue"), "b.txt": "b"})
+    assert reasons(dataset) == {"a.png": "a.txt is UTF-8 with damaged characters (1): write it again"}
 
 
 def test_without_charset_normalizer_they_are_western_and_named(tmp_path, monkeypatch):

@@ -95,3 +95,14 @@ def test_keys_of_compiled_and_wrapped_models_are_read(tmp_path: Path, key: str) 
     save_file(tensors, tmp_path / "x.safetensors")
     file = read_lora(tmp_path / "x.safetensors")
     assert list(file.unet) == [PLACE.module] and file.unknown == ()
+
+
+@pytest.mark.parametrize("alpha", [8, "8", 8.0])
+def test_an_alpha_of_peft_may_be_a_text(alpha: Any) -> None:
+    assert peft_alpha({"lora_alpha": alpha, "r": {"no": "rank"}, "x.y.alpha": "z"}, PLACE, rank=2) == 8.0
+
+
+@pytest.mark.parametrize("alpha", ["eight", [8], {"a": 8}, "nan", 1e999])
+def test_an_alpha_of_peft_that_is_no_number_is_named(alpha: Any) -> None:
+    with pytest.raises(ValueError, match=r"unet.mid_block.attentions.0.proj_in has alpha .* which is not a number"):
+        peft_alpha({"lora_alpha": alpha}, PLACE, rank=2)

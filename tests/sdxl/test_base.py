@@ -21,6 +21,7 @@ import sdxl_lora_core
 from sdxl_lora_core.lora.config import SaveBaseConfig
 from sdxl_lora_core.lora.merged_base import save_merged_base
 from sdxl_lora_core.safetensors_file import read_header
+from sdxl_lora_core.sdxl import loading
 from sdxl_lora_core.sdxl.base import (
     SDXLBase,
     describe_base,
@@ -643,3 +644,47 @@ def test_importing_loads_nothing_heavy() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     for heavy in ("diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib"):
         assert f"'{heavy}'" not in loaded
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ImportError("no accelerate"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda cause: type(cause).__name__,
+)
+def test_a_lack_of_memory_is_no_damaged_model(
+    micro_base: SDXLBase, monkeypatch: pytest.MonkeyPatch, cause: Exception
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise cause
+
+    monkeypatch.setattr(loading, "_unet", fail)
+    with pytest.raises(type(cause)) as caught:
+        load_part(micro_base, "unet", torch.float32)
+    assert caught.value is cause
+
+
+@pytest.mark.parametrize(("entry", "found"), [("abc", "nothing"), ([1, 2, 3], "nothing"), (["diffusers", "X"], "X")])
+def test_an_odd_model_index_is_named(micro_copy: Callable[[], Path], entry: Any, found: str) -> None:
+    folder = micro_copy()
+    edit_json(folder / "model_index.json", unet=entry)
+    with pytest.raises(ValueError, match=f"has {found} as its unet, not UNet2DConditionModel"):
+        open_base(folder)
+
+
+@pytest.mark.parametrize("channels", ["4", None, [4]])
+def test_an_odd_number_of_channels_is_named(micro_copy: Callable[[], Path], channels: Any) -> None:
+    folder = micro_copy()
+    edit_json(folder / "unet" / "config.json", in_channels=channels)
+    with pytest.raises(ValueError, match="has settings that are not those of SDXL .TypeError: in_channels is"):
+        open_base(folder)
+
+
+def test_numbers_that_json_has_not_are_none(micro_copy: Callable[[], Path]) -> None:
+    folder = micro_copy()
+    edit_json(folder / "scheduler" / "scheduler_config.json", sigma_max=float("inf"))
+    assert scheduler_config(open_base(folder))["sigma_max"] is None
