@@ -60,7 +60,7 @@ def train_config(
             raise ValueError(f"options sets {option} to {value}, the widget {option} to {chosen}: set only one of them")
         settings[option] = value
     filled, left_out = with_preset(settings, preset)
-    return from_mapping(TrainConfig, filled, "TrainSDXLLoRA"), left_out
+    return from_mapping(TrainConfig, filled), left_out
 
 
 def lines(text: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from .messages import shown
 
 MAX_SEED = 2**64 - 1
 UNLIMITED = 1_000_000  # the upper end of a range that has no natural one
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 class Range(NamedTuple):
@@ -178,20 +179,43 @@ def to_yaml(path: Path, sections: dict[str, Any]) -> None:
     write_text_atomic(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """Makes a config of `values`, with types checked by pydantic; `where` begins the messages.
+def from_mapping(config: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
+    """Makes a config of `values`, with types checked by pydantic; `where`, if given, begins the message.
 
-    Raises ValueError naming every unknown or invalid setting.
+    Raises ValueError naming every unknown or invalid setting with its value and what it may be.
     """
     from pydantic import TypeAdapter, ValidationError
 
+    begin = f"{where}: " if where else ""
     known = fields_of(config)
     unknown = sorted(set(values) - set(known))
     if unknown:
         names = ", ".join(shown(name)[1:-1] for name in unknown[:3])
-        raise ValueError(f"{where}: unknown setting {names}; known are {', '.join(sorted(known))}")
+        raise ValueError(f"{begin}unknown setting {names}; known are {', '.join(sorted(known))}")
     try:
         return TypeAdapter(config).validate_python(values)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc'])) or where}: {item['msg']}" for item in error.errors()]
-        raise ValueError(f"{where}: " + "; ".join(lines)) from error
+        problems = dict.fromkeys(_problem(config, item) for item in error.errors())
+        raise ValueError(begin + "; ".join(problems)) from None  # pydantic's wording is not for users
+
+
+def _problem(config: type, item: Any) -> str:
+    """One of pydantic's errors in our words. An error of the config's own checks already is."""
+    if own := item.get("ctx", {}).get("error"):
+        return str(own)
+    option, *inside = item["loc"]
+    if item["type"] == "missing":
+        return f"{option} is missing: give {kind_of(config, option)}"
+    verb, value = "contains" if inside else "is", item["input"]
+    quoted = isinstance(value, bool) and {"on", "off"} & {*choices_of(config, option)}
+    hint = ", in quotes, because YAML reads on and off as true and false" if quoted else ""
+    return f"{option} {verb} {shown(value)}: give {kind_of(config, option)}{hint}"
+
+
+def kind_of(config: type, option: str) -> str:
+    """What a setting may be, in words: its type and range, or its choices."""
+    if choices := choices_of(config, option):
+        return f"one of {', '.join(choices)}"
+    kind, allowed = types_of(config)[option], declared(config, option).range
+    limits = f" from {_plain(allowed.low)} to {_plain(allowed.high)}" if allowed else ""
+    return _KINDS.get(kind, "a list of texts") + limits

@@ -64,8 +64,45 @@ def test_settings_survive_yaml(tmp_path: Path) -> None:
     assert from_mapping(TrainConfig, read["train"], "run.yaml") == config
 
 
-def test_unknown_and_wrong_settings_are_named() -> None:
-    with pytest.raises(ValueError, match="unknown setting network_dim; known are .*rank"):
+EMPTY_NAME = "lora_name is '': use a name that neither is empty nor begins or ends with a dot or a space"
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (TrainConfig, {"lora_name": ""}, EMPTY_NAME),
+        (TrainConfig, {"steps": "many"}, "steps is 'many': give a whole number from 1 to 1000000"),
+        (TrainConfig, {"rank": 2.5, "seed": []}, None),
+        (TrainConfig, {"learning_rate": "fast"}, "learning_rate is 'fast': give a number from 1e-08 to 1"),
+        (TrainConfig, {"masked_loss": "maybe"}, "masked_loss is 'maybe': give true or false"),
+        (TrainConfig, {"blocks": 3}, "blocks is 3: give a text"),
+        (TrainConfig, {"loss": "l3"}, "loss is 'l3': give one of mse, huber, smooth_l1"),
+        (TrainConfig, {"sample_prompts": "a cat"}, "sample_prompts is 'a cat': give a list of texts"),
+        (TrainConfig, {"sample_prompts": ["a cat", 5]}, "sample_prompts contains 5: give a list of texts"),
+        (
+            TrainConfig,
+            {"tensorboard": False},
+            "tensorboard is False: give one of auto, off, in quotes, because YAML reads on and off as true and false",
+        ),
+        (GenerateConfig, {}, "prompt is missing: give a text"),
+        (DatasetConfig, {"resolution": 1000}, "resolution is 1000: give a multiple of 16"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_in_our_words(config: Any, values: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        message = (
+            f"seed is []: give a whole number from 0 to {2**64 - 1}; rank is 2.5: give a whole number from 1 to 1024"
+        )
+    with pytest.raises(ValueError) as raised:
+        from_mapping(config, values)
+    assert str(raised.value) == message
+    with pytest.raises(ValueError) as raised:
+        from_mapping(config, values, "run.yaml line 7: train")
+    assert str(raised.value) == f"run.yaml line 7: train: {message}"
+
+
+def test_unknown_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="^unknown setting network_dim; known are .*rank"):
+        from_mapping(TrainConfig, {"network_dim": 8})
+    with pytest.raises(ValueError, match="^run.yaml: unknown setting network_dim; known are .*rank"):
         from_mapping(TrainConfig, {"network_dim": 8}, "run.yaml")
-    with pytest.raises(ValueError, match="steps: Input should be a valid integer"):
-        from_mapping(TrainConfig, {"steps": "many"}, "run.yaml")

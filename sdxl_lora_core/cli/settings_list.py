@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..dataset.config import DatasetConfig
+from ..messages import shown
 from ..settings import choices_of, declared, default, fields_of, types_of
 from ..training.config.train_config import TrainConfig
 
@@ -24,7 +25,7 @@ def add_command(commands: Any) -> None:
 
 
 def read_changes(texts: list[str]) -> dict[str, Any]:
-    """Parses `rank=16` and so on; a value is YAML, as in run.yaml. Raises ValueError for a text without =."""
+    """Parses `rank=16` and so on; a value is YAML, as in run.yaml. Raises ValueError for any other text."""
     import yaml
 
     changes: dict[str, Any] = {}
@@ -32,7 +33,10 @@ def read_changes(texts: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text}: use NAME=VALUE, such as rank=16")
-        changes[name.strip()] = yaml.safe_load(value)
+        try:
+            changes[name.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # such as an unclosed bracket
+            raise ValueError(f"--set {text}: {shown(value)} is not a YAML value: put the text in quotes") from error
     return changes
 
 

@@ -43,7 +43,7 @@ def test_an_empty_train_section_has_the_defaults(good: str, tmp_path: Path) -> N
         ("path: ", 'path: "C:\\data\\x" # ', r"run.yaml line 2: .*escape.*write paths with / or in single quotes"),
         ("  steps: 3", "\tsteps: 3", "run.yaml line 8: .*indent with spaces instead of tabs"),
         ("  steps: 3", "  steps: [3", "run.yaml line 9: is not YAML"),
-        ("  steps: 3", "  steps: three", "run.yaml line 7: train: steps: Input should be a valid integer"),
+        ("  steps: 3", "  steps: three", "run.yaml line 7: train: steps is 'three': give a whole number from 1 to"),
         ("  steps: 3", "  stepz: 3", "run.yaml line 7: train: unknown setting stepz"),
         ("  steps: 3", "  - steps", r"run.yaml line 7: train has \['steps'\]: write settings as name: value"),
         ("  path: ", "  paths: ", "run.yaml line 1: base: unknown setting paths; known are path, precision"),

@@ -69,7 +69,13 @@ def test_set_overrides_the_settings_of_the_file(run_yaml: Path) -> None:
         ("rank", "--set rank: use NAME=VALUE"),
         ("ranks=2", "run.yaml line 6: train: unknown setting ranks"),
         ("rank=0", "rank is 0: give a value from 1 to 1024"),
-        ("rank=high", "rank: Input should be a valid integer"),
+        ("rank=high", "^sdxl-lora: run.yaml line 6: train: rank is 'high': give a whole number from 1 to 1024$"),
+        ("lora_name=", "^sdxl-lora: run.yaml line 6: train: lora_name is None: give a text$"),
+        (
+            "lora_name=''",
+            "^sdxl-lora: run.yaml line 6: train: lora_name is '': use a name that neither is empty nor b",
+        ),
+        ("blocks=[", r"^sdxl-lora: --set blocks=\[: '\[' is not a YAML value: put the text in quotes$"),
     ],
 )
 def test_a_wrong_change_ends_the_command_by_name(run_yaml: Path, change: str, message: str, tmp_path: Path) -> None:

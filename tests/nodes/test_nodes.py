@@ -129,6 +129,24 @@ def test_options_fill_in_and_contradictions_name_both() -> None:
         PACK.nodes.widgets.train_config({"stepz": 30}, widgets)
 
 
+@pytest.mark.parametrize(
+    ("widgets", "message"),
+    [
+        (
+            {"lora_name": ""},
+            "lora_name is '': use a name that neither is empty nor begins or ends with a dot or a space",
+        ),
+        ({"steps": 0}, "steps is 0: give a value from 1 to 1000000"),
+        ({"lr_schedule": "spiral"}, "lr_schedule is 'spiral': give one of constant, linear, cosine, "),
+    ],
+)
+def test_a_wrong_widget_is_named_without_the_node(widgets: dict[str, Any], message: str) -> None:
+    """ComfyUI puts the node's name before it."""
+    with pytest.raises(ValueError) as raised:
+        PACK.nodes.widgets.train_config(None, widgets)
+    assert str(raised.value).startswith(message) and "Value error" not in str(raised.value)
+
+
 def test_names_of_datasets(home: Path) -> None:
     for folder in ("input/photos", "input/photos/nested", "datasets/more", "input/.hidden"):
         (home / folder).mkdir(parents=True)
