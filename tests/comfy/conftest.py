@@ -1,10 +1,16 @@
-"""A real ComfyUI with this pack in it: a server of its own, on the CPU, in a folder of its own."""
+"""Real ComfyUIs with this pack in them: a server of each, on the CPU, in a folder of its own.
+
+COMFYUI_PATH names the checkouts, separated as in PATH; each runs on the Python of its own environment. A checkout with
+Nodes 2.0 is opened with the newest page, of the package comfyui-frontend-package in our environment.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,13 +34,27 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="session")
-def comfyui() -> Path:
-    folder = Path(os.environ.get("COMFYUI_PATH", "~/ComfyUI")).expanduser()
-    if not (folder / "main.py").exists():
-        reason = f"no ComfyUI in {folder}: set COMFYUI_PATH"
+def checkouts() -> list[Path]:
+    named = os.environ.get("COMFYUI_PATH", os.pathsep.join(["~/ComfyUI", "~/ComfyUI-033"]))
+    folders = [Path(name).expanduser() for name in named.split(os.pathsep) if name]
+    return [folder for folder in folders if (folder / "main.py").exists()]
+
+
+def version(comfyui: Path) -> str:
+    (found,) = re.findall(r'__version__ = "(.+)"', (comfyui / "comfyui_version.py").read_text(encoding="utf-8"))
+    return found
+
+
+def has_nodes_2(comfyui: Path) -> bool:
+    return tuple(map(int, version(comfyui).split("."))) >= (0, 10)
+
+
+@pytest.fixture(scope="session", params=checkouts() or [None], ids=lambda folder: version(folder) if folder else "none")
+def comfyui(request: pytest.FixtureRequest) -> Path:
+    if request.param is None:
+        reason = "no ComfyUI found: set COMFYUI_PATH"
         pytest.fail(reason) if os.environ.get("REQUIRE_COMFYUI") else pytest.skip(reason)
-    return folder
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +127,7 @@ class Server:
 @contextmanager
 def started(comfyui: Path, python: str, base: Path, *options: str) -> Iterator[Server]:
     """A server of its own with its folders in `base`."""
+    options += newest_page() if has_nodes_2(comfyui) else ()
     install_pack(base / "custom_nodes" / "sdxl-lora-nodes")
     for folder in ("input", "user", "models"):
         (base / folder).mkdir(exist_ok=True)
@@ -150,6 +171,12 @@ def narrow_home(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield home
     finally:
         shutil.rmtree(home)
+
+
+def newest_page() -> tuple[str, ...]:
+    spec = importlib.util.find_spec("comfyui_frontend_package")
+    assert spec and spec.origin, "pip install -r requirements-dev.txt"
+    return "--front-end-root", str(Path(spec.origin).parent / "static")
 
 
 def install_pack(folder: Path) -> None:
