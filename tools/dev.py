@@ -72,8 +72,11 @@ def demo() -> int:
 
 
 def pytest(selection: str) -> int:
-    """In a process for each core, each with one thread: the models are too small for more."""
-    several = ("-n", "auto", "--dist", "loadfile")
+    """In a process for each core, each with one thread: the models are too small for more.
+
+    A process that dies is not replaced: its file would start again, and the run might never end.
+    """
+    several = ("-n", "auto", "--dist", "loadfile", "--max-worker-restart", "0")
     return run("-m", "pytest", "-q", "--ignore=tests/comfy", *several, "-m", selection, OMP_NUM_THREADS="1")
 
 
