@@ -11,7 +11,6 @@ from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset, with_valida
 from ..sdxl_lora_core.sdxl.base import SDXLBase
 from ..sdxl_lora_core.training.config.presets import PRESETS, Preset
 from ..sdxl_lora_core.training.config.train_config import TrainConfig
-from ..sdxl_lora_core.training.monitor.progress import StepReport
 from ..sdxl_lora_core.training.run.runs import RunFolders
 from . import choices
 from .host.comfy import nothing
@@ -104,11 +103,7 @@ def _train(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> Trai
     from ..sdxl_lora_core.training.train import train
 
     with training_mode(), loaded_parts() as parts, Progress() as progress, stop_button.offered() as should_stop:
-
-        def on_step(step: StepReport) -> None:
-            progress(step.done, step.total, step.phase, step.detail, step.preview)
-
-        context = RunContext(_run_folders(), device(), on_step, should_stop, parts)
+        context = RunContext(_run_folders(), device(), progress.on_step, should_stop, progress.on_run, parts)
         return train(TrainingJob(base, dataset, config), context)
 
 

@@ -11,14 +11,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ...sdxl_lora_core.messages import brief
 from .comfy import running
 from .memory import device
+from .status import board
 
 if TYPE_CHECKING:
     from comfy.utils import ProgressBar
     from latent_preview import LatentPreviewer
 
+    from ...sdxl_lora_core.training.monitor.progress import StepReport
+
 PREVIEW_SIDE = 512
+NUMBERS = ("loss", "smoothed", "learning_rate", "images_per_second", "memory", "seconds_left")
 PREVIEWED = 4  # images of a batch
 
 
@@ -26,6 +31,7 @@ class Progress:
     """Shows progress on the node and in the terminal. Every call raises if the user has cancelled the run."""
 
     def __init__(self) -> None:
+        self._status = board.begin()
         self._phase: tuple[str, int] | None = None
         self._terminal: Any = None
         self._node: ProgressBar | None = None
@@ -35,8 +41,15 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if self._status is None:
+            return
+        self._status.state = "done"
+        if error is not None:
+            self._status.state = "cancelled" if _is_cancel(error) else "failed"
+            self._status.message = brief(str(error))
+        self._status.send(now=True)
 
     @functools.cached_property
     def _previewer(self) -> LatentPreviewer | None:
@@ -54,28 +67,40 @@ class Progress:
             shown = [np.asarray(self._previewer.decode_latent_to_preview(one[None])) for one in latents[:PREVIEWED]]
             self._preview = np.concatenate(shown, axis=1)
 
-    def __call__(
-        self, done: int, total: int, phase: str = "", detail: str = "", preview: np.ndarray | None = None
-    ) -> None:
-        """`detail` is a line of numbers, `preview` an image to show on the node, uint8 [H, W, 3]."""
+    def __call__(self, done: int, total: int, phase: str = "", detail: str = "") -> None:
+        """`detail` is a line of numbers."""
         if self._phase != (phase, total):
             self._begin(done, total, phase)
         self._terminal.set_postfix_str(detail, refresh=False)
         self._terminal.update(done - self._terminal.n)
         if self._node is None:
             return
-        self._node.update_absolute(done, total, self._shown(preview))
-        if phase:
-            numbers = detail or self._time_left(done, total)
-            _show_text("\n".join([f"{phase}: {done} of {total}", *numbers.split(", ")]).rstrip())
+        self._node.update_absolute(done, total, self._take_preview())
+        if self._status:
+            self._status.phase, self._status.done, self._status.total = phase, done, total
+            self._status.detail = detail or self._time_left(done, total)
+            self._status.send()
         _raise_if_cancelled()
+
+    def on_run(self, name: str) -> None:
+        """The name of the folder of the training that begins."""
+        if self._status:
+            self._status.run = name
+
+    def on_step(self, step: StepReport) -> None:
+        """Shows a report of a training. The panel on the node draws its points and loads its samples."""
+        if self._status and step.loss is not None:
+            self._status.numbers = {name: getattr(step, name) for name in NUMBERS}
+            point = (step.done, step.loss, step.smoothed, step.learning_rate, step.validation_loss)
+            self._status.points.append(point)
+        self(step.done, step.total, step.phase, step.detail)
 
     def close(self) -> None:
         if self._terminal:
             self._terminal.close()
 
-    def _shown(self, preview: np.ndarray | None) -> tuple[str, Image.Image, int] | None:
-        shown, self._preview = (self._preview if preview is None else preview), None
+    def _take_preview(self) -> tuple[str, Image.Image, int] | None:
+        shown, self._preview = self._preview, None
         return None if shown is None else ("JPEG", Image.fromarray(shown), PREVIEW_SIDE)
 
     def _time_left(self, done: int, total: int) -> str:
@@ -105,17 +130,15 @@ def _node_bar(total: int) -> ProgressBar | None:
     return ProgressBar(total)
 
 
-def _show_text(text: str) -> None:
-    """Shows text below the progress bar of the running node."""
-    from comfy_execution.utils import get_executing_context
-    from server import PromptServer
-
-    context = get_executing_context()
-    if context and hasattr(PromptServer, "instance"):  # scripts run nodes without the server
-        PromptServer.instance.send_progress_text(text, context.node_id)
-
-
 def _raise_if_cancelled() -> None:
     from comfy.model_management import throw_exception_if_processing_interrupted
 
     throw_exception_if_processing_interrupted()
+
+
+def _is_cancel(error: BaseException) -> bool:
+    if not running():
+        return False
+    from comfy.model_management import InterruptProcessingException
+
+    return isinstance(error, InterruptProcessingException)

@@ -1,14 +1,19 @@
-"""The pack's route on ComfyUI's server: finish a training early and keep its LoRA."""
+"""The pack's routes on ComfyUI's server: what nodes do, what runs have done, and finishing a training early."""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ...sdxl_lora_core.files import safe_path
+from ...sdxl_lora_core.training.run.history import run_history, runs_of
 from .comfy import running
+from .folders import output_folder
+from .status import board
 
 if TYPE_CHECKING:
     from aiohttp.web import Request, Response
@@ -41,14 +46,49 @@ stop_button = StopButton()
 
 
 def add_routes() -> None:
-    """Adds POST /sdxl_lora/stop, which presses the stop button. The status is 409 if no training is running."""
+    """Adds the routes, whose answers are JSON:
+
+    POST /sdxl_lora/stop presses the stop button; the status is 409 if no training is running.
+    GET /sdxl_lora/status is a list of the latest NodeStatus of each node.
+    GET /sdxl_lora/runs?series=NAME is a list of the runs' names of this lora_name, the newest first.
+    GET /sdxl_lora/runs/NAME is the history of a run (see run_history); the status is 404 if there is no such run.
+    """
     if not running() or "server" not in sys.modules:  # scripts run nodes without the server
         return
-    from aiohttp.web import json_response
     from server import PromptServer
 
-    async def stop(_: Request) -> Response:
-        stopping = stop_button.press()
-        return json_response({"stopping": stopping}, status=200 if stopping else 409)
+    routes = PromptServer.instance.routes
+    routes.post("/sdxl_lora/stop")(_stop)
+    routes.get("/sdxl_lora/status")(_status)
+    routes.get("/sdxl_lora/runs")(_series)
+    routes.get("/sdxl_lora/runs/{name}")(_run)
 
-    PromptServer.instance.routes.post("/sdxl_lora/stop")(stop)
+
+async def _stop(_: Request) -> Response:
+    stopping = stop_button.press()
+    return _json({"stopping": stopping}, 200 if stopping else 409)
+
+
+async def _status(_: Request) -> Response:
+    return _json(board.all())
+
+
+async def _series(request: Request) -> Response:
+    return _json(runs_of(output_folder() / "lora_runs", request.query.get("series", "")))
+
+
+async def _run(request: Request) -> Response:
+    name = request.match_info["name"]
+    try:
+        folder = safe_path(output_folder() / "lora_runs", name)
+    except ValueError as error:
+        return _json({"error": str(error)}, 400)
+    if not os.path.exists(folder / "identity"):  # which is False, too, for a name that no file system takes
+        return _json({"error": f"there is no run {name} in {folder.parent}"}, 404)
+    return _json(run_history(folder))
+
+
+def _json(body: object, status: int = 200) -> Response:
+    from aiohttp.web import json_response
+
+    return json_response(body, status=status)

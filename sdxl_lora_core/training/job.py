@@ -63,13 +63,15 @@ class RunContext:
     """The resources of a run: its folders, the device, and callbacks.
 
     `on_step` gets a StepReport and may raise to cancel; a checkpoint is written first. `should_stop` ends the run after
-    the current step and keeps the LoRA. `parts` owns the weights that generate images; by default the run has its own.
+    the current step and keeps the LoRA. `on_run` gets the name of the run before its first step. `parts` owns the
+    weights that generate images; by default the run has its own.
     """
 
     folders: RunFolders
     device: torch.device
     on_step: OnStep = lambda report: None
     should_stop: Callable[[], bool] = lambda: False
+    on_run: Callable[[str], None] = lambda name: None
     parts: LoadedParts | None = None
 
     @cached_property

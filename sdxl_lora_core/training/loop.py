@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -151,8 +152,9 @@ class Loop:
         """Evaluates, records, saves and reports the last update."""
         state = self.state
         report = meter.report(state.step, self.config.steps, state.losses[-1], state.learning_rates[-1])
-        evaluation = self.evaluator.evaluate(self.on_step)
-        self.journal.write(report, evaluation)
+        if evaluation := self.evaluator.evaluate(self.on_step):
+            report = replace(report, validation_loss=evaluation.validation_loss)
+        self.journal.write(report)
         saves = state.step % self.config.checkpoint_every == 0
         if saves:
             self.save()

@@ -59,6 +59,7 @@ def train(job: TrainingJob, context: RunContext) -> TrainResult:
     processes = context.processes
     require_work_for_all(job.config, processes)
     with _claimed(job, context) as run:
+        context.on_run(run.name)
         outputs = RunOutputs(run, job, context)
         tokens = [run.embedding(token) for token in tokens_of(job.config)]
         reused = processes.share(run.finished and all(file.is_file() for file in tokens))

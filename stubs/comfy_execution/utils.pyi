@@ -1,4 +1,5 @@
 class ExecutionContext:
+    prompt_id: str
     node_id: str
 
 def get_executing_context() -> ExecutionContext | None: ...

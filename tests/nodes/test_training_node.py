@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,40 +18,115 @@ from tools.run_workflow import ROOT, load_pack
 
 PACK = load_pack()
 Progress = PACK.nodes.host.progress.Progress
+StepReport = import_module(f"{PACK.__name__}.sdxl_lora_core.training.monitor.progress").StepReport
 
 
 class Shown:
-    """Stands in for what ComfyUI's page is sent: the bar with its picture, the text beside it."""
+    """Stands in for ComfyUI while a node runs: the bar with its picture, and the messages to the pages."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, node_id: str | None = "7") -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, node_id: str | None = "12:7") -> None:
         self.bars: list[tuple[int, int, Any]] = []
-        self.texts: list[tuple[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         bar = SimpleNamespace(update_absolute=lambda done, total, picture: self.bars.append((done, total, picture)))
-        server = SimpleNamespace(send_progress_text=lambda text, node: self.texts.append((text, node)))
+        queued = (0, "a-prompt", {}, {"extra_pnginfo": {"workflow": {"id": "a-workflow"}}})
+        server = SimpleNamespace(
+            send_sync=lambda event, status: self.messages.append({"event": event, **status}),
+            prompt_queue=SimpleNamespace(get_current_queue=lambda: ([queued], [])),
+        )
+        management = SimpleNamespace(
+            throw_exception_if_processing_interrupted=self.check, InterruptProcessingException=Cancelled
+        )
+        context = SimpleNamespace(prompt_id="a-prompt", node_id=node_id) if node_id else None
         modules = {
             "folder_paths": SimpleNamespace(),
             "comfy.utils": SimpleNamespace(ProgressBar=lambda total: bar),
-            "comfy.model_management": SimpleNamespace(throw_exception_if_processing_interrupted=lambda: None),
-            "comfy_execution.utils": SimpleNamespace(
-                get_executing_context=lambda: SimpleNamespace(node_id=node_id) if node_id else None
-            ),
+            "comfy.model_management": management,
+            "comfy_execution.utils": SimpleNamespace(get_executing_context=lambda: context),
             "server": SimpleNamespace(PromptServer=SimpleNamespace(instance=server)),
         }
         fake_modules(monkeypatch, modules)
+        self.cancelled = False
+
+    def check(self) -> None:
+        if self.cancelled:
+            raise Cancelled
+
+    @property
+    def lines(self) -> list[tuple[str, int, int, str]]:
+        return [(told["phase"], told["done"], told["total"], told["detail"]) for told in self.messages]
 
 
-def test_the_bar_the_numbers_and_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+class Cancelled(BaseException):
+    """ComfyUI's InterruptProcessingException."""
+
+
+@pytest.fixture
+def every_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PACK.nodes.host.status, "SECONDS", 0)
+
+
+def step(done: int, loss: float, **more: Any) -> StepReport:
+    return StepReport("training", done, 5, loss, loss, 1e-4, 2.0, 10**9, 60.0, **more)
+
+
+@pytest.mark.usefixtures("every_message")
+def test_the_bar_and_the_messages_to_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch)
-    pixels = np.zeros((4, 8, 3), np.uint8)
     with Progress() as progress:
-        progress(1, 5, "training", "loss 0.1")
-        progress(2, 5, "training", "loss 0.2, lr 1e-4", pixels)
+        progress.on_run("cat")
+        progress.on_step(step(1, 0.5))
+        progress.on_step(step(2, 0.25, validation_loss=0.125))
     assert [bar[:2] for bar in shown.bars] == [(1, 5), (2, 5)]
-    kind, picture, side = shown.bars[1][2]
-    assert (kind, picture.size, side, shown.bars[0][2]) == ("JPEG", (8, 4), 512, None)
-    assert shown.texts == [("training: 1 of 5\nloss 0.1", "7"), ("training: 2 of 5\nloss 0.2\nlr 1e-4", "7")]
+    first, second, last = shown.messages
+    told = {name: first[name] for name in ("event", "workflow", "prompt", "node", "state", "run", "phase", "done")}
+    assert told == {
+        "event": "sdxl_lora.status",
+        "workflow": "a-workflow",
+        "prompt": "a-prompt",
+        "node": "12:7",
+        "state": "running",
+        "run": "cat",
+        "phase": "training",
+        "done": 1,
+    }
+    assert (first["points"], second["points"]) == ([(1, 0.5, 0.5, 1e-4, None)], [(2, 0.25, 0.25, 1e-4, 0.125)])
+    assert second["numbers"]["images_per_second"] == 2.0 and second["numbers"]["memory"] == 10**9
+    assert second["detail"] == "loss 0.2500, lr 1.00e-04, 2.00 images/s, 1.0 GB, 1:00 left"
+    assert (last["state"], last["points"]) == ("done", [])
+    assert json.loads(json.dumps(PACK.nodes.host.status.board.all()))[-1]["state"] == "done"
 
 
+def test_messages_are_at_most_four_a_second_and_lose_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Shown(monkeypatch)
+    clock = itertools.count()
+    monkeypatch.setattr(PACK.nodes.host.status, "time", SimpleNamespace(monotonic=lambda: 100 + next(clock) / 40))
+    with Progress() as progress:
+        for done in range(1, 401):
+            progress.on_step(step(done, 0.5))
+    assert len(shown.messages) <= 4 * 10 + 3
+    assert [point[0] for told in shown.messages for point in told["points"]] == list(range(1, 401))
+
+
+@pytest.mark.parametrize(("error", "state"), [(Cancelled(), "cancelled"), (ValueError("a\nreason"), "failed")])
+def test_what_ends_the_work_is_told(monkeypatch: pytest.MonkeyPatch, error: BaseException, state: str) -> None:
+    shown = Shown(monkeypatch)
+    with pytest.raises(type(error)), Progress() as progress:
+        progress(1, 5, "generating")
+        raise error
+    assert (shown.messages[-1]["state"], shown.messages[-1]["done"]) == (state, 1)
+    assert shown.messages[-1]["message"] == " ".join(str(error).split())
+
+
+def test_a_cancel_is_raised_by_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Shown(monkeypatch)
+    with pytest.raises(Cancelled), Progress() as progress:
+        progress(1, 5, "generating")
+        shown.cancelled = True
+        progress(2, 5, "generating")
+    assert shown.messages[-1]["state"] == "cancelled"
+
+
+@pytest.mark.usefixtures("every_message")
 def test_the_terminal_counts_on_after_another_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch)
     with Progress() as progress:
@@ -58,14 +134,14 @@ def test_the_terminal_counts_on_after_another_phase(monkeypatch: pytest.MonkeyPa
         progress(1, 25, "validating")
         progress(41, 100, "training")
         assert progress._terminal.format_dict["initial"] == 41, "the speed would be that of 41 steps at once"
-    assert shown.texts[1] == ("validating: 1 of 25", "7")
+    assert shown.lines[1] == ("validating", 1, 25, "")
 
 
-def test_no_text_where_no_node_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_told_where_no_node_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch, node_id=None)
     with Progress() as progress:
         progress(1, 5, "training", "loss 0.1")
-    assert len(shown.bars) == 1 and shown.texts == []
+    assert len(shown.bars) == 1 and shown.messages == []
 
 
 def test_the_clip_model_is_found_by_its_name_and_the_second_dataset_travels(

@@ -43,14 +43,14 @@ class Journal:
         if self._metrics:
             self._metrics.close()
 
-    def write(self, report: StepReport, evaluation: Evaluation | None) -> None:
+    def write(self, report: StepReport) -> None:
         """Adds the row of an update."""
         row = Row(
             report.done,
             report.loss,
             report.smoothed,
             report.learning_rate,
-            evaluation.validation_loss if evaluation else None,
+            report.validation_loss,
             report.images_per_second,
             report.memory,
         )

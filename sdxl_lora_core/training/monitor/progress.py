@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ...runtime.device import memory_in_use, reset_peak
@@ -19,8 +18,8 @@ from ...runtime.device import memory_in_use, reset_peak
 class StepReport:
     """The present phase with `done` of `total` items; the other numbers are set only during training.
 
-    `smoothed` is the moving average of the loss, `memory` is in bytes, `seconds_left` is estimated. `preview` is an
-    image to show, uint8 [H, W, 3].
+    `smoothed` is the moving average of the loss, `memory` is in bytes, `seconds_left` is estimated. The validation loss
+    is set at the steps that were validated.
     """
 
     phase: str
@@ -32,7 +31,7 @@ class StepReport:
     images_per_second: float | None = None
     memory: int | None = None
     seconds_left: float | None = None
-    preview: np.ndarray | None = None
+    validation_loss: float | None = None
 
     @property
     def detail(self) -> str:

@@ -73,8 +73,6 @@ class SampleRenderer:
             lora.unlink(missing_ok=True)
             parts.drop_all()
             release_memory(device)
-        total = len(pixels) * self.config.sample_steps
-        on_step(StepReport("generating samples", total, total, preview=np.concatenate(pixels[:4], axis=1)))
         return samples
 
     def of_file(self, lora: Path, parts: LoadedParts, on_step: OnStep) -> Samples:

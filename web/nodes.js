@@ -1,0 +1,85 @@
+// What all nodes of the pack have on the page: advanced inputs hidden, and the text of a result below the widgets.
+import { app } from "../../scripts/app.js";
+import { addPanel, allNodes, element, findPanel } from "./panel.js";
+import { onStatus } from "./status.js";
+
+const CATEGORY = "SDXL LoRA"; // of all nodes of this pack and no others
+const TEXT = "sdxl_lora_text";
+const ROW = 20; // LiteGraph.NODE_WIDGET_HEIGHT; the layout adds 4
+
+export function isOurs(node) {
+  return node.constructor.nodeData?.category?.split("/")[0] === CATEGORY;
+}
+
+// Nodes 2.0 hides advanced inputs by itself. On the canvas no frontend does so before `advanced` is assigned.
+function hideAdvanced(node) {
+  for (const widget of node.widgets ?? []) {
+    if (!widget.options?.advanced) continue;
+    widget.advanced = true;
+    if ("visibility" in widget) continue;
+    // Frontends before 1.40 reserve room for hidden widgets.
+    widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? ROW : -4];
+  }
+  node.setSize?.(node.computeSize());
+}
+
+export function showText(node, text) {
+  const panel = findPanel(node, TEXT);
+  const area = panel?.element ?? element("textarea", { className: "comfy-multiline-input", readOnly: true });
+  area.dataset.scrolls = "";
+  area.value = text;
+  if (!panel) addPanel(node, TEXT, area);
+}
+
+function progressLines({ state, phase, done, total, detail, message }) {
+  if (state === "failed") return `failed: ${message}`;
+  if (state === "cancelled") return "cancelled";
+  return phase ? [`${phase}: ${done} of ${total}`, detail].filter(Boolean).join("\n") : "starting";
+}
+
+// ComfyUI would keep showing the last preview beside the results.
+function dropPreview(node) {
+  for (const id of [node.id, `${node.graph?.id}:${node.id}`]) delete app.nodePreviewImages?.[id];
+  app.revokePreviews?.(node.id);
+}
+
+// Previews fill the node down to its lower edge, so later widgets would cover them.
+function putPreviewLast(node) {
+  const at = node.widgets?.findIndex((widget) => widget.name === "$$canvas-image-preview") ?? -1;
+  if (at >= 0 && at < node.widgets.length - 1) node.widgets.push(...node.widgets.splice(at, 1));
+}
+
+// The page keeps the results of the workflow that is left for another tab, but makes its nodes anew.
+function outputOf(node) {
+  return app.nodeOutputs?.[`${node.graph?.id}:${node.id}`] ?? app.nodeOutputs?.[node.id];
+}
+
+app.registerExtension({
+  name: "sdxl_lora.nodes",
+  setup() {
+    onStatus((node, status) => {
+      const hasPanel = node.comfyClass === "TrainSDXLLoRA";
+      if (!hasPanel && status.state !== "done") showText(node, progressLines(status));
+    });
+  },
+  nodeCreated(node) {
+    if (!isOurs(node)) return;
+    hideAdvanced(node);
+    const { onDrawBackground, onExecuted } = node;
+    node.onDrawBackground = function () {
+      onDrawBackground?.apply(this, arguments);
+      putPreviewLast(this);
+    };
+    node.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      dropPreview(this);
+      if (output?.text) showText(this, output.text.join("\n"));
+    };
+  },
+  afterConfigureGraph() {
+    for (const node of allNodes(app.rootGraph ?? app.graph)) {
+      const text = isOurs(node) && outputOf(node)?.text;
+      if (text) showText(node, text.join("\n"));
+    }
+  },
+});

@@ -1,0 +1,59 @@
+// What the nodes of this workflow do: from the server's messages, and for a page that opens later from its route.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+
+const listeners = [];
+const latest = new Map(); // by workflow and node, as the server keeps them
+const key = (status) => `${status.workflow}/${status.node}`;
+
+/** Calls `show(node, status)` for each message about a node of the open workflow, and once when it is opened. */
+export function onStatus(show) {
+  listeners.push(show);
+}
+
+/** The latest status of a node of the open workflow. A node inside a subgraph has one for each use of the subgraph. */
+export function statusOf(node) {
+  return [...latest.values()].filter((status) => nodeOf(status) === node).at(-1);
+}
+
+/** The node that a status is about; undefined if it is not in the open workflow. */
+export function nodeOf(status) {
+  const root = app.rootGraph ?? app.graph;
+  if (!status.workflow || status.workflow !== root?.id) return undefined;
+  let graph = root;
+  let node;
+  for (const id of status.node.split(":")) {
+    node = graph?.getNodeById(id) ?? graph?.getNodeById(Number(id));
+    graph = node?.subgraph;
+  }
+  return node ?? undefined;
+}
+
+function tell(status) {
+  const node = nodeOf(status);
+  if (node) for (const show of listeners) show(node, status);
+}
+
+function take(status) {
+  latest.delete(key(status));
+  latest.set(key(status), status);
+  tell(status);
+}
+
+async function takeAll() {
+  const response = await api.fetchApi("/sdxl_lora/status");
+  if (!response.ok) return;
+  for (const status of await response.json()) take({ ...status, points: [] });
+}
+
+app.registerExtension({
+  name: "sdxl_lora.status",
+  setup() {
+    api.addEventListener("sdxl_lora.status", ({ detail }) => take(detail));
+    api.addEventListener("reconnected", takeAll);
+    takeAll();
+  },
+  afterConfigureGraph() {
+    for (const status of latest.values()) tell({ ...status, points: [] });
+  },
+});
