@@ -25,6 +25,8 @@ from typing import Any
 
 import pytest
 
+from tests.comfy.page import browser, open_page, ours
+
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("__init__.py", "pyproject.toml", "nodes", "sdxl_lora_core", "web", "workflows", "assets")
 SMALL = {
@@ -171,6 +173,30 @@ def narrow_home(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield home
     finally:
         shutil.rmtree(home)
+
+
+@pytest.fixture(scope="module", params=["classic", "nodes2"])
+def nodes_2(request: pytest.FixtureRequest, comfyui: Path) -> bool:
+    """Whether the page draws nodes by Nodes 2.0, or on the canvas."""
+    if request.param == "nodes2" and not has_nodes_2(comfyui):
+        pytest.skip(f"ComfyUI {version(comfyui)} has no Nodes 2.0")
+    return request.param == "nodes2"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(server: Server, chromium: Any, nodes_2: bool) -> Iterator[Any]:
+    """ComfyUI's page, one for the tests of a file. In the end, none of the pack's scripts has reported an error."""
+    errors: list[str] = []
+    page = open_page(chromium, server, errors, nodes_2)
+    yield page
+    page.close()
+    assert not ours(errors)
 
 
 def newest_page() -> tuple[str, ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.comfy.page import open_workflow, set_widgets
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare", "train_and_watch"]
@@ -20,16 +20,18 @@ VISIBLE = {  # widgets on the face of each node: what is not advanced, and the s
     "TrainSDXLLoRA": 8,
     "LoadLoRA": 4,
     "SDXLGenerateCached": 12,
-    "CLIPScore": 2,
+    "CLIPScore": 1,  # the prompt comes by a link
 }
 
-# Which widgets a node shows: litegraph asks isWidgetVisible, newer frontends read the options.
-FACES = """() => window.app.graph._nodes.map((node) => [
-  node.type,
-  (node.widgets ?? []).filter((widget) =>
-    node.isWidgetVisible ? node.isWidgetVisible(widget) : !(widget.advanced || widget.options?.advanced)
-  ).length,
-])"""
+# The number of widgets that a node shows, without those that a link stands in for and those of the pack's own.
+FACES = """(nodes2) => window.app.graph._nodes.map((node) => {
+  const linked = (name) => node.inputs?.some((input) => input.widget?.name === name && input.link != null);
+  const drawn = nodes2
+    ? [...document.querySelectorAll(`[data-node-id="${node.id}"] [data-testid="node-widget"]`)]
+        .map((element) => element.dataset.widgetName)
+    : (node.widgets ?? []).filter((widget) => node.isWidgetVisible(widget)).map((widget) => widget.name);
+  return [node.type, drawn.filter((name) => !linked(name) && !name.startsWith("sdxl_lora")).length];
+})"""
 
 
 # The widgets on the face of a new node, and what it shows of the text that it gives.
@@ -45,41 +47,6 @@ NEW_NODE = """(name) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def page(server: Any) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        reason = "no Chromium: install it or set CHROMIUM"
-        pytest.fail(reason) if os.environ.get("REQUIRE_COMFYUI") else pytest.skip(reason)
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.goto(server.url, wait_until="domcontentloaded", timeout=120_000)
-        page.wait_for_function("window.app?.graph && window.app?.canvas", timeout=180_000)
-        page.wait_for_function("!!window.LiteGraph.registered_node_types.TrainSDXLLoRA", timeout=180_000)
-        yield page
-        browser.close()
-
-
-def open_workflow(page: Any, name: str) -> None:
-    graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-    page.evaluate("async (graph) => { await window.app.loadGraphData(graph); }", graph)
-
-
-def set_widgets(page: Any, workflow: dict[str, Any]) -> None:
-    """Gives the page's nodes the widget values of an API workflow."""
-    for key, node in workflow.items():
-        page.evaluate(
-            """([key, inputs]) => {
-              for (const widget of window.app.graph.getNodeById(key).widgets ?? [])
-                if (widget.name in inputs && !Array.isArray(inputs[widget.name])) widget.value = inputs[widget.name];
-            }""",
-            [int(key), node["inputs"]],
-        )
-
-
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_opens_with_the_right_values(page: Any, shipped: dict[str, Any], name: str) -> None:
     open_workflow(page, name)
@@ -93,9 +60,10 @@ def test_workflow_opens_with_the_right_values(page: Any, shipped: dict[str, Any]
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_advanced_inputs_are_hidden(page: Any, name: str) -> None:
+def test_advanced_inputs_are_hidden(page: Any, nodes_2: bool, name: str) -> None:
     open_workflow(page, name)
-    faces = [(kind, count) for kind, count in page.evaluate(FACES) if kind in VISIBLE]
+    page.wait_for_timeout(500)
+    faces = [(kind, count) for kind, count in page.evaluate(FACES, nodes_2) if kind in VISIBLE]
     assert faces == [(kind, VISIBLE[kind]) for kind, _ in faces] and faces
 
 
