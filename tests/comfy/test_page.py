@@ -13,13 +13,13 @@ from tests.comfy.page import open_workflow, set_widgets
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare", "train_and_watch"]
-VISIBLE = {  # widgets on the face of each node: what is not advanced, and the second widget of a seed that moves
+VISIBLE = {  # widgets on the face of each node: what is not advanced
     "LoadCaptionDataset": 4,
     "LoadSDXLBase": 2,
     "WatchOptions": 10,
     "TrainSDXLLoRA": 8,
     "LoadLoRA": 4,
-    "SDXLGenerateCached": 12,
+    "SDXLGenerateCached": 11,
     "CLIPScore": 1,  # the prompt comes by a link
 }
 
@@ -30,7 +30,8 @@ FACES = """(nodes2) => window.app.graph._nodes.map((node) => {
     ? [...document.querySelectorAll(`[data-node-id="${node.id}"] [data-testid="node-widget"]`)]
         .map((element) => element.dataset.widgetName)
     : (node.widgets ?? []).filter((widget) => node.isWidgetVisible(widget)).map((widget) => widget.name);
-  return [node.type, drawn.filter((name) => !linked(name) && !name.startsWith("sdxl_lora")).length];
+  const other = (name) => linked(name) || name.startsWith("sdxl_lora") || name === "control_after_generate";
+  return [node.type, drawn.filter((name) => !other(name)).length];
 })"""
 
 
