@@ -11,13 +11,12 @@ export function isOurs(node) {
   return node.constructor.nodeData?.category?.split("/")[0] === CATEGORY;
 }
 
-// Nodes 2.0 hides advanced inputs by itself. On the canvas no frontend does so before `advanced` is assigned.
+// Nodes 2.0 hides advanced inputs by itself. On the canvas they are hidden once `advanced` is assigned, and then still
+// take the room of a row.
 function hideAdvanced(node) {
   for (const widget of node.widgets ?? []) {
     if (!widget.options?.advanced) continue;
     widget.advanced = true;
-    if ("visibility" in widget) continue;
-    // Frontends before 1.40 reserve room for hidden widgets.
     widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? ROW : -4];
   }
   node.setSize?.(node.computeSize());

@@ -18,11 +18,15 @@ export function statusOf(node) {
 
 /** The node that a status is about; undefined if it is not in the open workflow. */
 export function nodeOf(status) {
-  const root = app.rootGraph ?? app.graph;
-  if (!status.workflow || status.workflow !== root?.id) return undefined;
-  let graph = root;
+  const open = status.workflow && status.workflow === (app.rootGraph ?? app.graph)?.id;
+  return open ? nodeAt(status.node) : undefined;
+}
+
+/** The node of an execution's id: ids from the outermost subgraph to the node, joined by colons. */
+export function nodeAt(execution) {
+  let graph = app.rootGraph ?? app.graph;
   let node;
-  for (const id of status.node.split(":")) {
+  for (const id of String(execution).split(":")) {
     node = graph?.getNodeById(id) ?? graph?.getNodeById(Number(id));
     graph = node?.subgraph;
   }

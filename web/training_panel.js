@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 import { drawLosses, legend, STEP } from "./loss_chart.js";
 import { addPanel, allNodes, element } from "./panel.js";
 import { describe, openViewer } from "./sample_viewer.js";
-import { onStatus, statusOf } from "./status.js";
+import { nodeAt, onStatus, statusOf } from "./status.js";
 
 const NODE = "TrainSDXLLoRA";
 const PANEL = "sdxl_lora_training";
@@ -213,6 +213,12 @@ async function showLastRun(node) {
   if (newest && !statusOf(node)) await panelOf(node).follow(newest);
 }
 
+// The panel shows the chart and the samples. Added before the page's own listener, which would show them once more.
+api.addEventListener("executed", ({ detail }) => {
+  const node = nodeAt(detail.display_node ?? detail.node);
+  if (node?.comfyClass === NODE) delete detail.output?.images;
+});
+
 app.registerExtension({
   name: "sdxl_lora.training",
   setup() {
@@ -221,14 +227,6 @@ app.registerExtension({
     onStatus((node, status) => {
       if (node.comfyClass === NODE) panelOf(node).take(status);
     });
-  },
-  nodeCreated(node) {
-    if (node.comfyClass !== NODE) return;
-    const { onExecuted } = node;
-    node.onExecuted = function (output) {
-      delete output?.images; // the panel shows them
-      onExecuted?.apply(this, arguments);
-    };
   },
   afterConfigureGraph() {
     for (const node of allNodes(app.rootGraph ?? app.graph)) if (node.comfyClass === NODE) showLastRun(node);

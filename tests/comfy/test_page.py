@@ -111,29 +111,3 @@ def test_workflow_runs_from_the_page(
     graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     counts = {node["id"]: len(node["widgets_values"]) for node in graph["nodes"]}
     assert {key: len(values) for key, values in saved} == counts, "the text must stay out of the saved graph"
-
-
-def test_the_stop_button_is_there_while_a_node_trains(
-    page: Any, server: Any, shipped: dict[str, Any], shrink: Callable[..., Any]
-) -> None:
-    open_workflow(page, "train_and_compare")
-    settings = {"lora_name": "button", "steps": 2000, "rank": 2, "sample_prompts": ""}
-    set_widgets(page, shrink(shipped["train_and_compare"], TrainSDXLLoRA=settings))
-    page.evaluate("""() => window.app.graph._nodes
-      .filter((node) => !["LoadSDXLBase", "LoadCaptionDataset", "TrainSDXLLoRA"].includes(node.type))
-      .forEach((node) => window.app.graph.remove(node))""")
-    button = """() => window.app.graph._nodes.find((node) => node.type === "TrainSDXLLoRA")
-      .widgets.find((widget) => widget.name === "Stop and keep")"""
-    saved = "() => JSON.stringify(window.app.graph.serialize().nodes.map((node) => node.widgets_values))"
-    assert page.evaluate(f"!({button})()")
-    values = page.evaluate(saved)
-    before = set(server.get("/history"))
-    page.evaluate("async () => { await window.app.queuePrompt(0, 1); }")
-    page.wait_for_function(button, timeout=120_000)
-    assert page.evaluate(saved) == values, "the button must stay out of the saved graph"
-    server.wait(lambda: "training:" in server.text().rpartition("got prompt")[2], 120)
-    page.evaluate(f"() => ({button})().callback()")
-    server.wait(lambda: set(server.get("/history")) - before, 120)
-    (prompt,) = set(server.get("/history")) - before
-    assert server.get(f"/history/{prompt}")[prompt]["status"]["status_str"] == "success"
-    page.wait_for_function(f"() => !({button})()", timeout=30_000)
