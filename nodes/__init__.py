@@ -1,11 +1,15 @@
 """The nodes of the pack, by id. Ids are frozen: saved graphs name them."""
 
+import functools
+
+from . import choices
 from .apply_lora_stack import ApplyLoRAStack
 from .base_model import LoadSDXLBase
 from .control import AddControlNet
 from .dataset import LoadCaptionDataset
 from .generation import SDXLGenerateCached
 from .host.folders import add_output_folders
+from .host.lora_routes import add_lora_routes
 from .host.server import add_routes
 from .image_cache import SDXLImageCache
 from .load_lora import LoadLoRA
@@ -66,3 +70,4 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
 
 add_output_folders()
 add_routes()
+add_lora_routes(functools.partial(choices.find, "lora"))

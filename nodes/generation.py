@@ -150,7 +150,9 @@ def _outputs(images: Sequence[GeneratedImage]) -> dict[str, Any]:
     latents = [image.latents for image in images if image.latents is not None]
     fit = dict.fromkeys(line for image in images for line in image.lora_fit)
     outputs = (to_image(pixels), info, prompts, to_latent(latents) if latents else nothing())
-    return show(outputs, "\n".join([_summary(images), *fit]), pixels, [image.texts for image in images])
+    text = "\n".join([_summary(images), *fit])
+    made = [{"from_cache": image.hit, "seconds": round(image.seconds, 3), "seed": image.seed} for image in images]
+    return show(outputs, text, pixels, [image.texts for image in images], made=made)
 
 
 def _facts(image: GeneratedImage) -> dict[str, Any]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.lora.describe import describe_lora
+from ..sdxl_lora_core.lora.describe import read_card
 from ..sdxl_lora_core.lora.stack import read_blocks_of
 from . import choices
 from .previews import show
@@ -24,11 +24,12 @@ class LoadLoRA:
         "that is trained in the same graph."
     )
     SEARCH_ALIASES = ["lora loader", "lora stack", "apply lora", "lora strength"]
-    RETURN_TYPES = ("LORA_STACK", "STRING")
-    RETURN_NAMES = ("lora_stack", "info")
+    RETURN_TYPES = ("LORA_STACK", "STRING", "STRING")
+    RETURN_NAMES = ("lora_stack", "info", "trigger_words")
     OUTPUT_TOOLTIPS = (
         "The connected LoRAs and this one, for SDXL Generate (cached) or another pack's LoRA stack input.",
         "The LoRA's keys, rank, trigger words and training base.",
+        "The words that the LoRA was trained on, separated by commas, for a prompt. Empty if the file names none.",
     )
     FUNCTION = "load"
 
@@ -70,9 +71,11 @@ class LoadLoRA:
     ) -> dict[str, Any]:
         stack = read_stack(lora_stack)
         name, blocks = _chosen(lora_name, stack, blocks)
-        info = describe_lora(choices.find("lora", name)) if enabled else f"{name} is off"
-        loaded = [*stack, _entry((name, strength_model, strength_clip), blocks)] if enabled else stack
-        return show((loaded, info), info)
+        if not enabled:
+            return show((stack, info := f"{name} is off", ""), info)
+        card = read_card(choices.find("lora", name))
+        loaded = [*stack, _entry((name, strength_model, strength_clip), blocks)]
+        return show((loaded, str(card), ", ".join(card.trigger_words)), str(card), lora=[card.as_json()])
 
 
 def _chosen(lora_name: str, stack: list[Any], blocks: str) -> tuple[str, str]:

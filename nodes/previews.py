@@ -20,12 +20,14 @@ def show(
     text: str,
     images: Sequence[np.ndarray] = (),
     texts: Sequence[Mapping[str, str]] | None = None,
+    **panel: Sequence[Any],
 ) -> dict[str, Any]:
     """The return value of a node: its outputs, and the text and images (uint8 [H, W, 3]) to show on it.
 
-    `texts` are the text chunks of each image's PNG, for users who save the preview from the page.
+    `texts` are the text chunks of each image's PNG, for users who save the preview from the page. `panel` are lists of
+    JSON values for the node's panel, which finds them as `sdxl_lora_` and their name.
     """
-    ui: dict[str, Any] = {"text": (text,)}
+    ui: dict[str, Any] = {"text": (text,), **{f"sdxl_lora_{name}": values for name, values in panel.items()}}
     if images:
         with ThreadPoolExecutor(WRITERS) as writers:
             ui["images"] = list(writers.map(_preview, images, texts or [{}] * len(images)))

@@ -78,4 +78,10 @@ def _outputs(pixels: list[np.ndarray], report: ScoreReport) -> dict[str, Any]:
     scores = [report.scores[index].clip_score for index in report.order]
     outputs = (to_image(ordered), to_image(ordered[:1]), report.mean, scores, to_image(annotated), report.to_json())
     summary = f"mean {report.mean:.2f}, best {scores[0]:.2f}"
-    return show(outputs, "\n".join([summary, *report.warnings]), annotated)
+    return show(outputs, "\n".join([summary, *report.warnings]), annotated, scores=_rows(report))
+
+
+def _rows(report: ScoreReport) -> list[dict[str, Any]]:
+    """The rows of the node's table, best first."""
+    rows = report.rows()
+    return [{name: rows[index][name] for name in ("rank", "image", "prompt", "clip_score")} for index in report.order]

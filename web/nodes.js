@@ -56,6 +56,8 @@ function outputOf(node) {
 app.registerExtension({
   name: "sdxl_lora.nodes",
   setup() {
+    const style = new URL("./sdxl_lora.css", import.meta.url).href;
+    document.head.append(element("link", { rel: "stylesheet", href: style }));
     onStatus((node, status) => {
       const hasPanel = node.comfyClass === "TrainSDXLLoRA";
       if (!hasPanel && status.state !== "done") showText(node, progressLines(status));
@@ -77,8 +79,8 @@ app.registerExtension({
   },
   afterConfigureGraph() {
     for (const node of allNodes(app.rootGraph ?? app.graph)) {
-      const text = isOurs(node) && outputOf(node)?.text;
-      if (text) showText(node, text.join("\n"));
+      const output = isOurs(node) && outputOf(node);
+      if (output) node.onExecuted(output);
     }
   },
 });

@@ -222,8 +222,6 @@ api.addEventListener("executed", ({ detail }) => {
 app.registerExtension({
   name: "sdxl_lora.training",
   setup() {
-    const style = new URL("./sdxl_lora.css", import.meta.url).href;
-    document.head.append(element("link", { rel: "stylesheet", href: style }));
     onStatus((node, status) => {
       if (node.comfyClass === NODE) panelOf(node).take(status);
     });

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...sdxl_lora_core.files import safe_path
 from ...sdxl_lora_core.training.run.history import run_history, runs_of
@@ -53,11 +53,8 @@ def add_routes() -> None:
     GET /sdxl_lora/runs?series=NAME is a list of the runs' names of this lora_name, the newest first.
     GET /sdxl_lora/runs/NAME is the history of a run (see run_history); the status is 404 if there is no such run.
     """
-    if not running() or "server" not in sys.modules:  # scripts run nodes without the server
+    if (routes := route_table()) is None:
         return
-    from server import PromptServer
-
-    routes = PromptServer.instance.routes
     routes.post("/sdxl_lora/stop")(_stop)
     routes.get("/sdxl_lora/status")(_status)
     routes.get("/sdxl_lora/runs")(_series)
@@ -66,15 +63,15 @@ def add_routes() -> None:
 
 async def _stop(_: Request) -> Response:
     stopping = stop_button.press()
-    return _json({"stopping": stopping}, 200 if stopping else 409)
+    return json_answer({"stopping": stopping}, 200 if stopping else 409)
 
 
 async def _status(_: Request) -> Response:
-    return _json(board.all())
+    return json_answer(board.all())
 
 
 async def _series(request: Request) -> Response:
-    return _json(runs_of(output_folder() / "lora_runs", request.query.get("series", "")))
+    return json_answer(runs_of(output_folder() / "lora_runs", request.query.get("series", "")))
 
 
 async def _run(request: Request) -> Response:
@@ -82,13 +79,22 @@ async def _run(request: Request) -> Response:
     try:
         folder = safe_path(output_folder() / "lora_runs", name)
     except ValueError as error:
-        return _json({"error": str(error)}, 400)
+        return json_answer({"error": str(error)}, 400)
     if not os.path.exists(folder / "identity"):  # which is False, too, for a name that no file system takes
-        return _json({"error": f"there is no run {name} in {folder.parent}"}, 404)
-    return _json(run_history(folder))
+        return json_answer({"error": f"there is no run {name} in {folder.parent}"}, 404)
+    return json_answer(run_history(folder))
 
 
-def _json(body: object, status: int = 200) -> Response:
+def route_table() -> Any:
+    """Where ComfyUI's server takes routes; None in scripts, which run nodes without the server."""
+    if not running() or "server" not in sys.modules:
+        return None
+    from server import PromptServer
+
+    return PromptServer.instance.routes
+
+
+def json_answer(body: object, status: int = 200) -> Response:
     from aiohttp.web import json_response
 
     return json_response(body, status=status)

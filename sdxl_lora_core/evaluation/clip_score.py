@@ -63,9 +63,9 @@ class ScoreReport:
         known = self._known()
         return statistics.stdev(known) if len(known) > 1 else 0.0
 
-    def to_json(self) -> str:
-        """The report as JSON. A score that is not a number becomes null."""
-        rows = [
+    def rows(self) -> list[dict[str, Any]]:
+        """The scores as JSON values, in the order of the images. A score that is not a number is None."""
+        return [
             {
                 "rank": self.order.index(i) + 1,
                 "image": i,
@@ -76,6 +76,9 @@ class ScoreReport:
             }
             for i, s in enumerate(self.scores)
         ]
+
+    def to_json(self) -> str:
+        """The report as JSON."""
         summary = {
             "model": self.model,
             "convention": CONVENTION,
@@ -85,7 +88,7 @@ class ScoreReport:
             "max": _rounded(self.scores[self.order[0]].clip_score),
             "order": list(self.order),
             "warnings": list(self.warnings),
-            "scores": rows,
+            "scores": self.rows(),
         }
         return json.dumps(summary, ensure_ascii=False, indent=1, allow_nan=False)
 

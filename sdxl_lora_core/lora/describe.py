@@ -1,10 +1,12 @@
-"""Describes a LoRA file in some lines of text."""
+"""Describes a LoRA file: in some lines of text, and for pages that show it as a card."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..safetensors_file import first_names
 from .few_step import advice
@@ -15,13 +17,36 @@ from .modules import AdapterModule, LoRAFile, LoRAModule
 _SHOWN_TAGS = 5
 
 
+@dataclass(frozen=True)
+class LoRACard:
+    """What a LoRA file says of itself.
+
+    `lines` has modules, ranks and alphas, the number of keys that are applied, trigger words and the training base.
+    """
+
+    name: str
+    lines: tuple[str, ...]
+    trigger_words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([self.name, *self.lines])
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_card(path: Path) -> LoRACard:
+    file = read_lora(path)
+    return LoRACard(path.name, tuple(_lines(path.name, file)), trigger_words(file.metadata))
+
+
 def describe_lora(path: Path) -> str:
-    """Modules, ranks and alphas, the number of keys that are applied, trigger words and the training base."""
-    return "\n".join(_lines(path.name, read_lora(path)))
+    """The card of a file as text."""
+    return str(read_card(path))
 
 
 def _lines(name: str, file: LoRAFile) -> list[str]:
-    lines = [name]
+    lines = []
     for part, modules in file.parts().items():
         if modules:
             ranks = sorted({module.rank for module in modules.values() if module.rank})

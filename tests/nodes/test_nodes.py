@@ -214,16 +214,21 @@ def test_changes_on_disk_are_seen_and_errors_are_not_raised(home: Path) -> None:
 
 
 def test_incoming_lora_is_weighted_and_can_be_left_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PACK.nodes.load_lora, "describe_lora", lambda path: path.name)
+    card = PACK.sdxl_lora_core.lora.describe.LoRACard
+    monkeypatch.setattr(PACK.nodes.load_lora, "read_card", lambda path: card(path.name, (), ("ohwx", "cat")))
     (home / "loras").mkdir()
     for name in ("first.safetensors", "trained.safetensors"):
         (home / "loras" / name).write_bytes(b"")
     stack = [("first.safetensors", 1.0, 1.0), ("trained.safetensors", 1.0, 1.0)]
     node = NODES["LoadLoRA"]()
-    weighted, info = node.load("(incoming)", 0.5, 0.25, True, lora_stack=stack)["result"]
+    weighted, info, words = node.load("(incoming)", 0.5, 0.25, True, lora_stack=stack)["result"]
     assert weighted == [stack[0], ("trained.safetensors", 0.5, 0.25)]
-    assert info == "trained.safetensors"
-    assert node.load("(incoming)", 0.5, 0.5, False, lora_stack=stack)["result"][0] == stack[:1]
+    assert (info, words) == ("trained.safetensors", "ohwx, cat")
+    assert node.load("(incoming)", 0.5, 0.5, False, lora_stack=stack)["result"] == (
+        stack[:1],
+        "trained.safetensors is off",
+        "",
+    )
     assert node.load("trained.safetensors", 0.5, 0.5, True)["result"][0] == [("trained.safetensors", 0.5, 0.5)]
     assert len(stack) == 2
     (by_block,) = node.load("trained.safetensors", 1.0, 1.0, True, blocks="mid_block=0")["result"][0]
