@@ -25,7 +25,15 @@ class LoadCaptionDataset:
         "Reads a folder of images with captions for training. Captions can be in .txt or .caption files beside the "
         "images, in a captions folder, in metadata.csv or in metadata.jsonl."
     )
-    SEARCH_ALIASES = ["caption dataset", "training images", "load dataset", "lora dataset", "image text folder"]
+    SEARCH_ALIASES = [
+        "caption dataset",
+        "training images",
+        "load dataset",
+        "lora dataset",
+        "image text folder",
+        "captions",
+        "kohya",
+    ]
     RETURN_TYPES = ("CAPTION_DATASET", "IMAGE", "STRING", "INT")
     RETURN_NAMES = ("dataset", "preview", "report", "count")
     OUTPUT_TOOLTIPS = (

@@ -68,7 +68,7 @@ class SDXLGenerateCached:
         "Generates images with an SDXL base and a stack of LoRAs. An image that was generated before with the same "
         "content and settings comes from the disk cache in milliseconds, pixel for pixel."
     )
-    SEARCH_ALIASES = ["sdxl sampler", "text to image", "txt2img", "cached generation", "dpm++ 2m karras", "ksampler"]
+    SEARCH_ALIASES = ["sdxl sampler", "text to image", "txt2img", "cached generation", "ksampler", "compare loras"]
     RETURN_TYPES = ("IMAGE", "STRING", "STRING", "LATENT")
     RETURN_NAMES = ("images", "info", "prompts", "latents")
     OUTPUT_TOOLTIPS = (

@@ -23,7 +23,7 @@ class LoadLoRA:
         "Adds a LoRA to a stack. With (incoming) the strengths apply to the last LoRA of the connected stack, for one "
         "that is trained in the same graph."
     )
-    SEARCH_ALIASES = ["lora loader", "lora stack", "apply lora", "lora strength"]
+    SEARCH_ALIASES = ["lora loader", "lora stack", "apply lora", "lora strength", "trigger words"]
     RETURN_TYPES = ("LORA_STACK", "STRING", "STRING")
     RETURN_NAMES = ("lora_stack", "info", "trigger_words")
     OUTPUT_TOOLTIPS = (

@@ -29,7 +29,7 @@ class CLIPScore:
         "Measures with a CLIP model how well images match a prompt, 0 to 100, and sorts them best first. "
         "Compare only scores of the same CLIP model."
     )
-    SEARCH_ALIASES = ["clip score", "clip similarity", "rank images", "best image", "evaluate lora", "image quality"]
+    SEARCH_ALIASES = ["clip score", "clip similarity", "rank images", "best image", "evaluate lora", "compare loras"]
     RETURN_TYPES = ("IMAGE", "IMAGE", "FLOAT", "FLOAT", "IMAGE", "STRING")
     RETURN_NAMES = ("images", "best", "mean", "scores", "annotated", "report")
     OUTPUT_IS_LIST = (False, False, False, True, False, False)

@@ -51,7 +51,7 @@ class TrainSDXLLoRA:
         "Trains an SDXL LoRA on captioned images and saves it to output/loras. The same settings and images find the "
         "finished LoRA again; an interrupted run continues where it stopped."
     )
-    SEARCH_ALIASES = ["train lora", "lora training", "finetune", "dreambooth", "kohya", "fine-tune sdxl"]
+    SEARCH_ALIASES = ["train lora", "lora training", "finetune", "dreambooth", "kohya", "fine-tune sdxl", "trainer"]
     RETURN_TYPES = ("LORA_STACK", "STRING", "LORA_MODEL", "IMAGE", "IMAGE", "STRING")
     RETURN_NAMES = ("lora_stack", "lora_name", "lora", "loss_chart", "samples", "report")
     OUTPUT_TOOLTIPS = (
@@ -77,7 +77,7 @@ class TrainSDXLLoRA:
             "optional": {
                 "options": link("TRAIN_OPTIONS", "Further settings from option nodes."),
                 **widgets(TrainConfig, ADVANCED, advanced=True),
-                "preset": (list(PRESETS), {"default": "none", "tooltip": _PRESET_HELP, "advanced": True}),
+                "preset": (list(PRESETS), {"default": "none", "tooltip": _PRESET_HELP}),
                 "validation": link("CAPTION_DATASET", _VALIDATION_HELP),
             },
         }

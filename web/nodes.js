@@ -4,6 +4,7 @@ import { addPanel, allNodes, element, findPanel } from "./panel.js";
 import { onStatus } from "./status.js";
 
 const CATEGORY = "SDXL LoRA"; // of all nodes of this pack and no others
+const COLORS = ["#2c4a52", "#22373d"]; // of title and body
 const TEXT = "sdxl_lora_text";
 const ROW = 20; // LiteGraph.NODE_WIDGET_HEIGHT; the layout adds 4
 
@@ -66,6 +67,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (!isOurs(node)) return;
     hideAdvanced(node);
+    [node.color, node.bgcolor] = COLORS; // a colour that a workflow has saved replaces it
     const { onDrawBackground, onExecuted } = node;
     node.onDrawBackground = function () {
       onDrawBackground?.apply(this, arguments);

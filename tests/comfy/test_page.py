@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.comfy.page import open_workflow, set_widgets
+from tests.comfy.page import open_graph, open_workflow, set_widgets
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare", "train_and_watch"]
@@ -17,7 +17,7 @@ VISIBLE = {  # widgets on the face of each node: what is not advanced
     "LoadCaptionDataset": 4,
     "LoadSDXLBase": 2,
     "WatchOptions": 10,
-    "TrainSDXLLoRA": 8,
+    "TrainSDXLLoRA": 9,
     "LoadLoRA": 4,
     "SDXLGenerateCached": 11,
     "CLIPScore": 1,  # the prompt comes by a link
@@ -111,3 +111,23 @@ def test_workflow_runs_from_the_page(
     graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     counts = {node["id"]: len(node["widgets_values"]) for node in graph["nodes"]}
     assert {key: len(values) for key, values in saved} == counts, "the text must stay out of the saved graph"
+
+
+ORDER = """(nodes2) => {
+  const node = window.app.graph._nodes.find((one) => one.type === "TrainSDXLLoRA");
+  const drawn = [...document.querySelectorAll(`[data-node-id="${node.id}"] [data-testid="node-widget"]`)];
+  return nodes2 ? drawn.map((one) => one.dataset.widgetName) : node.widgets.map((widget) => widget.name);
+}"""
+
+
+def test_the_preset_is_shown_first_and_saved_where_it_was(page: Any, nodes_2: bool, shipped: dict[str, Any]) -> None:
+    graph = json.loads((ROOT / "tests/saved/page/2026-11_train_and_compare.json").read_text(encoding="utf-8"))
+    open_graph(page, graph)
+    page.wait_for_timeout(500)
+    assert page.evaluate(ORDER, nodes_2)[:2] == ["preset", "lora_name"]
+    saved = {node["id"]: node.get("widgets_values") for node in graph["nodes"] if node["type"] == "TrainSDXLLoRA"}
+    again = page.evaluate("() => window.app.graph.serialize().nodes.map((node) => [node.id, node.widgets_values])")
+    assert saved and {key: values for key, values in again if key in saved} == saved
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    for key, values in saved.items():
+        assert prompt[str(key)]["inputs"]["preset"] == values[-1]

@@ -168,12 +168,13 @@ def test_everything_is_explained(node_id: str) -> None:
 
 @every_node
 def test_optional_inputs_are_links_or_advanced(node_id: str) -> None:
-    """But for nodes that have no others: the option nodes would show nothing."""
+    """But for nodes that have no others: the option nodes would show nothing. The page shows the preset first."""
     declared = NODES[node_id].INPUT_TYPES()
     optional = declared.get("optional", {})
     advanced = {name: bool(options.get("advanced")) for name, (_, options) in optional.items()}
     widgets = {name: isinstance(kind, list) or kind in WIDGETS for name, (kind, _) in optional.items()}
-    assert advanced == (widgets if declared["required"] else dict.fromkeys(optional, False))
+    expected = widgets if declared["required"] else dict.fromkeys(optional, False)
+    assert advanced == {**expected, **({"preset": False} if "preset" in optional else {})}
 
 
 @every_node
@@ -225,3 +226,17 @@ def test_saved_graphs_use_every_node_and_what_they_hold_comes_first(node_id: str
     assert set(names[: len(held)]) == held, "new inputs go to the end of the optional ones"
     for inputs in saved:
         assert inputs == [name for name in names if name in inputs]
+
+
+@pytest.mark.parametrize(
+    ("word", "node_ids"),
+    {
+        "kohya": {"TrainSDXLLoRA", "LoadCaptionDataset"},
+        "dreambooth": {"TrainSDXLLoRA"},
+        "trigger": {"LoadLoRA"},
+        "captions": {"LoadCaptionDataset"},
+        "compare": {"SDXLGenerateCached", "CLIPScore"},
+    }.items(),
+)
+def test_a_search_finds_the_node_that_serves(word: str, node_ids: set[str]) -> None:
+    assert node_ids <= {name for name, node in NODES.items() if any(word in alias for alias in node.SEARCH_ALIASES)}
