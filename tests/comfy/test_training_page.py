@@ -12,8 +12,12 @@ from tests.comfy.page import READY, keep_only, open_graph, open_page, open_workf
 
 SHORT = {"steps": 4, "rank": 2, "batch_size": 1, "sample_prompts": "a red circle\na blue star"}
 LONG = {**SHORT, "steps": 5000, "sample_prompts": ""}
-HEADLINE = "() => document.querySelector('.sdxl-lora-headline')?.textContent ?? ''"
-STOP = "[...document.querySelectorAll('.sdxl-lora-training button')].find((one) => one.textContent === 'Stop and keep')"
+# The panel of the open graph's training: the elements of graphs that were left may still be in the page.
+PANEL = """(window.app.canvas.graph ?? window.app.graph)._nodes.find((one) => one.type === "TrainSDXLLoRA")
+  ?.widgets.find((one) => one.name === "sdxl_lora_training")?.element"""
+HEADLINE = f"() => {PANEL}?.querySelector('.sdxl-lora-headline').textContent ?? ''"
+STOP = f"[...({PANEL}?.querySelectorAll('button') ?? [])].find((one) => one.textContent === 'Stop and keep')"
+PICTURES = f"() => {PANEL}?.querySelectorAll('figure img').length === 2"
 OFFERED = f"() => {{ const stop = {STOP}; return !!stop && stop.style.display !== 'none'; }}"
 names = (f"panel_{number}" for number in itertools.count())
 
@@ -40,8 +44,9 @@ def wait_for_headline(page: Any, pattern: str, seconds: int = 240) -> str:
 
 
 def panel(page: Any) -> dict[str, Any]:
-    return page.evaluate("""() => {
-      const root = document.querySelector(".sdxl-lora-training");
+    return page.evaluate(
+        """(panel) => {
+      const root = eval(panel);
       const canvas = root.querySelector("canvas");
       const inked = canvas.width && canvas.height
         ? canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some((value) => value) : false;
@@ -53,7 +58,9 @@ def panel(page: Any) -> dict[str, Any]:
         pictures: (node?.imgs?.length ?? 0)
           + document.querySelectorAll(`[data-node-id="${node?.id}"] img:not(.sdxl-lora-training img)`).length,
       };
-    }""")
+    }""",
+        PANEL,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +76,7 @@ def test_a_training_is_followed_and_found_again_after_a_reload(page: Any, shippe
     before = page.evaluate(saved)
     run(page)
     wait_for_headline(page, rf"^{name}: 4 steps$")
-    page.wait_for_function("() => document.querySelectorAll('.sdxl-lora-training figure').length === 2", timeout=30_000)
+    page.wait_for_function(PICTURES, timeout=30_000)
     page.wait_for_timeout(1000)
     seen = panel(page)
     assert seen["inked"] and seen["captions"] == ["finished", "finished"] and all(seen["loaded"])
@@ -80,7 +87,7 @@ def test_a_training_is_followed_and_found_again_after_a_reload(page: Any, shippe
     page.wait_for_function(READY, timeout=180_000)
     open_graph(page, graph)
     wait_for_headline(page, rf"^{name}: 4 steps$", 30)
-    page.wait_for_function("() => document.querySelectorAll('.sdxl-lora-training figure').length === 2", timeout=30_000)
+    page.wait_for_function(PICTURES, timeout=30_000)
     page.wait_for_timeout(500)
     assert panel(page)["inked"]
 
@@ -89,8 +96,8 @@ def test_a_sample_is_shown_in_large_and_keys_go_through_the_prompts(page: Any, s
     name = prepare(page, shipped, **SHORT)
     run(page)
     wait_for_headline(page, rf"^{name}: 4 steps$")
-    page.wait_for_selector(".sdxl-lora-training figure img", state="attached", timeout=30_000)
-    page.evaluate("() => document.querySelector('.sdxl-lora-training figure img').click()")
+    page.wait_for_function(PICTURES, timeout=30_000)
+    page.evaluate(f"() => {PANEL}.querySelector('figure img').click()")
     shown = "() => document.querySelector('dialog.sdxl-lora-viewer img')?.src"
     first = page.evaluate(shown)
     assert "00.png" in first
@@ -143,7 +150,7 @@ def test_a_new_run_begins_empty(page: Any, shipped: dict[str, Any]) -> None:
     prepare(page, shipped, **SHORT)
     run(page)
     wait_for_headline(page, r": 4 steps$")
-    page.wait_for_function("() => document.querySelectorAll('.sdxl-lora-training figure').length === 2", timeout=30_000)
+    page.wait_for_function(PICTURES, timeout=30_000)
     train = next(key for key, node in shipped["train_and_compare"].items() if node["class_type"] == "TrainSDXLLoRA")
     set_widgets(page, {train: {"inputs": {**LONG, "lora_name": next(names)}}})
     run(page)
