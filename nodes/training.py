@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset, with_validation
 from ..sdxl_lora_core.sdxl.base import SDXLBase
+from ..sdxl_lora_core.settings import without_effect
 from ..sdxl_lora_core.training.config.presets import PRESETS, Preset
 from ..sdxl_lora_core.training.config.train_config import TrainConfig
 from ..sdxl_lora_core.training.run.runs import RunFolders
@@ -94,7 +95,7 @@ class TrainSDXLLoRA:
         config, left_out = train_config(options, settings, preset)
         dataset = with_validation(dataset, validation) if validation else dataset
         result = _train(base, dataset, _with_paths(config))
-        return _outputs(result, left_out)
+        return _outputs(result, [*left_out, *without_effect(config).values()])
 
 
 def _train(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> TrainResult:
@@ -123,10 +124,10 @@ def _run_folders() -> RunFolders:
     )
 
 
-def _outputs(result: TrainResult, left_out: list[str]) -> dict[str, Any]:
+def _outputs(result: TrainResult, notes: list[str]) -> dict[str, Any]:
     chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
     samples = to_image(result.samples) if result.samples else nothing()
     report = result.report.to_json()
     stack = [(result.lora_name, 1.0, 1.0)]
     outputs = (stack, result.lora_name, result.state_dict, to_image([chart]), samples, report)
-    return show(outputs, "\n".join([*left_out, report]), [chart, *result.samples])
+    return show(outputs, "\n".join([*notes, report]), [chart, *result.samples])

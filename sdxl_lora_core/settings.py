@@ -12,6 +12,7 @@ import typing
 from collections.abc import Container, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
 from .messages import shown
@@ -39,7 +40,7 @@ class Setting:
 
     help: str
     range: Range | None
-    only_with: tuple[str, Container[Any]] | None
+    only_with: Mapping[str, Container[Any]]
     since: str
 
 
@@ -48,7 +49,7 @@ def setting(
     help: str,
     range: Range | None = None,
     *,
-    only_with: tuple[str, Container[Any]] | None = None,
+    only_with: Mapping[str, Container[Any]] = MappingProxyType({}),
     since: str = "",
 ) -> Any:
     """Declares a field of a config dataclass.
@@ -57,7 +58,8 @@ def setting(
         default: its default, or dataclasses.MISSING for a required setting.
         help: what the setting does and when to change it.
         range: the range of a number.
-        only_with: another setting and those of its values with which this setting has an effect.
+        only_with: other settings, each with those of its values with which this setting has an effect. One of them is
+            enough. A setting without effect is no error: see without_effect.
         since: the version that added the setting. Such a setting enters fingerprints only where it differs from its
             default, so that earlier runs are still found. Empty: it has been there since the first fingerprints and
             always enters them.
@@ -117,13 +119,12 @@ def without_later_defaults(config: Any) -> dict[str, Any]:
 def check_settings(config: object) -> None:
     """Checks every setting by its declaration.
 
-    Raises ValueError naming a setting that is out of its range, not one of its choices, or has no effect.
+    Raises ValueError naming a setting that is out of its range, or not one of its choices.
     """
-    for name, field in fields_of(config).items():
+    for name in fields_of(config):
         _check_range(config, name)
         _check_choice(config, name)
         _check_text(config, name)
-        _check_effect(config, field)
 
 
 def _check_range(config: object, option: str) -> None:
@@ -151,16 +152,22 @@ def _check_text(config: object, option: str) -> None:
             )
 
 
-def _check_effect(config: object, field: dataclasses.Field[Any]) -> None:
-    value, only_with = getattr(config, field.name), declared(config, field.name).only_with
-    if only_with is None or value == field.default:
-        return
-    other, values = only_with
-    if getattr(config, other) not in values:
-        raise ValueError(
-            f"{field.name} is {value} and has no effect while {other} is {getattr(config, other)!r}: "
-            f"change {other}, or set {field.name} back to {field.default}"
-        )
+def without_effect(config: object) -> dict[str, str]:
+    """A sentence for each setting that was changed and has no effect with the values of the others, by its name."""
+    found = {}
+    for name, field in fields_of(config).items():
+        value, others = getattr(config, name), declared(config, name).only_with
+        if value == field.default or not others or any(getattr(config, other) in others[other] for other in others):
+            continue
+        reasons = " and ".join(f"{other} is {_worded(getattr(config, other))}" for other in others)
+        found[name] = f"{name} is {_worded(value)}, which has no effect while {reasons}"
+    return found
+
+
+def _worded(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "empty" if value in ("", ()) else shown(value)
 
 
 def default(config: type, option: str) -> Any:

@@ -8,7 +8,7 @@ import yaml
 
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.generation.config import GenerateConfig
-from sdxl_lora_core.settings import from_mapping, to_yaml
+from sdxl_lora_core.settings import from_mapping, to_yaml, without_effect
 from sdxl_lora_core.training.config.train_config import TrainConfig
 
 
@@ -49,6 +49,51 @@ from sdxl_lora_core.training.config.train_config import TrainConfig
 def test_a_value_that_cannot_work_is_refused_by_name(config: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         config(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"sample_steps": 12}, "sample_steps is 12, which has no effect while sample_prompts is empty"),
+        ({"sample_every": 5}, "sample_every is 5, which has no effect while sample_prompts is empty"),
+        ({"sample_guidance": 3.0}, "sample_guidance is 3.0, which"),
+        ({"clip_model": "x"}, "clip_model is 'x', which"),
+        ({"optimizer": "lion", "adam_beta2": 0.9}, "adam_beta2 is 0.9, which has no effect while optimizer is 'lion'"),
+        ({"optimizer": "adafactor", "adam_beta1": 0.5}, "adam_beta1 is 0.5, which"),
+        ({"lr_cycles": 2}, "lr_cycles is 2, which has no effect while lr_schedule is 'constant'"),
+        ({"lr_power": 3.0}, "lr_power is 3.0, which"),
+        ({"huber_delta": 0.5}, "huber_delta is 0.5, which has no effect while loss is 'mse'"),
+        ({"logit_mean": 1.0}, "logit_mean is 1.0, which has no effect while timestep_sampling is 'uniform'"),
+        ({"logit_std": 2.0}, "logit_std is 2.0, which"),
+        ({"multires_noise_discount": 0.5}, "multires_noise_discount is 0.5, which"),
+        ({"keep_tags": 2}, "keep_tags is 2, which has no effect while shuffle_tags is off and tag_dropout is 0.0"),
+        ({"caption_variants": 2}, "caption_variants is 2, which"),
+        ({"tag_separator": ";"}, "tag_separator is ';', which"),
+        ({"class_images": 3}, "class_images is 3, which has no effect while class_prompt is empty"),
+        ({"vectors_per_token": 3}, "vectors_per_token is 3, which has no effect while new_tokens is empty"),
+        ({"token_learning_rate": 0.1}, "token_learning_rate is 0.1, which"),
+        ({"train_unet": False, "new_tokens": "a", "learning_rate": 0.5}, "learning_rate is 0.5, which"),
+        ({"train_unet": False, "text_encoder_learning_rate": 1e-4, "block_ranks": "mid_block=4"}, "block_ranks is "),
+    ],
+)
+def test_a_setting_without_effect_is_a_note(values: dict[str, Any], reason: str) -> None:
+    """It used to be an error, which punished users who had cleared another setting."""
+    notes = without_effect(TrainConfig(**values))
+    assert list(notes) == [list(values)[-1]] and [*notes.values()][0].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"sample_steps": 12, "sample_prompts": ("a",)},
+        {"keep_tags": 2, "shuffle_tags": True},
+        {"keep_tags": 2, "tag_dropout": 0.5},
+        {"optimizer": "lion", "adam_beta1": 0.5},
+    ],
+)
+def test_a_setting_with_effect_has_no_note(values: dict[str, Any]) -> None:
+    assert without_effect(TrainConfig(**values)) == {}
 
 
 def test_one_prompt_or_one_a_line() -> None:

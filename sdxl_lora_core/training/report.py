@@ -13,7 +13,7 @@ from typing import Any
 from ..dataset.config import DatasetConfig
 from ..files import write_text_atomic
 from ..sdxl.base import prediction_arguments
-from ..settings import fields_of, to_yaml
+from ..settings import fields_of, to_yaml, without_effect
 from .config.captions import placeholder_ids, tokens_of
 from .config.train_config import TrainConfig, learning_encoders
 from .data.batches import small_batches
@@ -52,6 +52,7 @@ class RunReport:
     new_tokens: dict[str, str] | None = None
     small_batches: str | None = None
     note: str | None = None
+    without_effect: list[str] | None = None
     stopped: str | None = None
     early_stopping: str | None = None
     continued: str | None = None
@@ -114,6 +115,8 @@ def _notes(run: Run, job: TrainingJob) -> dict[str, Any]:
         notes["small_batches"] = note
     if run.name != config.lora_name:
         notes["note"] = f"the name {config.lora_name} was taken, so this LoRA is {run.name}"
+    if unused := without_effect(config):
+        notes["without_effect"] = [*unused.values()]
     return notes
 
 

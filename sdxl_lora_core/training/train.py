@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from ..lora.modules import LoRAFile, LoRAModule, with_dora_scale
 from ..lora.writing import kohya_state_dict
 from ..runtime.distributed import Processes
 from ..sdxl.base import SDXLBase, load_part, predicting, require_predictable, require_vae
+from ..settings import without_effect
 from .config.captions import tokens_of
 from .config.loss import LAST_TIMESTEP
 from .config.train_config import TrainConfig
@@ -34,6 +36,8 @@ from .outputs import RunOutputs
 from .report import RunReport, make_report, save_settings
 from .run.runs import Run, claim_run, related_runs
 from .run_length import starting_point, with_steps
+
+log = logging.getLogger("sdxl_lora")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ def train(job: TrainingJob, context: RunContext) -> TrainResult:
     """
     job = _checked(job)
     processes = context.processes
+    for note in without_effect(job.config).values():
+        log.warning(note)
     require_work_for_all(job.config, processes)
     with _claimed(job, context) as run:
         context.on_run(run.name)

@@ -53,3 +53,11 @@ def test_a_half_written_run_is_what_it_is_so_far(tmp_path: Path) -> None:
     assert history["points"] == [[1, 0.5, 0.5, 1e-4, None], [2, None, 0.5, 1e-4, None]]
     assert (history["samples"], history["checkpoints"], history["report"]) == ([], [], None)
     assert not history["finished"] and runs_of(tmp_path / "none", "a") == []
+
+
+def test_settings_without_effect_are_in_the_report_and_the_log(run: Train, caplog: pytest.LogCaptureFixture) -> None:
+    note = "sample_every is 2, which has no effect while sample_prompts is empty"
+    result = run(replace(SMALL, steps=2, sample_every=2))
+    assert result.report.without_effect == [note] and note in caplog.text
+    assert not (result.loss_chart.parent / "samples").exists()
+    assert run(replace(SMALL, steps=2), where="b").report.without_effect is None

@@ -246,10 +246,6 @@ def test_the_loop_trains_by_it_and_validates_without_it(trained: Trained, change
         ({"snr_gamma": 5.0, "debiased": True}, "snr_gamma is 5.0 and debiased is on"),
         ({"noise_offset": 0.1, "multires_noise_iterations": 6}, "noise_offset is 0.1 and multires_noise_iterations"),
         ({"timestep_min": 500, "timestep_max": 400}, "timestep_min is 500 and timestep_max is 400"),
-        ({"huber_delta": 0.5}, "huber_delta is 0.5 and has no effect while loss is 'mse': change loss"),
-        ({"logit_mean": 1.0}, "logit_mean is 1.0 and has no effect while timestep_sampling is 'uniform'"),
-        ({"logit_std": 2.0}, "logit_std is 2.0 and has no effect"),
-        ({"multires_noise_discount": 0.5}, "has no effect while multires_noise_iterations is 0"),
         ({"loss": "l3"}, "loss is 'l3': choose one of mse, huber, smooth_l1"),
     ],
 )

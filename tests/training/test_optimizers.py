@@ -302,10 +302,6 @@ def test_schedule_free_saves_its_average() -> None:
         ({"optimizer": "schedule_free", "lr_schedule": "cosine"}, "'schedule_free' and lr_schedule is 'cosine'"),
         ({"optimizer": "schedule_free", "ema_decay": 0.9}, "'schedule_free' and ema_decay is 0.9"),
         ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "'schedule_free' and adam_beta1 is 0"),
-        ({"optimizer": "lion", "adam_beta2": 0.9}, "adam_beta2 is 0.9 and has no effect while optimizer is 'lion'"),
-        ({"optimizer": "adafactor", "adam_beta1": 0.5}, "adam_beta1 is 0.5 and has no effect while optimizer is"),
-        ({"lr_cycles": 2}, "lr_cycles is 2 and has no effect while lr_schedule is 'constant': change lr_schedule"),
-        ({"lr_power": 3.0}, "lr_power is 3.0 and has no effect while lr_schedule is 'constant'"),
     ],
 )
 def test_settings_that_contradict_are_refused_by_name(settings: dict[str, Any], message: str) -> None:

@@ -242,11 +242,6 @@ def test_the_drawing_weights_are_gone_before_the_training(run: Train, monkeypatc
     assert held == [0]
 
 
-def test_class_images_without_a_prompt_are_refused() -> None:
-    with pytest.raises(ValueError, match="class_images is 3 and class_prompt is empty"):
-        replace(SHORT, class_images=3)
-
-
 def test_a_prior_weight_without_regularisation_images_is_refused(run: Train) -> None:
     with pytest.raises(ValueError, match="prior_weight is 0.5 and there are no regularisation images"):
         run(replace(SHORT, prior_weight=0.5))

@@ -168,7 +168,7 @@ def test_the_unet_leaves_the_device_while_samples_are_drawn(run: Train, monkeypa
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"sample_every": 5}, "sample_every is 5 and sample_prompts is empty"),
+        ({"keep_best": "clip_score", "sample_every": 5, "clip_model": "x"}, "'clip_score' and sample_prompts is empty"),
         ({"keep_best": "clip_score"}, "keep_best is 'clip_score', sample_every is 0 and clip_model is ''"),
     ],
 )

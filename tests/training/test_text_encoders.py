@@ -250,8 +250,6 @@ def test_samples_while_training_are_drawn_with_the_encoders(trained: Trained, mi
 def test_nothing_that_learns_is_refused() -> None:
     with pytest.raises(ValueError, match="train_unet is off and nothing else is trained"):
         TrainConfig(train_unet=False)
-    with pytest.raises(ValueError, match="block_ranks is mid_block=4 and has no effect while train_unet is False"):
-        replace(FIRST, learning_rate=1e-4, train_unet=False, block_ranks="mid_block=4")
     with pytest.raises(ValueError, match="'prodigy', which finds one rate for all, and there are several"):
         replace(FIRST, optimizer="prodigy", learning_rate=1.0)
 

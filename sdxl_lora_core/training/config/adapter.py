@@ -68,17 +68,17 @@ class AdapterSettings:
     blocks: str = setting(
         "",
         'The UNet blocks that are trained, such as "up_blocks.0.attentions.1" for style only. Empty: all.',
-        only_with=("train_unet", (True,)),
+        only_with={"train_unet": (True,)},
     )
     block_ranks: str = setting(
         "",
         'Ranks of single blocks, such as "up_blocks.0=16, mid_block=4"; alpha / rank stays the same.',
-        only_with=("train_unet", (True,)),
+        only_with={"train_unet": (True,)},
     )
     block_learning_rates: str = setting(
         "",
         'Factors on the learning rate of single blocks, such as "down_blocks.1=0.5" for one that learns too much.',
-        only_with=("train_unet", (True,)),
+        only_with={"train_unet": (True,)},
     )
     lora_plus_ratio: float = setting(
         1.0,

@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 
 from ...messages import shown
-from ...settings import NOT_EMPTY, Range, fields_of, setting
+from ...settings import NOT_EMPTY, Range, setting
 from ...text.encoding import CHUNK_TOKENS, TokenIds
 
 _NAME = re.compile(r"\w[\w-]*", re.ASCII)
+_CHANGED = {"shuffle_tags": (True,), "tag_dropout": NOT_EMPTY}  # either of them changes captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +26,23 @@ class CaptionSettings:
         "sentences.",
     )
     keep_tags: int = setting(
-        0, "Number of tags after the trigger word that are never shuffled or dropped.", Range(0, 1000)
+        0,
+        "Number of tags after the trigger word that are never shuffled or dropped.",
+        Range(0, 1000),
+        only_with=_CHANGED,
     )
     tag_dropout: float = setting(
         0.0,
         "Share of the tags dropped at random, so that the LoRA does not need all of them in a prompt.",
         Range(0, 1, step=0.05),
     )
-    tag_separator: str = setting(",", "The separator between two tags in a caption.")
+    tag_separator: str = setting(",", "The separator between two tags in a caption.", only_with=_CHANGED)
     caption_variants: int = setting(
         8,
         "How many shuffled variants of each caption are encoded and sampled from. More give more variety; each takes "
         "about 0.3 MB of disk.",
         Range(1, 1000),
+        only_with=_CHANGED,
     )
     caption_chunks: int = setting(
         1,
@@ -57,7 +62,10 @@ class CaptionSettings:
         "once, and they are trained as regularisation images. Unused if the dataset has its own.",
     )
     class_images: int = setting(
-        0, "How many images are generated from class_prompt. 0: one for each training image.", Range(0, 1000)
+        0,
+        "How many images are generated from class_prompt. 0: one for each training image.",
+        Range(0, 1000),
+        only_with={"class_prompt": NOT_EMPTY},
     )
     new_tokens: str = setting(
         "",
@@ -68,13 +76,13 @@ class CaptionSettings:
         1,
         "Embedding vectors per new token. 2 to 8 hold more detail and take as many tokens of a prompt.",
         Range(1, 75),
-        only_with=("new_tokens", NOT_EMPTY),
+        only_with={"new_tokens": NOT_EMPTY},
     )
     token_learning_rate: float = setting(
         1e-3,
         "Learning rate of the new tokens. Lower it if images with them look wrong.",
         Range(1e-8, 1, step=1e-4),
-        only_with=("new_tokens", NOT_EMPTY),
+        only_with={"new_tokens": NOT_EMPTY},
     )
 
 
@@ -116,21 +124,4 @@ def check_captions(settings: CaptionSettings) -> None:
         raise ValueError(
             f"tag_separator is {settings.tag_separator!r}, which no caption contains, because captions are one line: "
             "use the text between two tags, such as a comma"
-        )
-    if settings.keep_tags and not (settings.shuffle_tags or settings.tag_dropout):
-        raise ValueError(
-            f"keep_tags is {settings.keep_tags}, shuffle_tags is off and tag_dropout 0: all tags are kept anyway, so "
-            "turn one of them on or set keep_tags to 0"
-        )
-    for option in ("caption_variants", "tag_separator"):
-        is_set = getattr(settings, option) != fields_of(settings)[option].default
-        if is_set and not (settings.shuffle_tags or settings.tag_dropout):
-            raise ValueError(
-                f"{option} is {getattr(settings, option)!r}, shuffle_tags is off and tag_dropout 0: captions are not "
-                f"changed, so turn one of them on, or set {option} back"
-            )
-    if settings.class_images and not settings.class_prompt:
-        raise ValueError(
-            f"class_images is {settings.class_images} and class_prompt is empty: give a prompt, or set class_images "
-            "to 0"
         )

@@ -34,7 +34,7 @@ class LossSettings:
         0.1,
         "Errors above this are weighted linearly. Lower it to be less sensitive to outliers.",
         Range(1e-4, 10, step=0.01),
-        only_with=("loss", ("huber", "smooth_l1")),
+        only_with={"loss": ("huber", "smooth_l1")},
     )
     snr_gamma: float = setting(
         0.0,
@@ -58,7 +58,7 @@ class LossSettings:
         0.3,
         "Strength of each coarser noise layer relative to the previous one.",
         Range(0, 1, step=0.05),
-        only_with=("multires_noise_iterations", range(1, 11)),
+        only_with={"multires_noise_iterations": range(1, 11)},
     )
     input_perturbation: float = setting(
         0.0,
@@ -77,13 +77,13 @@ class LossSettings:
         0.0,
         "Mean of logit_normal: 0 is the middle of the range, above 0 noisier, below 0 cleaner.",
         Range(-5, 5, step=0.1),
-        only_with=("timestep_sampling", ("logit_normal",)),
+        only_with={"timestep_sampling": ("logit_normal",)},
     )
     logit_std: float = setting(
         1.0,
         "Standard deviation of logit_normal. Lower concentrates the timesteps more.",
         Range(0.05, 5, step=0.1),
-        only_with=("timestep_sampling", ("logit_normal",)),
+        only_with={"timestep_sampling": ("logit_normal",)},
     )
 
 

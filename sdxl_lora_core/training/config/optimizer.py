@@ -22,7 +22,7 @@ class OptimizerSettings:
         "Learning rate of the UNet. Lower it if images become noisy or oversaturated, raise it if little is learned. "
         "Lion needs a fifth of the usual value, Prodigy needs 1.",
         Range(1e-8, 1.0, step=1e-5),
-        only_with=("train_unet", (True,)),
+        only_with={"train_unet": (True,)},
     )
     gradient_accumulation: int = setting(
         1, "Batches per update: acts like a larger batch without its memory.", Range(1, 1024)
@@ -42,13 +42,13 @@ class OptimizerSettings:
         0.9,
         "Decay rate of the moving average of the gradient.",
         Range(0, 0.9999),
-        only_with=("optimizer", MOMENTUM_OPTIMIZERS),
+        only_with={"optimizer": MOMENTUM_OPTIMIZERS},
     )
     adam_beta2: float = setting(
         0.999,
         "Decay rate of the moving average of the squared gradient.",
         Range(0, 0.99999),
-        only_with=("optimizer", ADAM_LIKE_OPTIMIZERS),
+        only_with={"optimizer": ADAM_LIKE_OPTIMIZERS},
     )
     weight_decay: float = setting(1e-2, "Decay of the LoRA's weights towards zero.", Range(0, 10))
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm. 0: never.", Range(0, 1e6))
@@ -56,13 +56,13 @@ class OptimizerSettings:
         3,
         "Number of cosine cycles of cosine_with_restarts.",
         Range(1, 1000),
-        only_with=("lr_schedule", ("cosine_with_restarts",)),
+        only_with={"lr_schedule": ("cosine_with_restarts",)},
     )
     lr_power: float = setting(
         2.0,
         "Exponent of the polynomial schedule: 1 is linear, more decays earlier.",
         Range(0.1, 10, step=0.1),
-        only_with=("lr_schedule", ("polynomial",)),
+        only_with={"lr_schedule": ("polynomial",)},
     )
     ema_decay: float = setting(
         0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ...settings import fields_of
+from ...settings import fields_of, without_effect
 from .train_config import TrainConfig
 
 Preset = Literal["none", "character", "style", "object", "low memory (8 GB)", "fast test"]
@@ -59,10 +59,16 @@ def with_preset(settings: Mapping[str, Any], preset: Preset) -> tuple[dict[str, 
         default = fields_of(TrainConfig)[name].default
         if filled.get(name, default) != default:
             continue
-        try:
-            TrainConfig(**{**filled, name: value})
-        except ValueError as error:
-            left_out.append(f"preset {preset}: {name} {value} is left out, because {error}")
+        if reason := _misfit({**filled, name: value}, name):
+            left_out.append(f"preset {preset}: {name} {value} is left out, because {reason}")
         else:
             filled[name] = value
     return filled, left_out
+
+
+def _misfit(settings: Mapping[str, Any], name: str) -> str | None:
+    """Why a setting contradicts the others, or has no effect with them."""
+    try:
+        return without_effect(TrainConfig(**settings)).get(name)
+    except ValueError as error:
+        return str(error)

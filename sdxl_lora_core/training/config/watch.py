@@ -43,11 +43,12 @@ class WatchSettings:
         0,
         "Steps between sample images during training; each takes the time to generate them. 0: only at the end.",
         Range(0, UNLIMITED),
+        only_with={"sample_prompts": NOT_EMPTY},
     )
     clip_model: str = setting(
         "",
         "CLIP model that scores the samples, as named on the CLIP Score node. Empty: no scores.",
-        only_with=("sample_prompts", NOT_EMPTY),
+        only_with={"sample_prompts": NOT_EMPTY},
     )
     tensorboard: TensorBoard = setting(
         "auto", "auto: writes event files to the run folder if tensorboard is installed. off: never."
@@ -56,13 +57,13 @@ class WatchSettings:
         25,
         "Denoising steps of a sample image. Fewer are faster and less detailed.",
         Range(1, 200),
-        only_with=("sample_prompts", NOT_EMPTY),
+        only_with={"sample_prompts": NOT_EMPTY},
     )
     sample_guidance: float = setting(
         7.0,
         "Guidance scale of a sample image. Use the value you generate with.",
         Range(0, 50),
-        only_with=("sample_prompts", NOT_EMPTY),
+        only_with={"sample_prompts": NOT_EMPTY},
     )
 
 
@@ -78,13 +79,12 @@ def check_watching(settings: WatchSettings) -> None:
             "keep_best is 'validation_loss' and validate_every is 0: set validate_every to the steps between two "
             "validations"
         )
-    if settings.sample_every and not settings.sample_prompts:
-        raise ValueError(
-            f"sample_every is {settings.sample_every} and sample_prompts is empty: give prompts, or set sample_every "
-            "to 0"
-        )
     if settings.keep_best == "clip_score" and not (settings.sample_every and settings.clip_model):
         raise ValueError(
             f"keep_best is 'clip_score', sample_every is {settings.sample_every} and clip_model is "
             f"{settings.clip_model!r}: set both, so that there are samples and they have a score"
+        )
+    if settings.keep_best == "clip_score" and not settings.sample_prompts:
+        raise ValueError(
+            "keep_best is 'clip_score' and sample_prompts is empty: give prompts, so that there are samples"
         )

@@ -22,7 +22,9 @@ def validation_due(config: TrainConfig, step: int) -> bool:
 
 def samples_due(config: TrainConfig, step: int, last: bool) -> bool:
     """Whether to generate samples after this step; after the last one only if they are compared."""
-    return step > 0 and (_every(config.sample_every, step) or (last and config.keep_best == "clip_score"))
+    if step == 0 or not config.sample_prompts:
+        return False
+    return _every(config.sample_every, step) or (last and config.keep_best == "clip_score")
 
 
 def converged(config: TrainConfig, evaluations: Sequence[Evaluation]) -> bool:
