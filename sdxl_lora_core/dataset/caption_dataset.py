@@ -12,9 +12,10 @@ from PIL import Image, ImageChops
 from ..files import file_sha256, json_sha256
 from ..images.crop import Crop, center_crop, crop_to_bucket, random_crop
 from ..images.decode import decode_mask, decode_with_alpha, strict_pillow
+from ..messages import shown
 from .buckets import bucket_for, is_added_square
 from .caption_text import clean_caption, with_trigger_word
-from .captions import read_captions
+from .captions import ImageCaptions, read_captions
 from .config import DatasetConfig
 from .folder_files import FolderFiles, ImageFile, Problem, scan_folder
 from .layout import arrange
@@ -30,6 +31,8 @@ class CaptionEntry:
 
     `mask` is the mask's file, or the image itself if it has an alpha channel; None to train on the whole image.
     `mask_has_alpha`: the mask's file has transparent parts, which count as black.
+    `written`: the captions without the trigger word, empty if that alone is the caption; `caption_file` has them, or
+    None for captions of metadata files and folder names.
     """
 
     image: Path
@@ -44,6 +47,8 @@ class CaptionEntry:
     mask: Path | None = None
     mask_sha256: str = ""
     mask_has_alpha: bool = False
+    written: tuple[str, ...] = ()
+    caption_file: Path | None = None
 
     @property
     def caption(self) -> str:
@@ -97,8 +102,9 @@ def load_caption_dataset(
     """Decodes every image in `folder` once to check it, and pairs it with its captions (layouts: see read_captions).
 
     The entries of `chained` come first in the result, so that concepts can be trained together; each keeps its own
-    settings. `hash_memo` is a folder that stores file hashes. Raises FileNotFoundError if the folder does not exist,
-    ValueError with the reasons if none of its images can be used.
+    settings. With a trigger word, that is the caption of images without one. `hash_memo` is a folder that stores file
+    hashes. Raises FileNotFoundError if the folder does not exist, ValueError with the reasons if none of its images can
+    be used.
     """
     if not folder.exists():
         raise FileNotFoundError(f"the dataset folder {folder.name!r} does not exist")
@@ -108,7 +114,7 @@ def load_caption_dataset(
     found = len(files.images)
     arrange(files)
     entries = _read_entries(files, config, hash_memo)
-    problems = [Problem(f"{folder.name}/{p.file}", p.reason, p.skipped) for p in dict.fromkeys(files.problems)]
+    problems = [replace(p, file=f"{folder.name}/{p.file}".rstrip("/")) for p in dict.fromkeys(files.problems)]
     if not entries:
         raise ValueError(_nothing_left(folder.name, found, problems))
     loaded = _loaded(folder, config, entries, files)
@@ -137,7 +143,7 @@ def with_validation(dataset: CaptionDataset, held_out: CaptionDataset) -> Captio
 def _read_entries(
     files: FolderFiles, config: DatasetConfig, hash_memo: Path | None
 ) -> list[tuple[ImageFile, CaptionEntry]]:
-    captions = read_captions(files, config.caption_per_line)
+    captions = read_captions(files, config.caption_per_line, config.trigger_word)
     usable = [image for image in files.images if image.key in captions]
 
     def read(image: ImageFile) -> tuple[CaptionEntry | None, list[Problem]]:
@@ -146,11 +152,19 @@ def _read_entries(
     with strict_pillow(), ThreadPoolExecutor(_DECODERS) as pool:
         results = list(pool.map(read, usable))
     files.problems += [problem for _, problems in results for problem in problems]
-    return [(image, entry) for image, (entry, _) in zip(usable, results, strict=True) if entry]
+    entries = [(image, entry) for image, (entry, _) in zip(usable, results, strict=True) if entry]
+    if alone := sum(not entry.written for _, entry in entries):
+        files.problems.append(_captioned_by(clean_caption(config.trigger_word), alone))
+    return entries
+
+
+def _captioned_by(word: str, count: int) -> Problem:
+    have, their = ("images have", "their") if count > 1 else ("image has", "its")
+    return Problem("", f"{count} {have} no caption file: the trigger word {shown(word)} is {their} caption", False)
 
 
 def _read_entry(
-    files: FolderFiles, image: ImageFile, captions: Sequence[str], config: DatasetConfig, hash_memo: Path | None
+    files: FolderFiles, image: ImageFile, captions: ImageCaptions, config: DatasetConfig, hash_memo: Path | None
 ) -> tuple[CaptionEntry | None, list[Problem]]:
     """The entry of an image, None if it cannot be used, and the problems of the image and its mask."""
     try:
@@ -159,9 +173,10 @@ def _read_entry(
     except (ValueError, OSError) as error:
         return None, [Problem(image.key, str(error))]
     trigger = "" if image.is_regularisation else config.trigger_word
-    shown = tuple(with_trigger_word(caption, trigger) for caption in captions)
+    trained = tuple(with_trigger_word(text, trigger) for text in captions.texts) or (clean_caption(trigger),)
     settings = (config.repeats * image.repeats, config.flip, config.resolution, config.random_crops)
-    entry = CaptionEntry(image.path, shown, pixels.width, pixels.height, digest, *settings)
+    entry = CaptionEntry(image.path, trained, pixels.width, pixels.height, digest, *settings)
+    entry = replace(entry, written=captions.texts, caption_file=captions.file)
     if mask := files.masks.get(image.stem):
         entry, problem = _with_mask(entry, mask, hash_memo)
         return entry, [Problem(mask.relative_to(files.root).as_posix(), *problem)] if problem else []
@@ -278,6 +293,8 @@ def _nothing_left(name: str, found: int, problems: Sequence[Problem]) -> str:
         files.setdefault(problem.reason, []).append(problem.file)
     reasons = [f"{names[0]}{_others(len(names) - 1)} {reason}" for reason, names in files.items()]
     more = f"; and {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
+    if any(reason.startswith("has no caption") for reason in files):
+        more += ". A trigger_word would be the caption of those without one"
     return (
         f"none of the {image_count(found)} in the dataset folder {name!r} can be used: {'; '.join(reasons[:5])}{more}"
     )

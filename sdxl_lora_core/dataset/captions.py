@@ -3,38 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from ..messages import shown
 from .caption_text import clean_caption
-from .folder_files import CAPTION_SUFFIXES, METADATA_NAMES, FolderFiles, ImageFile, Problem
+from .folder_files import CAPTION_SUFFIXES, METADATA_NAMES, FolderFiles, ImageFile, Problem, scan_folder
+from .layout import arrange
 from .metadata_files import read_metadata
 from .text_files import MAX_CAPTION_BYTES, read_text
 
 
-def read_captions(files: FolderFiles, per_line: bool = False) -> dict[str, tuple[str, ...]]:
+@dataclass(frozen=True)
+class ImageCaptions:
+    """The captions of an image as written, empty if the trigger word is its caption. `file` is their text file."""
+
+    texts: tuple[str, ...]
+    file: Path | None = None
+
+
+def read_captions(files: FolderFiles, per_line: bool = False, trigger_word: str = "") -> dict[str, ImageCaptions]:
     """The captions by image key. Images without a caption and texts without an image are added to `files.problems`.
 
     The first source that has a caption for an image is used: a metadata.csv or metadata.jsonl (see read_metadata);
     captions/<name>.txt or .caption for images/<name>; a .txt or .caption beside the image; the name of its kohya
     folder. A list in metadata.jsonl gives an image several captions, and with `per_line` so does each line of a text.
+    An image that none of them has a caption for is used if there is a `trigger_word`.
     """
-    captions = {key: _split(texts, per_line) for key, texts in read_metadata(files).items()}
+    written = {key: _split(texts, per_line) for key, texts in read_metadata(files).items()}
+    captions = {key: ImageCaptions(texts) for key, texts in written.items() if texts}
     claimed: dict[str, str] = {}
     used: set[str] = set()
     for image in [*files.left_out, *files.images]:
         texts = list(_texts_of(files, image))
         claimed |= dict.fromkeys(texts, image.key)
-        if image.key in captions or image in files.left_out:
+        if image.key in written or image in files.left_out:
             continue
         try:
-            captions[image.key] = _beside(files, texts, used, per_line) or _of_folder(files, image)
+            if found := _beside(files, texts, used, per_line) or _of_folder(files, image):
+                captions[image.key] = found
+            elif clean_caption(trigger_word) and not image.is_regularisation:
+                captions[image.key] = ImageCaptions(())
+            else:
+                raise ValueError(f"has no caption: write one to {image.stem}.txt")
         except ValueError as error:
             files.problems.append(Problem(image.key, str(error)))
-    for key in [key for key, found in captions.items() if not found]:
+    for key in [key for key, texts in written.items() if not texts]:
         files.problems.append(Problem(key, "its caption is empty: describe what the image shows"))
-        del captions[key]
     _report_unused(files, {name: claimed.get(name) for name in files.texts if name not in used}, captions)
     return captions
+
+
+def caption_file(root: Path, key: str) -> Path:
+    """The text file in the dataset folder `root` that has the caption of the image `key`, or that may get it.
+
+    Raises FileNotFoundError if there is no such image, ValueError if its caption is in a metadata file.
+    """
+    files = scan_folder(root)
+    arrange(files)
+    image = next((image for image in files.images if image.key == key), None)
+    if image is None:
+        raise FileNotFoundError(f"{shown(key)} is no image of the dataset {root.name!r}: run the node again")
+    if key in read_metadata(files):
+        raise ValueError(f"the caption of {key} is in a metadata file ({' or '.join(METADATA_NAMES)}): change it there")
+    texts = [files.texts[name] for name in _texts_of(files, image)]
+    return next((path for path in texts if path.stat().st_size), texts[0] if texts else image.path.with_suffix(".txt"))
 
 
 def _split(texts: list[str], per_line: bool) -> tuple[str, ...]:
@@ -42,15 +75,15 @@ def _split(texts: list[str], per_line: bool) -> tuple[str, ...]:
     return tuple(caption for line in lines if (caption := clean_caption(line)))
 
 
-def _beside(files: FolderFiles, texts: Sequence[str], used: set[str], per_line: bool) -> tuple[str, ...]:
+def _beside(files: FolderFiles, texts: Sequence[str], used: set[str], per_line: bool) -> ImageCaptions | None:
     """The captions in the first of an image's texts that is not empty; `used` receives its name."""
     for name in texts:
         if found := _split([read_text(files, name, MAX_CAPTION_BYTES)], per_line):
             used.add(name)
-            return found
+            return ImageCaptions(found, files.texts[name])
     if texts:
         raise ValueError(f"its caption {texts[0]} is empty: describe what the image shows")
-    return ()
+    return None
 
 
 def _texts_of(files: FolderFiles, image: ImageFile) -> Iterator[str]:
@@ -65,14 +98,14 @@ def _texts_of(files: FolderFiles, image: ImageFile) -> Iterator[str]:
             yield alike[0]
 
 
-def _of_folder(files: FolderFiles, image: ImageFile) -> tuple[str, ...]:
+def _of_folder(files: FolderFiles, image: ImageFile) -> ImageCaptions | None:
     caption = clean_caption(image.folder_caption)
     if not caption:
-        raise ValueError(f"has no caption: write one to {image.stem}.txt")
+        return None
     files.problems.append(
         Problem(image.key, f"has no caption: the name of its folder is used, {shown(caption)}", skipped=False)
     )
-    return (caption,)
+    return ImageCaptions((caption,))
 
 
 def _report_unused(files: FolderFiles, unused: Mapping[str, str | None], captions: Collection[str]) -> None:

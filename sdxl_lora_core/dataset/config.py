@@ -15,8 +15,8 @@ class DatasetConfig:
 
     trigger_word: str = setting(
         "",
-        "A word put before every caption. Use it in prompts to activate what the LoRA learned. Empty: captions are not "
-        "changed.",
+        "A word put before every caption, and the whole caption of images without one. Use it in prompts to activate "
+        "what the LoRA learned. Empty: captions are not changed, and images without one are skipped.",
     )
     resolution: int = setting(
         1024,

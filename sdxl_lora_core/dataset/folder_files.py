@@ -31,7 +31,10 @@ _MASK_ENDING = "-masklabel"  # OneTrainer's
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a file is skipped or, with skipped=False, what to check about a file that is used."""
+    """Why a file is skipped or, with skipped=False, what to check about a file that is used.
+
+    `file` is empty for what is true of several files of the folder.
+    """
 
     file: str
     reason: str

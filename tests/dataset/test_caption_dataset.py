@@ -7,6 +7,7 @@ import struct
 import time
 import unicodedata
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image, ImageCms, ImageFile
 from sdxl_lora_core.dataset import caption_text, text_files
 from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.caption_text import decode_legacy, legacy_encoding, with_trigger_word
+from sdxl_lora_core.dataset.captions import caption_file
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.dataset.report import contact_sheet, describe
 from sdxl_lora_core.images.decode import open_image
@@ -531,6 +533,50 @@ def test_trigger_word_comes_first_unless_it_is_there():
     assert with_trigger_word("8-bit cat", "8-bit") == "8-bit cat"
     assert with_trigger_word("a cat", " \n") == "a cat"
     assert with_trigger_word("c++ code", "c++") == "c++ code"
+
+
+def test_the_trigger_word_is_the_caption_of_images_without_one(tmp_path):
+    files = {"a.png": png(), "b.png": png("blue"), "c.png": png("green"), "c.txt": "a leaf", "d.png": "bad"}
+    dataset = load(tmp_path, files, trigger_word=" ohwx ")
+    assert captions(dataset) == {"a.png": "ohwx", "b.png": "ohwx", "c.png": "ohwx, a leaf"}
+    assert [entry.written for entry in dataset.entries] == [(), (), ("a leaf",)]
+    assert [entry.caption_file and entry.caption_file.name for entry in dataset.entries] == [None, None, "c.txt"]
+    notes = [problem for problem in dataset.problems if not problem.skipped]
+    assert [problem.file for problem in notes] == [tmp_path.name]
+    assert notes[0].reason == "2 images have no caption file: the trigger word 'ohwx' is their caption"
+    assert list(reasons(replace(dataset, problems=dataset.problems[:1]))) == ["d.png"]
+
+
+def test_an_empty_caption_is_a_mistake_even_with_a_trigger_word(tmp_path):
+    dataset = load(tmp_path, {"a.png": png(), "a.txt": " \n", "b.png": png("blue")}, trigger_word="ohwx")
+    assert captions(dataset) == {"b.png": "ohwx"}
+    assert reasons(replace(dataset, problems=dataset.problems[:1])) == {
+        "a.png": "its caption a.txt is empty: describe what the image shows"
+    }
+    assert dataset.problems[1].reason == "1 image has no caption file: the trigger word 'ohwx' is its caption"
+
+
+@pytest.mark.parametrize("word", ["", " \n"])
+def test_without_a_trigger_word_images_without_captions_are_refused(tmp_path, word):
+    with pytest.raises(ValueError, match=r"/a.png has no caption: write one to a.txt\. A trigger_word would be"):
+        load(tmp_path, {"a.png": png()}, trigger_word=word)
+
+
+def test_captions_do_not_depend_on_where_they_are_written(tmp_path):
+    beside = load(lay(tmp_path / "beside", {"a.png": png(), "a.txt": "one"}), trigger_word="ohwx")
+    listed = load(lay(tmp_path / "listed", {"a.png": png(), "metadata.csv": f"{HEAD}a.png,one"}), trigger_word="ohwx")
+    assert beside.fingerprint == listed.fingerprint and listed.entries[0].caption_file is None
+
+
+def test_the_file_to_write_a_caption_to(tmp_path):
+    files = {"images/a.png": png(), "captions/a.txt": "", "images/a.caption": "x", "images/b.png": png()}
+    root = lay(tmp_path / "set", files | {"images/c.png": png(), "images/metadata.csv": f"{HEAD}c.png,one"})
+    assert caption_file(root, "images/a.png") == root / "images/a.caption", "the first that is not empty"
+    assert caption_file(root, "images/b.png") == root / "images/b.txt"
+    with pytest.raises(ValueError, match=r"images/c.png is in a metadata file .* change it there"):
+        caption_file(root, "images/c.png")
+    with pytest.raises(FileNotFoundError, match="'../set/images/a.png' is no image of the dataset 'set'"):
+        caption_file(root, "../set/images/a.png")
 
 
 def test_settings_reach_every_entry(tmp_path):
