@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,9 @@ class ComfyParts(LoadedParts):
         return patcher
 
     def _evicted(self, part: str, holder: SDXLPart) -> None:
-        if self._moving or part not in self._held or self._held[part][1].module is not holder.part:
+        if self._moving or sys.is_finalizing():  # ComfyUI's patchers detach their models when the process ends, too
+            return
+        if part not in self._held or self._held[part][1].module is not holder.part:
             return
         # Drop the weights but keep the patcher: ComfyUI's list of models must not shrink while it is iterated.
         del self._held[part]

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 @contextmanager
 def deterministic_steps(enabled: bool) -> Iterator[None]:
@@ -18,7 +20,8 @@ def deterministic_steps(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first product
+    workspace = os.environ.get(_WORKSPACE)
+    os.environ.setdefault(_WORKSPACE, ":4096:8")  # cuBLAS reads it once, at its first product
     algorithms = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
@@ -29,3 +32,5 @@ def deterministic_steps(enabled: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(algorithms, warn_only=warns)
         torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
