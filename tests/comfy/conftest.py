@@ -61,6 +61,10 @@ def comfyui(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def comfyui_python(comfyui: Path) -> str:
+    return python_of(comfyui)
+
+
+def python_of(comfyui: Path) -> str:
     """The Python that ComfyUI runs on: COMFYUI_PYTHON, or its own environment, or ours."""
     own = [comfyui / name / "bin/python" for name in ("venv", ".venv")]
     found = next((str(python) for python in own if python.exists()), sys.executable)
@@ -70,8 +74,9 @@ def comfyui_python(comfyui: Path) -> str:
 class Server:
     """ComfyUI's HTTP interface, as far as the tests need it."""
 
-    def __init__(self, base: Path, port: int) -> None:
+    def __init__(self, base: Path, port: int, pid: int) -> None:
         self.base = base
+        self.pid = pid
         self.url = f"http://127.0.0.1:{port}"
         self.log = base / "server.log"
 
@@ -127,7 +132,9 @@ class Server:
 
 
 @contextmanager
-def started(comfyui: Path, python: str, base: Path, *options: str) -> Iterator[Server]:
+def started(
+    comfyui: Path, python: str, base: Path, *options: str, device: tuple[str, ...] = ("--cpu",)
+) -> Iterator[Server]:
     """A server of its own with its folders in `base`."""
     options += newest_page() if has_nodes_2(comfyui) else ()
     install_pack(base / "custom_nodes" / "sdxl-lora-nodes")
@@ -136,11 +143,11 @@ def started(comfyui: Path, python: str, base: Path, *options: str) -> Iterator[S
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [python, "main.py", "--cpu", "--port", str(port), "--base-directory", str(base), *options]
+    command = [python, "main.py", *device, "--port", str(port), "--base-directory", str(base), *options]
     command += ["--disable-api-nodes", "--database-url", f"sqlite:///{base}/user/comfyui.db"]
-    found = Server(base, port)
-    with open(found.log, "wb") as log:
+    with open(base / "server.log", "wb") as log:
         process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
+    found = Server(base, port, process.pid)
     try:
         found.wait(lambda: process.poll() is not None or _answers(found), 180)
         assert process.poll() is None, f"ComfyUI did not start:\n{found.text()}"
