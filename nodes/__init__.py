@@ -7,6 +7,7 @@ from .apply_lora_stack import ApplyLoRAStack
 from .base_model import LoadSDXLBase
 from .control import AddControlNet
 from .dataset import LoadCaptionDataset
+from .dataset_images import DatasetImages
 from .generation import SDXLGenerateCached
 from .host.folders import add_output_folders
 from .host.lora_routes import add_lora_routes
@@ -45,6 +46,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "SaveMergedBase": SaveMergedBase,
     "ApplyLoRAStack": ApplyLoRAStack,
     "AddControlNet": AddControlNet,
+    "DatasetImages": DatasetImages,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -66,6 +68,7 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "SaveMergedBase": "Save Merged Base (SDXL)",
     "ApplyLoRAStack": "Apply LoRA Stack",
     "AddControlNet": "Add ControlNet (SDXL)",
+    "DatasetImages": "Dataset Images",
 }
 
 add_output_folders()
