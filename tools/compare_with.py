@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "workflows/api/train_and_compare.json"
+DEMO = ROOT / "example_workflows/api/train_and_compare.json"
 BASE, DATASET, CONTROL_NET = "tiny-sdxl (bundled)", "sample: 8-bit (bundled)", "random"
 STYLES = "8bit_style (bundled)", "line_style (bundled)"
 PROMPT = "a red circle on a navy background"

@@ -1,4 +1,4 @@
-"""Runs workflows/api/train_and_compare.json with the pack's own nodes and shows what came out in out/demo/."""
+"""Runs example_workflows/api/train_and_compare.json with the pack's own nodes and shows what came out in out/demo/."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABEL_HEIGHT, PICTURE = 34, 128
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    workflow = json.loads((ROOT / "workflows/api/train_and_compare.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "example_workflows/api/train_and_compare.json").read_text(encoding="utf-8"))
     print("Training a LoRA on the bundled images, then generating the same prompts without and with it.")
     outputs = run(workflow, HOME, on_node=lambda node_id, title: print(f"  {title}", flush=True))
     before, after, prompts = images_of(workflow, outputs)

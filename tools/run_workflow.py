@@ -1,6 +1,6 @@
 """Runs an API-format workflow with this pack's nodes where ComfyUI is absent.
 
-    python tools/run_workflow.py workflows/api/train_and_compare.json --output out/demo --set 3.steps=100
+    python tools/run_workflow.py example_workflows/api/train_and_compare.json --output out/demo --set 3.steps=100
 
 Knows this pack's nodes, LoadImage, PreviewImage and SaveImage. It does not replace ComfyUI.
 """

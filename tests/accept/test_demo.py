@@ -14,7 +14,7 @@ from tools.compare_with import demo_training
 from tools.run_workflow import ROOT, Workflow, load_pack, run
 
 pytestmark = pytest.mark.accept
-DEMO: Workflow = json.loads((ROOT / "workflows/api/train_and_compare.json").read_text(encoding="utf-8"))
+DEMO: Workflow = json.loads((ROOT / "example_workflows/api/train_and_compare.json").read_text(encoding="utf-8"))
 
 
 def node_of(class_type: str, graph: Workflow, lora: bool = False) -> str:

@@ -28,7 +28,8 @@ import pytest
 from tests.comfy.page import browser, open_page, ours
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ("__init__.py", "pyproject.toml", "nodes", "sdxl_lora_core", "web", "workflows", "assets")
+CODE = ("__init__.py", "pyproject.toml", "nodes", "sdxl_lora_core")
+SHIPPED = (*CODE, "web", "example_workflows", "subgraphs", "assets")
 SMALL = {
     "WatchOptions": {"validate_every": 2, "sample_every": 2, "sample_steps": 2},
     "TrainSDXLLoRA": {"steps": 3, "rank": 2, "batch_size": 1},
@@ -241,11 +242,12 @@ def _answers(server: Server) -> bool:
 
 def small(workflow: dict[str, Any], **changes: dict[str, Any]) -> dict[str, Any]:
     """A shipped workflow with so few steps that a test can run it. `changes` go by node class."""
-    settings = {**SMALL, **{name: {**SMALL.get(name, {}), **change} for name, change in changes.items()}}
-    return {
-        key: {**node, "inputs": {**node["inputs"], **settings.get(node["class_type"], {})}}
-        for key, node in workflow.items()
-    }
+
+    def shrunk(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        fewer = {name: value for name, value in SMALL.get(kind, {}).items() if name in inputs}
+        return {**inputs, **fewer, **changes.get(kind, {})}
+
+    return {key: {**node, "inputs": shrunk(node["class_type"], node["inputs"])} for key, node in workflow.items()}
 
 
 @pytest.fixture(scope="session")
@@ -256,5 +258,5 @@ def shrink() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def shipped() -> dict[str, dict[str, Any]]:
     """The API workflows by name."""
-    files = sorted((ROOT / "workflows/api").glob("*.json"))
+    files = sorted((ROOT / "example_workflows/api").glob("*.json"))
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}

@@ -49,7 +49,13 @@ def ours(errors: list[str]) -> list[str]:
 
 
 def open_workflow(page: Any, name: str) -> None:
-    open_graph(page, json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
+    open_graph(page, json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def open_template(page: Any, name: str) -> None:
+    """Opens a template as the page's template browser does, at the zoom that the page chooses."""
+    graph = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    page.evaluate("(graph) => window.app.loadGraphData(graph, true, true, null, { openSource: 'template' })", graph)
 
 
 def open_graph(page: Any, graph: dict[str, Any]) -> None:

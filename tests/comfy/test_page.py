@@ -108,7 +108,7 @@ def test_workflow_runs_from_the_page(
     assert all(page.evaluate(texts)), "a node shows an empty text"
     serialized = "() => window.app.graph.serialize().nodes.map((node) => [node.id, node.widgets_values ?? []])"
     saved = page.evaluate(serialized)
-    graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    graph = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
     counts = {node["id"]: len(node["widgets_values"]) for node in graph["nodes"]}
     assert {key: len(values) for key, values in saved} == counts, "the text must stay out of the saved graph"
 

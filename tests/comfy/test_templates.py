@@ -1,0 +1,162 @@
+"""Every template in ComfyUI's page: whole, readable, nothing on top of another; and run in a real ComfyUI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_lora_core.sdxl.base import open_base
+from tests.comfy.conftest import has_nodes_2 as has_blueprints  # both came with 0.3.67 or later
+from tests.comfy.page import open_template, run, set_widgets
+from tests.micro.controls import random_net, save_single
+from tools.templates import TEMPLATES
+
+CHECKPOINT = "checkpoints/sd_xl_base_1.0.safetensors"
+LORA = "loras/sd_xl_offset_example-lora_1.0.safetensors"
+CONTROL_NET = "controlnet/diffusers_xl_canny_full.safetensors"
+SDXL = [name for name in TEMPLATES if name.endswith("_sdxl")]
+BUNDLED = [name for name in TEMPLATES if name not in SDXL]
+LEGIBLE = 0.6  # the zoom below which the canvas draws no text
+# So few steps and pixels that a CPU can run SDXL.
+TINY = {"width": 64, "height": 64, "steps": 2}
+SMALLER: dict[str, dict[str, Any]] = {
+    "LoadCaptionDataset": {"resolution": 64, "validation_percent": 0},
+    "DatasetImages": {"size": 64},
+    "WatchOptions": {"sample_every": 1, "validate_every": 0, "keep_best": "off", "sample_steps": 1},
+    "CaptionOptions": {"class_images": 1},
+    "TrainSDXLLoRA": {"steps": 1, "sample_prompts": "a shape"},
+    "SDXLGenerateCached": {**TINY, "count": 1},
+    "EmptyLatentImage": {"width": 64, "height": 64},
+    "KSampler": {"steps": 2},
+}
+
+# The rectangle of each node on the screen, [left, top, right, bottom] in pixels, with its title.
+FRAMES = """(nodes2) => window.app.graph._nodes.map((node) => {
+  const drawn = nodes2 && document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+  if (drawn) return [node.title, drawn.left, drawn.top, drawn.right, drawn.bottom];
+  const { scale, offset } = window.app.canvas.ds;
+  const [left, top] = [(node.pos[0] + offset[0]) * scale, (node.pos[1] - 30 + offset[1]) * scale];
+  return [node.title, left, top, left + node.size[0] * scale, top + (node.size[1] + 30) * scale];
+})"""
+
+
+def overlaps(page: Any, nodes_2: bool) -> list[tuple[str, str]]:
+    frames = page.evaluate(FRAMES, nodes_2)
+    return [
+        (one[0], other[0])
+        for number, one in enumerate(frames)
+        for other in frames[number + 1 :]
+        if one[1] < other[3] and other[1] < one[3] and one[2] < other[4] and other[2] < one[4]
+    ]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_opens_whole_and_readable(page: Any, nodes_2: bool, shipped: dict[str, Any], name: str) -> None:
+    open_template(page, name)
+    missing = """() => window.app.graph._nodes.map((node) => node.type)
+      .filter((type) => !window.LiteGraph.registered_node_types[type])"""
+    assert page.evaluate(missing) == []
+    zoom = "() => window.app.canvas.ds.scale"
+    page.wait_for_function(f"() => ({zoom})() > {LEGIBLE} && ({zoom})() < 1")
+    page.wait_for_timeout(500)  # Nodes 2.0 lays its nodes out after they are drawn
+    assert page.evaluate(zoom) > LEGIBLE
+    assert overlaps(page, nodes_2) == []
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    assert {key: node["class_type"] for key, node in prompt.items()} == {
+        key: node["class_type"] for key, node in shipped[name].items()
+    }
+    for key, node in shipped[name].items():
+        assert {option: prompt[key]["inputs"].get(option) for option in node["inputs"]} == node["inputs"]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_template_on_the_bundled_model_runs_and_its_results_cover_nothing(
+    page: Any, server: Any, nodes_2: bool, shipped: dict[str, Any], shrink: Callable[..., Any], name: str
+) -> None:
+    open_template(page, name)
+    set_widgets(page, shrink(shipped[name]))
+    before = set(server.get("/history"))
+    run(page)
+    server.wait(lambda: set(server.get("/history")) - before, 300)
+    (prompt,) = set(server.get("/history")) - before
+    entry = server.get(f"/history/{prompt}")[prompt]
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    shown = [key for key, output in entry["outputs"].items() if output.get("images")]
+    page.wait_for_timeout(1500)  # for the pictures to arrive and the nodes to grow
+    assert shown and overlaps(page, nodes_2) == []
+
+
+@pytest.fixture(scope="module")
+def sdxl(server: Any, narrow_home: Path) -> Iterator[Any]:
+    """The server with files of random weights by the names of the models that the templates name."""
+    checkpoint, lora, net = (server.base / "models" / name for name in (CHECKPOINT, LORA, CONTROL_NET))
+    for file in (checkpoint, lora, net):
+        file.parent.mkdir(exist_ok=True)
+    os.link(narrow_home / "models/checkpoints/narrow.safetensors", checkpoint)
+    os.link(narrow_home / "models/loras/unet.safetensors", lora)
+    save_single(net, random_net(open_base(checkpoint), seed=0))
+    yield server
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    for file in (checkpoint, lora, net):
+        file.unlink()
+
+
+@pytest.mark.parametrize("name", SDXL)
+def test_a_template_for_sdxl_runs(sdxl: Any, shipped: dict[str, Any], shrink: Callable[..., Any], name: str) -> None:
+    workflow = shrink(shipped[name], **SMALLER)
+    outputs = sdxl.run(workflow, 900)
+    for key, node in workflow.items():
+        if node["class_type"] in ("SDXLGenerateCached", "SaveImage"):
+            assert outputs[key]["images"]
+
+
+# Adds what the blueprint needs, connects it, and makes the run short.
+COMPLETE = """(settings) => {
+  const { graph } = window.app;
+  const [whole] = graph._nodes;
+  const add = (type, x) => {
+    const node = window.LiteGraph.createNode(type);
+    node.pos = [x, 900];
+    graph.add(node);
+    return node;
+  };
+  const set = (node, values) => {
+    const named = (name) => node.widgets.find((widget) => widget.name === name);
+    for (const [name, value] of Object.entries(values)) named(name).value = value;
+  };
+  const [base, data] = [add("LoadSDXLBase", 0), add("LoadCaptionDataset", 400)];
+  set(base, { base: "tiny-sdxl (bundled)" });
+  set(data, { folder: "sample: 8-bit (bundled)", resolution: 64 });
+  set(whole, settings);
+  base.connect(0, whole, 0);
+  data.connect(0, whole, 1);
+}"""
+
+
+def test_the_blueprint_is_found_by_search_and_runs(page: Any, server: Any, comfyui: Path) -> None:
+    if not has_blueprints(comfyui):
+        pytest.skip("this ComfyUI has no subgraph blueprints")
+    assert "Train and compare" in [found["name"] for found in server.get("/global_subgraphs").values()]
+    page.evaluate("() => window.app.graph.clear()")
+    page.mouse.dblclick(800, 500)
+    page.keyboard.type("train and compare", delay=20)
+    page.get_by_text("Train and compare", exact=True).first.wait_for()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => window.app.graph._nodes.length === 1")
+    page.mouse.click(700, 600)  # puts the node down
+    short = {"lora_name": "blueprint", "steps": 2, "rank": 2, "sample_every": 1, "prompts": "a red circle", "size": 64}
+    page.evaluate(COMPLETE, short)
+    before = set(server.get("/history"))
+    run(page)
+    server.wait(lambda: set(server.get("/history")) - before, 300)
+    (prompt,) = set(server.get("/history")) - before
+    entry = server.get(f"/history/{prompt}")[prompt]
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    made = {key.partition(":")[2]: output for key, output in entry["outputs"].items()}
+    with_lora, without = ([image["filename"] for image in made[key]["images"]] for key in ("5", "6"))
+    assert len(with_lora) == len(without) == 1 and with_lora != without
+    assert "blueprint" in made["2"]["text"][0]
