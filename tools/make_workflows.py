@@ -25,7 +25,13 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
 # Heights in pixels, each the largest of the three pages.
 ROW, SOCKET, TEXT_BOX, FOOT, MORE = 30, 20, 100, 36, 30
 REPORT, PICTURE = 96, 220  # what our nodes show after they ran
-PANELS = {"TrainSDXLLoRA": 360, "LoadCaptionDataset": 220, "LoadLoRA": 160}  # in place of pictures
+PANELS = {
+    "TrainSDXLLoRA": 380,  # with the pictures
+    "LoadCaptionDataset": 220,  # in place of the picture
+    "LoadLoRA": 140,
+    "SDXLGenerateCached": PICTURE + 60,
+    "CLIPScore": PICTURE + 190,
+}
 PICTURES = ("SaveImage", "PreviewImage")
 SDXL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main"
 CONTROL = "https://huggingface.co/lllyasviel/sd_control_collection/resolve/main"
