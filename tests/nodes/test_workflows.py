@@ -14,8 +14,8 @@ from PIL import Image
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro.controls import random_net, save_single
 from tests.micro.images import write_lora
+from tools.make_workflows import BLUEPRINT, ONLY_IN_COMFYUI, train_and_compare_blueprint, ui_graph
 from tools.make_workflows import FILES as MODELS
-from tools.make_workflows import ONLY_IN_COMFYUI, ui_graph
 from tools.run_workflow import CORE_NODES, ROOT, load_pack, run, with_settings
 from tools.templates import TEMPLATES
 from tools.thumbnails import WIDTH, bundled_twin, is_for_sdxl
@@ -106,6 +106,33 @@ def test_page_format_is_up_to_date(path: Path) -> None:
     up_to_date = ui_graph(read(path), TEMPLATES[path.stem])
     assert read(FOLDER / path.name) == up_to_date, "run python -m tools.make_workflows"
     assert Image.open(FOLDER / f"{path.stem}.jpg").width == WIDTH
+
+
+def test_readme_shows_every_template() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [
+        name for name in TEMPLATES if f"example_workflows/{name}.jpg" not in readme or f"**{name}**" not in readme
+    ]
+
+
+def test_the_blueprint_is_up_to_date_and_whole() -> None:
+    blueprint = read(BLUEPRINT)
+    assert blueprint == train_and_compare_blueprint(), "run python -m tools.make_workflows"
+    (inside,), (node,) = blueprint["definitions"]["subgraphs"], blueprint["nodes"]
+    assert node["type"] == inside["id"]
+    assert [entry["name"] for entry in node["inputs"]] == [entry["name"] for entry in inside["inputs"]]
+    nodes = {node["id"]: node for node in inside["nodes"]}
+    links = {link["id"]: link for link in inside["links"]}
+    for link in links.values():
+        if link["target_id"] in nodes:
+            assert nodes[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
+        if link["origin_id"] in nodes:
+            assert link["id"] in nodes[link["origin_id"]]["outputs"][link["origin_slot"]]["links"]
+    shown = [entry for entry in node["inputs"] if "widget" in entry]
+    assert len(shown) == len(node["properties"]["proxyWidgets"]) == 9
+    for key, widget in node["properties"]["proxyWidgets"]:
+        (entry,) = (entry for entry in nodes[int(key)]["inputs"] if entry["name"] == widget)
+        assert links[entry["link"]]["origin_id"] == -10 and links[entry["link"]]["type"] == entry["type"]
 
 
 def test_every_node_of_the_pack_stands_in_a_template() -> None:
