@@ -57,10 +57,10 @@ def read(path: Path) -> Any:
 
 
 def small(workflow: dict[str, Any]) -> dict[str, Any]:
-    """So few steps that a test can run it, in the settings that the workflow has."""
+    """So few steps that a test can run it, in the settings that the workflow has and that are on."""
 
     def shrunk(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs | {name: value for name, value in SMALL.get(kind, {}).items() if name in inputs}
+        return inputs | {name: value for name, value in SMALL.get(kind, {}).items() if inputs.get(name)}
 
     return {key: {**node, "inputs": shrunk(node["class_type"], node["inputs"])} for key, node in workflow.items()}
 
