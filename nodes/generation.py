@@ -10,6 +10,7 @@ from ..sdxl_lora_core.files import stat_fingerprint
 from ..sdxl_lora_core.generation.config import GenerateConfig
 from ..sdxl_lora_core.generation.init_images import StartImage, start_images
 from ..sdxl_lora_core.generation.job import GenerationContext, GenerationJob
+from ..sdxl_lora_core.lora.stack import LoRARef
 from ..sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from ..sdxl_lora_core.sdxl.base import SDXLBase
 from . import choices
@@ -115,7 +116,7 @@ class SDXLGenerateCached:
         job = GenerationJob(base, config, loras, _starts(config, inputs), controls or ())
         with loaded_parts() as parts, Progress() as progress:
             images = generate(job, _context(parts, progress, inputs))
-        return _outputs(images)
+        return _outputs(images, loras)
 
 
 def _context(parts: LoadedParts, progress: Progress, inputs: Mapping[str, Any]) -> GenerationContext:
@@ -143,14 +144,15 @@ def _embeddings(prompts: str) -> str:
     return " ".join(stat_fingerprint(path) for path in found if path)
 
 
-def _outputs(images: Sequence[GeneratedImage]) -> dict[str, Any]:
+def _outputs(images: Sequence[GeneratedImage], loras: Sequence[LoRARef]) -> dict[str, Any]:
     pixels = [image.pixels for image in images]
     info = json.dumps([_facts(image) for image in images], indent=2)
     prompts = "\n".join(image.words for image in images)
     latents = [image.latents for image in images if image.latents is not None]
     fit = dict.fromkeys(line for image in images for line in image.lora_fit)
+    stack = [f"LoRA {lora.name} at {lora.strength_model:g}, text {lora.strength_clip:g}" for lora in loras]
     outputs = (to_image(pixels), info, prompts, to_latent(latents) if latents else nothing())
-    text = "\n".join([_summary(images), *fit])
+    text = "\n".join([_summary(images), *(fit or stack)])
     made = [{"from_cache": image.hit, "seconds": round(image.seconds, 3), "seed": image.seed} for image in images]
     return show(outputs, text, pixels, [image.texts for image in images], made=made)
 
@@ -168,4 +170,4 @@ def _facts(image: GeneratedImage) -> dict[str, Any]:
 def _summary(images: Sequence[GeneratedImage]) -> str:
     found = sum(image.hit for image in images)
     seconds = sum(image.seconds for image in images)
-    return f"{len(images)} image{'s' * (len(images) != 1)}, {found} from the cache, {seconds:.1f} s"
+    return f"{len(images)} image{'s' * (len(images) != 1)}, {found} from the cache, in {seconds:.1f} s."

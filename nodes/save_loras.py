@@ -111,4 +111,4 @@ def _of_wire(lora: Any) -> StackEntry:
 
 def _saved(path: Path, more: tuple[Any, ...] = ()) -> dict[str, Any]:
     name, report = path.relative_to(_folder().resolve()).as_posix(), describe_lora(path)
-    return show(([(name, 1.0, 1.0)], name, *more, report), f"saved as {name}\n{report}")
+    return show(([(name, 1.0, 1.0)], name, *more, report), f"Saved as {path}.\n{report}")

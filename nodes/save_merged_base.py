@@ -56,4 +56,4 @@ class SaveMergedBase:
         name = path.relative_to(folder.resolve()).as_posix()
         tokens = [f"new token {token} stays in its LoRA" for entry in stack for token in entry.tokens]
         report = "\n".join([f"saved as {name} in output/{kind}", *fit, *tokens])
-        return show((merged, name, report), report)
+        return show((merged, name, report), "\n".join([f"Saved as {path}.", *fit, *tokens]))

@@ -77,7 +77,7 @@ def _outputs(pixels: list[np.ndarray], report: ScoreReport) -> dict[str, Any]:
     annotated = [annotate(pixels, report)[index] for index in report.order]
     scores = [report.scores[index].clip_score for index in report.order]
     outputs = (to_image(ordered), to_image(ordered[:1]), report.mean, scores, to_image(annotated), report.to_json())
-    summary = f"mean {report.mean:.2f}, best {scores[0]:.2f}"
+    summary = f"The mean CLIP score of {len(scores)} images is {report.mean:.1f}, the best is {scores[0]:.1f}."
     return show(outputs, "\n".join([summary, *report.warnings]), annotated, scores=_rows(report))
 
 

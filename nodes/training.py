@@ -125,9 +125,12 @@ def _run_folders() -> RunFolders:
 
 
 def _outputs(result: TrainResult, notes: list[str]) -> dict[str, Any]:
+    from ..sdxl_lora_core.training.report import describe_run
+
     chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
     samples = to_image(result.samples) if result.samples else nothing()
     report = result.report.to_json()
     stack = [(result.lora_name, 1.0, 1.0)]
     outputs = (stack, result.lora_name, result.state_dict, to_image([chart]), samples, report)
-    return show(outputs, "\n".join([*notes, report]), [chart, *result.samples])
+    text = "\n".join([describe_run(result.report, result.lora_path), *notes])
+    return show(outputs, text, [chart, *result.samples], report=[report])

@@ -13,7 +13,17 @@ import numpy as np
 from torch import Tensor
 
 from . import maintenance
-from .image_entries import DAMAGE, entry_folder, lock_of, mark_used, read_entry, read_latents, release, write_entry
+from .image_entries import (
+    DAMAGE,
+    entry_folder,
+    lock_of,
+    mark_used,
+    read_entry,
+    read_latents,
+    read_manifest,
+    release,
+    write_entry,
+)
 
 log = logging.getLogger("sdxl_lora")
 
@@ -46,6 +56,13 @@ class ImageCache:
             return None
         mark_used(folder)
         return pixels
+
+    def manifest(self, key: str) -> dict[str, Any]:
+        """What was stored beside the image under `key`; empty if it cannot be read."""
+        try:
+            return read_manifest(entry_folder(self.root, key))
+        except DAMAGE:
+            return {}
 
     def load_latents(self, key: str) -> Tensor | None:
         """The latents stored with the image under `key`, [4, H/8, W/8], or None."""

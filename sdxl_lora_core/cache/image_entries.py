@@ -71,9 +71,14 @@ def write_entry(
     return sum(map(len, files.values())) + len(written)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError, or one of DAMAGE."""
+    return json.loads((folder / MANIFEST).read_bytes())
+
+
 def read_entry(folder: Path) -> np.ndarray:
     """The pixels, uint8 [H, W, 3]. Raises FileNotFoundError if there is no entry, one of DAMAGE if it is damaged."""
-    manifest = json.loads((folder / MANIFEST).read_bytes())
+    manifest = read_manifest(folder)
     png = (folder / IMAGE).read_bytes()
     found = _checksum(png)
     wanted = {name: manifest[name] for name in found}
@@ -84,7 +89,7 @@ def read_entry(folder: Path) -> np.ndarray:
 
 def read_latents(folder: Path) -> Tensor | None:
     """The latents stored with the image, or None. Raises as read_entry does."""
-    wanted = json.loads((folder / MANIFEST).read_bytes()).get("latents")
+    wanted = read_manifest(folder).get("latents")
     if wanted is None:
         return None
     content = (folder / LATENTS).read_bytes()

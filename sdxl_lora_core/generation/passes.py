@@ -41,7 +41,7 @@ class GeneratedImage:
 
     `texts` are the text chunks of its PNG by keyword; `words` is the prompt in one line, without syntax. `latents` are
     float32 [4, H/8, W/8] in the VAE's own scale, if the request keeps them. `lora_fit` has a line for each LoRA that
-    was merged for this image: how many of its modules the base has.
+    was merged for this image, now or when it was cached: how many of its modules the base has.
     """
 
     pixels: np.ndarray
@@ -171,7 +171,9 @@ class Pass:
         latents = cache.load_latents(request.key) if self.config.keep_latents else None
         if pixels is None or (latents is None and self.config.keep_latents):
             return None
-        return self._image(request, pixels, latents, hit=True, seconds=time.perf_counter() - start)
+        image = self._image(request, pixels, latents, hit=True, seconds=time.perf_counter() - start)
+        fit = cache.manifest(request.key).get("lora_fit")  # entries before 0.4 have none
+        return replace(image, lora_fit=tuple(map(str, fit)) if isinstance(fit, list) else ())
 
     def _make(self, missing: Sequence[Request]) -> dict[str, GeneratedImage]:
         if not missing:
@@ -219,11 +221,12 @@ class Pass:
     def _stored(self, request: Request, made: MadeImage, text_fit: tuple[str, ...], seconds: float) -> GeneratedImage:
         latents = made.latents if self.config.keep_latents else None
         image = self._image(request, made.pixels, latents, hit=False, seconds=seconds)
+        fit = (*text_fit, *made.lora_fit)
         if self.cache:
             versions = {name: version(name) for name in KEYED_LIBRARIES}
-            manifest = {"settings": request.facts, "versions": versions}
+            manifest = {"settings": request.facts, "versions": versions, "lora_fit": fit}
             self.cache.store(image.key, made.pixels, manifest, image.texts, latents)
-        return replace(image, lora_fit=(*text_fit, *made.lora_fit))
+        return replace(image, lora_fit=fit)
 
     def _ingredients(self, requests: Sequence[Request]) -> _Ingredients:
         starts = dict.fromkeys(start for request in requests for start in request.starts)

@@ -76,6 +76,26 @@ class RunReport:
         return json.dumps(values, indent=2)
 
 
+def describe_run(report: RunReport, path: Path) -> str:
+    """The report in some lines for people: what was trained and where it is, then what is out of the ordinary."""
+    loss = "" if report.loss is None else f", loss {report.loss:.4f}"
+    validation = ""
+    if report.validation_loss is not None and report.validation_loss_before is not None:
+        validation = f", validation loss {report.validation_loss_before:.4f} -> {report.validation_loss:.4f}"
+    found = "found again" if report.reused else f"{report.steps} steps on {report.images} images"
+    lines = [f"Saved as {path}: {found}{loss}{validation}."]
+    if known := [score for score in report.clip_scores or () if score is not None]:
+        lines.append(f"mean CLIP score of the samples: {sum(known) / len(known):.1f}")
+    if report.trigger_words:
+        lines.append(f"trigger words: {', '.join(report.trigger_words)}")
+    notes = (report.stopped, report.early_stopping, report.continued, report.kept, report.note, report.small_batches)
+    lines += [note for note in notes if note]
+    lines += [f"left out: {file}" for file in report.skipped_files]
+    if report.skipped_steps:
+        lines.append(f"{len(report.skipped_steps)} steps were skipped, because their loss was not finite")
+    return "\n".join([*lines, f"memory: {report.memory}"] if report.memory else lines)
+
+
 def make_report(run: Run, job: TrainingJob, trained: Trained) -> RunReport:
     """The report of a run from the result of its training loop."""
     state, dataset = trained.state, job.dataset

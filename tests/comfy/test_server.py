@@ -77,6 +77,11 @@ def picture(lora_stack: Any = None, **changes: Any) -> Workflow:
     return {"base": job()["base"], "picture": {"class_type": "SDXLGenerateCached", "inputs": inputs}}
 
 
+def report_of(outputs: dict[str, Any]) -> dict[str, Any]:
+    """The training's report."""
+    return json.loads(outputs["train"]["sdxl_lora_report"][0])
+
+
 def seen_in(output: dict[str, Any]) -> list[str]:
     """A name for each image that a node shows: the digits of its pixels, with which the names of previews begin."""
     return [image["filename"][:24] for image in output["images"]]
@@ -126,7 +131,7 @@ def test_without_comfyuis_cache_of_outputs(
 def test_training_after_generation_and_the_reverse_in_one_process(server: Any) -> None:
     server.run(picture(seed=11))
     outputs = server.run(job(train={"lora_name": "after", "sample_prompts": "a red star"}))
-    report = json.loads(outputs["train"]["text"][0])
+    report = report_of(outputs)
     assert report["steps"] == 3 and report["loss"] > 0
     assert len(outputs["train"]["images"]) == 2, "the chart and one sample"
     plain = server.run(picture(seed=12))["picture"]
@@ -139,7 +144,7 @@ def test_second_run_finds_everything_again(server: Any) -> None:
     server.run(workflow)
     server.run(picture(seed=22))  # makes ComfyUI forget the outputs of nodes that are not in this prompt
     second = server.run(workflow)
-    assert json.loads(second["train"]["text"][0])["reused"] is True
+    assert report_of(second)["reused"] is True
     assert "1 from the cache" in second["picture"]["text"][0]
     assert not (server.base / "output/loras/again_00002.safetensors").exists()
 
@@ -186,7 +191,7 @@ def test_a_stopped_training_is_kept_and_goes_on_with_more_steps(server: Any) -> 
     assert server.post("/sdxl_lora/stop", {}) == {"stopping": True}
     entry = server.finished(prompt)
     assert entry["status"]["status_str"] == "success"
-    report = json.loads(entry["outputs"]["train"]["text"][0])
+    report = report_of(entry["outputs"])
     assert report["steps"] < 50 and "stopped on request" in report["stopped"]
     assert entry["outputs"]["picture"]["images"], "what hangs on the training did not run"
     with pytest.raises(urllib.error.HTTPError) as refusal:
@@ -194,9 +199,9 @@ def test_a_stopped_training_is_kept_and_goes_on_with_more_steps(server: Any) -> 
     assert refusal.value.code == 409
 
     outputs = server.run(workflow)
-    assert "train" not in outputs or json.loads(outputs["train"]["text"][0])["steps"] == report["steps"], "trained on"
+    assert "train" not in outputs or report_of(outputs)["steps"] == report["steps"], "trained on"
     longer = {**picture(["train", 0], seed=61), **job(train={"lora_name": "stopped", "steps": 51})}
-    rest = json.loads(server.run(longer)["train"]["text"][0])
+    rest = report_of(server.run(longer))
     assert rest["steps"] == 51 and "stopped" not in rest and rest["lora"] == "stopped_00002.safetensors"
     assert "the first steps are those of stopped" in rest["continued"]
 
@@ -230,9 +235,9 @@ def test_a_lora_made_since_the_page_was_loaded_is_trained_further(server: Any) -
         return {**workflow, "options": {"class_type": "AdapterOptions", "inputs": {"continue_from": file}}}
 
     assert "'made_now.safetensors' was not found" in server.refused(further("made_now.safetensors"))
-    alone = json.loads(server.run(further(""))["train"]["text"][0])  # as graphs have it that are older than the list
+    alone = report_of(server.run(further("")))  # as graphs have it that are older than the list
     server.run(job(train={"lora_name": "made_now"}))
-    continued = json.loads(server.run(further("made_now.safetensors"))["train"]["text"][0])
+    continued = report_of(server.run(further("made_now.safetensors")))
     assert (alone["lora"], continued["lora"]) == ("further.safetensors", "further_00002.safetensors")
 
 

@@ -89,7 +89,7 @@ def test_a_watched_training_is_cancelled_goes_on_and_stops_early(
     assert f"training resumes at step {step}\n" in story.server.text()[seen:]
     assert min(story.steps_shown(seen)) >= step, "training began anew"
     assert rows[: len(before)] == before, "steps were done again: their speeds are not those of the first time"
-    check_report(json.loads(outputs["4"]["text"][0]), rows)
+    check_report(json.loads(outputs["4"]["sdxl_lora_report"][0]), rows)
     check_chart(story.run / "loss.png")
     check_samples(story.run / "samples", last=int(rows[-1]["step"]))
     assert len(outputs["4"]["images"]) == 3, "the chart and the finished LoRA's two samples"

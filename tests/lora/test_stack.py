@@ -72,6 +72,18 @@ def test_only_what_changed_is_loaded_again(
     assert done(weighted(lora, 1.0, 0.5)) == ["change text_encoders"]
 
 
+def test_cached_images_say_how_the_loras_fitted(micro_base: SDXLBase, lora: LoRARef, tmp_path: Path) -> None:
+    made, found = (draw(micro_base, settings(steps=1), [lora], cache_folder=tmp_path)[0] for _ in range(2))
+    assert not made.hit and found.hit
+    assert found.lora_fit == made.lora_fit and "modules are in this base" in found.lora_fit[0]
+    (manifest,) = tmp_path.rglob("manifest.json")
+    stored = json.loads(manifest.read_text())
+    del stored["lora_fit"]
+    manifest.write_text(json.dumps(stored))  # as before version 0.4
+    (older,) = draw(micro_base, settings(steps=1), [lora], cache_folder=tmp_path)
+    assert older.hit and older.lora_fit == ()
+
+
 def test_taking_the_stack_off_restores_the_base(micro_base: SDXLBase, lora: LoRARef) -> None:
     before = pixels(micro_base, settings())
     pixels(micro_base, settings(), [lora])

@@ -168,19 +168,30 @@ def test_the_clip_model_is_found_by_its_name_and_the_second_dataset_travels(
     assert taken["validation"] == held_out.entries and len(held_out.entries) == 5
 
 
-def test_the_node_shows_what_a_preset_leaves_out_above_the_report(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_node_says_where_the_lora_is_and_what_was_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
     chart = tmp_path / "loss.png"
     Image.new("RGB", (8, 8)).save(chart)
+    facts = {"lora": "a", "base": "b", "images": 3, "steps": 20, "epochs": 2.0, "loss": 0.12345, "modules": 1}
+    more = {"adapter": "lora", "rank": 4, "trigger_words": ["ohwx"], "memory": "", "skipped_steps": []}
+    report = import_module(f"{PACK.__name__}.sdxl_lora_core.training.report").RunReport(
+        **facts, **more, skipped_files=["x.psd: cannot be read"]
+    )
     result = SimpleNamespace(
-        loss_chart=chart, samples=[], report=SimpleNamespace(to_json=lambda: "{}"), lora_name="a", state_dict={}
+        loss_chart=chart, samples=[], report=report, lora_name="a", lora_path=tmp_path / "a.safetensors", state_dict={}
     )
     monkeypatch.setattr(
         import_module(f"{PACK.__name__}.sdxl_lora_core.training.train"), "train", lambda job, context: result
     )
     node: Any = PACK.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"]()
-    shown = node.train(None, None, preset="style", steps=20)["ui"]["text"][0]
-    assert shown.startswith("preset style: lr_warmup_steps 50 is left out, because ") and shown.endswith("\n{}")
-    assert node.train(None, None, preset="style")["ui"]["text"][0] == "{}"
+    shown = node.train(None, None, preset="style", steps=20, lr_cycles=2)
+    told = [
+        f"Saved as {tmp_path / 'a.safetensors'}: 20 steps on 3 images, loss 0.1235.",
+        "trigger words: ohwx",
+        "left out: x.psd: cannot be read",
+    ]
+    notes = shown["ui"]["text"][0].splitlines()[3:]
+    assert shown["ui"]["text"][0].splitlines()[:3] == told
+    assert notes[0].startswith("preset style: lr_warmup_steps 50 is left out, because ")
+    assert notes[-1] == "lr_cycles is 2, which has no effect while lr_schedule is 'cosine'"
+    assert shown["result"][5] == shown["ui"]["sdxl_lora_report"][0] == report.to_json()
