@@ -6,7 +6,7 @@ import numpy as np
 
 from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from ..sdxl_lora_core.dataset.config import DatasetConfig
-from ..sdxl_lora_core.dataset.report import contact_sheet, describe
+from ..sdxl_lora_core.dataset.report import contact_sheet, describe, grid
 from . import choices
 from .host.folders import cache_folders
 from .previews import show
@@ -71,4 +71,5 @@ class LoadCaptionDataset:
         path = choices.find("dataset", folder)
         loaded = load_caption_dataset(path, DatasetConfig(**settings), dataset, cache_folders().hashes)
         sheet, report = np.asarray(contact_sheet(loaded)), describe(loaded)
-        return show((loaded, to_image([sheet]), report, len(loaded.entries)), report, [sheet])
+        outputs = (loaded, to_image([sheet]), report, len(loaded.entries))
+        return show(outputs, report, [sheet], dataset=[{"folder": folder, **grid(loaded)}])

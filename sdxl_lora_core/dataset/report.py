@@ -1,16 +1,19 @@
-"""A sheet of a dataset's images and a report of what is used and what is skipped."""
+"""A sheet and a grid of a dataset's images, and a report of what is used and what is skipped."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ..images.decode import open_image
 from ..images.sheets import CELL, fit, sheet
 from .caption_dataset import CaptionDataset, CaptionEntry, image_count
-from .folder_files import Problem
+from .caption_text import clean_caption
+from .folder_files import key_of
 
 
 def contact_sheet(dataset: CaptionDataset, limit: int = 24) -> Image.Image:
@@ -24,24 +27,61 @@ def contact_sheet(dataset: CaptionDataset, limit: int = 24) -> Image.Image:
 
 
 def describe(dataset: CaptionDataset, limit: int = 40) -> str:
-    """The report: counts, buckets, trigger words, images that are enlarged or skipped (at most `limit` names each)."""
-    per_epoch = sum(entry.repeats for entry in dataset.entries)
+    """The report: first what is wrong, then counts, buckets, trigger words, and images that are enlarged or cropped.
+
+    At most `limit` files of a kind are named.
+    """
     resolutions = sorted({entry.resolution for entry in dataset.entries})
     lines = [
-        f"{dataset.name}: {image_count(len(dataset.entries))} to train on, {per_epoch} per epoch with repeats",
-        f"validation: {image_count(len(dataset.validation))}",
+        *_titled("skipped", _problem_lines(dataset, skipped=True), limit),
+        *_titled("used, but check", _problem_lines(dataset, skipped=False), limit),
+        _sentence(dataset),
         f"trigger words: {', '.join(dataset.trigger_words) or 'none'}",
         f"resolution: {', '.join(map(str, resolutions))}",
-        f"flip: {sum(entry.flip for entry in dataset.entries)} of {len(dataset.entries)}",
         *_extras(dataset),
         *_bucket_table(dataset.entries),
         *_enlarged(dataset.entries, limit),
         *_mostly_cropped(dataset.entries, limit),
-        *_problem_lines("skipped", [problem for problem in dataset.problems if problem.skipped], limit),
-        *_problem_lines("used, but check", [problem for problem in dataset.problems if not problem.skipped], limit),
         f"fingerprint: {dataset.fingerprint[:16]}",
     ]
     return "\n".join(lines)
+
+
+def grid(dataset: CaptionDataset, limit: int = 60) -> dict[str, Any]:
+    """The images of the dataset's last folder as JSON values, for a page on which captions are edited.
+
+    `entries` are the first `limit` of `total` images: name (relative path), caption (one a line, as written, without
+    the trigger word), caption_file (relative path, None if the caption is in no text file), width and height (px).
+    `problems` and `notes` are lines about files that are skipped, and about files that are used.
+    """
+    folder, config = dataset.sources[-1]
+    root = folder.resolve()
+    everything = (*dataset.entries, *dataset.validation, *dataset.regularisation)
+    entries = [entry for entry in everything if entry.image.is_relative_to(root)]
+    return {
+        "entries": [_cell(root, entry) for entry in entries[:limit]],
+        "total": len(entries),
+        "trigger_word": clean_caption(config.trigger_word),
+        "problems": _cut(_problem_lines(dataset, skipped=True), limit),
+        "notes": _cut(_problem_lines(dataset, skipped=False), limit),
+    }
+
+
+def _cell(root: Path, entry: CaptionEntry) -> dict[str, Any]:
+    return {
+        "name": key_of(entry.image.relative_to(root).as_posix()),
+        "caption": "\n".join(entry.written),
+        "caption_file": entry.caption_file and entry.caption_file.relative_to(root).as_posix(),
+        "width": entry.width,
+        "height": entry.height,
+    }
+
+
+def _sentence(dataset: CaptionDataset) -> str:
+    count, per_epoch = len(dataset.entries), sum(entry.repeats for entry in dataset.entries)
+    repeated = f", {per_epoch} in an epoch with repeats" if per_epoch != count else ""
+    folders = " and ".join(str(folder) for folder, _ in dataset.sources)
+    return f"{image_count(count)} to train on{repeated}, from {folders}"
 
 
 def _extras(dataset: CaptionDataset) -> list[str]:
@@ -49,6 +89,8 @@ def _extras(dataset: CaptionDataset) -> list[str]:
     entries = dataset.entries
     repeats = Counter(entry.repeats for entry in entries)
     counts = {
+        "validation": image_count(len(dataset.validation)) if dataset.validation else "",
+        "flip": sum(entry.flip for entry in entries),
         "repeats": ", ".join(f"{image_count(repeats[n])} x {n}" for n in sorted(repeats)) if len(repeats) > 1 else "",
         "random crops": sum(entry.random_crops for entry in entries),
         "captions": sum(len(entry.captions) for entry in entries) if any(len(e.captions) > 1 for e in entries) else 0,
@@ -74,7 +116,7 @@ def _enlarged(entries: Sequence[CaptionEntry], limit: int) -> list[str]:
         crop = entry.center
         if crop.resized_w > entry.width or crop.resized_h > entry.height:
             bucket = f"{crop.bucket_w}x{crop.bucket_h}"
-            lines.append(f"  {entry.image.name}: {entry.width}x{entry.height}, trained at {bucket}")
+            lines.append(f"{entry.image.name}: {entry.width}x{entry.height}, trained at {bucket}")
     return _titled("smaller than their bucket, so enlarged (soft; a lower resolution avoids it)", lines, limit)
 
 
@@ -85,18 +127,18 @@ def _mostly_cropped(entries: Sequence[CaptionEntry], limit: int) -> list[str]:
         share = crop.bucket_w * crop.bucket_h / (crop.resized_w * crop.resized_h)
         if share < 0.5:
             bucket = f"{crop.bucket_w}x{crop.bucket_h}"
-            lines.append(
-                f"  {entry.image.name}: {entry.width}x{entry.height}, {share:.0%} of it is trained, at {bucket}"
-            )
+            lines.append(f"{entry.image.name}: {entry.width}x{entry.height}, {share:.0%} of it is trained, at {bucket}")
     return _titled("mostly cropped away, because no bucket is as long (crop them yourself)", lines, limit)
 
 
-def _problem_lines(title: str, problems: Sequence[Problem], limit: int) -> list[str]:
-    return _titled(title, [f"  {problem.file}: {problem.reason}" for problem in problems], limit)
+def _problem_lines(dataset: CaptionDataset, skipped: bool) -> list[str]:
+    return [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped == skipped]
 
 
 def _titled(title: str, lines: Sequence[str], limit: int) -> list[str]:
-    if not lines:
-        return []
-    more = [f"  ... and {len(lines) - limit} more"] if len(lines) > limit else []
-    return [f"{title}: {len(lines)}", *lines[:limit], *more]
+    return [f"{title}: {len(lines)}", *(f"  {line}" for line in _cut(lines, limit))] if lines else []
+
+
+def _cut(lines: Sequence[str], limit: int) -> list[str]:
+    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return [*lines[:limit], *more]

@@ -18,7 +18,7 @@ from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.caption_text import decode_legacy, legacy_encoding, with_trigger_word
 from sdxl_lora_core.dataset.captions import caption_file
 from sdxl_lora_core.dataset.config import DatasetConfig
-from sdxl_lora_core.dataset.report import contact_sheet, describe
+from sdxl_lora_core.dataset.report import contact_sheet, describe, grid
 from sdxl_lora_core.images.decode import open_image
 
 SMALL = DatasetConfig(resolution=64)
@@ -679,7 +679,9 @@ def test_report_says_what_was_found(tmp_path):
     }
     report = describe(load(lay(tmp_path / "set", files), trigger_word="pxl", repeats=2, resolution=64))
     lines = report.splitlines()
-    assert "set: 3 images to train on, 6 per epoch with repeats" in lines and "validation: 0 images" in lines
+    assert lines[:2] == ["skipped: 1", lines[1]] and lines[1].startswith("  set/c.png: cannot be used")
+    assert lines[2] == "used, but check: 1" and lines[3].startswith("  set/d.txt: is not UTF-8")
+    assert lines[4] == f"3 images to train on, 6 in an epoch with repeats, from {tmp_path / 'set'}"
     assert "trigger words: pxl" in lines and "resolution: 64" in lines
     assert [line.split() for line in lines if " x " in line][1:] == [
         ["64", "x", "64", "2", "4"],
@@ -687,9 +689,37 @@ def test_report_says_what_was_found(tmp_path):
     ]
     assert any(line.startswith("smaller than their bucket") and line.endswith(": 1") for line in lines)
     assert "  a.png: 40x40, trained at 64x64" in lines
-    assert any(line.startswith("  set/c.png: cannot be used") for line in lines)
-    doubt = lines.index("used, but check: 1")
-    assert lines[doubt + 1].startswith("  set/d.txt: is not UTF-8")
+
+
+def test_the_report_of_a_good_folder_starts_with_its_count_and_path(tmp_path):
+    one, two = (many(tmp_path / name, 2) for name in ("one", "two"))
+    both = load_caption_dataset(two, SMALL, load(one))
+    assert describe(load(one)).splitlines()[0] == f"2 images to train on, from {one}"
+    assert describe(both).splitlines()[0] == f"4 images to train on, from {one} and {two}"
+    assert "validation" not in describe(both)
+    assert "validation: 1 image\n" in describe(load(one, validation_percent=50))
+
+
+def test_the_grid_has_what_is_written_of_the_last_folder(tmp_path):
+    files = {"sub/a.png": png(size=(40, 30)), "sub/a.txt": "one\ntwo", "b.png": png("blue"), "c.png": "bad"}
+    first = load(many(tmp_path / "other", 2), trigger_word="pxl")
+    config = DatasetConfig(resolution=64, trigger_word=" ohwx ", caption_per_line=True, validation_percent=50)
+    found = grid(load_caption_dataset(lay(tmp_path / "set", files), config, first))
+    entries = {entry.pop("name"): entry for entry in found.pop("entries")}
+    assert entries == {
+        "sub/a.png": {"caption": "one\ntwo", "caption_file": "sub/a.txt", "width": 40, "height": 30},
+        "b.png": {"caption": "", "caption_file": None, "width": 8, "height": 6},
+    }
+    assert (found["total"], found["trigger_word"]) == (2, "ohwx")
+    assert [line.split(":")[0] for line in found["problems"]] == ["set/c.png"]
+    assert found["notes"] == ["set: 1 image has no caption file: the trigger word 'ohwx' is its caption"]
+
+
+def test_the_grid_has_the_first_images_and_their_number(tmp_path):
+    files = {f"{i}.png": "bad" for i in range(70)}
+    found = grid(load(lay(many(tmp_path, 5), files), trigger_word="ohwx"), limit=3)
+    assert len(found["entries"]) == 3 and found["total"] == 5
+    assert len(found["problems"]) == 4 and found["problems"][-1] == "... and 67 more"
 
 
 def test_long_lists_in_the_report_are_cut_with_their_count(tmp_path):

@@ -213,6 +213,17 @@ def test_changes_on_disk_are_seen_and_errors_are_not_raised(home: Path) -> None:
     assert math.isnan(NODES["SDXLGenerateCached"].IS_CHANGED(cache="refresh"))
 
 
+def test_the_page_gets_a_dataset_as_text_and_as_a_grid(home: Path) -> None:
+    (home / "input/photos").mkdir(parents=True)
+    Image.new("RGB", (40, 30), "red").save(home / "input/photos/a.png")
+    (home / "input/photos/b.png").write_bytes(b"no image")
+    shown = NODES["LoadCaptionDataset"]().load("photos", trigger_word="ohwx", resolution=64)["ui"]
+    (text,), (grid,) = shown["text"], shown["sdxl_lora_dataset"]
+    assert text.startswith("skipped: 1\n  photos/b.png: cannot be used")
+    assert grid["folder"] == "photos" and [entry["name"] for entry in grid["entries"]] == ["a.png"]
+    assert json.loads(json.dumps(grid)) == grid and len(shown["images"]) == 1
+
+
 def test_incoming_lora_is_weighted_and_can_be_left_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = PACK.sdxl_lora_core.lora.describe.LoRACard
     monkeypatch.setattr(PACK.nodes.load_lora, "read_card", lambda path: card(path.name, (), ("ohwx", "cat")))
