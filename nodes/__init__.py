@@ -9,6 +9,7 @@ from .control import AddControlNet
 from .dataset import LoadCaptionDataset
 from .dataset_images import DatasetImages
 from .generation import SDXLGenerateCached
+from .host.dataset_routes import add_dataset_routes
 from .host.folders import add_output_folders
 from .host.lora_routes import add_lora_routes
 from .host.server import add_routes
@@ -74,3 +75,4 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
 add_output_folders()
 add_routes()
 add_lora_routes(functools.partial(choices.find, "lora"))
+add_dataset_routes(functools.partial(choices.names, "dataset"), functools.partial(choices.find, "dataset"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def read_captions(files: FolderFiles, per_line: bool = False, trigger_word: str 
 def caption_file(root: Path, key: str) -> Path:
     """The text file in the dataset folder `root` that has the caption of the image `key`, or that may get it.
 
-    Raises FileNotFoundError if there is no such image, ValueError if its caption is in a metadata file.
+    Raises FileNotFoundError if there is no such image, ValueError if its caption is in a metadata file, or if something
+    else has the name of the text file.
     """
     files = scan_folder(root)
     arrange(files)
@@ -67,7 +69,12 @@ def caption_file(root: Path, key: str) -> Path:
     if key in read_metadata(files):
         raise ValueError(f"the caption of {key} is in a metadata file ({' or '.join(METADATA_NAMES)}): change it there")
     texts = [files.texts[name] for name in _texts_of(files, image)]
-    return next((path for path in texts if path.stat().st_size), texts[0] if texts else image.path.with_suffix(".txt"))
+    if texts:
+        return next((path for path in texts if path.stat().st_size), texts[0])
+    path = image.path.with_suffix(".txt")
+    if os.path.lexists(path):
+        raise ValueError(f"{path.name} is no text file of this folder, or is a link out of it: remove it")
+    return path
 
 
 def _split(texts: list[str], per_line: bool) -> tuple[str, ...]:

@@ -1,10 +1,19 @@
 from collections.abc import Mapping
 
+from . import MultipartReader
+
 class Request:
     match_info: Mapping[str, str]
     query: Mapping[str, str]
+    headers: Mapping[str, str]
+    content_type: str
+    content_length: int | None
 
-class Response: ...
+    async def read(self) -> bytes: ...
+    async def multipart(self) -> MultipartReader: ...
+
+class Response:
+    def __init__(self, *, body: bytes, content_type: str, headers: Mapping[str, str] = ...) -> None: ...
 
 def json_response(data: object, *, status: int = 200) -> Response: ...
 

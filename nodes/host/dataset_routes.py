@@ -1,0 +1,227 @@
+"""Routes for the page of Load Caption Dataset: thumbnails, captions that are edited, and folders that are uploaded.
+
+Requests that change files need what a form on another site cannot send: JSON as their type, or a header of our own. The
+browser then asks ComfyUI first, which permits its own page only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...sdxl_lora_core.dataset.editing import (
+    CaptionWriter,
+    Uploads,
+    check_folder_name,
+    check_upload,
+    thumbnail,
+    upload_limit,
+)
+from ...sdxl_lora_core.files import temporary_beside
+from ...sdxl_lora_core.messages import brief, shown
+from .folders import input_folder, roots
+from .server import json_answer, route_table
+
+if TYPE_CHECKING:
+    from aiohttp import BodyPartReader, MultipartReader
+    from aiohttp.web import Request, Response
+
+MAX_CAPTION_REQUEST = 512 * 1024  # bytes of JSON: a caption of 64 KiB, escaped
+MAX_UPLOAD_REQUEST = 256 * 2**20  # bytes
+MAX_UPLOAD_FILES = 64  # in a request
+UPLOAD_HEADER = "X-SDXL-LoRA"
+
+Handler = Callable[["Request"], Awaitable["Response"]]
+
+
+class Refused(Exception):
+    """A request that is answered with an HTTP status and a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def add_dataset_routes(names: Callable[[], list[str]], find: Callable[[str], Path]) -> None:
+    """Adds the routes. `names` are those of all datasets, `find` gives the folder of one and raises for other names.
+
+    GET /sdxl_lora/datasets is the list of names.
+    GET /sdxl_lora/dataset/thumbnail?folder=NAME&image=PATH is a JPEG of an image, at most 256 px on a side.
+    POST /sdxl_lora/dataset/caption with {"folder", "image", "text"} as JSON writes the caption of an image. The answer
+    has the caption file and the `previous` text, null if there was no file. A text of null removes a caption file that
+    this route has created.
+    POST /sdxl_lora/dataset/upload?folder=NAME with files as multipart/form-data and the header X-SDXL-LoRA makes a new
+    folder in ComfyUI's input folder; ?into=NAME adds to one that was made so. The answer has the name of the folder and
+    the files that are `stored` and `refused`.
+
+    Errors are {"error": a sentence} with a status of 4xx.
+    """
+    if (table := route_table()) is None:
+        return
+    routes = _DatasetRoutes(names, find)
+    table.get("/sdxl_lora/datasets")(_answering(routes.datasets))
+    table.get("/sdxl_lora/dataset/thumbnail")(_answering(routes.thumbnail))
+    table.post("/sdxl_lora/dataset/caption")(_answering(routes.caption))
+    table.post("/sdxl_lora/dataset/upload")(_answering(routes.upload))
+
+
+def _answering(handler: Handler) -> Handler:
+    """The handler, with its errors as answers."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Refused as error:
+            return json_answer({"error": str(error)}, error.status)
+        except FileNotFoundError as error:
+            return json_answer({"error": brief(error)}, 404)
+        except (OSError, ValueError) as error:
+            return json_answer({"error": brief(error)}, 400)
+
+    return answer
+
+
+class _DatasetRoutes:
+    def __init__(self, names: Callable[[], list[str]], find: Callable[[str], Path]) -> None:
+        self._names, self._find = names, find
+        self._captions, self._uploads = CaptionWriter(), Uploads()
+        self._readers = ThreadPoolExecutor(2, "thumbnails")
+        self._writer = ThreadPoolExecutor(1, "dataset changes")  # one change after the other
+
+    async def datasets(self, _: Request) -> Response:
+        return json_answer(await self._in(self._readers, self._names))
+
+    async def thumbnail(self, request: Request) -> Response:
+        from aiohttp.web import Response
+
+        folder = self._folder(request.query.get("folder", ""))
+        data = await self._in(self._readers, thumbnail, folder, request.query.get("image", ""))
+        return Response(body=data, content_type="image/jpeg", headers={"Cache-Control": "no-cache"})
+
+    async def caption(self, request: Request) -> Response:
+        wanted = await _json_body(request)
+        folder = self._own_folder(wanted["folder"])
+        path, previous = await self._in(self._writer, self._captions.write, folder, wanted["image"], wanted["text"])
+        return json_answer({"caption_file": path.relative_to(folder).as_posix(), "previous": previous})
+
+    async def upload(self, request: Request) -> Response:
+        _require_upload(request)
+        target = self._target(request)
+        stored: list[str] = []
+        refused: list[dict[str, str]] = []
+        parts = await request.multipart()
+        while (part := await _next_part(parts)) is not None:
+            if len(stored) + len(refused) == MAX_UPLOAD_FILES:
+                raise Refused(
+                    413, f"the request has more than {MAX_UPLOAD_FILES} files: send the others in another one"
+                )
+            name = getattr(part, "filename", None) or ""
+            try:
+                target, file = await self._store(target, name, part)
+                stored.append(file)
+            except (OSError, ValueError) as error:
+                refused.append({"file": name, "reason": brief(error)})
+        if not stored:
+            raise Refused(400, refused[0]["reason"] if refused else "the request has no files: drop some on the node")
+        return json_answer({"folder": Path(target).name, "stored": stored, "refused": refused})
+
+    def _target(self, request: Request) -> str | Path:
+        """The folder to upload to, or the name of a new one."""
+        new, known = request.query.get("folder"), request.query.get("into")
+        if (new is None) == (known is None):
+            raise Refused(400, "give either folder, the name of a new folder, or into, that of one made by an upload")
+        if known is not None:
+            return self._uploads.find_folder(input_folder(), known)
+        check_folder_name(new or "")
+        return new or ""
+
+    async def _store(self, target: str | Path, name: str, part: BodyPartReader) -> tuple[Path, str]:
+        """Stores a file once it is whole and can be used; a new folder is made for the first one."""
+        if re.search(r'filename="?[/\\]', part.headers.get("Content-Disposition", "")):
+            raise ValueError(f"{shown(name)} has an absolute path: give one relative to the folder")
+        limit = upload_limit(name)
+        temporary = temporary_beside(input_folder() / "upload")
+        try:
+            await _receive(part, temporary, limit, name)
+            return await self._in(self._writer, self._keep, target, name, temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _keep(self, target: str | Path, name: str, temporary: Path) -> tuple[Path, str]:
+        check_upload(name, temporary)
+        folder = self._uploads.new_folder(input_folder(), target) if isinstance(target, str) else target
+        return folder, self._uploads.add(folder, name, temporary)
+
+    def _folder(self, name: str) -> Path:
+        folder = self._find(name)
+        if not folder.is_dir():
+            raise ValueError(f"{shown(name)} is not a folder: choose a dataset")
+        return folder
+
+    def _own_folder(self, name: str) -> Path:
+        """The folder of a dataset that is in ComfyUI's folders, so that it may be changed. Links are resolved."""
+        folder = self._folder(name).resolve()
+        within = [root.resolve() for root in (input_folder(), *roots("datasets"))]
+        if not any(folder != root and folder.is_relative_to(root) for root in within):
+            raise Refused(403, f"{shown(name)} is not in ComfyUI's input folder: copy it there to change its captions")
+        return folder
+
+    async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *values: object) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *values)
+
+
+async def _json_body(request: Request) -> dict[str, Any]:
+    """The folder, image and text of a request for a caption."""
+    if request.content_type != "application/json":
+        raise Refused(415, f"the request is of type {shown(request.content_type)}: send application/json")
+    _require_length(request, MAX_CAPTION_REQUEST)
+    try:
+        body = json.loads(await request.read())
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the request is no JSON: {brief(error)}") from error
+    kinds = {"folder": str, "image": str, "text": (str, type(None))}
+    if not isinstance(body, dict) or set(body) != set(kinds):
+        raise Refused(400, f"the request is {shown(body)}: send an object with folder, image and text")
+    for name, kind in kinds.items():
+        if not isinstance(body[name], kind):
+            raise Refused(400, f"{name} is {shown(body[name])}: give a text")
+    return body
+
+
+def _require_upload(request: Request) -> None:
+    if UPLOAD_HEADER not in request.headers:
+        raise Refused(403, f"the header {UPLOAD_HEADER} is missing: files are uploaded from ComfyUI's page")
+    if request.content_type != "multipart/form-data":
+        raise Refused(415, f"the request is of type {shown(request.content_type)}: send multipart/form-data")
+    _require_length(request, MAX_UPLOAD_REQUEST)
+
+
+def _require_length(request: Request, most: int) -> None:
+    if request.content_length is None:
+        raise Refused(411, "the request does not say how long it is: send Content-Length")
+    if request.content_length > most:
+        raise Refused(413, f"the request has {request.content_length} bytes, the most are {most}: send less at once")
+
+
+async def _next_part(parts: MultipartReader) -> BodyPartReader | None:
+    from aiohttp import http_exceptions
+
+    try:
+        return await parts.next()
+    except (ValueError, http_exceptions.HttpProcessingError) as error:
+        raise Refused(400, f"the request is damaged or cut off: {brief(error)}") from error
+
+
+async def _receive(part: BodyPartReader, file: Path, limit: int, name: str) -> None:
+    size = 0
+    with open(file, "xb") as target:
+        while chunk := await part.read_chunk(2**18):
+            size += len(chunk)
+            if size > limit:
+                raise ValueError(f"{shown(name)} is larger than {limit // 1024} KiB: make it smaller")
+            target.write(chunk)
