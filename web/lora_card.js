@@ -12,6 +12,9 @@ const widgetOf = (node) => node.widgets?.find((widget) => widget.name === "lora_
 async function showChosen(node) {
   const name = widgetOf(node)?.value;
   if (!name || name === INCOMING) return removePanel(node, PANEL);
+  const listed = widgetOf(node).options?.values;
+  if (Array.isArray(listed) && !listed.includes(name))
+    return showCard(node, { error: `${name} is not in the list of LoRAs. Press R on the canvas to read the folder again.` }, "");
   const query = new URLSearchParams({ name });
   const response = await api.fetchApi(`/sdxl_lora/lora?${query}`);
   if (widgetOf(node)?.value !== name) return; // another was chosen meanwhile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from sdxl_lora_core.sdxl.base import open_base
 from tests.comfy.conftest import has_nodes_2 as has_blueprints  # both came with 0.3.67 or later
+from tests.comfy.narrow import EVERY_LAYER
 from tests.comfy.page import open_template, run, set_widgets
 from tests.micro.controls import random_net, save_single
 from tools.templates import TEMPLATES
@@ -18,6 +20,8 @@ from tools.templates import TEMPLATES
 CHECKPOINT = "checkpoints/sd_xl_base_1.0.safetensors"
 LORA = "loras/sd_xl_offset_example-lora_1.0.safetensors"
 CONTROL_NET = "controlnet/diffusers_xl_canny_full.safetensors"
+KSAMPLER = "ksampler_with_lora_stack_sdxl"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 SDXL = [name for name in TEMPLATES if name.endswith("_sdxl")]
 BUNDLED = [name for name in TEMPLATES if name not in SDXL]
 LEGIBLE = 0.6  # the zoom below which the canvas draws no text
@@ -91,27 +95,49 @@ def test_a_template_on_the_bundled_model_runs_and_its_results_cover_nothing(
 
 
 @pytest.fixture(scope="module")
-def sdxl(server: Any, narrow_home: Path) -> Iterator[Any]:
-    """The server with files of random weights by the names of the models that the templates name."""
-    checkpoint, lora, net = (server.base / "models" / name for name in (CHECKPOINT, LORA, CONTROL_NET))
-    for file in (checkpoint, lora, net):
+def named(server: Any) -> Iterator[Any]:
+    """The server with the tiny base and random weights by the names of the models that the templates name.
+
+    The base is a folder of that name: LoadSDXLBase takes every single file for one of full size.
+    """
+    models = server.base / "models"
+    base, lora, net = models / "diffusers" / Path(CHECKPOINT).name, models / LORA, models / CONTROL_NET
+    for file in (base, lora, net):
         file.parent.mkdir(exist_ok=True)
-    os.link(narrow_home / "models/checkpoints/narrow.safetensors", checkpoint)
-    os.link(narrow_home / "models/loras/unet.safetensors", lora)
-    save_single(net, random_net(open_base(checkpoint), seed=0))
+    shutil.copytree(ASSETS / "tiny-sdxl", base)
+    shutil.copy(ASSETS / "loras/line_style.safetensors", lora)
+    save_single(net, random_net(open_base(base), seed=0))
     yield server
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    for file in (checkpoint, lora, net):
+    shutil.rmtree(base)
+    for file in (lora, net):
         file.unlink()
 
 
-@pytest.mark.parametrize("name", SDXL)
-def test_a_template_for_sdxl_runs(sdxl: Any, shipped: dict[str, Any], shrink: Callable[..., Any], name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in SDXL if name != KSAMPLER])
+def test_a_template_for_sdxl_runs(named: Any, shipped: dict[str, Any], shrink: Callable[..., Any], name: str) -> None:
     workflow = shrink(shipped[name], **SMALLER)
-    outputs = sdxl.run(workflow, 900)
+    outputs = named.run(workflow, 600)
     for key, node in workflow.items():
         if node["class_type"] in ("SDXLGenerateCached", "SaveImage"):
             assert outputs[key]["images"]
+
+
+def test_the_template_for_ksampler_runs(
+    server: Any, narrow_home: Path, shipped: dict[str, Any], shrink: Callable[..., Any]
+) -> None:
+    """On a checkpoint of random weights that ComfyUI takes for SDXL."""
+    checkpoint, lora = (server.base / "models" / name for name in (CHECKPOINT, LORA))
+    for source, target in (("checkpoints/narrow.safetensors", checkpoint), ("loras/unet.safetensors", lora)):
+        target.parent.mkdir(exist_ok=True)
+        os.link(narrow_home / "models" / source, target)
+    workflow = shrink(shipped[KSAMPLER], **SMALLER)
+    (apply,) = (key for key, node in workflow.items() if node["class_type"] == "ApplyLoRAStack")
+    (save,) = (key for key, node in workflow.items() if node["class_type"] == "SaveImage")
+    outputs = server.run(workflow, 600)
+    assert outputs[save]["images"] and f"{EVERY_LAYER} of {EVERY_LAYER}" in outputs[apply]["text"][0]
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    checkpoint.unlink()
+    lora.unlink()
 
 
 # Adds what the blueprint needs, connects it, and makes the run short.
@@ -156,7 +182,8 @@ def test_the_blueprint_is_found_by_search_and_runs(page: Any, server: Any, comfy
     (prompt,) = set(server.get("/history")) - before
     entry = server.get(f"/history/{prompt}")[prompt]
     assert entry["status"]["status_str"] == "success", entry["status"]
-    made = {key.partition(":")[2]: output for key, output in entry["outputs"].items()}
-    with_lora, without = ([image["filename"] for image in made[key]["images"]] for key in ("5", "6"))
-    assert len(with_lora) == len(without) == 1 and with_lora != without
-    assert "blueprint" in made["2"]["text"][0]
+    kinds = {key: node["class_type"] for key, node in entry["prompt"][2].items()}
+    one, other = (entry["outputs"][key]["images"] for key, kind in kinds.items() if kind == "SDXLGenerateCached")
+    assert len(one) == len(other) == 1 and one != other
+    (trained,) = (entry["outputs"][key]["text"][0] for key, kind in kinds.items() if kind == "TrainSDXLLoRA")
+    assert "blueprint" in trained
