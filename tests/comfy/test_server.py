@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tools.templates import TEMPLATES
+
 IDS = ["LoadCaptionDataset", "LoadSDXLBase", "TrainSDXLLoRA", "LoadLoRA", "SDXLGenerateCached", "CLIPScore"]
 WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare", "train_and_watch"]
 
@@ -104,7 +106,7 @@ def test_all_nodes_are_offered_with_their_texts(server: Any) -> None:
 
 
 def test_help_and_templates_are_served(server: Any) -> None:
-    assert sorted(server.get("/workflow_templates")["sdxl-lora-nodes"]) == WORKFLOWS
+    assert sorted(server.get("/workflow_templates")["sdxl-lora-nodes"]) == sorted(TEMPLATES)
     assert "/extensions/sdxl-lora-nodes/sdxl_lora.js" in server.get("/extensions")
 
 

@@ -28,7 +28,10 @@ def prepare(page: Any, shipped: dict[str, Any], **settings: Any) -> str:
     open_workflow(page, "train_and_compare")
     keep_only(page, "LoadSDXLBase", "LoadCaptionDataset", "TrainSDXLLoRA")
     nodes = {key: node for key, node in shipped["train_and_compare"].items()}
-    changes = {"TrainSDXLLoRA": {"lora_name": name, **settings}, "LoadCaptionDataset": {"resolution": 64}}
+    changes = {
+        "TrainSDXLLoRA": {"lora_name": name, "sample_prompts": "", **settings},
+        "LoadCaptionDataset": {"resolution": 64},
+    }
     changed = {
         key: {"inputs": changes[node["class_type"]]} for key, node in nodes.items() if node["class_type"] in changes
     }

@@ -47,8 +47,11 @@ class Adapter:
 
     def __init__(self, model: Any, config: TrainConfig, part: Part = "unet", start: LoRAFile | None = None) -> None:
         self.config = config
+        # transformers 5.24's own add_adapter refuses peft 0.21, which was the newest one then.
+        from peft import inject_adapter_in_model
+
         with seeded(config.seed, model.device):
-            model.add_adapter(_peft_config(config, part), "default")
+            inject_adapter_in_model(_peft_config(config, part), model, "default")
             self.layers = {
                 _file_path(name, part): layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")
             }
