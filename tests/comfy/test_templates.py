@@ -94,6 +94,27 @@ def test_a_template_on_the_bundled_model_runs_and_its_results_cover_nothing(
     assert shown and overlaps(page, nodes_2) == []
 
 
+@pytest.fixture
+def random_sdxl(server: Any, narrow_home: Path) -> Iterator[Any]:
+    """The server with a checkpoint and a LoRA of random weights, which ComfyUI takes for SDXL, by those names."""
+    files = {"checkpoints/narrow.safetensors": CHECKPOINT, "loras/unet.safetensors": LORA}
+    for source, target in files.items():
+        (server.base / "models" / target).parent.mkdir(exist_ok=True)
+        os.link(narrow_home / "models" / source, server.base / "models" / target)
+    yield server
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    for target in files.values():
+        (server.base / "models" / target).unlink()
+
+
+def test_the_template_for_ksampler_runs(random_sdxl: Any, shipped: dict[str, Any], shrink: Callable[..., Any]) -> None:
+    workflow = shrink(shipped[KSAMPLER], **SMALLER)
+    (apply,) = (key for key, node in workflow.items() if node["class_type"] == "ApplyLoRAStack")
+    (save,) = (key for key, node in workflow.items() if node["class_type"] == "SaveImage")
+    outputs = random_sdxl.run(workflow, 600)
+    assert outputs[save]["images"] and f"{EVERY_LAYER} of {EVERY_LAYER}" in outputs[apply]["text"][0]
+
+
 @pytest.fixture(scope="module")
 def named(server: Any) -> Iterator[Any]:
     """The server with the tiny base and random weights by the names of the models that the templates name.
@@ -120,24 +141,6 @@ def test_a_template_for_sdxl_runs(named: Any, shipped: dict[str, Any], shrink: C
     for key, node in workflow.items():
         if node["class_type"] in ("SDXLGenerateCached", "SaveImage"):
             assert outputs[key]["images"]
-
-
-def test_the_template_for_ksampler_runs(
-    server: Any, narrow_home: Path, shipped: dict[str, Any], shrink: Callable[..., Any]
-) -> None:
-    """On a checkpoint of random weights that ComfyUI takes for SDXL."""
-    checkpoint, lora = (server.base / "models" / name for name in (CHECKPOINT, LORA))
-    for source, target in (("checkpoints/narrow.safetensors", checkpoint), ("loras/unet.safetensors", lora)):
-        target.parent.mkdir(exist_ok=True)
-        os.link(narrow_home / "models" / source, target)
-    workflow = shrink(shipped[KSAMPLER], **SMALLER)
-    (apply,) = (key for key, node in workflow.items() if node["class_type"] == "ApplyLoRAStack")
-    (save,) = (key for key, node in workflow.items() if node["class_type"] == "SaveImage")
-    outputs = server.run(workflow, 600)
-    assert outputs[save]["images"] and f"{EVERY_LAYER} of {EVERY_LAYER}" in outputs[apply]["text"][0]
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    checkpoint.unlink()
-    lora.unlink()
 
 
 # Adds what the blueprint needs, connects it, and makes the run short.
