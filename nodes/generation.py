@@ -127,6 +127,7 @@ def _context(parts: LoadedParts, progress: Progress, inputs: Mapping[str, Any]) 
         graph=metadata({"prompt": inputs.get("graph"), "workflow": workflow}),
         find_embedding=choices.find_embedding,
         on_step=functools.partial(progress, phase="generating"),
+        on_detail=progress.on_detail,
         on_estimate=progress.on_estimate,
     )
 

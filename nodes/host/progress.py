@@ -37,6 +37,7 @@ class Progress:
         self._node: ProgressBar | None = None
         self._marks: deque[tuple[int, float]] = deque(maxlen=20)  # items done, and when
         self._preview: np.ndarray | None = None
+        self._words = ""
 
     def __enter__(self) -> Self:
         return self
@@ -78,9 +79,14 @@ class Progress:
         self._node.update_absolute(done, total, self._take_preview())
         if self._status:
             self._status.phase, self._status.done, self._status.total = phase, done, total
-            self._status.detail = detail or self._time_left(done, total)
+            left = self._time_left(done, total)
+            self._status.detail = detail or ", ".join(filter(None, [self._words, left]))
             self._status.send()
         _raise_if_cancelled()
+
+    def on_detail(self, words: str) -> None:
+        """What the next call is about, such as an image and its step."""
+        self._words = words
 
     def on_run(self, name: str) -> None:
         """The name of the folder of the training that begins."""

@@ -75,7 +75,7 @@ class _Session:
 
     @cached_property
     def progress(self) -> Progress:
-        return Progress(self.context.on_step)
+        return Progress(self.context.on_step, self.context.on_detail)
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -41,6 +41,7 @@ class GenerationContext:
     `parts` owns the loaded weights. `cache` None neither reads nor stores anything. `graph` is ComfyUI's `prompt` and
     `workflow`, with which PNGs record how they were made (see png_metadata). `find_embedding` returns the file of
     `embedding:name`, None if there is none. `on_step(done, total)` counts UNet calls and may raise to cancel.
+    `on_detail` gets the image and its step in words, before the on_step that reports it.
     `on_estimate` gets an estimate of the clean latents before each step, float32 [B, 4, H/8, W/8] in the UNet's scale.
     """
 
@@ -49,6 +50,7 @@ class GenerationContext:
     graph: Mapping[str, Any] | None = None
     find_embedding: Callable[[str], Path | None] = lambda name: None
     on_step: OnStep = lambda done, total: None
+    on_detail: Callable[[str], None] = lambda words: None
     on_estimate: OnEstimate | None = None
 
     @property

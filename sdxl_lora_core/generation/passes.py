@@ -79,14 +79,23 @@ class Request:
 
 
 class Progress:
-    """Counts UNet calls over all passes of a job."""
+    """Counts UNet calls and images over all passes of a job."""
 
-    def __init__(self, on_step: OnStep) -> None:
-        self._on_step = on_step
+    def __init__(self, on_step: OnStep, on_detail: Callable[[str], None]) -> None:
+        self._on_step, self._on_detail = on_step, on_detail
         self.done = self.total = 0
+        self.images = self.all_images = 0
 
-    def expect(self, calls: int) -> None:
-        self.total += calls
+    def expect(self, calls: int, images: int) -> None:
+        self.total += calls * images
+        self.all_images += images
+
+    def step(self, number: int, calls: int, images: int) -> None:
+        """Reports UNet call `number` of `calls` for some images at once."""
+        last = self.images + images
+        which = f"image {last}" if images == 1 else f"images {self.images + 1} to {last}"
+        self._on_detail(f"{which} of {self.all_images}, step {number} of {calls}")
+        self.advance(images)
 
     def advance(self, calls: int = 0) -> None:
         """Reports `calls` more as done. The callback may raise to cancel."""
@@ -146,7 +155,7 @@ class Pass:
         missing = [request for request in dict.fromkeys(requests) if request.key not in images]
         if missing and self.config.cache == "only":
             raise ValueError(_not_cached(missing, len(images)))
-        self.progress.expect(self.calls * len(missing))
+        self.progress.expect(self.calls, len(missing))
         images |= self._make(prepare(missing))
         return [images[request.key] for request in requests]
 
@@ -196,6 +205,7 @@ class Pass:
             images = self._find(batch)  # another process may have generated them while this one waited
             left = [request for request in batch if request.key not in images]
             if images:
+                self.progress.images += len(images)
                 self.progress.advance(self.calls * len(images))
             for alike in _by_length(left, ingredients().prompts) if left else []:
                 images |= self._make_now(alike, ingredients())
@@ -211,7 +221,8 @@ class Pass:
             starts=[ingredients.starts[start] for request in batch for start in request.starts],
             hints=[request.hints for request in batch],
         )
-        made = self.maker.make(inputs, lambda _: self.progress.advance(len(batch)))
+        made = self.maker.make(inputs, lambda number: self.progress.step(number, self.calls, len(batch)))
+        self.progress.images += len(batch)
         seconds = (time.perf_counter() - start) / len(batch)
         return {
             request.key: self._stored(request, image, ingredients.lora_fit, request.seconds + seconds)

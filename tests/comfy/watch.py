@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-TEXT, IMAGE = 3, (1, 4)  # kinds of binary messages
+IMAGE = (1, 4)  # kinds of binary messages
 
 
 async def watch(url: str, workflow: dict[str, Any]) -> dict[str, Any]:
@@ -28,6 +28,8 @@ async def watch(url: str, workflow: dict[str, Any]) -> dict[str, Any]:
                 note(seen, message.data)
             elif message.type == aiohttp.WSMsgType.TEXT:
                 told = json.loads(message.data)
+                if told["type"] == "sdxl_lora.status" and told["data"]["phase"]:
+                    seen["texts"].append("{phase}: {done} of {total}\n{detail}".format(**told["data"]))
                 if told["type"] in ("execution_success", "execution_error"):
                     seen["end"] = told["type"]
     return seen
@@ -35,10 +37,7 @@ async def watch(url: str, workflow: dict[str, Any]) -> dict[str, Any]:
 
 def note(seen: dict[str, Any], data: bytes) -> None:
     (kind,) = struct.unpack(">I", data[:4])
-    if kind == TEXT:
-        (length,) = struct.unpack(">I", data[4:8])
-        seen["texts"].append(data[8 + length :].decode())
-    elif kind in IMAGE:
+    if kind in IMAGE:
         picture = Image.open(io.BytesIO(data[data.index(b"\xff\xd8") :]))
         spread = max(high - low for low, high in picture.convert("RGB").getextrema())
         seen["pictures"].append([*picture.size, spread])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +243,16 @@ def test_a_hit_in_another_process_imports_nothing_heavy(
     command = [sys.executable, "-c", HIT, str(micro_sdxl), str(images_folder), str(lora.path)]
     answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert answer.stdout == "True []\n"
+
+
+def test_the_image_and_its_step_are_told_in_words(micro_base: SDXLBase, tmp_path: Path) -> None:
+    words: list[str] = []
+    config = settings(count=3, batch_size=2, steps=2)
+    draw(micro_base, replace(config, count=1, seed=config.seed + 2), cache_folder=tmp_path)
+    draw(micro_base, replace(config, count=4), cache_folder=tmp_path, on_detail=words.append)
+    assert words == [
+        "images 1 to 2 of 3, step 1 of 2",
+        "images 1 to 2 of 3, step 2 of 2",
+        "image 3 of 3, step 1 of 2",
+        "image 3 of 3, step 2 of 2",
+    ]
