@@ -1,0 +1,193 @@
+"""Load Caption Dataset on the page: captions that are edited in place, uploads, and the list of folders."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.comfy.page import run
+
+ROOT = ".sdxl-lora-dataset"
+CAPTION = f"{ROOT} figure[data-image='{{}}'] figcaption"
+numbers = itertools.count()
+
+ADD = """(folder) => {
+  const { graph } = window.app;
+  graph.clear();
+  const data = window.LiteGraph.createNode("LoadCaptionDataset");
+  const sheet = window.LiteGraph.createNode("PreviewImage");
+  graph.add(data);
+  graph.add(sheet);
+  data.pos = [100, 150];
+  sheet.pos = [900, 150];
+  const values = { folder, trigger_word: "ohwx", resolution: 64 };
+  for (const widget of data.widgets) if (widget.name in values) widget.value = values[widget.name];
+  data.connect(1, sheet, 0);
+  window.app.canvas.ds.scale = 1;
+  window.app.canvas.ds.offset = [0, 0];
+  window.app.canvas.setDirty(true, true);
+}"""
+FOLDER = """() => {
+  const node = window.app.graph._nodes.find((one) => one.type === "LoadCaptionDataset");
+  const widget = node.widgets.find((one) => one.name === "folder");
+  return [widget.value, widget.options.values];
+}"""
+DROP = """async ([files, kind]) => {
+  const transfer = new DataTransfer();
+  for (const [name, data] of files) {
+    const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+    transfer.items.add(new File([bytes], name));
+  }
+  if (kind === "panel") {
+    const options = { dataTransfer: transfer, bubbles: true, cancelable: true };
+    document.querySelector(".sdxl-lora-dataset").dispatchEvent(new DragEvent("drop", options));
+  } else {
+    const node = window.app.graph._nodes.find((one) => one.type === "LoadCaptionDataset");
+    const event = { dataTransfer: transfer };
+    if (!node.onDragOver(event) || !node.onDragDrop(event)) throw new Error("the node takes no files");
+  }
+}"""
+
+
+def png(color: str) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (80, 60), color).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def folder(server: Any) -> Iterator[Path]:
+    """A dataset: a caption, an image without one, and a file that is no image."""
+    found = server.base / f"input/pictures_{next(numbers)}"
+    found.mkdir()
+    (found / "a.png").write_bytes(png("red"))
+    (found / "a.txt").write_text("a red thing")
+    (found / "b.png").write_bytes(png("blue"))
+    (found / "broken.png").write_bytes(b"no image")
+    yield found
+
+
+@pytest.fixture
+def grid(page: Any, folder: Path) -> Any:
+    """The page after a run of the node on `folder`."""
+    page.evaluate(ADD, folder.name)
+    run(page)
+    page.wait_for_function(f"() => document.querySelectorAll('{ROOT} figure').length === 2", timeout=60_000)
+    return page
+
+
+def caption(page: Any, image: str) -> str:
+    return page.text_content(CAPTION.format(image))
+
+
+def edit(page: Any, image: str, text: str, *keys: str) -> None:
+    page.click(CAPTION.format(image))
+    area = page.locator(f"{CAPTION.format(image)} textarea")
+    area.fill(text)
+    for key in keys:
+        area.press(key)
+
+
+def wait_for_message(page: Any, text: str) -> None:
+    page.wait_for_function(
+        f"(text) => document.querySelector('{ROOT} .sdxl-lora-message').textContent.includes(text)",
+        arg=text,
+        timeout=30_000,
+    )
+
+
+def test_the_grid_shows_what_was_read_with_its_problems_first(grid: Any, folder: Path) -> None:
+    page = grid
+    assert caption(page, "a.png") == "a red thing" and caption(page, "b.png") == "ohwx (no caption file)"
+    problem = page.locator(f"{ROOT} .sdxl-lora-problems > div").first
+    assert problem.text_content().startswith(f"{folder.name}/broken.png: cannot be used")
+    assert problem.evaluate("(line) => getComputedStyle(line).color") == "rgb(255, 123, 114)"
+    top = "(part) => part.getBoundingClientRect().top"
+    assert problem.evaluate(top) < page.locator(f"{ROOT} figure").first.evaluate(top)
+    loaded = (
+        f"() => [...document.querySelectorAll('{ROOT} img')].every((one) => one.complete && one.naturalWidth === 80)"
+    )
+    page.wait_for_function(loaded, timeout=30_000)
+    own = """() => {
+      const node = window.app.graph._nodes.find((one) => one.type === "LoadCaptionDataset");
+      return [node.imgs?.length ?? 0, node.serialize().widgets_values.length, node.widgets.length];
+    }"""
+    images, saved, widgets = page.evaluate(own)
+    assert images == 0, "the sheet shows the images once more"
+    assert saved < widgets, "the panels are saved with the workflow"
+
+
+def test_a_caption_is_edited_in_place_and_undone(grid: Any, folder: Path) -> None:
+    page = grid
+    edit(page, "a.png", "a dog", "Enter")
+    wait_for_message(page, "The caption of a.png is saved")
+    assert (folder / "a.txt").read_text() == "a dog" and caption(page, "a.png") == "a dog"
+    edit(page, "b.png", "a bird")
+    page.click(f"{ROOT} .sdxl-lora-title")  # which takes the focus away
+    wait_for_message(page, "The caption of b.png is saved")
+    assert (folder / "b.txt").read_text() == "a bird"
+    for image in ("b.png", "a.png"):
+        page.click(f"{ROOT} button:has-text('Undo')")
+        wait_for_message(page, f"The caption of {image} is as before")
+    assert (folder / "a.txt").read_text() == "a red thing" and not (folder / "b.txt").exists()
+    assert caption(page, "a.png") == "a red thing" and caption(page, "b.png") == "ohwx (no caption file)"
+    assert not page.is_visible(f"{ROOT} button:has-text('Undo')")
+
+
+def test_escape_leaves_a_caption(grid: Any, folder: Path) -> None:
+    page = grid
+    edit(page, "a.png", "never", "Escape")
+    assert caption(page, "a.png") == "a red thing" and page.locator(f"{ROOT} textarea").count() == 0
+    assert (folder / "a.txt").read_text() == "a red thing"
+
+
+def test_an_edit_is_in_the_next_run(grid: Any, folder: Path) -> None:
+    page = grid
+    edit(page, "a.png", "two", "Shift+Enter", "Enter")
+    wait_for_message(page, "The caption of a.png is saved")
+    (folder / "broken.png").unlink()
+    run(page)
+    page.wait_for_function(f"() => !document.querySelector('{ROOT}').textContent.includes('broken')", timeout=60_000)
+    assert caption(page, "a.png") == "two"
+
+
+@pytest.mark.parametrize("kind", ["panel", "node"])
+def test_dropped_files_are_uploaded_into_a_new_folder_and_chosen(grid: Any, server: Any, kind: str) -> None:
+    page = grid
+    data = {"x.png": png("green"), "x.txt": b"a fox", "y.py": b"import os"}
+    page.evaluate(DROP, [[(name, base64.b64encode(content).decode()) for name, content in data.items()], kind])
+    wait_for_message(page, "y.py: 'y.py' is not part of a dataset")
+    chosen, offered = page.evaluate(FOLDER)
+    assert chosen.startswith("dataset-") and chosen in offered
+    made = server.base / "input" / chosen
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == {"x.png": png("green"), "x.txt": b"a fox"}
+    run(page)
+    page.wait_for_selector(CAPTION.format("x.png"), state="attached", timeout=60_000)
+    assert caption(page, "x.png") == "a fox" and page.evaluate("() => window.app.graph._nodes.length") == 2
+
+
+def test_chosen_files_are_uploaded(grid: Any, server: Any) -> None:
+    page = grid
+    files = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": png("green")} for i in range(40)]
+    page.set_input_files(f"{ROOT} input[type=file]", files)
+    wait_for_message(page, "40 files are in dataset-")
+    chosen, _ = page.evaluate(FOLDER)
+    assert len(list((server.base / "input" / chosen).iterdir())) == 40
+
+
+def test_the_list_of_folders_is_refreshed(grid: Any, server: Any, folder: Path) -> None:
+    page = grid
+    later = f"{folder.name}_later"
+    assert later not in page.evaluate(FOLDER)[1]
+    (server.base / "input" / later).mkdir()
+    page.click(f"{ROOT} button:has-text('Refresh')")
+    wait_for_message(page, " folders")
+    chosen, offered = page.evaluate(FOLDER)
+    assert later in offered and chosen == folder.name

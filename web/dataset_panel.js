@@ -1,0 +1,219 @@
+// On Load Caption Dataset: the images with their captions, which are edited in place, and uploads into a new folder.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { ask, fromDrop, fromInput, hasFiles, upload } from "./dataset_upload.js";
+import { addPanel, allNodes, element } from "./panel.js";
+import { nodeAt } from "./status.js";
+
+const NODE = "LoadCaptionDataset";
+const PANEL = "sdxl_lora_dataset";
+const BUTTONS_HEIGHT = 34; // pixels
+const GRID_HEIGHT = 250;
+
+const panels = new WeakMap(); // by node
+
+class DatasetPanel {
+  constructor(node) {
+    this.node = node;
+    this.edits = []; // that Undo takes back: the image and its caption before
+    this.build();
+    addPanel(node, PANEL, this.root, { minHeight: BUTTONS_HEIGHT });
+  }
+
+  build() {
+    const files = element("input", { type: "file", multiple: true, style: { display: "none" } });
+    files.onchange = () => this.upload(fromInput(files));
+    const add = button("Add images", "Uploads images and their .txt files into a new folder.", () => files.click());
+    const refresh = button("Refresh", "Reads the list of folders again.", () => this.report(refreshFolders));
+    this.undo = button("Undo", "", () => this.report(() => this.takeBack()));
+    this.undo.hidden = true;
+    this.message = element("div", { className: "sdxl-lora-message" });
+    this.problems = element("div", { className: "sdxl-lora-problems" });
+    this.title = element("div", { className: "sdxl-lora-title" });
+    this.cells = element("div", { className: "sdxl-lora-cells" });
+    const buttons = element("div", { className: "sdxl-lora-buttons" }, add, refresh, this.undo, files);
+    const parts = [buttons, this.message, this.problems, this.title, this.cells];
+    this.root = element("div", { className: "sdxl-lora-dataset" }, ...parts);
+    this.root.dataset.scrolls = "";
+    takeDrops(this.root, (transfer) => this.upload(fromDrop(transfer)));
+  }
+
+  /** Shows what the node has read. */
+  show(data) {
+    this.data = data;
+    this.edits = [];
+    const notes = data.notes.map((textContent) => element("div", { className: "sdxl-lora-note", textContent }));
+    this.problems.replaceChildren(...data.problems.map((textContent) => element("div", { textContent })), ...notes);
+    const shown = data.entries.length;
+    const count = shown < data.total ? `the first ${shown} of ${data.total} images` : `${shown} images`;
+    this.title.textContent = `${data.folder}: ${count}. Click a caption to edit it.`;
+    this.cells.replaceChildren(...data.entries.map((entry) => this.cell(entry)));
+    this.tell("");
+    addPanel(this.node, PANEL, this.root, { minHeight: GRID_HEIGHT });
+  }
+
+  cell(entry) {
+    const query = new URLSearchParams({ folder: this.data.folder, image: entry.name, at: String(Date.now()) });
+    const picture = element("img", { src: api.apiURL(`/sdxl_lora/dataset/thumbnail?${query}`), alt: entry.name });
+    picture.title = `${entry.name}, ${entry.width} x ${entry.height} pixels`;
+    picture.loading = "lazy";
+    const caption = element("figcaption", { tabIndex: 0, title: "Click to edit this caption" });
+    const figure = element("figure", {}, picture, caption);
+    figure.dataset.image = entry.name;
+    caption.onclick = () => this.edit(entry, caption);
+    caption.onkeydown = (event) => event.key === "Enter" && event.target === caption && this.edit(entry, caption);
+    this.write(entry, caption);
+    return figure;
+  }
+
+  write(entry, caption) {
+    const word = this.data.trigger_word;
+    const text = entry.caption || (word ? `${word} (no caption file)` : "(no caption file)");
+    caption.textContent = text;
+    caption.dataset.empty = entry.caption ? "" : "yes";
+  }
+
+  edit(entry, caption) {
+    if (caption.querySelector("textarea")) return;
+    const area = element("textarea", { value: entry.caption, rows: 4 });
+    area.title = "Enter saves, Shift+Enter begins a line, Escape leaves the caption as it was.";
+    const close = (save) => {
+      area.onblur = null;
+      const text = area.value.trim();
+      this.write(entry, caption);
+      if (save && text !== entry.caption) this.report(() => this.save(entry, text, true));
+    };
+    area.onkeydown = (event) => {
+      if (event.key === "Escape" || (event.key === "Enter" && !event.shiftKey)) {
+        event.preventDefault();
+        close(event.key === "Enter");
+      }
+    };
+    area.onblur = () => close(true);
+    area.onclick = (event) => event.stopPropagation();
+    caption.replaceChildren(area);
+    area.focus();
+  }
+
+  /** Writes a caption; null removes the file that an edit has created. */
+  async save(entry, text, undoable) {
+    const body = JSON.stringify({ folder: this.data.folder, image: entry.name, text });
+    const headers = { "Content-Type": "application/json" };
+    const { previous } = await ask("/sdxl_lora/dataset/caption", { method: "POST", headers, body });
+    if (undoable) this.edits.push({ entry, previous, shown: entry.caption });
+    entry.caption = text ?? "";
+    this.redraw(entry);
+    return undoable ? `The caption of ${entry.name} is saved. Run reads it.` : `The caption of ${entry.name} is as before.`;
+  }
+
+  async takeBack() {
+    const { entry, previous, shown } = this.edits.at(-1);
+    const said = await this.save(entry, previous, false);
+    this.edits.pop();
+    entry.caption = shown;
+    this.redraw(entry);
+    return said;
+  }
+
+  redraw(entry) {
+    const figures = [...this.cells.children];
+    const caption = figures.find((figure) => figure.dataset.image === entry.name)?.querySelector("figcaption");
+    if (caption) this.write(entry, caption);
+  }
+
+  async upload(found) {
+    await this.report(async () => {
+      const { name, files } = await found;
+      const { folder, stored, refused } = await upload(name, files, (done) =>
+        this.tell(`uploading ${done} of ${files.length} files ...`),
+      );
+      await refreshFolders();
+      choose(this.node, folder);
+      const left = refused.map(({ file, reason }) => `${file}: ${reason}`);
+      if (left.length) throw new Error([`${stored} files are in ${folder}, not these:`, ...left].join("\n"));
+      return `${stored} files are in ${folder}. Run reads them.`;
+    });
+  }
+
+  /** Does something and shows what it says, or why it failed. */
+  async report(work) {
+    try {
+      this.tell(await work());
+    } catch (error) {
+      this.tell(error.message, true);
+    }
+  }
+
+  tell(text, failed = false) {
+    this.message.textContent = text;
+    this.message.dataset.failed = failed ? "yes" : "";
+    const last = this.edits.at(-1);
+    this.undo.hidden = !last;
+    this.undo.title = last ? `Gives ${last.entry.name} its caption before the edit.` : "";
+    if (text && !this.data) addPanel(this.node, PANEL, this.root, { minHeight: 3 * BUTTONS_HEIGHT });
+  }
+}
+
+function button(textContent, title, onclick) {
+  return element("button", { textContent, title, onclick });
+}
+
+const folderOf = (node) => node.widgets?.find((widget) => widget.name === "folder");
+
+async function refreshFolders() {
+  const names = await ask("/sdxl_lora/datasets");
+  const declared = window.LiteGraph?.registered_node_types?.[NODE]?.nodeData?.input?.required?.folder;
+  if (Array.isArray(declared?.[0])) declared[0] = names; // of nodes that are added later
+  for (const node of allNodes(app.rootGraph ?? app.graph)) {
+    const widget = node.comfyClass === NODE && folderOf(node);
+    if (widget) widget.options.values = names;
+  }
+  return `${names.length} folders`;
+}
+
+function choose(node, folder) {
+  const widget = folderOf(node);
+  widget.value = folder;
+  widget.callback?.(folder);
+  node.setDirtyCanvas?.(true);
+}
+
+// Where the page itself would open a dropped image as a workflow.
+function takeDrops(root, take) {
+  root.addEventListener("dragover", (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  root.addEventListener("drop", (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    take(event.dataTransfer);
+  });
+}
+
+// The grid shows the images. Added before the page's own listener, which would show the sheet of them as well.
+api.addEventListener("executed", ({ detail }) => {
+  if (nodeAt(detail.display_node ?? detail.node)?.comfyClass === NODE) delete detail.output?.images;
+});
+
+app.registerExtension({
+  name: "sdxl_lora.dataset",
+  nodeCreated(node) {
+    if (node.comfyClass !== NODE) return;
+    panels.set(node, new DatasetPanel(node));
+    const { onExecuted } = node;
+    node.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      const [data] = output?.sdxl_lora_dataset ?? [];
+      if (data) panels.get(this).show(data);
+    };
+    node.onDragOver = hasFiles;
+    node.onDragDrop = (event) => {
+      if (!hasFiles(event)) return false;
+      panels.get(node).upload(fromDrop(event.dataTransfer));
+      return true;
+    };
+  },
+});
