@@ -41,6 +41,9 @@ function progressLines({ state, phase, done, total, detail, message }) {
 function dropPreview(node) {
   for (const id of [node.id, `${node.graph?.id}:${node.id}`]) delete app.nodePreviewImages?.[id];
   app.revokePreviews?.(node.id);
+  // The canvas may have taken up the results while the preview was still there: this makes it look again.
+  node.preview = undefined;
+  node.images = undefined;
 }
 
 // Previews fill the node down to its lower edge, so later widgets would cover them.

@@ -107,7 +107,7 @@ def test_all_nodes_are_offered_with_their_texts(server: Any) -> None:
 
 def test_help_and_templates_are_served(server: Any) -> None:
     assert sorted(server.get("/workflow_templates")["sdxl-lora-nodes"]) == sorted(TEMPLATES)
-    assert "/extensions/sdxl-lora-nodes/sdxl_lora.js" in server.get("/extensions")
+    assert "/extensions/sdxl-lora-nodes/nodes.js" in server.get("/extensions")
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
