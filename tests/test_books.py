@@ -340,6 +340,7 @@ def test_the_report_of_a_run(run: Train, tmp_path: Path, monkeypatch: pytest.Mon
         "new_tokens": {"zxq": "embedding:small_00002-zxq in prompts of ComfyUI's own nodes"},
         "small_batches": Whole("batch_size is 2, but the mean batch has 1.4 images, because .*"),
         "note": "the name small was taken, so this LoRA is small_00002",
+        "without_effect": None,  # test_history.py
         "stopped": None,  # the rest of these: test_resume.py and test_evaluator.py
         "early_stopping": None,
         "continued": None,

@@ -316,7 +316,8 @@ def test_the_names_of_an_images_facts_stay(home: Path, on_the_cpu: None) -> None
     theirs, ours = (next((home / "user/sdxl_lora/images").rglob(key)) for key in (facts["key"], made["key"]))
     assert {file.name for file in ours.iterdir()} == {"image.png", "latents.safetensors", "manifest.json"}
     manifest, reference = (read_json(entry / "manifest.json") for entry in (ours, theirs))
-    assert set(manifest) == {"schema", "key", "size", "sha256", "latents", "settings", "versions"}
+    assert set(manifest) == {"schema", "key", "size", "sha256", "latents", "settings", "versions", "lora_fit"}
+    assert set(manifest) - set(reference) == {"lora_fit"}, "since 0.4"
     assert set(manifest["settings"]) == set(reference["settings"])
     texts, stored_texts = (PngImageFile(entry / "image.png").text for entry in (ours, theirs))
     assert set(texts) == set(stored_texts) == {"parameters", "XML:com.adobe.xmp"}

@@ -235,7 +235,7 @@ class Pass:
         fit = (*text_fit, *made.lora_fit)
         if self.cache:
             versions = {name: version(name) for name in KEYED_LIBRARIES}
-            manifest = {"settings": request.facts, "versions": versions, "lora_fit": fit}
+            manifest = {"settings": request.facts, "versions": versions, **({"lora_fit": fit} if fit else {})}
             self.cache.store(image.key, made.pixels, manifest, image.texts, latents)
         return replace(image, lora_fit=fit)
 

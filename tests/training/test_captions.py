@@ -97,11 +97,6 @@ def test_another_separator_splits_elsewhere() -> None:
         TrainConfig(tag_separator="")
 
 
-def test_tags_that_are_kept_where_none_is_moved_are_refused() -> None:
-    with pytest.raises(ValueError, match="keep_tags is 1, shuffle_tags is off and tag_dropout 0"):
-        TrainConfig(keep_tags=1)
-
-
 @pytest.mark.parametrize("separator", ["\n", "\t", ", \r"])
 def test_a_separator_that_no_caption_contains_is_refused(separator: str) -> None:
     with pytest.raises(ValueError, match="tag_separator is .*, which no caption contains"):
