@@ -1,7 +1,8 @@
 """Updates the help pages of all nodes: python -m tools.make_docs
 
-The title and the tables of inputs and outputs are made from the node and its settings; everything else on a page is
-written by hand and kept. The pages of the option nodes have no other text. A test compares the pages with the nodes.
+The title with its picture and the tables of inputs and outputs are made from the node and its settings; everything
+else on a page is written by hand and kept. The pages of the option nodes have no other text. A test compares the pages
+with the nodes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ PAGES = ROOT / "web/docs"
 OPTIONS_TEXT = """\
 Connect `options` to Train SDXL LoRA or to another options node. Of two nodes that change the same setting, the later
 one applies. Settings at their default change nothing. A setting that contradicts another one, here or on Train SDXL
-LoRA, is an error that names both, before any model is loaded.
+LoRA, is an error that names both, before any model is loaded. A setting that has no effect with the others is a note
+on the node.
 """
 
 
@@ -29,20 +31,26 @@ def pages() -> dict[str, str]:
     pack: Any = load_pack()
     options, titles = pack.nodes.train_options.TrainOptions, pack.NODE_DISPLAY_NAME_MAPPINGS
     return {
-        node_id: options_page(titles[node_id], node)
+        node_id: options_page(node_id, titles[node_id], node)
         if issubclass(node, options)
-        else updated_page((PAGES / f"{node_id}.md").read_text(encoding="utf-8"), titles[node_id], node)
+        else updated_page(node_id, titles[node_id], node)
         for node_id, node in pack.NODE_CLASS_MAPPINGS.items()
     }
 
 
-def options_page(title: str, node: Any) -> str:
-    return f"# {title}\n\n{node.DESCRIPTION}\n\n{OPTIONS_TEXT}\n{inputs_table(node)}"
+def options_page(node_id: str, title: str, node: Any) -> str:
+    return f"{heading(node_id, title)}{node.DESCRIPTION}\n\n{OPTIONS_TEXT}\n{inputs_table(node)}"
 
 
-def updated_page(page: str, title: str, node: Any) -> str:
+def heading(node_id: str, title: str) -> str:
+    """The title, and the picture by tools.node_pictures."""
+    return f"# {title}\n\n![{title}]({node_id}.jpg)\n\n"
+
+
+def updated_page(node_id: str, title: str, node: Any) -> str:
     """The page with a new title and new tables."""
-    page = re.sub(r"\A# .*", lambda _: f"# {title}", page)
+    page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
+    page = re.sub(r"\A# .*\n\n(!\[.*\n\n)?", lambda _: heading(node_id, title), page)
     page = with_table(page, "Inputs", inputs_table(node))
     return with_table(page, "Outputs", outputs_table(node))
 

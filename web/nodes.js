@@ -39,11 +39,20 @@ function progressLines({ state, phase, done, total, detail, message }) {
 
 // ComfyUI would keep showing the last preview beside the results.
 function dropPreview(node) {
-  for (const id of [node.id, `${node.graph?.id}:${node.id}`]) delete app.nodePreviewImages?.[id];
+  const ids = [`${node.graph?.id}:${node.id}`, String(node.id)];
+  for (const id of ids) {
+    previews()?.revokePreviewsByLocatorId?.(id);
+    delete app.nodePreviewImages?.[id];
+  }
   app.revokePreviews?.(node.id);
   // The canvas may have taken up the results while the preview was still there: this makes it look again.
   node.preview = undefined;
   node.images = undefined;
+}
+
+// Newer pages keep previews in a store of their own as well, which has no way in for extensions.
+function previews() {
+  return document.getElementById("vue-app")?.__vue_app__?.config.globalProperties.$pinia?._s.get("nodeOutput");
 }
 
 // Previews fill the node down to its lower edge, so later widgets would cover them.

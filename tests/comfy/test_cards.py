@@ -76,14 +76,16 @@ def run_and_wait(page: Any, server: Any) -> None:
 def test_badges_say_which_images_came_from_the_cache(
     page: Any, server: Any, shipped: dict[str, Any], shrink: Callable[..., Any]
 ) -> None:
-    badges = "() => [...document.querySelectorAll('.sdxl-lora-badges span')].map((one) => one.className)"
+    badges = """() => [...document.querySelectorAll('.sdxl-lora-badges')]
+      .map((panel) => [...panel.children].map((one) => one.className).join())"""
     seed = secrets.randbits(32)
     open_workflow(page, "generate_with_lora_stack")
     for count, expected in [(1, ["sdxl-lora-made"]), (2, ["sdxl-lora-hit", "sdxl-lora-made"])]:
         changes = {"width": 64, "height": 64, "seed": seed, "count": count, "steps": 1}
         set_widgets(page, shrink(shipped["generate_with_lora_stack"], SDXLGenerateCached=changes))
         run_and_wait(page, server)
-        page.wait_for_function(f"(words) => ({badges})().join() === words.join()", arg=expected, timeout=20_000)
+        each = f"(words) => ({badges})().length && ({badges})().every((found) => found === words.join())"
+        page.wait_for_function(each, arg=expected, timeout=20_000)
 
 
 def test_scores_are_a_table_that_can_be_sorted(

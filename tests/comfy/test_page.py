@@ -40,7 +40,8 @@ NEW_NODE = """(name) => {
   const node = window.LiteGraph.createNode(name);
   window.app.graph.add(node);
   const hidden = (widget) => node.isWidgetVisible ? !node.isWidgetVisible(widget) : widget.advanced;
-  const face = (node.widgets ?? []).filter((widget) => !hidden(widget)).map((widget) => widget.name);
+  const face = (node.widgets ?? [])
+    .filter((widget) => !hidden(widget) && !widget.name.startsWith("sdxl_lora")).map((widget) => widget.name);
   node.onExecuted?.({ text: ["what it did"] });
   const text = node.widgets?.find((widget) => widget.name === "sdxl_lora_text")?.element.value;
   window.app.graph.remove(node);
