@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ...sdxl_lora_core.files import safe_path
-from ...sdxl_lora_core.training.run.history import run_history, runs_of
+from ...sdxl_lora_core.training.monitor.history import run_history, runs_of
 from .comfy import running
 from .folders import output_folder
 from .status import board

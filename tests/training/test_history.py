@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lora_core.training.run.history import run_history, runs_of
+from sdxl_lora_core.training.monitor.history import run_history, runs_of
 from tests.micro.runs import SMALL, Train, load
 
 WATCHED = replace(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..monitor.metrics import COLUMNS
+from .metrics import COLUMNS
 
 _SHOWN = ("step", "loss", "smoothed", "learning_rate", "validation_loss")
 _FINAL = re.compile(r"\d{2,}\.png")  # of the finished LoRA; those of a step begin with `step-`
