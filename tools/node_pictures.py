@@ -25,9 +25,9 @@ FRAME = """(id) => {
   const node = window.app.graph.getNodeById(id);
   const view = window.app.canvas.ds;
   view.scale = 1;
-  view.offset = [40 - node.pos[0], 90 - node.pos[1]];
+  view.offset = [200 - node.pos[0], 160 - node.pos[1]]; // beside the menus
   window.app.canvas.setDirty(true, true);
-  return [36, 90 - 34, node.size[0] + 8, node.size[1] + 42];
+  return [196, 160 - 34, node.size[0] + 8, node.size[1] + 42];
 }"""
 
 
@@ -83,7 +83,7 @@ def take(page: Any, taken: set[str]) -> None:
             continue
         left, top, width, height = page.evaluate(FRAME, key)
         page.wait_for_timeout(700)
-        shot = page.screenshot(clip={"x": left, "y": top, "width": width, "height": min(height, 1300)})
+        shot = page.screenshot(clip={"x": left, "y": top, "width": width, "height": min(height, 1250)})
         picture = Image.open(io.BytesIO(shot)).convert("RGB")
         picture.thumbnail((WIDEST, 1300))
         picture.save(Path(ROOT, f"web/docs/{kind}.jpg"), quality=85)
