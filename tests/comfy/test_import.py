@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.comfy.conftest import install_pack
 
+SMALL_CORE = Path(__file__).with_name("small_core")
 CODE = """
 import asyncio, json, sys
 sys.path.insert(0, "")
@@ -17,8 +18,11 @@ import utils.extra_config  # as main.py does: from nodes on, `utils` would be an
 import nodes
 def libraries():
     return {name.partition(".")[0] for name in sys.modules if "sdxl-lora-nodes" not in name} - sys.stdlib_module_names
+def load(pack):
+    assert asyncio.run(nodes.load_custom_node(pack, module_parent="custom_nodes"))
+load(ANOTHER)  # for which ComfyUI imports libraries of its own
 before, offered = libraries(), len(nodes.NODE_CLASS_MAPPINGS)
-assert asyncio.run(nodes.load_custom_node(PACK, module_parent="custom_nodes"))
+load(PACK)
 print(json.dumps([len(nodes.NODE_CLASS_MAPPINGS) - offered, sorted(libraries() - before)]))
 """
 
@@ -27,7 +31,8 @@ def test_the_pack_imports_no_library_that_comfyui_has_not(comfyui: Path, comfyui
     """Each would be on its line of the start report: diffusers and peft take seconds."""
     pack = tmp_path / "custom_nodes/sdxl-lora-nodes"
     install_pack(pack)
-    command = [comfyui_python, "-c", CODE.replace("PACK", repr(str(pack))), "--cpu", "--base-directory", str(tmp_path)]
+    code = CODE.replace("PACK", repr(str(pack))).replace("ANOTHER", repr(str(SMALL_CORE)))
+    command = [comfyui_python, "-c", code, "--cpu", "--base-directory", str(tmp_path)]
     done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True, check=True)
     offered, libraries = json.loads(done.stdout.splitlines()[-1])
     assert offered and libraries == []
