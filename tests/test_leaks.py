@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import psutil
 import pytest
+import torch
 
 from sdxl_lora_core.lora.stack import LoRARef
+from sdxl_lora_core.runtime.device import release_memory
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro.images import CPU, draw, settings
@@ -26,6 +28,17 @@ def resident() -> int:
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return psutil.Process().memory_info().rss
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' allocators return freed memory by themselves")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    weights = [torch.ones(25_000) for _ in range(2000)]  # too small for mappings of their own
+    last = torch.ones(25_000)  # keeps the heap's end in use
+    full = psutil.Process().memory_info().rss
+    del weights
+    release_memory(CPU)
+    assert full - psutil.Process().memory_info().rss > 100 * MEGABYTE
+    assert last.sum() == 25_000
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...sdxl_lora_core.runtime.device import default_device
+from ...sdxl_lora_core.runtime.device import default_device, trim_heap
 from ...sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from .comfy import running
 
@@ -105,6 +105,7 @@ class ComfyParts(LoadedParts):
         self._in_use.discard(part)
         holder.part = None
         self._drop_unlisted()
+        trim_heap()
 
     def _drop_unlisted(self) -> None:
         """Drops parts that were offloaded for other parts of ours: they use memory that ComfyUI no longer manages."""

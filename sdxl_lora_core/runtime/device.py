@@ -6,9 +6,11 @@ so that devices this pack has never seen work if their module has CUDA's functio
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,10 +88,17 @@ class OutOfMemory(torch.OutOfMemoryError):
 
 
 def release_memory(device: torch.device) -> None:
-    """Frees unreachable objects and returns torch's unused cached memory to the device."""
+    """Frees unreachable objects and returns unused memory: torch's to the device, the process's own to the system."""
     gc.collect()
+    trim_heap()
     if hasattr(module := _module(device), "empty_cache"):
         module.empty_cache()
+
+
+def trim_heap() -> None:
+    """Returns freed main memory to the system, where glibc would keep gigabytes of freed weights for itself."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def memory_in_use(device: torch.device) -> int:
