@@ -30,6 +30,11 @@ FRAME = """(id) => {
   return [196, 160 - 34, node.size[0] + 8, node.size[1] + 42];
 }"""
 
+SET_STEPS = """(steps) => {
+  for (const node of window.app.graph._nodes.filter((one) => one.type === "TrainSDXLLoRA"))
+    node.widgets.find((widget) => widget.name === "steps").value = steps;
+}"""
+
 
 class Server:
     """ComfyUI's HTTP interface, as open_page needs it."""
@@ -50,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("--run", nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=60, help="of the training")
     options = parser.parse_args()
     server = Server(options.url)
     with browser() as chromium:
@@ -63,6 +69,7 @@ def main() -> None:
             open_graph(page, json.loads((ROOT / f"example_workflows/{name}.json").read_text(encoding="utf-8")))
             page.wait_for_timeout(1500)
             if name in options.run:
+                page.evaluate(SET_STEPS, options.steps)
                 run(page, server)
             take(page, taken)
 
