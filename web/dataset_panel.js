@@ -61,7 +61,11 @@ class DatasetPanel {
     const figure = element("figure", {}, picture, caption);
     figure.dataset.image = entry.name;
     caption.onclick = () => this.edit(entry, caption);
-    caption.onkeydown = (event) => event.key === "Enter" && event.target === caption && this.edit(entry, caption);
+    caption.onkeydown = (event) => {
+      if (event.key !== "Enter" || event.target !== caption) return; // returning false would cancel what is typed
+      event.preventDefault();
+      this.edit(entry, caption);
+    };
     this.write(entry, caption);
     return figure;
   }

@@ -141,11 +141,22 @@ def test_a_caption_is_edited_in_place_and_undone(grid: Any, folder: Path) -> Non
     assert not page.is_visible(f"{ROOT} button:has-text('Undo')")
 
 
-def test_escape_leaves_a_caption(grid: Any, folder: Path) -> None:
+def test_a_caption_is_typed(grid: Any, folder: Path) -> None:
+    page = grid
+    page.click(CAPTION.format("a.png"))
+    for key in ("End", "Backspace", "k", "Enter"):
+        page.keyboard.press(key)
+    wait_for_message(page, "The caption of a.png is saved")
+    assert (folder / "a.txt").read_text() == "a red think"
+
+
+def test_escape_leaves_a_caption_and_an_empty_one_is_refused(grid: Any, folder: Path) -> None:
     page = grid
     edit(page, "a.png", "never", "Escape")
     assert caption(page, "a.png") == "a red thing" and page.locator(f"{ROOT} textarea").count() == 0
-    assert (folder / "a.txt").read_text() == "a red thing"
+    edit(page, "a.png", "", "Enter")
+    wait_for_message(page, "the caption is empty")
+    assert caption(page, "a.png") == "a red thing" and (folder / "a.txt").read_text() == "a red thing"
 
 
 def test_an_edit_is_in_the_next_run(grid: Any, folder: Path) -> None:
