@@ -101,6 +101,7 @@ class DatasetPanel {
 
   /** Writes a caption; null removes the file that an edit has created. */
   async save(entry, text, undoable) {
+    if (text === "" && undoable) throw new Error("the caption is empty: describe what the image shows");
     const body = JSON.stringify({ folder: this.data.folder, image: entry.name, text });
     const headers = { "Content-Type": "application/json" };
     const { previous } = await ask("/sdxl_lora/dataset/caption", { method: "POST", headers, body });
