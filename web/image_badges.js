@@ -1,6 +1,6 @@
 // On SDXL Generate (cached): which images came from the cache, and how long the others took.
 import { app } from "../../scripts/app.js";
-import { addPanel, element, removePanel } from "./panel.js";
+import { addPanel, element } from "./panel.js";
 
 const PANEL = "sdxl_lora_badges";
 const ROW = 22; // pixels
@@ -14,7 +14,6 @@ function showBadges(node, images) {
       textContent: `${index + 1} ${hit ? "cache" : `made ${seconds.toFixed(1)} s`}`,
     }),
   );
-  removePanel(node, PANEL);
   const root = element("div", { className: "sdxl-lora-badges" }, ...badges);
   root.dataset.scrolls = "";
   addPanel(node, PANEL, root, { minHeight: 8 + ROW * Math.min(3, Math.ceil(images.length / IN_A_ROW)) });

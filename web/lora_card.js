@@ -1,7 +1,7 @@
 // The card of the chosen file on Load LoRA: picture, trigger words, base and rank, before anything has run.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { addPanel, allNodes, element, findPanel, removePanel } from "./panel.js";
+import { addPanel, allNodes, element, removePanel } from "./panel.js";
 
 const NODE = "LoadLoRA";
 const PANEL = "sdxl_lora_card";
@@ -30,7 +30,6 @@ function showCard(node, card, picture) {
   if (picture) root.append(element("img", { src: picture, alt: card.name }));
   root.append(body);
   root.dataset.scrolls = "";
-  if (findPanel(node, PANEL)) removePanel(node, PANEL);
   addPanel(node, PANEL, root, { minHeight: picture ? 130 : 96 });
 }
 

@@ -25,7 +25,7 @@ function hideAdvanced(node) {
 
 export function showText(node, text) {
   const panel = findPanel(node, TEXT);
-  const area = panel?.element ?? element("textarea", { className: "comfy-multiline-input", readOnly: true });
+  const area = panel?.element.firstChild ?? element("textarea", { className: "comfy-multiline-input", readOnly: true });
   area.dataset.scrolls = "";
   area.value = text;
   if (!panel) addPanel(node, TEXT, area);
@@ -88,7 +88,7 @@ app.registerExtension({
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
       dropPreview(this);
-      if (output?.text) showText(this, output.text.join("\n"));
+      if (output?.text && !findPanel(this, "sdxl_lora_card")) showText(this, output.text.join("\n"));
     };
   },
   afterConfigureGraph() {

@@ -11,12 +11,21 @@ const TYPE = "sdxl_lora_panel";
  * @param {{minHeight?: number}} options minHeight in pixels at zoom 1
  */
 export function addPanel(node, name, element, { minHeight = 90 } = {}) {
-  removePanel(node, name);
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => minHeight };
-  const widget = node.addDOMWidget(name, TYPE, element, options);
-  widget.serialize = false; // this one keeps it out of the saved workflow, the option out of the prompt
-  keepKeysAndWheel(element);
+  const widget = findPanel(node, name) ?? newPanel(node, name);
+  // Nodes 2.0 keeps the element of a widget that is replaced by one of the same name, so the box stays.
+  if (widget.element.firstChild !== element) widget.element.replaceChildren(element);
+  widget.minHeight = minHeight;
   grow(node);
+  return widget;
+}
+
+function newPanel(node, name) {
+  const box = document.createElement("div");
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => widget?.minHeight ?? 0 };
+  let widget;
+  widget = node.addDOMWidget(name, TYPE, box, options);
+  widget.serialize = false; // this one keeps it out of the saved workflow, the option out of the prompt
+  keepKeysAndWheel(box);
   return widget;
 }
 

@@ -1,6 +1,6 @@
 // The scores on CLIP Score as a table, which a click on a column sorts.
 import { app } from "../../scripts/app.js";
-import { addPanel, element, removePanel } from "./panel.js";
+import { addPanel, element } from "./panel.js";
 
 const PANEL = "sdxl_lora_scores";
 const COLUMNS = [["rank", "#"], ["image", "image"], ["clip_score", "CLIP"], ["prompt", "prompt"]];
@@ -21,7 +21,6 @@ function showScores(node, rows) {
   fill();
   const root = element("div", { className: "sdxl-lora-table" }, table);
   root.dataset.scrolls = "";
-  removePanel(node, PANEL);
   addPanel(node, PANEL, root, { minHeight: Math.min(180, 30 + 22 * rows.length) });
 }
 

@@ -43,7 +43,7 @@ NEW_NODE = """(name) => {
   const face = (node.widgets ?? [])
     .filter((widget) => !hidden(widget) && !widget.name.startsWith("sdxl_lora")).map((widget) => widget.name);
   node.onExecuted?.({ text: ["what it did"] });
-  const text = node.widgets?.find((widget) => widget.name === "sdxl_lora_text")?.element.value;
+  const text = node.widgets?.find((widget) => widget.name === "sdxl_lora_text")?.element.firstChild.value;
   window.app.graph.remove(node);
   return [face, text];
 }"""
@@ -109,7 +109,7 @@ def test_workflow_runs_from_the_page(
         page.wait_for_function(shown, arg=arguments, timeout=30_000)
     texts = """() => window.app.graph._nodes
       .flatMap((node) => node.widgets ?? []).filter((widget) => widget.name === "sdxl_lora_text")
-      .map((widget) => widget.element.value)"""
+      .map((widget) => widget.element.firstChild.value)"""
     page.wait_for_function(f"({texts})().length >= 2", timeout=30_000)
     assert all(page.evaluate(texts)), "a node shows an empty text"
     serialized = "() => window.app.graph.serialize().nodes.map((node) => [node.id, node.widgets_values ?? []])"
