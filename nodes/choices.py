@@ -159,13 +159,21 @@ def _weights(folder_type: str) -> dict[str, list[Path]]:
 
 
 def _subfolders(searched: list[Path], suffix: str = "") -> dict[str, list[Path]]:
+    """Without empty folders: ComfyUI makes input/3d, which would be the first name and so the default."""
     return {
         path.name + suffix: searched
         for root in searched
         if root.is_dir()
         for path in root.iterdir()
-        if path.is_dir() and not path.name.startswith(".")
+        if path.is_dir() and not path.name.startswith(".") and not _is_empty(path)
     }
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False  # not known: reading it names the reason
 
 
 def _folders_with(marker: str, folder_type: str) -> dict[str, list[Path]]:

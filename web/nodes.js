@@ -7,6 +7,7 @@ const CATEGORY = "SDXL LoRA"; // of all nodes of this pack and no others
 const COLORS = ["#2c4a52", "#22373d"]; // of title and body
 const TEXT = "sdxl_lora_text";
 const ROW = 20; // LiteGraph.NODE_WIDGET_HEIGHT; the layout adds 4
+const WIDTH = 320; // of a new node, in pixels: names and values are not cut
 
 export function isOurs(node) {
   return node.constructor.nodeData?.category?.split("/")[0] === CATEGORY;
@@ -20,7 +21,8 @@ function hideAdvanced(node) {
     widget.advanced = true;
     widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? ROW : -4];
   }
-  node.setSize?.(node.computeSize());
+  const [width, height] = node.computeSize();
+  node.setSize?.([Math.max(width, WIDTH), height]);
 }
 
 export function showText(node, text) {

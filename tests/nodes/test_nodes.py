@@ -148,11 +148,12 @@ def test_a_wrong_widget_is_named_without_the_node(widgets: dict[str, Any], messa
 
 
 def test_names_of_datasets(home: Path) -> None:
-    for folder in ("input/photos", "input/photos/nested", "datasets/more", "input/.hidden"):
+    for folder in ("input/photos/nested", "datasets/more/nested", "input/.hidden/nested", "input/3d"):
         (home / folder).mkdir(parents=True)
     assert choices.names("dataset") == ["more [datasets]", "photos", "sample: 8-bit (bundled)"]
     assert choices.find("dataset", "more [datasets]") == home / "datasets/more"
     assert choices.find("dataset", "photos/nested") == home / "input/photos/nested"
+    assert choices.find("dataset", "3d") == home / "input/3d", "an empty folder is not offered, but found"
     assert choices.check("dataset", None) is True
     assert "'../photos' is not a valid relative path" in choices.check("dataset", "../photos")
     assert "was not found" in choices.check("dataset", "nowhere")
