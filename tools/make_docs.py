@@ -1,8 +1,8 @@
 """Updates the help pages of all nodes: python -m tools.make_docs
 
 The title with its picture and the tables of inputs and outputs are made from the node and its settings; everything
-else on a page is written by hand and kept. The pages of the option nodes have no other text. A test compares the pages
-with the nodes.
+else on a page is written by hand and kept. On the pages of the option nodes that is what follows the table. A test
+compares the pages with the nodes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def pages() -> dict[str, str]:
 
 
 def options_page(node_id: str, title: str, node: Any) -> str:
-    return f"{heading(node_id, title)}{node.DESCRIPTION}\n\n{OPTIONS_TEXT}\n{inputs_table(node)}"
+    _, mistakes, text = (PAGES / f"{node_id}.md").read_text(encoding="utf-8").partition("\n## Common mistakes\n")
+    made = f"{heading(node_id, title)}{node.DESCRIPTION}\n\n{OPTIONS_TEXT}\n{inputs_table(node)}"
+    return f"{made}{mistakes}{text}"
 
 
 def heading(node_id: str, title: str) -> str:
@@ -88,8 +90,12 @@ def _values(is_file: bool, kind: Any, shown: dict[str, Any]) -> str:
     if kind not in ("INT", "FLOAT", "STRING", "BOOLEAN"):
         return f"a link ({kind})"
     if "max" in shown:
-        return f"**{shown['default']:g}**, {shown['min']:g} to {shown['max']:g}"
+        return f"**{_number(shown['default'])}**, {_number(shown['min'])} to {_number(shown['max'])}"
     return {True: "**on**", False: "**off**"}.get(shown["default"], "text") if kind == "BOOLEAN" else "text"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 if __name__ == "__main__":

@@ -184,6 +184,31 @@ def test_dropped_files_are_uploaded_into_a_new_folder_and_chosen(grid: Any, serv
     assert caption(page, "x.png") == "a fox" and page.evaluate("() => window.app.graph._nodes.length") == 2
 
 
+def test_a_dropped_folder_gives_the_new_one_its_name_and_keeps_its_subfolders(
+    grid: Any, server: Any, tmp_path: Path
+) -> None:
+    page = grid
+    dropped = tmp_path / f"foxes_{next(numbers)}"
+    (dropped / "10_fox").mkdir(parents=True)
+    (dropped / "10_fox/x.png").write_bytes(png("green"))
+    (dropped / "10_fox/x.txt").write_text("a fox")
+    (dropped / ".hidden").write_text("of the system")
+    box = page.locator(ROOT).bounding_box()
+    drop_from_desktop(page, dropped, box["x"] + box["width"] / 2, box["y"] + 10)
+    wait_for_message(page, f"2 files are in {dropped.name}")
+    assert page.evaluate(FOLDER)[0] == dropped.name
+    made = server.base / "input" / dropped.name
+    assert sorted(path.relative_to(made).as_posix() for path in made.rglob("*.*")) == ["10_fox/x.png", "10_fox/x.txt"]
+
+
+def drop_from_desktop(page: Any, path: Path, x: float, y: float) -> None:
+    """Drops a file or folder as the system's file manager does, for which a page cannot make the event."""
+    data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    session = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": x, "y": y, "data": data})
+
+
 def test_chosen_files_are_uploaded(grid: Any, server: Any) -> None:
     page = grid
     files = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": png("green")} for i in range(40)]
@@ -198,6 +223,7 @@ def test_the_list_of_folders_is_refreshed(grid: Any, server: Any, folder: Path) 
     later = f"{folder.name}_later"
     assert later not in page.evaluate(FOLDER)[1]
     (server.base / "input" / later).mkdir()
+    (server.base / "input" / later / "a.png").write_bytes(png("red"))
     page.click(f"{ROOT} button:has-text('Refresh')")
     wait_for_message(page, " folders")
     chosen, offered = page.evaluate(FOLDER)

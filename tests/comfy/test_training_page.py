@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sdxl_lora_core.training.monitor.metrics import COLUMNS
 from tests.comfy.page import READY, keep_only, open_graph, open_page, open_workflow, ours, run, set_widgets
 
 SHORT = {"steps": 4, "rank": 2, "batch_size": 1, "sample_prompts": "a red circle\na blue star"}
@@ -93,6 +94,97 @@ def test_a_training_is_followed_and_found_again_after_a_reload(page: Any, shippe
     page.wait_for_function(PICTURES, timeout=30_000)
     page.wait_for_timeout(500)
     assert panel(page)["inked"]
+
+
+LONG_RUN = 10_000  # steps
+COUNT = """() => {
+  const { prototype } = CanvasRenderingContext2D;
+  const { lineTo } = prototype;
+  window.drawnLines = 0;
+  prototype.lineTo = function () {
+    window.drawnLines += this.canvas.closest(".sdxl-lora-training") ? 1 : 0;
+    lineTo.apply(this, arguments);
+  };
+  window.stopCounting = () => { prototype.lineTo = lineTo; };
+}"""
+
+
+def test_a_run_of_10000_steps_is_drawn_in_as_few_lines_as_the_chart_has_columns(
+    page: Any, server: Any, shipped: dict[str, Any]
+) -> None:
+    name = prepare(page, shipped, **LONG)
+    folder = server.base / "output/lora_runs" / name
+    folder.mkdir(parents=True)
+    (folder / "identity").write_text("of another program")
+    rows = (f"{step},{1 / step + step % 7 / 10},{1 / step},{1e-4 * (1 - step / LONG_RUN)},,," for step in steps())
+    (folder / "metrics.csv").write_text("\n".join([",".join(COLUMNS), *rows, ""]))
+    graph = page.evaluate("() => window.app.graph.serialize()")
+    page.evaluate(COUNT)
+    open_graph(page, graph)
+    wait_for_headline(page, rf"^run {name}$", 30)
+    page.wait_for_function("() => window.drawnLines > 0", timeout=30_000)
+    page.wait_for_timeout(500)
+    assert panel(page)["inked"]
+    without = page.evaluate("() => window.drawnLines = 0")
+    page.evaluate(f"() => {PANEL}.querySelector('input[type=checkbox]').click()")
+    page.wait_for_function("() => window.drawnLines > 0", timeout=30_000)
+    page.wait_for_timeout(300)
+    width = page.evaluate(f"() => {PANEL}.querySelector('canvas').clientWidth")
+    # Three lines, two columns to a pixel, at most three points in a column.
+    assert without == 0 and page.evaluate("() => window.drawnLines") <= 3 * 2 * 3 * width < 3 * LONG_RUN
+    page.evaluate("() => window.stopCounting()")
+
+
+def steps() -> range:
+    return range(1, LONG_RUN + 1)
+
+
+GRAY = """(panel) => {
+  const canvas = eval(panel).querySelector("canvas");
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  let found = 0;
+  for (let at = 0; at < data.length; at += 4)
+    found += data[at] === 154 && data[at + 1] === 160 && data[at + 2] === 166 && data[at + 3] > 200;
+  return found;
+}"""
+
+
+def test_the_learning_rate_is_drawn_on_request(page: Any, shipped: dict[str, Any]) -> None:
+    name = prepare(page, shipped, **{**SHORT, "sample_prompts": ""})
+    run(page)
+    wait_for_headline(page, rf"^{name}: 4 steps$")
+    page.wait_for_timeout(500)
+    without, legend = page.evaluate(GRAY, PANEL), f"() => {PANEL}.querySelector('.sdxl-lora-legend').textContent"
+    assert "learning rate" not in page.evaluate(legend)
+    box = f"() => {PANEL}.querySelector('input[type=checkbox]').click()"
+    page.evaluate(box)
+    page.wait_for_timeout(500)
+    assert "learning rate" in page.evaluate(legend) and page.evaluate(GRAY, PANEL) > without + 100
+    page.evaluate(box)
+    page.wait_for_timeout(500)
+    assert page.evaluate(GRAY, PANEL) == without
+
+
+def test_texts_and_panels_are_there_again_after_another_workflow(
+    page: Any, server: Any, shipped: dict[str, Any], shrink: Any
+) -> None:
+    open_workflow(page, "generate_with_lora_stack")
+    set_widgets(page, shrink(shipped["generate_with_lora_stack"]))
+    before = set(server.get("/history"))
+    run(page)
+    server.wait(lambda: set(server.get("/history")) - before, 240)
+    texts = """() => window.app.graph._nodes.map((node) => [node.id, (node.widgets ?? [])
+      .filter((widget) => widget.name.startsWith("sdxl_lora")).map((widget) => widget.element.textContent
+        + (widget.element.querySelector("textarea")?.value ?? ""))]).sort()"""
+    page.wait_for_function(f"() => ({texts})().filter(([, found]) => found.length).length >= 3", timeout=30_000)
+    page.wait_for_timeout(1000)
+    seen = page.evaluate(texts)
+    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.wait_for_function("() => window.app.graph._nodes.length === 0", timeout=30_000)
+    page.evaluate("() => window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    page.wait_for_function("() => window.app.graph._nodes.length > 0", timeout=30_000)
+    page.wait_for_timeout(1500)
+    assert page.evaluate(texts) == seen and any(found for _, found in seen)
 
 
 def test_a_sample_is_shown_in_large_and_keys_go_through_the_prompts(page: Any, shipped: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ def test_every_setting_is_on_one_node_and_explained() -> None:
 def test_help_pages_are_current(node_id: str) -> None:
     page = (ROOT / "web/docs" / f"{node_id}.md").read_text(encoding="utf-8")
     assert page == pages()[node_id], "run python -m tools.make_docs"
+    assert "\n## Common mistakes\n\n- **" in page
 
 
 def test_only_changed_settings_travel_and_the_later_node_wins() -> None:
