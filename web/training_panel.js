@@ -9,7 +9,6 @@ import { nodeAt, onStatus, statusOf } from "./status.js";
 const NODE = "TrainSDXLLoRA";
 const PANEL = "sdxl_lora_training";
 const MIN_HEIGHT = 330;
-const EMPTY = { name: null, points: [], samples: [], checkpoints: [] };
 
 const panels = new WeakMap(); // by node
 
@@ -17,7 +16,7 @@ class TrainingPanel {
   constructor(node) {
     this.node = node;
     this.status = null;
-    this.run = { ...EMPTY }; // that the node trains, or trained last
+    this.run = emptyRun(); // that the node trains, or trained last
     this.shown = this.run;
     this.rates = false;
     this.build();
@@ -59,14 +58,14 @@ class TrainingPanel {
   }
 
   begin() {
-    this.run = { ...EMPTY };
+    this.run = emptyRun();
     this.shown = this.run;
     this.stop.disabled = false;
     this.stop.textContent = "Stop and keep";
   }
 
   async follow(name) {
-    this.run = { ...EMPTY, name };
+    this.run = emptyRun(name);
     this.shown = this.run;
     await this.reload();
     await this.listRuns(name);
@@ -156,6 +155,10 @@ class TrainingPanel {
       drawLosses(this.canvas, { ...this.shown, rates: this.rates });
     });
   }
+}
+
+function emptyRun(name = null) {
+  return { name, points: [], samples: [], checkpoints: [] };
 }
 
 function headline(status, run) {

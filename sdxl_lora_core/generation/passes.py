@@ -79,22 +79,27 @@ class Request:
 
 
 class Progress:
-    """Counts UNet calls and images over all passes of a job."""
+    """Counts UNet calls over all passes of a job, and the images of each pass."""
 
     def __init__(self, on_step: OnStep, on_detail: Callable[[str], None]) -> None:
         self._on_step, self._on_detail = on_step, on_detail
         self.done = self.total = 0
         self.images = self.all_images = 0
+        self._pass = ""
 
-    def expect(self, calls: int, images: int) -> None:
-        self.total += calls * images
-        self.all_images += images
+    def expect(self, calls: int) -> None:
+        self.total += calls
+
+    def begin(self, name: str, images: int) -> None:
+        """Begins a pass over some images. `name` stands before what is said of them."""
+        self._pass = name
+        self.images, self.all_images = 0, images
 
     def step(self, number: int, calls: int, images: int) -> None:
         """Reports UNet call `number` of `calls` for some images at once."""
         last = self.images + images
         which = f"image {last}" if images == 1 else f"images {self.images + 1} to {last}"
-        self._on_detail(f"{which} of {self.all_images}, step {number} of {calls}")
+        self._on_detail(f"{self._pass}{which} of {self.all_images}, step {number} of {calls}")
         self.advance(images)
 
     def advance(self, calls: int = 0) -> None:
@@ -155,7 +160,7 @@ class Pass:
         missing = [request for request in dict.fromkeys(requests) if request.key not in images]
         if missing and self.config.cache == "only":
             raise ValueError(_not_cached(missing, len(images)))
-        self.progress.expect(self.calls, len(missing))
+        self.progress.expect(self.calls * len(missing))
         images |= self._make(prepare(missing))
         return [images[request.key] for request in requests]
 
@@ -190,6 +195,7 @@ class Pass:
         require_libraries(self.config.sampler, self.config.scheduler)
         images: dict[str, GeneratedImage] = {}
         ingredients = functools.cache(lambda: self._ingredients(missing))
+        self.progress.begin("second pass: " if missing[0].first else "", len(missing))
         self.progress.advance()
         # In ComfyUI's inference mode every tensor made here, weights included, would be unusable for training.
         with torch.inference_mode(False), torch.no_grad():

@@ -48,6 +48,13 @@ def test_zero_steps_are_those_of_the_first_pass(micro_base: SDXLBase) -> None:
     np.testing.assert_array_equal(same, by_hand(micro_base, first, steps=3))
 
 
+def test_images_are_counted_in_each_pass(micro_base: SDXLBase) -> None:
+    words: list[str] = []
+    draw(micro_base, dataclasses.replace(TWICE, count=2, steps=1, hires_steps=1), on_detail=words.append)
+    first = ["image 1 of 2, step 1 of 1", "image 2 of 2, step 1 of 1"]
+    assert words == first + [f"second pass: {said}" for said in first]
+
+
 def test_both_images_are_in_the_cache(micro_base: SDXLBase, tmp_path: Path) -> None:
     cache: dict[str, Any] = {"cache_folder": tmp_path / "images"}
     (made,) = draw(micro_base, TWICE, **cache)
