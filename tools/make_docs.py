@@ -1,7 +1,7 @@
 """Updates the help pages of all nodes: python -m tools.make_docs
 
-The title with its picture and the tables of inputs and outputs are made from the node and its settings; everything
-else on a page is written by hand and kept. On the pages of the option nodes that is what follows the table. A test
+The title with its picture and the lists of inputs and outputs are made from the node and its settings; everything
+else on a page is written by hand and kept. On the pages of the option nodes that is what follows the list. A test
 compares the pages with the nodes.
 """
 
@@ -40,7 +40,7 @@ def pages() -> dict[str, str]:
 
 def options_page(node_id: str, title: str, node: Any) -> str:
     _, mistakes, text = (PAGES / f"{node_id}.md").read_text(encoding="utf-8").partition("\n## Common mistakes\n")
-    made = f"{heading(node_id, title)}{node.DESCRIPTION}\n\n{OPTIONS_TEXT}\n{inputs_table(node)}"
+    made = f"{heading(node_id, title)}{node.DESCRIPTION}\n\n{OPTIONS_TEXT}\n{inputs_list(node)}"
     return f"{made}{mistakes}{text}"
 
 
@@ -50,32 +50,33 @@ def heading(node_id: str, title: str) -> str:
 
 
 def updated_page(node_id: str, title: str, node: Any) -> str:
-    """The page with a new title and new tables."""
+    """The page with a new title and new lists."""
     page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
     page = re.sub(r"\A# .*\n\n(!\[.*\n\n)?", lambda _: heading(node_id, title), page)
-    page = with_table(page, "Inputs", inputs_table(node))
-    return with_table(page, "Outputs", outputs_table(node))
+    page = with_list(page, "Inputs", inputs_list(node))
+    return with_list(page, "Outputs", outputs_list(node))
 
 
-def with_table(page: str, heading: str, table: str) -> str:
-    """Replaces the table below a heading. Raises ValueError for a page without it."""
-    replaced, count = re.subn(rf"(^## {heading}\n\n)(?:\|.*\n)+", lambda found: found[1] + table, page, flags=re.M)
+def with_list(page: str, heading: str, items: str) -> str:
+    """Replaces the list below a heading. Raises ValueError for a page without it."""
+    replaced, count = re.subn(rf"(^## {heading}\n\n)(?:[|-].*\n)+", lambda found: found[1] + items, page, flags=re.M)
     if count != 1:
-        raise ValueError(f"the page has {count} tables below '## {heading}': give it one")
+        raise ValueError(f"the page has {count} lists below '## {heading}': give it one")
     return replaced
 
 
-def inputs_table(node: Any) -> str:
+def inputs_list(node: Any) -> str:
+    """A list, since ComfyUI's help panel is too narrow for a table, and for long names in a font of one width."""
     declared = node.INPUT_TYPES()
     inputs = {**declared["required"], **declared.get("optional", {})}
     files = getattr(node, "FILES", {})
-    rows = [f"| `{name}` | {_values(name in files, *found)} | {_help(found[1])} |" for name, found in inputs.items()]
-    return "\n".join(["| input | default and range | what it does |", "|---|---|---|", *rows, ""])
+    rows = [f"- **{name}**: {_values(name in files, *found)}. {_help(found[1])}\n" for name, found in inputs.items()]
+    return "".join(rows)
 
 
-def outputs_table(node: Any) -> str:
-    rows = [f"| `{name}` | {text} |" for name, text in zip(node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True)]
-    return "\n".join(["| output | meaning |", "|---|---|", *rows, ""])
+def outputs_list(node: Any) -> str:
+    texts = zip(node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True)
+    return "".join(f"- **{name}**: {text}\n" for name, text in texts)
 
 
 def _help(shown: dict[str, Any]) -> str:
@@ -86,12 +87,12 @@ def _values(is_file: bool, kind: Any, shown: dict[str, Any]) -> str:
     if is_file or (isinstance(kind, list) and "default" not in shown):
         return "a file or folder by its name"
     if isinstance(kind, list):
-        return ", ".join(f"**{choice}**" if choice == shown["default"] else choice for choice in kind)
+        return ", ".join(f"{choice} (default)" if choice == shown["default"] else choice for choice in kind)
     if kind not in ("INT", "FLOAT", "STRING", "BOOLEAN"):
         return f"a link ({kind})"
     if "max" in shown:
-        return f"**{_number(shown['default'])}**, {_number(shown['min'])} to {_number(shown['max'])}"
-    return {True: "**on**", False: "**off**"}.get(shown["default"], "text") if kind == "BOOLEAN" else "text"
+        return f"{_number(shown['default'])} ({_number(shown['min'])} to {_number(shown['max'])})"
+    return {True: "on", False: "off"}.get(shown["default"], "text") if kind == "BOOLEAN" else "text"
 
 
 def _number(value: float) -> str:
