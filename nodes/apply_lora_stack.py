@@ -32,6 +32,7 @@ class ApplyLoRAStack:
         "The CLIP with the stack, for CLIP Text Encode. Without a connected CLIP, nodes on this output do not run.",
         "For each LoRA, how many of its modules the model and the CLIP have.",
     )
+    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI 0.33 then sends what the node shows, too, if it was cached
     FUNCTION = "apply"
 
     @classmethod

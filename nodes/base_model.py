@@ -33,6 +33,7 @@ class LoadSDXLBase:
         "The base model, for training and generating.",
         "A description of the model: layout, prediction type, precision, fingerprint.",
     )
+    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI 0.33 then sends what the node shows, too, if it was cached
     FUNCTION = "load"
 
     @classmethod

@@ -33,6 +33,7 @@ class AddControlNet:
         "The connected ControlNets and this one, for SDXL Generate (cached).",
         "A description of the ControlNet, and when it acts.",
     )
+    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI 0.33 then sends what the node shows, too, if it was cached
     FUNCTION = "add"
 
     @classmethod

@@ -42,6 +42,7 @@ class LoadCaptionDataset:
         "What was found, what was skipped and why.",
         "The number of training images.",
     )
+    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI 0.33 then sends what the node shows, too, if it was cached
     FUNCTION = "load"
 
     @classmethod

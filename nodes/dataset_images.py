@@ -32,6 +32,7 @@ class DatasetImages:
         "One line for each image: its first caption, with the trigger word.",
         "The number of images.",
     )
+    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI 0.33 then sends what the node shows, too, if it was cached
     FUNCTION = "images"
 
     @classmethod

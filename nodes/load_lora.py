@@ -31,6 +31,7 @@ class LoadLoRA:
         "The LoRA's keys, rank, trigger words and training base.",
         "The words that the LoRA was trained on, separated by commas, for a prompt. Empty if the file names none.",
     )
+    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI 0.33 then sends what the node shows, too, if it was cached
     FUNCTION = "load"
 
     @classmethod

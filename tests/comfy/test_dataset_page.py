@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.comfy.page import run
+from tests.comfy.conftest import has_nodes_2
+from tests.comfy.page import open_graph, open_page, run
 
 ROOT = ".sdxl-lora-dataset"
 CAPTION = f"{ROOT} figure[data-image='{{}}'] figcaption"
@@ -122,6 +123,22 @@ def test_the_grid_shows_what_was_read_with_its_problems_first(grid: Any, folder:
     images, saved, widgets = page.evaluate(own)
     assert images == 0, "the sheet shows the images once more"
     assert saved < widgets, "the panels are saved with the workflow"
+
+
+def test_the_grid_is_there_for_a_folder_that_another_run_has_read(
+    grid: Any, server: Any, nodes_2: bool, chromium: Any, comfyui: Path
+) -> None:
+    if not has_nodes_2(comfyui):
+        pytest.skip("this ComfyUI sends what a cached node shows only for output nodes")
+    graph = grid.evaluate("() => window.app.graph.serialize()")
+    second = open_page(chromium, server, [], nodes_2)
+    open_graph(second, graph)
+    second.evaluate(
+        "() => { window.app.graph.add(window.LiteGraph.createNode('SDXLImageCache')); }"
+    )  # something to run
+    run(second)
+    second.wait_for_function(f"() => document.querySelectorAll('{ROOT} figure').length === 2", timeout=60_000)
+    second.close()
 
 
 def test_a_caption_is_edited_in_place_and_undone(grid: Any, folder: Path) -> None:

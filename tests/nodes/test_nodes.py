@@ -147,6 +147,17 @@ def test_a_wrong_widget_is_named_without_the_node(widgets: dict[str, Any], messa
     assert str(raised.value).startswith(message) and "Value error" not in str(raised.value)
 
 
+def test_every_node_that_shows_something_shows_it_again_when_cached() -> None:
+    """ComfyUI sends what output nodes show in every run, and of other nodes only if they ask for it."""
+    silent = {
+        name
+        for name, node in NODES.items()
+        if not getattr(node, "OUTPUT_NODE", False) and not getattr(node, "HAS_INTERMEDIATE_OUTPUT", False)
+    }
+    options = {name for name, node in NODES.items() if issubclass(node, PACK.nodes.train_options.TrainOptions)}
+    assert silent == options
+
+
 def test_names_of_datasets(home: Path) -> None:
     for folder in ("input/photos/nested", "datasets/more/nested", "input/.hidden/nested", "input/3d"):
         (home / folder).mkdir(parents=True)
