@@ -15,12 +15,13 @@ export function addPanel(node, name, element, { minHeight = 90 } = {}) {
   // Nodes 2.0 keeps the element of a widget that is replaced by one of the same name, so the box stays.
   if (widget.element.firstChild !== element) widget.element.replaceChildren(element);
   widget.minHeight = minHeight;
+  widget.element.style.minHeight = `${minHeight}px`;
   grow(node);
   return widget;
 }
 
 function newPanel(node, name) {
-  const box = document.createElement("div");
+  const box = element("div", { className: "sdxl-lora-box" });
   const options = { serialize: false, hideOnZoom: false, getMinHeight: () => widget?.minHeight ?? 0 };
   let widget;
   widget = node.addDOMWidget(name, TYPE, box, options);
