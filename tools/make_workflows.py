@@ -27,7 +27,7 @@ ROW, SOCKET, TEXT_BOX, FOOT, MORE = 30, 20, 100, 36, 30
 REPORT, PICTURE = 96, 220  # what our nodes show after they ran
 PANELS = {
     "TrainSDXLLoRA": 380,  # with the pictures
-    "LoadCaptionDataset": 220,  # in place of the picture
+    "LoadCaptionDataset": 270,  # in place of the picture
     "LoadLoRA": 140,
     "SDXLGenerateCached": PICTURE + 60,
     "CLIPScore": PICTURE + 190,
