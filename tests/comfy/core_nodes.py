@@ -44,7 +44,7 @@ def call(node: str, **inputs: object) -> tuple:
 def stack_of(loras: list) -> list:
     stack = None
     for name, strength_model, strength_clip, *blocks in loras:
-        [stack, _] = call(
+        [stack, *_] = call(
             "LoadLoRA",
             lora_name=name,
             strength_model=strength_model,

@@ -111,14 +111,23 @@ def ending(node, inputs, depth):
     sys.setprofile(depth)
     try:
         call(node, inputs)
-    except Broken:
-        return "fails"
     except management.InterruptProcessingException:
         return "is cancelled"
+    except Exception as error:
+        if not of_broken(error):
+            raise
+        return "fails"
     finally:
         sys.setprofile(None)
         management.interrupt_current_processing(False)
     return "finishes"
+
+
+def of_broken(error):
+    """Whether it is a Broken, or was raised because of one."""
+    while error is not None and not isinstance(error, Broken):
+        error = error.__cause__
+    return error is not None
 
 
 def left_behind(node, inputs, depth, core):
