@@ -12,7 +12,7 @@ from ..sdxl_lora_core.generation.init_images import StartImage, start_images
 from ..sdxl_lora_core.generation.job import GenerationContext, GenerationJob
 from ..sdxl_lora_core.lora.stack import LoRARef
 from ..sdxl_lora_core.runtime.loaded_parts import LoadedParts
-from ..sdxl_lora_core.sdxl.base import SDXLBase
+from ..sdxl_lora_core.sdxl.base import SDXLBase, size_note
 from . import choices
 from .host.comfy import metadata, nothing
 from .host.folders import cache_folders
@@ -115,6 +115,7 @@ class SDXLGenerateCached:
         loras = choices.lora_refs(read_stack(lora_stack))
         job = GenerationJob(base, config, loras, _starts(config, inputs), controls or ())
         with loaded_parts() as parts, Progress() as progress:
+            progress.note(size_note(base, max(config.width, config.height), "width and height"))
             images = generate(job, _context(parts, progress, inputs))
         return _outputs(images, loras)
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset, with_validation
-from ..sdxl_lora_core.sdxl.base import SDXLBase
+from ..sdxl_lora_core.sdxl.base import SDXLBase, size_note
 from ..sdxl_lora_core.settings import without_effect
 from ..sdxl_lora_core.training.config.presets import PRESETS, Preset
 from ..sdxl_lora_core.training.config.train_config import TrainConfig
@@ -104,6 +104,8 @@ def _train(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> Trai
     from ..sdxl_lora_core.training.train import train
 
     with training_mode(), loaded_parts() as parts, Progress() as progress, stop_button.offered() as should_stop:
+        largest = max((entry.resolution for entry in dataset.entries), default=0)
+        progress.note(size_note(base, largest, "resolution of Load Caption Dataset"))
         context = RunContext(_run_folders(), device(), progress.on_step, should_stop, progress.on_run, parts)
         return train(TrainingJob(base, dataset, config), context)
 

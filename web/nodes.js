@@ -36,7 +36,7 @@ export function showText(node, text) {
 function progressLines({ state, phase, done, total, detail, message }) {
   if (state === "failed") return `failed: ${message}`;
   if (state === "cancelled") return "cancelled";
-  return phase ? [`${phase}: ${done} of ${total}`, detail].filter(Boolean).join("\n") : "starting";
+  return [phase ? `${phase}: ${done} of ${total}` : "starting", detail, message].filter(Boolean).join("\n");
 }
 
 // ComfyUI would keep showing the last preview beside the results.

@@ -176,7 +176,8 @@ function lastStep(run) {
 
 function numbers(status) {
   if (status?.state !== "running") return "";
-  return status.phase === "training" ? status.detail.replaceAll(", ", " · ") : status.detail;
+  const detail = status.phase === "training" ? status.detail.replaceAll(", ", " · ") : status.detail;
+  return [status.message, detail].filter(Boolean).join("\n");
 }
 
 function byStep(samples) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from latent_preview import LatentPreviewer
 
     from ...sdxl_lora_core.training.monitor.progress import StepReport
+
+log = logging.getLogger("sdxl_lora")
 
 PREVIEW_SIDE = 512
 NUMBERS = ("loss", "smoothed", "learning_rate", "images_per_second", "memory", "seconds_left")
@@ -46,7 +49,7 @@ class Progress:
         self.close()
         if self._status is None:
             return
-        self._status.state = "done"
+        self._status.state, self._status.message = "done", ""
         if error is not None:
             self._status.state = "cancelled" if _is_cancel(error) else "failed"
             self._status.message = brief(str(error))
@@ -87,6 +90,13 @@ class Progress:
     def on_detail(self, words: str) -> None:
         """What the next call is about, such as an image and its step."""
         self._words = words
+
+    def note(self, words: str) -> None:
+        """Shows words on the node while it runs, and writes them into the log; none if empty."""
+        if words:
+            log.warning(words)
+        if self._status:
+            self._status.message = words
 
     def on_run(self, name: str) -> None:
         """The name of the folder of the training that begins."""

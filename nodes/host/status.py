@@ -22,9 +22,10 @@ class NodeStatus:
     """`done` of `total` items of a phase, by a node in a prompt of a workflow.
 
     `workflow` is the id of the workflow's graph, None if the prompt came without one. `node` has the ids from the
-    outermost subgraph to the node, joined by colons. `numbers` are those of the last training step, by their names in
-    StepReport. `run` is the name of the training's folder, `points` are its steps since the last message: step, loss,
-    moving average of the loss, learning rate, validation loss.
+    outermost subgraph to the node, joined by colons. `message` is a note while the node runs, or the error that ended
+    it. `numbers` are those of the last training step, by their names in StepReport. `run` is the name of the training's
+    folder, `points` are its steps since the last message: step, loss, moving average of the loss, learning rate,
+    validation loss.
     """
 
     workflow: str | None

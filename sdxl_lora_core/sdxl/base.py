@@ -184,17 +184,35 @@ def scheduler_config(base: SDXLBase) -> dict[str, Any]:
     return settings
 
 
+def native_side(base: SDXLBase) -> int:
+    """The side in pixels of the square images that the base was trained for: 1024 for SDXL itself."""
+    side = read_json(base.configs / "unet" / "config.json").get("sample_size")
+    return 8 * side if isinstance(side, int) and side > 0 else 1024  # 8 pixels to a latent
+
+
+def size_note(base: SDXLBase, side: int, option: str) -> str:
+    """What to say of images with a longer side over twice the native one; empty for all others."""
+    native = native_side(base)
+    if side <= 2 * native:
+        return ""
+    return (
+        f"{base.name} is for images of {native} x {native} pixels: {side} takes long and will not look right. "
+        f"Set {option} to {native}."
+    )
+
+
 def describe_base(base: SDXLBase) -> str:
-    """Three lines of text: name and size, prediction type and precision, fingerprint."""
+    """Three lines of text: name and size, prediction type, precision and native resolution, fingerprint."""
     single = base.layout == "single_file"
     files = [base.path] if single else [file for part in PARTS for file in loading.find_weights(base.path / part)[1]]
     size = sum(file.stat().st_size for file in files)
     layout = "single-file checkpoint" if single else "diffusers folder"
     snr = ", zero terminal SNR" if base.zero_terminal_snr else ""
     vae = f"; VAE {base.vae.name}" if base.vae else ""
+    native = native_side(base)
     return (
         f"{base.name}: SDXL, {layout}, {size / 1e9:.2f} GB of weights{vae}\n"
-        f"{base.prediction_type} prediction{snr}; precision {base.precision}\n"
+        f"{base.prediction_type} prediction{snr}; precision {base.precision}; {native} x {native} pixels\n"
         f"fingerprint {base.fingerprint}"
     )
 

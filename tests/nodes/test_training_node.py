@@ -107,6 +107,14 @@ def test_messages_are_at_most_four_a_second_and_lose_no_step(monkeypatch: pytest
     assert [point[0] for told in shown.messages for point in told["points"]] == list(range(1, 401))
 
 
+def test_a_note_is_shown_while_the_node_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Shown(monkeypatch)
+    with Progress() as progress:
+        progress.note("set it to 128")
+        progress(1, 5, "generating")
+    assert [told["message"] for told in shown.messages] == ["set it to 128", ""]
+
+
 @pytest.mark.parametrize(("error", "state"), [(Cancelled(), "cancelled"), (ValueError("a\nreason"), "failed")])
 def test_what_ends_the_work_is_told(monkeypatch: pytest.MonkeyPatch, error: BaseException, state: str) -> None:
     shown = Shown(monkeypatch)
@@ -163,12 +171,18 @@ def test_the_clip_model_is_found_by_its_name_and_the_second_dataset_travels(
     node: Any = PACK.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"]()
     (options,) = PACK.NODE_CLASS_MAPPINGS["WatchOptions"]().collect(clip_model="tiny-clip (bundled)")
     with contextlib.suppress(KeyboardInterrupt):
-        node.train(None, trained, options=options, validation=held_out, sample_prompts="one")
+        node.train(tiny_base(), trained, options=options, validation=held_out, sample_prompts="one")
     assert taken["config"].clip_model == str(ROOT / "assets/tiny-clip")
     assert taken["validation"] == held_out.entries and len(held_out.entries) == 5
 
 
-def test_the_node_says_where_the_lora_is_and_what_was_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def tiny_base() -> Any:
+    return import_module(f"{PACK.__name__}.sdxl_lora_core.sdxl.base").open_base(ROOT / "assets/tiny-sdxl")
+
+
+def test_the_node_says_where_the_lora_is_and_what_was_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("SDXL_LORA_HOME", str(tmp_path))
     chart = tmp_path / "loss.png"
     Image.new("RGB", (8, 8)).save(chart)
@@ -184,7 +198,9 @@ def test_the_node_says_where_the_lora_is_and_what_was_left_out(monkeypatch: pyte
         import_module(f"{PACK.__name__}.sdxl_lora_core.training.train"), "train", lambda job, context: result
     )
     node: Any = PACK.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"]()
-    shown = node.train(None, None, preset="style", steps=20, lr_cycles=2)
+    dataset: Any = SimpleNamespace(entries=[SimpleNamespace(resolution=128), SimpleNamespace(resolution=1024)])
+    shown = node.train(tiny_base(), dataset, preset="style", steps=20, lr_cycles=2)
+    assert "1024 takes long and will not look right. Set resolution of Load Caption Dataset to 128." in caplog.text
     told = [
         f"Saved as {tmp_path / 'a.safetensors'}: 20 steps on 3 images, loss 0.1235.",
         "trigger words: ohwx",

@@ -23,13 +23,16 @@ from sdxl_lora_core.lora.merged_base import save_merged_base
 from sdxl_lora_core.safetensors_file import read_header
 from sdxl_lora_core.sdxl import loading
 from sdxl_lora_core.sdxl.base import (
+    CONFIGS,
     SDXLBase,
     describe_base,
     load_part,
     load_tokenizers,
+    native_side,
     open_base,
     require_vae,
     scheduler_config,
+    size_note,
 )
 from sdxl_lora_core.sdxl.loading import PARTS, save_encoder
 from sdxl_lora_core.sdxl.precision import resolve_dtype
@@ -308,6 +311,16 @@ def test_a_folders_scheduler_says_the_prediction_type(micro_copy: Callable[[], P
     base = open_base(folder)
     assert (base.prediction_type, base.zero_terminal_snr) == ("v_prediction", True)
     assert base.fingerprint != micro_base.fingerprint
+
+
+def test_images_far_above_the_native_size_are_noted(micro_base: SDXLBase, tmp_path: Path) -> None:
+    tiny = open_base(Path(__file__).parents[2] / "assets/tiny-sdxl")
+    assert native_side(tiny) == 128 and "128 x 128 pixels\n" in describe_base(tiny)
+    assert size_note(tiny, 256, "resolution") == ""
+    assert size_note(tiny, 257, "resolution") == (
+        "tiny-sdxl is for images of 128 x 128 pixels: 257 takes long and will not look right. Set resolution to 128."
+    )
+    assert native_side(replace(micro_base, configs=CONFIGS)) == 1024  # of a single file
 
 
 def test_what_the_file_does_not_say_can_be_said(micro_sdxl: Path, micro_base: SDXLBase) -> None:
