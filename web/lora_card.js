@@ -30,6 +30,7 @@ function showCard(node, card, picture) {
   if (picture) root.append(element("img", { src: picture, alt: card.name }));
   root.append(body);
   root.dataset.scrolls = "";
+  removePanel(node, "sdxl_lora_text"); // which says the same
   addPanel(node, PANEL, root, { minHeight: picture ? 130 : 96 });
 }
 

@@ -63,9 +63,16 @@ function putPreviewLast(node) {
   if (at >= 0 && at < node.widgets.length - 1) node.widgets.push(...node.widgets.splice(at, 1));
 }
 
-// The page keeps the results of the workflow that is left for another tab, but makes its nodes anew.
-function outputOf(node) {
-  return app.nodeOutputs?.[`${node.graph?.id}:${node.id}`] ?? app.nodeOutputs?.[node.id];
+// The page keeps the results of the workflow that is left for another tab, but makes its nodes anew. ComfyUI 0.3.64 puts
+// the results back only after the graph is there: so they are looked for with each drawing, as it does for pictures.
+const shown = new WeakMap(); // by node
+
+function showKept(node) {
+  const kept = app.nodeOutputs?.[`${node.graph?.id}:${node.id}`] ?? app.nodeOutputs?.[node.id];
+  if (kept && kept !== shown.get(node)) {
+    shown.set(node, kept);
+    node.onExecuted(kept);
+  }
 }
 
 app.registerExtension({
@@ -75,7 +82,7 @@ app.registerExtension({
     document.head.append(element("link", { rel: "stylesheet", href: style }));
     onStatus((node, status) => {
       const hasPanel = node.comfyClass === "TrainSDXLLoRA";
-      if (!hasPanel && status.state !== "done") showText(node, progressLines(status));
+      if (isOurs(node) && !hasPanel && status.state !== "done") showText(node, progressLines(status));
     });
   },
   nodeCreated(node) {
@@ -86,6 +93,7 @@ app.registerExtension({
     node.onDrawBackground = function () {
       onDrawBackground?.apply(this, arguments);
       putPreviewLast(this);
+      showKept(this);
     };
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
@@ -94,9 +102,6 @@ app.registerExtension({
     };
   },
   afterConfigureGraph() {
-    for (const node of allNodes(app.rootGraph ?? app.graph)) {
-      const output = isOurs(node) && outputOf(node);
-      if (output) node.onExecuted(output);
-    }
+    for (const node of allNodes(app.rootGraph ?? app.graph)) if (isOurs(node)) showKept(node);
   },
 });

@@ -44,6 +44,15 @@ function take(status) {
   tell(status);
 }
 
+/** Newer pages keep the message of a failed node behind a button: it belongs on the node. */
+function takeError({ prompt_id: prompt, node_id: node, exception_message: message }) {
+  const workflow = (app.rootGraph ?? app.graph)?.id;
+  const known = latest.get(key({ workflow, node }));
+  if (known?.prompt === prompt && known.state === "failed") return; // with more than this
+  const nothing = { phase: "", done: 0, total: 0, detail: "", run: null, numbers: {}, points: [] };
+  take({ workflow, node, prompt, state: "failed", message: message.trim(), ...nothing });
+}
+
 async function takeAll() {
   const response = await api.fetchApi("/sdxl_lora/status");
   if (!response.ok) return;
@@ -54,6 +63,7 @@ app.registerExtension({
   name: "sdxl_lora.status",
   setup() {
     api.addEventListener("sdxl_lora.status", ({ detail }) => take(detail));
+    api.addEventListener("execution_error", ({ detail }) => takeError(detail));
     api.addEventListener("reconnected", takeAll);
     takeAll();
   },

@@ -8,7 +8,7 @@ import { nodeAt, onStatus, statusOf } from "./status.js";
 
 const NODE = "TrainSDXLLoRA";
 const PANEL = "sdxl_lora_training";
-const MIN_HEIGHT = 330;
+const MIN_HEIGHT = 380;
 
 const panels = new WeakMap(); // by node
 

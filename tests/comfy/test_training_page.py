@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdxl_lora_core.training.monitor.metrics import COLUMNS
-from tests.comfy.page import READY, keep_only, open_graph, open_page, open_workflow, ours, run, set_widgets
+from tests.comfy.page import READY, keep_only, open_graph, open_page, open_workflow, ours, run, set_values, set_widgets
 
 SHORT = {"steps": 4, "rank": 2, "batch_size": 1, "sample_prompts": "a red circle\na blue star"}
 LONG = {**SHORT, "steps": 5000, "sample_prompts": ""}
@@ -175,7 +175,7 @@ def test_texts_and_panels_are_there_again_after_another_workflow(
     server.wait(lambda: set(server.get("/history")) - before, 240)
     texts = """() => window.app.graph._nodes.map((node) => [node.id, (node.widgets ?? [])
       .filter((widget) => widget.name.startsWith("sdxl_lora")).map((widget) => widget.element.textContent
-        + (widget.element.querySelector("textarea")?.value ?? ""))]).sort()"""
+        + (widget.element.querySelector("textarea")?.value ?? "")).sort()]).sort()"""
     page.wait_for_function(f"() => ({texts})().filter(([, found]) => found.length).length >= 3", timeout=30_000)
     page.wait_for_timeout(1000)
     seen = page.evaluate(texts)
@@ -239,6 +239,19 @@ def test_cancel_says_how_to_continue_and_run_continues(page: Any, server: Any, s
     assert int(again.removeprefix("training: ").split(" ")[0]) > step
     page.evaluate(f"() => {STOP}.click()")
     wait_for_headline(page, r"steps$", 120)
+
+
+def test_the_node_says_why_it_failed(page: Any, shipped: dict[str, Any]) -> None:
+    prepare(page, shipped, **SHORT)
+    set_values(page, "TrainSDXLLoRA", lora_name="con")
+    run(page)
+    assert wait_for_headline(page, "^failed") == "failed: lora_name is 'con': Windows reserves this name: use another"
+    set_values(page, "TrainSDXLLoRA", lora_name=next(names))
+    set_values(page, "LoadCaptionDataset", resolution=100)
+    run(page)
+    text = """() => window.app.graph._nodes.find((one) => one.type === "LoadCaptionDataset")
+      .widgets.find((one) => one.name === "sdxl_lora_text")?.element.firstChild.value ?? ''"""
+    page.wait_for_function(f"() => ({text})().startsWith('failed: resolution is 100')", timeout=60_000)
 
 
 def test_a_new_run_begins_empty(page: Any, shipped: dict[str, Any]) -> None:
