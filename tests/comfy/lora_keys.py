@@ -80,8 +80,19 @@ def tokens_of(folder: str, text: str) -> dict:
     }
 
 
+class WholeInMemory:
+    """A model, and each of its modules: none keeps weights elsewhere that would have to be fetched."""
+
+    def __getattr__(self, name: str) -> WholeInMemory:
+        if name == "comfy_cast_weights":
+            raise AttributeError(name)
+        return self
+
+
 class Difference:
     """What ModelSubtract and CLIPSubtract give, as far as saving needs it."""
+
+    model = WholeInMemory()
 
     def __init__(self, tensors: dict) -> None:
         self.tensors = tensors

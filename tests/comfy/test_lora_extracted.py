@@ -42,7 +42,8 @@ def test_every_key_has_its_effect(kind: str, factored: int, comfyui: Path, comfy
     save_file(changes, given)
     script = Path(__file__).with_name("lora_keys.py")
     command = [comfyui_python, str(script), "--save", str(given), str(saved), kind]
-    done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"given": len(changes), "taken": len(changes)}
 
     file = read_lora(saved)
