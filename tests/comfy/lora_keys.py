@@ -83,7 +83,7 @@ def tokens_of(folder: str, text: str) -> dict:
 class WholeInMemory:
     """A model, and each of its modules: none keeps weights elsewhere that would have to be fetched."""
 
-    def __getattr__(self, name: str) -> WholeInMemory:
+    def __getattr__(self, name: str) -> object:
         if name == "comfy_cast_weights":
             raise AttributeError(name)
         return self
