@@ -104,7 +104,7 @@ def test_the_node_is_whole() -> None:
     assert len(NODE.OUTPUT_TOOLTIPS) == 3 and all(options["tooltip"] for _, options in declared.values())
     assert math.isnan(NODE.IS_CHANGED(action="show", limit_gb=0.0))
     page = (ROOT / "web/docs/SDXLImageCache.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in page for name in [*declared, *NODE.RETURN_NAMES])
+    assert all(f"- **{name}**: " in page for name in [*declared, *NODE.RETURN_NAMES])
 
 
 def test_the_node_shows_the_cache(home: Path) -> None:

@@ -215,7 +215,8 @@ def test_samplers_run_in_bf16(micro_base: SDXLBase, sampler: Sampler) -> None:
 
 def test_help_page_says_what_goes_together() -> None:
     page = (Path(__file__).parents[2] / "web/docs/SDXLGenerateCached.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1:3] for line in page.split("## Samplers")[1].splitlines() if line.startswith("| `")]
+    listed = page.split("## Samplers")[1].split("Which to choose:")[0].replace("\n  ", " ")
+    rows = [line.split(" with ") for line in listed.splitlines() if line.startswith("- ")]
     named = [[re.findall(r"`(\w+)`", cell) for cell in row] for row in rows]
     said = {sampler: set(schedules) for names, schedules in named for sampler in names}
     assert said == {sampler: set(solver.schedules) for sampler, solver in SOLVERS.items()}

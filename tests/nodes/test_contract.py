@@ -190,7 +190,7 @@ def test_the_function_takes_all_inputs_and_needs_only_the_required(node_id: str)
 def test_help_page_names_every_input_and_output(node_id: str) -> None:
     page = (ROOT / "web/docs" / f"{node_id}.md").read_text(encoding="utf-8")
     for name in [*inputs_of(NODES[node_id]), *NODES[node_id].RETURN_NAMES]:
-        assert f"`{name}`" in page, f"{node_id}.md does not explain {name}"
+        assert f"\n- **{name}**: " in page, f"{node_id}.md does not explain {name}"
 
 
 def test_only_generation_has_a_seed_that_moves() -> None:

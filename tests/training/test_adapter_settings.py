@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.modules import LoRAFile
-from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part
+from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, load_part, open_base
 from sdxl_lora_core.sdxl.blocks import BLOCKS, read_block_values, value_for
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import Adapter
@@ -192,11 +193,12 @@ def test_the_node_finds_the_file_by_its_name(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(import_module(f"{pack.__name__}.sdxl_lora_core.training.train"), "train", train)
     node = pack.NODE_CLASS_MAPPINGS["TrainSDXLLoRA"]()
+    base, dataset = open_base(ROOT / "assets/tiny-sdxl"), SimpleNamespace(entries=())
     with pytest.raises(KeyboardInterrupt):
-        node.train(None, None, {"continue_from": "8bit_style (bundled)"}, lora_name="x")
+        node.train(base, dataset, {"continue_from": "8bit_style (bundled)"}, lora_name="x")
     assert Path(configs[0].continue_from) == ROOT / "assets/loras/8bit_style.safetensors"
     with pytest.raises(FileNotFoundError, match="'nothing' was not found: choose a .safetensors file in the loras"):
-        node.train(None, None, {"continue_from": "nothing"}, lora_name="x")
+        node.train(base, dataset, {"continue_from": "nothing"}, lora_name="x")
 
 
 @pytest.mark.slow
