@@ -75,6 +75,10 @@ function showKept(node) {
   }
 }
 
+function showAllKept() {
+  for (const node of allNodes(app.rootGraph ?? app.graph)) if (isOurs(node)) showKept(node);
+}
+
 app.registerExtension({
   name: "sdxl_lora.nodes",
   setup() {
@@ -102,6 +106,7 @@ app.registerExtension({
     };
   },
   afterConfigureGraph() {
-    for (const node of allNodes(app.rootGraph ?? app.graph)) if (isOurs(node)) showKept(node);
+    // Nodes 2.0 draws without asking the node, and its page puts the results back a moment after the graph.
+    for (const wait of [0, 300, 1000]) setTimeout(showAllKept, wait); // ms
   },
 });
