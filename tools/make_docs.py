@@ -59,7 +59,7 @@ def updated_page(node_id: str, title: str, node: Any) -> str:
 
 def with_list(page: str, heading: str, items: str) -> str:
     """Replaces the list below a heading. Raises ValueError for a page without it."""
-    replaced, count = re.subn(rf"(^## {heading}\n\n)(?:[|-].*\n)+", lambda found: found[1] + items, page, flags=re.M)
+    replaced, count = re.subn(rf"(^## {heading}\n\n)(?:- .*\n)+", lambda found: found[1] + items, page, flags=re.M)
     if count != 1:
         raise ValueError(f"the page has {count} lists below '## {heading}': give it one")
     return replaced

@@ -313,7 +313,7 @@ def test_a_folders_scheduler_says_the_prediction_type(micro_copy: Callable[[], P
     assert base.fingerprint != micro_base.fingerprint
 
 
-def test_images_far_above_the_native_size_are_noted(micro_base: SDXLBase, tmp_path: Path) -> None:
+def test_images_far_above_the_native_size_are_noted(micro_base: SDXLBase) -> None:
     tiny = open_base(Path(__file__).parents[2] / "assets/tiny-sdxl")
     assert native_side(tiny) == 128 and "128 x 128 pixels\n" in describe_base(tiny)
     assert size_note(tiny, 256, "resolution") == ""
