@@ -26,7 +26,14 @@ class LoadSDXLBase:
         "Opens an SDXL base model: a single .safetensors checkpoint or a diffusers folder. Only its headers are read "
         "here; weights are loaded by the nodes that need them, part by part."
     )
-    SEARCH_ALIASES = ["sdxl checkpoint", "load base model", "diffusers model", "checkpoint loader"]
+    SEARCH_ALIASES = [
+        "sdxl checkpoint",
+        "load base model",
+        "diffusers model",
+        "checkpoint loader",
+        "tiny model",
+        "small model",
+    ]
     RETURN_TYPES = ("SDXL_BASE", "STRING")
     RETURN_NAMES = ("base", "info")
     OUTPUT_TOOLTIPS = (

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from ..sdxl_lora_core.dataset.config import DatasetConfig
-from ..sdxl_lora_core.dataset.report import contact_sheet, describe, grid
+from ..sdxl_lora_core.dataset.report import checked, contact_sheet, describe
 from . import choices
 from .host.folders import cache_folders
 from .previews import show
@@ -73,4 +73,4 @@ class LoadCaptionDataset:
         loaded = load_caption_dataset(path, DatasetConfig(**settings), dataset, cache_folders().hashes)
         sheet, report = np.asarray(contact_sheet(loaded)), describe(loaded)
         outputs = (loaded, to_image([sheet]), report, len(loaded.entries))
-        return show(outputs, report, [sheet], dataset=[{"folder": folder, **grid(loaded)}])
+        return show(outputs, report, [sheet], dataset=[{"folder": folder, **checked(loaded)}])

@@ -7,24 +7,30 @@ import { nodeAt } from "./status.js";
 
 const NODE = "LoadCaptionDataset";
 const PANEL = "sdxl_lora_dataset";
-const BUTTONS_HEIGHT = 34; // pixels
-const GRID_HEIGHT = 250;
+const HEIGHT = 250; // pixels
 
 const panels = new WeakMap(); // by node
 
 class DatasetPanel {
   constructor(node) {
     this.node = node;
+    this.data = null; // the folder's images, as the server lists them
+    this.checked = null; // what the last run has found besides
     this.edits = []; // that Undo takes back: the image and its caption before
     this.build();
-    addPanel(node, PANEL, this.root, { minHeight: BUTTONS_HEIGHT });
+    addPanel(node, PANEL, this.root, { minHeight: HEIGHT });
   }
 
   build() {
     const files = element("input", { type: "file", multiple: true, style: { display: "none" } });
     files.onchange = () => this.upload(fromInput(files));
     const add = button("Add images", "Uploads images and their .txt files into a new folder.", () => files.click());
-    const refresh = button("Refresh", "Reads the list of folders again.", () => this.report(refreshFolders));
+    const refresh = button("Refresh", "Reads the folder and the list of folders again.", () =>
+      this.report(async () => {
+        await this.load();
+        return refreshFolders();
+      }),
+    );
     this.undo = button("Undo", "", () => this.report(() => this.takeBack()));
     this.undo.hidden = true;
     this.message = element("div", { className: "sdxl-lora-message" });
@@ -38,25 +44,51 @@ class DatasetPanel {
     takeDrops(this.root, (transfer) => this.upload(fromDrop(transfer)));
   }
 
-  /** Shows what the node has read. */
+  /** The folder that the node reads. If another node gives it, that is known after a run. */
+  folder() {
+    const linked = this.node.inputs?.some((input) => input.widget?.name === "folder" && input.link != null);
+    return linked ? this.checked?.folder : valueOf(this.node, "folder");
+  }
+
+  /** Shows the images of the folder. `checked` is what a run has found. */
+  async load(checked = this.checked) {
+    this.checked = checked;
+    const folder = this.folder();
+    if (!folder) return;
+    const query = new URLSearchParams({ folder, trigger_word: valueOf(this.node, "trigger_word") ?? "" });
+    try {
+      const data = await ask(`/sdxl_lora/dataset?${query}`);
+      if (folder === this.folder()) this.show({ folder, ...data, ...(checked?.folder === folder ? checked : {}) });
+    } catch (error) {
+      if (folder !== this.folder()) return;
+      this.show({ folder, entries: [], total: 0, unused: 0, problems: [], notes: [] });
+      this.tell(error.message, true);
+    }
+  }
+
   show(data) {
+    if (data.folder !== this.data?.folder) {
+      this.edits = [];
+      this.tell("");
+    }
     this.data = data;
-    this.edits = [];
-    const notes = data.notes.map((textContent) => element("div", { className: "sdxl-lora-note", textContent }));
-    this.problems.replaceChildren(...data.problems.map((textContent) => element("div", { textContent })), ...notes);
-    const shown = data.entries.length;
-    const count = shown < data.total ? `the first ${shown} of ${data.total} images` : `${shown} images`;
+    const { entries, total, unused, notes } = data;
+    const without = unused === 1 ? "1 image without a caption is skipped" : `${unused} images without a caption are skipped`;
+    const advice = "click below one to write it, or give a trigger_word.";
+    const problems = unused ? [`${without}: ${advice}`, ...data.problems] : data.problems;
+    const note = (textContent) => element("div", { className: "sdxl-lora-note", textContent });
+    this.problems.replaceChildren(...problems.map((textContent) => element("div", { textContent })), ...notes.map(note));
+    const count = entries.length < total ? `the first ${entries.length} of ${total} images` : `${total} images`;
     this.title.textContent = `${data.folder}: ${count}. Click a caption to edit it.`;
-    this.cells.replaceChildren(...data.entries.map((entry) => this.cell(entry)));
-    this.tell("");
-    addPanel(this.node, PANEL, this.root, { minHeight: GRID_HEIGHT });
+    this.cells.replaceChildren(...entries.map((entry) => this.cell(entry)));
   }
 
   cell(entry) {
     const query = new URLSearchParams({ folder: this.data.folder, image: entry.name, at: String(Date.now()) });
     const picture = element("img", { src: api.apiURL(`/sdxl_lora/dataset/thumbnail?${query}`), alt: entry.name });
-    picture.title = `${entry.name}, ${entry.width} x ${entry.height} pixels`;
+    picture.title = entry.name;
     picture.loading = "lazy";
+    picture.onerror = () => picture.replaceWith(element("div", { textContent: `${entry.name} cannot be read` }));
     const caption = element("figcaption", { tabIndex: 0, title: "Click to edit this caption" });
     const figure = element("figure", {}, picture, caption);
     figure.dataset.image = entry.name;
@@ -71,10 +103,10 @@ class DatasetPanel {
   }
 
   write(entry, caption) {
-    const word = this.data.trigger_word;
-    const text = entry.caption || (word ? `${word} (no caption file)` : "(no caption file)");
-    caption.textContent = text;
-    caption.dataset.empty = entry.caption ? "" : "yes";
+    const word = valueOf(this.node, "trigger_word")?.trim();
+    const missing = entry.used && word ? `${word} (no caption file)` : "no caption: click to write one";
+    caption.textContent = entry.caption || missing;
+    caption.dataset.empty = entry.caption ? "" : entry.used ? "yes" : "unused";
   }
 
   edit(entry, caption) {
@@ -105,25 +137,16 @@ class DatasetPanel {
     const body = JSON.stringify({ folder: this.data.folder, image: entry.name, text });
     const headers = { "Content-Type": "application/json" };
     const { previous } = await ask("/sdxl_lora/dataset/caption", { method: "POST", headers, body });
-    if (undoable) this.edits.push({ entry, previous, shown: entry.caption });
-    entry.caption = text ?? "";
-    this.redraw(entry);
+    if (undoable) this.edits.push({ entry, previous });
+    await this.load();
     return undoable ? `The caption of ${entry.name} is saved. Run reads it.` : `The caption of ${entry.name} is as before.`;
   }
 
   async takeBack() {
-    const { entry, previous, shown } = this.edits.at(-1);
+    const { entry, previous } = this.edits.at(-1);
     const said = await this.save(entry, previous, false);
     this.edits.pop();
-    entry.caption = shown;
-    this.redraw(entry);
     return said;
-  }
-
-  redraw(entry) {
-    const figures = [...this.cells.children];
-    const caption = figures.find((figure) => figure.dataset.image === entry.name)?.querySelector("figcaption");
-    if (caption) this.write(entry, caption);
   }
 
   async upload(found) {
@@ -155,7 +178,6 @@ class DatasetPanel {
     const last = this.edits.at(-1);
     this.undo.hidden = !last;
     this.undo.title = last ? `Gives ${last.entry.name} its caption before the edit.` : "";
-    if (text && !this.data) addPanel(this.node, PANEL, this.root, { minHeight: 3 * BUTTONS_HEIGHT });
   }
 }
 
@@ -163,24 +185,34 @@ function button(textContent, title, onclick) {
   return element("button", { textContent, title, onclick });
 }
 
-const folderOf = (node) => node.widgets?.find((widget) => widget.name === "folder");
+const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
+const valueOf = (node, name) => widgetOf(node, name)?.value;
 
 async function refreshFolders() {
   const names = await ask("/sdxl_lora/datasets");
   const declared = window.LiteGraph?.registered_node_types?.[NODE]?.nodeData?.input?.required?.folder;
   if (Array.isArray(declared?.[0])) declared[0] = names; // of nodes that are added later
   for (const node of allNodes(app.rootGraph ?? app.graph)) {
-    const widget = node.comfyClass === NODE && folderOf(node);
+    const widget = node.comfyClass === NODE && widgetOf(node, "folder");
     if (widget) widget.options.values = names;
   }
-  return `${names.length} folders`;
+  return `${names.length} datasets. Folders without images are not listed.`;
 }
 
 function choose(node, folder) {
-  const widget = folderOf(node);
+  const widget = widgetOf(node, "folder");
   widget.value = folder;
   widget.callback?.(folder);
   node.setDirtyCanvas?.(true);
+}
+
+function loadOnChange(panel, widget) {
+  if (!widget) return;
+  const { callback } = widget;
+  widget.callback = function () {
+    callback?.apply(this, arguments);
+    panel.load();
+  };
 }
 
 // Where the page itself would open a dropped image as a workflow.
@@ -207,12 +239,15 @@ app.registerExtension({
   name: "sdxl_lora.dataset",
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
-    panels.set(node, new DatasetPanel(node));
+    const panel = new DatasetPanel(node);
+    panels.set(node, panel);
+    for (const name of ["folder", "trigger_word"]) loadOnChange(panel, widgetOf(node, name));
+    setTimeout(() => panel.load(), 0); // of a node that is added, by its default
     const { onExecuted } = node;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
       const [data] = output?.sdxl_lora_dataset ?? [];
-      if (data) panels.get(this).show(data);
+      if (data) panels.get(this).load(data);
     };
     node.onDragOver = hasFiles;
     node.onDragDrop = (event) => {
@@ -220,5 +255,8 @@ app.registerExtension({
       panels.get(node).upload(fromDrop(event.dataTransfer));
       return true;
     };
+  },
+  afterConfigureGraph() {
+    for (const node of allNodes(app.rootGraph ?? app.graph)) panels.get(node)?.load();
   },
 });

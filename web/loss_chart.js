@@ -25,12 +25,17 @@ export function drawLosses(canvas, { points, checkpoints, rates }) {
   drawDots(pen, points, VALIDATION, x, y, COLORS.validation);
 }
 
-export function legend(rates) {
-  const rate = rates ? [["learning rate", COLORS.rate]] : [];
-  return [["loss", COLORS.raw], ["smoothed", COLORS.smoothed], ["validation", COLORS.validation], ...rate,
-    ["checkpoint", COLORS.mark]];
+/** The names and colors of what drawLosses draws of a run. */
+export function legend({ points, checkpoints }, rates) {
+  const validated = points.some((point) => Number.isFinite(point[VALIDATION]));
+  return [
+    ["loss", COLORS.raw],
+    ["smoothed", COLORS.smoothed],
+    ...(validated ? [["validation", COLORS.validation]] : []),
+    ...(rates ? [["learning rate", COLORS.rate]] : []),
+    ...(checkpoints.length ? [["checkpoint", COLORS.mark]] : []),
+  ];
 }
-
 
 function fitted(canvas) {
   const ratio = Math.max(1, window.devicePixelRatio || 1) * 2; // sharp when the graph is zoomed in

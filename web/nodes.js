@@ -1,6 +1,6 @@
 // What all nodes of the pack have on the page: advanced inputs hidden, and the text of a result below the widgets.
 import { app } from "../../scripts/app.js";
-import { addPanel, allNodes, element, findPanel } from "./panel.js";
+import { addPanel, allNodes, element, findPanel, removePanel } from "./panel.js";
 import { onStatus } from "./status.js";
 
 const CATEGORY = "SDXL LoRA"; // of all nodes of this pack and no others
@@ -25,17 +25,24 @@ function hideAdvanced(node) {
   node.setSize?.([Math.max(width, WIDTH), height]);
 }
 
-export function showText(node, text) {
+// Pairs of images are compared at the same seed. A workflow that has saved another choice replaces this one.
+function keepSeed(node) {
+  const control = node.widgets?.find((widget) => widget.name === "control_after_generate");
+  if (control) control.value = "fixed";
+}
+
+export function showText(node, text, failed = false) {
   const panel = findPanel(node, TEXT);
   const area = panel?.element.firstChild ?? element("textarea", { className: "comfy-multiline-input", readOnly: true });
   area.dataset.scrolls = "";
   area.value = text;
+  area.classList.toggle("sdxl-lora-failed", failed);
   if (!panel) addPanel(node, TEXT, area);
 }
 
 function progressLines({ state, phase, done, total, detail, message }) {
   if (state === "failed") return `failed: ${message}`;
-  if (state === "cancelled") return "cancelled";
+  if (state === "cancelled") return ["cancelled", message].filter(Boolean).join("\n");
   return [phase ? `${phase}: ${done} of ${total}` : "starting", detail, message].filter(Boolean).join("\n");
 }
 
@@ -85,13 +92,15 @@ app.registerExtension({
     const style = new URL("./sdxl_lora.css", import.meta.url).href;
     document.head.append(element("link", { rel: "stylesheet", href: style }));
     onStatus((node, status) => {
-      const hasPanel = node.comfyClass === "TrainSDXLLoRA";
-      if (isOurs(node) && !hasPanel && status.state !== "done") showText(node, progressLines(status));
+      if (!isOurs(node) || status.state === "done") return;
+      if (node.comfyClass === "TrainSDXLLoRA") removePanel(node, TEXT); // of the last run: this one has a panel
+      else showText(node, progressLines(status), status.state === "failed");
     });
   },
   nodeCreated(node) {
     if (!isOurs(node)) return;
     hideAdvanced(node);
+    keepSeed(node);
     [node.color, node.bgcolor] = COLORS; // a colour that a workflow has saved replaces it
     const { onDrawBackground, onExecuted } = node;
     node.onDrawBackground = function () {

@@ -52,6 +52,12 @@ export function grow(node) {
 /** Keys typed in the panel are no shortcuts of the page, and what scrolls in it does not zoom the canvas. */
 function keepKeysAndWheel(element) {
   element.addEventListener("keydown", (event) => event.stopPropagation());
+  // Nodes 2.0 leaves the wheel to an element with this mark while it has the focus, so a click in the panel gives it.
+  element.dataset.captureWheel = "true";
+  element.tabIndex = -1;
+  element.addEventListener("pointerdown", () => {
+    if (!element.contains(document.activeElement)) element.focus({ preventScroll: true });
+  });
   element.addEventListener("wheel", (event) => {
     if (event.ctrlKey) return;
     const scrolling = event.target.closest?.("[data-scrolls]");

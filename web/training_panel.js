@@ -27,21 +27,23 @@ class TrainingPanel {
   build() {
     this.headline = element("div", { className: "sdxl-lora-headline" });
     this.stop = element("button", { textContent: "Stop and keep", onclick: () => this.stopAndKeep() });
-    this.stop.title = "Ends the training after this step and saves the LoRA.";
+    this.stop.title = "Ends the training after the current step and saves the LoRA.";
     this.bar = element("progress", { max: 1, value: 0 });
+    this.message = element("div", { className: "sdxl-lora-message" });
     this.numbers = element("div", { className: "sdxl-lora-numbers" });
     this.canvas = element("canvas");
     this.legend = element("div", { className: "sdxl-lora-legend" });
     this.samples = element("div", { className: "sdxl-lora-samples" });
     this.runs = element("select", { onchange: () => this.choose(this.runs.value) });
     this.runs.title = "The runs of this lora_name, the newest first.";
+    this.list = element("label", {}, "run ", this.runs);
     const rates = element("input", { type: "checkbox", onchange: () => this.showRates(rates.checked) });
     const top = element("div", { className: "sdxl-lora-row" }, this.headline, this.stop);
-    const choices = element("div", { className: "sdxl-lora-row" }, element("label", {}, rates, " learning rate"), this.runs);
+    const choices = element("div", { className: "sdxl-lora-row" }, element("label", {}, rates, " learning rate"), this.list);
     this.root = element(
       "div",
       { className: "sdxl-lora-training" },
-      ...[top, this.bar, this.numbers, this.canvas, this.legend, this.samples, choices],
+      ...[top, this.bar, this.message, this.numbers, this.canvas, this.legend, this.samples, choices],
     );
   }
 
@@ -101,7 +103,7 @@ class TrainingPanel {
 
   async stopAndKeep() {
     this.stop.disabled = true;
-    this.stop.textContent = "Stopping after this step ...";
+    this.stop.textContent = "Stopping ...";
     const response = await api.fetchApi("/sdxl_lora/stop", { method: "POST" });
     if (!response.ok) this.stop.textContent = "Nothing trains";
   }
@@ -115,18 +117,20 @@ class TrainingPanel {
     const { status } = this;
     const runs = status?.state === "running";
     this.headline.textContent = headline(status, this.shown);
+    this.headline.classList.toggle("sdxl-lora-failed", status?.state === "failed" && status.run === this.shown.name);
+    this.message.textContent = this.shown === this.run && status?.state !== "failed" ? (status?.message ?? "") : "";
     this.stop.style.display = runs ? "" : "none";
     this.bar.style.visibility = runs ? "visible" : "hidden";
     this.bar.value = runs && status.total ? status.done / status.total : 0;
     this.numbers.textContent = this.shown === this.run ? numbers(status) : "";
-    this.runs.style.display = this.runs.options.length > 1 ? "" : "none";
+    this.list.style.display = this.runs.options.length > 1 ? "" : "none";
     this.renderLegend();
     this.renderSamples();
     this.draw();
   }
 
   renderLegend() {
-    const items = this.shown.points.length ? legend(this.rates) : [];
+    const items = this.shown.points.length ? legend(this.shown, this.rates) : [];
     this.legend.replaceChildren(
       ...items.map(([name, color]) => element("span", {}, element("i", { style: { background: color } }), name)),
     );
@@ -166,8 +170,12 @@ function headline(status, run) {
   const done = `${status.done} of ${status.total}`;
   if (status.state === "running") return status.phase ? `${status.phase}: ${done}` : "starting";
   if (status.state === "failed") return `failed: ${status.message}`;
-  if (status.state === "cancelled") return `cancelled at step ${lastStep(run)}. Run continues from its checkpoint.`;
+  if (status.state === "cancelled") return cancelled(lastStep(run));
   return `${run.name}: ${lastStep(run)} steps`;
+}
+
+function cancelled(step) {
+  return step ? `cancelled at step ${step}. Run continues from its checkpoint.` : "cancelled before the first step";
 }
 
 function lastStep(run) {
@@ -176,8 +184,7 @@ function lastStep(run) {
 
 function numbers(status) {
   if (status?.state !== "running") return "";
-  const detail = status.phase === "training" ? status.detail.replaceAll(", ", " · ") : status.detail;
-  return [status.message, detail].filter(Boolean).join("\n");
+  return status.phase === "training" ? status.detail.replaceAll(", ", " · ") : status.detail;
 }
 
 function byStep(samples) {

@@ -22,6 +22,7 @@ from ...sdxl_lora_core.dataset.editing import (
     thumbnail,
     upload_limit,
 )
+from ...sdxl_lora_core.dataset.report import listing
 from ...sdxl_lora_core.files import temporary_beside
 from ...sdxl_lora_core.messages import brief, shown
 from .folders import input_folder, roots
@@ -51,6 +52,7 @@ def add_dataset_routes(names: Callable[[], list[str]], find: Callable[[str], Pat
     """Adds the routes. `names` are those of all datasets, `find` gives the folder of one and raises for other names.
 
     GET /sdxl_lora/datasets is the list of names.
+    GET /sdxl_lora/dataset?folder=NAME&trigger_word=WORD lists the images with their captions, see report.listing.
     GET /sdxl_lora/dataset/thumbnail?folder=NAME&image=PATH is a JPEG of an image, at most 256 px on a side.
     POST /sdxl_lora/dataset/caption with {"folder", "image", "text"} as JSON writes the caption of an image. The answer
     has the caption file and the `previous` text, null if there was no file. A text of null removes a caption file that
@@ -65,6 +67,7 @@ def add_dataset_routes(names: Callable[[], list[str]], find: Callable[[str], Pat
         return
     routes = _DatasetRoutes(names, find)
     table.get("/sdxl_lora/datasets")(_answering(routes.datasets))
+    table.get("/sdxl_lora/dataset")(_answering(routes.listing))
     table.get("/sdxl_lora/dataset/thumbnail")(_answering(routes.thumbnail))
     table.post("/sdxl_lora/dataset/caption")(_answering(routes.caption))
     table.post("/sdxl_lora/dataset/upload")(_answering(routes.upload))
@@ -95,6 +98,11 @@ class _DatasetRoutes:
 
     async def datasets(self, _: Request) -> Response:
         return json_answer(await self._in(self._readers, self._names))
+
+    async def listing(self, request: Request) -> Response:
+        folder = self._folder(request.query.get("folder", ""))
+        word = request.query.get("trigger_word", "")
+        return json_answer(await self._in(self._readers, listing, folder, word))
 
     async def thumbnail(self, request: Request) -> Response:
         from aiohttp.web import Response

@@ -49,10 +49,12 @@ class Progress:
         self.close()
         if self._status is None:
             return
-        self._status.state, self._status.message = "done", ""
-        if error is not None:
-            self._status.state = "cancelled" if _is_cancel(error) else "failed"
-            self._status.message = brief(str(error))
+        if error is None:
+            self._status.state, self._status.message = "done", ""
+        elif _is_cancel(error):
+            self._status.state = "cancelled"  # a note stays: it may say why the run took so long
+        else:
+            self._status.state, self._status.message = "failed", brief(str(error))
         self._status.send(now=True)
 
     @functools.cached_property

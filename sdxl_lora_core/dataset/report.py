@@ -1,9 +1,10 @@
-"""A sheet and a grid of a dataset's images, and a report of what is used and what is skipped."""
+"""A sheet and a list of a dataset's images, and a report of what is used and what is skipped."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from PIL import Image
 from ..images.decode import open_image
 from ..images.sheets import CELL, fit, sheet
 from .caption_dataset import CaptionDataset, CaptionEntry, image_count
-from .caption_text import clean_caption
-from .folder_files import key_of
+from .captions import ImageCaptions, read_captions
+from .folder_files import FolderFiles, Problem, scan_folder
+from .layout import arrange
 
 
 def contact_sheet(dataset: CaptionDataset, limit: int = 24) -> Image.Image:
@@ -47,34 +49,54 @@ def describe(dataset: CaptionDataset, limit: int = 40) -> str:
     return "\n".join(lines)
 
 
-def grid(dataset: CaptionDataset, limit: int = 60) -> dict[str, Any]:
-    """The images of the dataset's last folder as JSON values, for a page on which captions are edited.
+def listing(folder: Path, trigger_word: str = "", limit: int = 60) -> dict[str, Any]:
+    """The images of a folder as JSON values, for a page on which captions are edited. No image is decoded.
 
     `entries` are the first `limit` of `total` images: name (relative path), caption (one a line, as written, without
-    the trigger word), caption_file (relative path, None if the caption is in no text file), width and height (px).
-    `problems` and `notes` are lines about files that are skipped, and about files that are used.
+    the trigger word), and whether training uses it: it has a caption, or is given the trigger word. `unused` is the
+    number of those that have none. `problems` are lines about all other files that are skipped, `notes` about files
+    that are used.
     """
-    folder, config = dataset.sources[-1]
-    root = folder.resolve()
-    everything = (*dataset.entries, *dataset.validation, *dataset.regularisation)
-    entries = [entry for entry in everything if entry.image.is_relative_to(root)]
+    files, captions = _scanned(folder, trigger_word)
+    unused = [image.key for image in files.images if image.key not in captions]
+    entries = [
+        {
+            "name": image.key,
+            "caption": "\n".join(captions[image.key].texts) if image.key in captions else "",
+            "used": image.key in captions,
+        }
+        for image in files.images[:limit]
+    ]
+    problems = [replace(found, file=f"{folder.name}/{found.file}") for found in dict.fromkeys(files.problems)]
     return {
-        "entries": [_cell(root, entry) for entry in entries[:limit]],
-        "total": len(entries),
-        "trigger_word": clean_caption(config.trigger_word),
-        "problems": _cut(_problem_lines(dataset, skipped=True), limit),
-        "notes": _cut(_problem_lines(dataset, skipped=False), limit),
+        "entries": entries,
+        "total": len(files.images),
+        "unused": len(unused),
+        **_lines(problems, {f"{folder.name}/{key}" for key in unused}, limit),
     }
 
 
-def _cell(root: Path, entry: CaptionEntry) -> dict[str, Any]:
-    return {
-        "name": key_of(entry.image.relative_to(root).as_posix()),
-        "caption": "\n".join(entry.written),
-        "caption_file": entry.caption_file and entry.caption_file.relative_to(root).as_posix(),
-        "width": entry.width,
-        "height": entry.height,
-    }
+def checked(dataset: CaptionDataset, limit: int = 60) -> dict[str, list[str]]:
+    """`problems` and `notes` as in `listing`, of all folders of a dataset, with those that only decoding finds."""
+    unused: set[str] = set()
+    for folder, config in dataset.sources:
+        files, captions = _scanned(folder, config.trigger_word)
+        unused |= {f"{folder.name}/{image.key}" for image in files.images if image.key not in captions}
+    return _lines(dataset.problems, unused, limit)
+
+
+def _scanned(folder: Path, trigger_word: str) -> tuple[FolderFiles, Mapping[str, ImageCaptions]]:
+    files = scan_folder(folder)
+    arrange(files)
+    return files, read_captions(files, per_line=True, trigger_word=trigger_word)
+
+
+def _lines(problems: Sequence[Problem], left_out: Collection[str], limit: int) -> dict[str, list[str]]:
+    def lines(skipped: bool) -> list[str]:
+        found = [problem for problem in problems if problem.skipped == skipped and problem.file not in left_out]
+        return _cut([f"{problem.file}: {problem.reason}" for problem in found], limit)
+
+    return {"problems": lines(skipped=True), "notes": lines(skipped=False)}
 
 
 def _sentence(dataset: CaptionDataset) -> str:

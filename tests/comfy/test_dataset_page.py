@@ -40,6 +40,14 @@ FOLDER = """() => {
   const widget = node.widgets.find((one) => one.name === "folder");
   return [widget.value, widget.options.values];
 }"""
+CHOOSE = """(values) => {
+  const node = window.app.graph._nodes.find((one) => one.type === "LoadCaptionDataset");
+  for (const [name, value] of Object.entries(values)) {
+    const widget = node.widgets.find((one) => one.name === name);
+    widget.value = value;
+    widget.callback(value);
+  }
+}"""
 DROP = """async ([files, kind]) => {
   const transfer = new DataTransfer();
   for (const [name, data] of files) {
@@ -80,7 +88,7 @@ def grid(page: Any, folder: Path) -> Any:
     """The page after a run of the node on `folder`."""
     page.evaluate(ADD, folder.name)
     run(page)
-    page.wait_for_function(f"() => document.querySelectorAll('{ROOT} figure').length === 2", timeout=60_000)
+    page.wait_for_function(f"() => document.querySelectorAll('{ROOT} figure').length === 3", timeout=60_000)
     return page
 
 
@@ -125,6 +133,39 @@ def test_the_grid_shows_what_was_read_with_its_problems_first(grid: Any, folder:
     assert saved < widgets, "the panels are saved with the workflow"
 
 
+def test_a_chosen_folder_is_shown_before_a_run_and_in_place_of_the_last_one(page: Any, folder: Path) -> None:
+    other = folder.with_name(f"{folder.name}_other")
+    other.mkdir()
+    (other / "z.png").write_bytes(png("green"))
+    page.evaluate(ADD, folder.name)
+    for chosen, images in ((folder, 3), (other, 1)):
+        page.evaluate(CHOOSE, {"folder": chosen.name, "trigger_word": ""})
+        shown = "([root, name, count]) => document.querySelectorAll(`${root} figure`).length === count && "
+        shown += "document.querySelector(`${root} .sdxl-lora-title`).textContent.startsWith(`${name}:`)"
+        page.wait_for_function(shown, arg=[ROOT, chosen.name, images], timeout=30_000)
+    problem = page.text_content(f"{ROOT} .sdxl-lora-problems")
+    assert problem == "1 image without a caption is skipped: click below one to write it, or give a trigger_word."
+    edit(page, "z.png", "a green thing", "Enter")
+    wait_for_message(page, "The caption of z.png is saved")
+    assert (other / "z.txt").read_text() == "a green thing" and page.text_content(f"{ROOT} .sdxl-lora-problems") == ""
+    page.evaluate(CHOOSE, {"folder": f"{folder.name}_gone"})
+    wait_for_message(page, "was not found")
+    assert page.locator(f"{ROOT} figure").count() == 0 and not page.is_visible(f"{ROOT} button:has-text('Undo')")
+
+
+def test_the_wheel_scrolls_the_grid_and_leaves_the_zoom(page: Any, folder: Path) -> None:
+    for number in range(20):
+        (folder / f"more_{number}.png").write_bytes(png("green"))
+    page.evaluate(ADD, folder.name)
+    page.wait_for_function(f"() => document.querySelectorAll('{ROOT} figure').length === 23", timeout=30_000)
+    page.click(f"{ROOT} .sdxl-lora-title")
+    state = f"() => [document.querySelector('{ROOT}').scrollTop, window.app.canvas.ds.scale]"
+    top, zoom = page.evaluate(state)
+    page.mouse.wheel(0, 120)
+    page.wait_for_function(f"() => document.querySelector('{ROOT}').scrollTop > 0", timeout=10_000)
+    assert top == 0 and page.evaluate(state)[1] == zoom
+
+
 def test_the_grid_is_there_for_a_folder_that_another_run_has_read(
     grid: Any, server: Any, nodes_2: bool, chromium: Any, comfyui: Path
 ) -> None:
@@ -137,7 +178,7 @@ def test_the_grid_is_there_for_a_folder_that_another_run_has_read(
         "() => { window.app.graph.add(window.LiteGraph.createNode('SDXLImageCache')); }"
     )  # something to run
     run(second)
-    second.wait_for_function(f"() => document.querySelectorAll('{ROOT} figure').length === 2", timeout=60_000)
+    second.wait_for_function(f"() => document.querySelectorAll('{ROOT} figure').length === 3", timeout=60_000)
     second.close()
 
 
@@ -242,6 +283,6 @@ def test_the_list_of_folders_is_refreshed(grid: Any, server: Any, folder: Path) 
     (server.base / "input" / later).mkdir()
     (server.base / "input" / later / "a.png").write_bytes(png("red"))
     page.click(f"{ROOT} button:has-text('Refresh')")
-    wait_for_message(page, " folders")
+    wait_for_message(page, " datasets")
     chosen, offered = page.evaluate(FOLDER)
     assert later in offered and chosen == folder.name

@@ -18,7 +18,7 @@ from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
 from sdxl_lora_core.dataset.caption_text import decode_legacy, legacy_encoding, with_trigger_word
 from sdxl_lora_core.dataset.captions import caption_file
 from sdxl_lora_core.dataset.config import DatasetConfig
-from sdxl_lora_core.dataset.report import contact_sheet, describe, grid
+from sdxl_lora_core.dataset.report import checked, contact_sheet, describe, listing
 from sdxl_lora_core.images.decode import open_image
 
 SMALL = DatasetConfig(resolution=64)
@@ -700,26 +700,34 @@ def test_the_report_of_a_good_folder_starts_with_its_count_and_path(tmp_path):
     assert "validation: 1 image\n" in describe(load(one, validation_percent=50))
 
 
-def test_the_grid_has_what_is_written_of_the_last_folder(tmp_path):
-    files = {"sub/a.png": png(size=(40, 30)), "sub/a.txt": "one\ntwo", "b.png": png("blue"), "c.png": "bad"}
-    first = load(many(tmp_path / "other", 2), trigger_word="pxl")
-    config = DatasetConfig(resolution=64, trigger_word=" ohwx ", caption_per_line=True, validation_percent=50)
-    found = grid(load_caption_dataset(lay(tmp_path / "set", files), config, first))
+def test_a_folder_is_listed_with_its_captions_before_anything_is_decoded(tmp_path):
+    files = {"sub/a.png": png(), "sub/a.txt": "one\ntwo", "b.png": png("blue"), "c.png": "bad", "x.txt": "of none"}
+    folder = lay(tmp_path / "set", files)
+    found = listing(folder)
     entries = {entry.pop("name"): entry for entry in found.pop("entries")}
     assert entries == {
-        "sub/a.png": {"caption": "one\ntwo", "caption_file": "sub/a.txt", "width": 40, "height": 30},
-        "b.png": {"caption": "", "caption_file": None, "width": 8, "height": 6},
+        "sub/a.png": {"caption": "one\ntwo", "used": True},
+        "b.png": {"caption": "", "used": False},
+        "c.png": {"caption": "", "used": False},
     }
-    assert (found["total"], found["trigger_word"]) == (2, "ohwx")
-    assert [line.split(":")[0] for line in found["problems"]] == ["set/c.png"]
-    assert found["notes"] == ["set: 1 image has no caption file: the trigger word 'ohwx' is its caption"]
+    assert (found["total"], found["unused"], found["notes"]) == (3, 2, [])
+    assert [line.split(":")[0] for line in found["problems"]] == ["set/x.txt"]
+    assert listing(folder, " ohwx ")["unused"] == 0
 
 
-def test_the_grid_has_the_first_images_and_their_number(tmp_path):
-    files = {f"{i}.png": "bad" for i in range(70)}
-    found = grid(load(lay(many(tmp_path, 5), files), trigger_word="ohwx"), limit=3)
+def test_the_list_has_the_first_images_and_their_number(tmp_path):
+    folder = lay(many(tmp_path, 5), {f"{i}.txt": "of none" for i in range(70, 140)})
+    found = listing(folder, limit=3)
     assert len(found["entries"]) == 3 and found["total"] == 5
     assert len(found["problems"]) == 4 and found["problems"][-1] == "... and 67 more"
+
+
+def test_what_a_run_finds_besides_has_no_line_for_each_image_without_a_caption(tmp_path):
+    files = {"a.png": png(), "a.txt": "one", "b.png": png("blue"), "c.png": "bad", "c.txt": "x"}
+    first = load(lay(tmp_path / "first", {"d.png": png("red")}), trigger_word="ohwx")
+    found = checked(load_caption_dataset(lay(tmp_path / "set", files), SMALL, first))
+    assert [line.split(":")[0] for line in found["problems"]] == ["set/c.png"]
+    assert found["notes"] == ["first: 1 image has no caption file: the trigger word 'ohwx' is its caption"]
 
 
 def test_long_lists_in_the_report_are_cut_with_their_count(tmp_path):

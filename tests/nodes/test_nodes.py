@@ -225,14 +225,14 @@ def test_changes_on_disk_are_seen_and_errors_are_not_raised(home: Path) -> None:
     assert math.isnan(NODES["SDXLGenerateCached"].IS_CHANGED(cache="refresh"))
 
 
-def test_the_page_gets_a_dataset_as_text_and_as_a_grid(home: Path) -> None:
+def test_the_page_gets_the_report_of_a_dataset_and_its_problems(home: Path) -> None:
     (home / "input/photos").mkdir(parents=True)
     Image.new("RGB", (40, 30), "red").save(home / "input/photos/a.png")
     (home / "input/photos/b.png").write_bytes(b"no image")
     shown = NODES["LoadCaptionDataset"]().load("photos", trigger_word="ohwx", resolution=64)["ui"]
     (text,), (grid,) = shown["text"], shown["sdxl_lora_dataset"]
     assert text.startswith("skipped: 1\n  photos/b.png: cannot be used")
-    assert grid["folder"] == "photos" and [entry["name"] for entry in grid["entries"]] == ["a.png"]
+    assert grid["folder"] == "photos" and grid["problems"][0].startswith("photos/b.png: cannot be used")
     assert json.loads(json.dumps(grid)) == grid and len(shown["images"]) == 1
 
 
