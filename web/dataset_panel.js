@@ -14,6 +14,7 @@ const panels = new WeakMap(); // by node
 class DatasetPanel {
   constructor(node) {
     this.node = node;
+    this.of = null; // the folder that edits and the message are about
     this.data = null; // the folder's images, as the server lists them
     this.checked = null; // what the last run has found besides
     this.edits = []; // that Undo takes back: the image and its caption before
@@ -55,22 +56,22 @@ class DatasetPanel {
     this.checked = checked;
     const folder = this.folder();
     if (!folder) return;
+    if (folder !== this.of) this.begin(folder);
     const query = new URLSearchParams({ folder, trigger_word: valueOf(this.node, "trigger_word") ?? "" });
-    try {
-      const data = await ask(`/sdxl_lora/dataset?${query}`);
-      if (folder === this.folder()) this.show({ folder, ...data, ...(checked?.folder === folder ? checked : {}) });
-    } catch (error) {
-      if (folder !== this.folder()) return;
-      this.show({ folder, entries: [], total: 0, unused: 0, problems: [], notes: [] });
-      this.tell(error.message, true);
-    }
+    const { error, ...listed } = await ask(`/sdxl_lora/dataset?${query}`);
+    if (folder !== this.folder()) return; // another was chosen meanwhile
+    if (error) this.tell(error, true);
+    const found = error ? { entries: [], total: 0, unused: 0, problems: [], notes: [] } : listed;
+    this.show({ folder, ...found, ...(checked?.folder === folder ? checked : {}) });
+  }
+
+  begin(folder) {
+    this.of = folder;
+    this.edits = [];
+    this.tell("");
   }
 
   show(data) {
-    if (data.folder !== this.data?.folder) {
-      this.edits = [];
-      this.tell("");
-    }
     this.data = data;
     const { entries, total, unused, notes } = data;
     const without = unused === 1 ? "1 image without a caption is skipped" : `${unused} images without a caption are skipped`;
@@ -88,7 +89,6 @@ class DatasetPanel {
     const picture = element("img", { src: api.apiURL(`/sdxl_lora/dataset/thumbnail?${query}`), alt: entry.name });
     picture.title = entry.name;
     picture.loading = "lazy";
-    picture.onerror = () => picture.replaceWith(element("div", { textContent: `${entry.name} cannot be read` }));
     const caption = element("figcaption", { tabIndex: 0, title: "Click to edit this caption" });
     const figure = element("figure", {}, picture, caption);
     figure.dataset.image = entry.name;

@@ -59,10 +59,12 @@ async function takeAll() {
   for (const status of await response.json()) take({ ...status, points: [] });
 }
 
+// Now, not in setup: the page reports messages that arrive before anything listens to their type.
+api.addEventListener("sdxl_lora.status", ({ detail }) => take(detail));
+
 app.registerExtension({
   name: "sdxl_lora.status",
   setup() {
-    api.addEventListener("sdxl_lora.status", ({ detail }) => take(detail));
     api.addEventListener("execution_error", ({ detail }) => takeError(detail));
     api.addEventListener("reconnected", takeAll);
     takeAll();

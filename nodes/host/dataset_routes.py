@@ -53,6 +53,7 @@ def add_dataset_routes(names: Callable[[], list[str]], find: Callable[[str], Pat
 
     GET /sdxl_lora/datasets is the list of names.
     GET /sdxl_lora/dataset?folder=NAME&trigger_word=WORD lists the images with their captions, see report.listing.
+    For a folder that cannot be read, the list is {"error": a sentence}.
     GET /sdxl_lora/dataset/thumbnail?folder=NAME&image=PATH is a JPEG of an image, at most 256 px on a side.
     POST /sdxl_lora/dataset/caption with {"folder", "image", "text"} as JSON writes the caption of an image. The answer
     has the caption file and the `previous` text, null if there was no file. A text of null removes a caption file that
@@ -100,9 +101,12 @@ class _DatasetRoutes:
         return json_answer(await self._in(self._readers, self._names))
 
     async def listing(self, request: Request) -> Response:
-        folder = self._folder(request.query.get("folder", ""))
         word = request.query.get("trigger_word", "")
-        return json_answer(await self._in(self._readers, listing, folder, word))
+        try:
+            folder = self._folder(request.query.get("folder", ""))
+            return json_answer(await self._in(self._readers, listing, folder, word))
+        except (OSError, ValueError) as error:  # of a folder that a workflow names: the node shows it
+            return json_answer({"error": brief(error)})
 
     async def thumbnail(self, request: Request) -> Response:
         from aiohttp.web import Response

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
+from PIL import Image, ImageDraw
+
 from ..files import check_name, claim_name, require_file_names, safe_path, write_text_atomic
 from ..images.decode import decode, open_image, strict_pillow
 from ..messages import shown
@@ -141,15 +143,31 @@ def check_upload(name: str, file: Path) -> None:
 
 
 def thumbnail(folder: Path, image: str) -> bytes:
-    """A JPEG of at most 256 px on a side of an image in a dataset folder. Raises as safe_path and open_image."""
+    """A JPEG of at most 256 px on a side of an image in a dataset folder, a red cross if it cannot be read.
+
+    Raises FileNotFoundError if there is no such file, ValueError as safe_path, and for the name of no image.
+    """
     path = safe_path(folder, image)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"{shown(image)} is not an image: give the name of one in {folder.name}")
-    picture = open_image(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{shown(image)} is not in {folder.name}: refresh the list")
+    try:
+        picture = open_image(path)
+    except ValueError:
+        picture = _cross()
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     data = BytesIO()
     picture.save(data, "JPEG", quality=85)
     return data.getvalue()
+
+
+def _cross() -> Image.Image:
+    picture = Image.new("RGB", (64, 64), "#222")
+    lines = ImageDraw.Draw(picture)
+    lines.line((20, 20, 44, 44), "#ff7b72", 4)
+    lines.line((20, 44, 44, 20), "#ff7b72", 4)
+    return picture
 
 
 def _read(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,3 +100,14 @@ def keep_only(page: Any, *kinds: str) -> None:
 
 def run(page: Any) -> None:
     page.evaluate("async () => { await window.app.queuePrompt(0, 1); }")
+
+
+def run_to_end(page: Any, server: Any, queue: Callable[[Any], object] = run) -> dict[str, Any]:
+    """Queues the workflow and returns its entry in the server's history, once it has run without an error."""
+    before = set(server.get("/history"))
+    queue(page)
+    server.wait(lambda: set(server.get("/history")) - before, 300)
+    (prompt,) = set(server.get("/history")) - before
+    entry = server.get(f"/history/{prompt}")[prompt]
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    return entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.comfy.page import keep_only, open_workflow, run, set_values
+from tests.comfy.page import keep_only, open_workflow, run_to_end, set_values
 
 # Where a slot is drawn, in pixels of the page.
 SLOT = """([type, kind, name]) => {
@@ -75,12 +75,7 @@ def test_a_first_graph_by_hand(page: Any, server: Any) -> None:
     set_values(page, "LoadCaptionDataset", folder="sample: 8-bit (bundled)", resolution=64)
     set_values(page, "TrainSDXLLoRA", lora_name="by_hand", steps=3, rank=2)
     set_values(page, "SDXLGenerateCached", prompt="a red circle", width=64, height=64, steps=2)
-    before = set(server.get("/history"))
-    page.keyboard.press("Control+Enter")
-    server.wait(lambda: set(server.get("/history")) - before, 300)
-    (prompt,) = set(server.get("/history")) - before
-    entry = server.get(f"/history/{prompt}")[prompt]
-    assert entry["status"]["status_str"] == "success", entry["status"]
+    entry = run_to_end(page, server, lambda page: page.keyboard.press("Control+Enter"))
     assert (server.base / "output/loras/by_hand.safetensors").exists()
     (images,) = [output["images"] for output in entry["outputs"].values() if "sdxl_lora_made" in output]
     assert images
@@ -143,9 +138,7 @@ def test_nodes_of_400_pixels_show_their_panels_whole(page: Any, server: Any) -> 
     set_values(page, "TrainSDXLLoRA", lora_name="a_rather_long_name_for_a_lora_of_ours", steps=4, rank=2)
     set_values(page, "LoadCaptionDataset", resolution=64)
     set_values(page, "SDXLGenerateCached", steps=2, count=2)
-    before = set(server.get("/history"))
-    run(page)
-    server.wait(lambda: set(server.get("/history")) - before, 300)
+    run_to_end(page, server)
     page.wait_for_function("() => document.querySelectorAll('.sdxl-lora-training figure img').length", timeout=60_000)
     page.wait_for_timeout(1500)
     assert page.evaluate("() => window.app.graph._nodes.map((node) => node.size[0])") == [400] * 5

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.comfy.page import open_workflow, run, set_widgets
+from tests.comfy.page import open_workflow, run_to_end, set_widgets
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = "8bit_style (bundled)"
@@ -67,12 +67,6 @@ def test_a_card_is_shown_on_choosing(page: Any, with_picture: str) -> None:
     page.wait_for_function(loaded, timeout=20_000)
 
 
-def run_and_wait(page: Any, server: Any) -> None:
-    before = set(server.get("/history"))
-    run(page)
-    server.wait(lambda: set(server.get("/history")) - before, 300)
-
-
 def test_badges_say_which_images_came_from_the_cache(
     page: Any, server: Any, shipped: dict[str, Any], shrink: Callable[..., Any]
 ) -> None:
@@ -83,7 +77,7 @@ def test_badges_say_which_images_came_from_the_cache(
     for count, expected in [(1, ["sdxl-lora-made"] * 4), (2, ["sdxl-lora-hit", "sdxl-lora-made"] * 4)]:
         changes = {"width": 64, "height": 64, "seed": seed, "count": count, "steps": 1}
         set_widgets(page, shrink(shipped["generate_with_lora_stack"], SDXLGenerateCached=changes))
-        run_and_wait(page, server)
+        run_to_end(page, server)
         each = f"(words) => ({badges})().length && ({badges})().every((found) => found === words.join())"
         page.wait_for_function(each, arg=expected, timeout=20_000)
 
@@ -93,7 +87,7 @@ def test_scores_are_a_table_that_can_be_sorted(
 ) -> None:
     open_workflow(page, "score_images")
     set_widgets(page, shrink(shipped["score_images"], SDXLGenerateCached={"count": 2, "steps": 1}))
-    run_and_wait(page, server)
+    run_to_end(page, server)
     column = """(number) => [...document.querySelectorAll('.sdxl-lora-table tbody tr')]
       .map((row) => row.children[number].textContent)"""
     page.wait_for_function("() => document.querySelectorAll('.sdxl-lora-table tbody tr').length > 1", timeout=30_000)

@@ -120,9 +120,7 @@ def test_the_grid_shows_what_was_read_with_its_problems_first(grid: Any, folder:
     assert problem.evaluate("(line) => getComputedStyle(line).color") == "rgb(255, 123, 114)"
     top = "(part) => part.getBoundingClientRect().top"
     assert problem.evaluate(top) < page.locator(f"{ROOT} figure").first.evaluate(top)
-    loaded = (
-        f"() => [...document.querySelectorAll('{ROOT} img')].every((one) => one.complete && one.naturalWidth === 80)"
-    )
+    loaded = f"() => [...document.querySelectorAll('{ROOT} img')].map((one) => one.naturalWidth).join() === '80,80,64'"
     page.wait_for_function(loaded, timeout=30_000)
     own = """() => {
       const node = window.app.graph._nodes.find((one) => one.type === "LoadCaptionDataset");

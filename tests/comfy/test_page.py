@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.comfy.page import open_graph, open_workflow, set_widgets
+from tests.comfy.page import open_graph, open_workflow, run_to_end, set_widgets
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare", "train_and_watch"]
@@ -87,12 +87,7 @@ def test_workflow_runs_from_the_page(
 ) -> None:
     open_workflow(page, name)
     set_widgets(page, shrink(shipped[name]))
-    before = set(server.get("/history"))
-    page.evaluate("async () => { await window.app.queuePrompt(0, 1); }")
-    server.wait(lambda: set(server.get("/history")) - before, 300)
-    (prompt,) = set(server.get("/history")) - before
-    entry = server.get(f"/history/{prompt}")[prompt]
-    assert entry["status"]["status_str"] == "success", entry["status"]
+    entry = run_to_end(page, server)
     page.evaluate("""() => { const view = window.app.canvas.ds; view.scale = 0.25; view.offset = [0, 100];
       window.app.canvas.setDirty(true, true); }""")  # pictures are loaded for nodes in sight
     for node_id, output in entry["outputs"].items():

@@ -13,7 +13,7 @@ import pytest
 from sdxl_lora_core.sdxl.base import open_base
 from tests.comfy.conftest import has_nodes_2 as has_blueprints  # both came with 0.3.67 or later
 from tests.comfy.narrow import EVERY_LAYER
-from tests.comfy.page import open_template, run, set_widgets
+from tests.comfy.page import open_template, run_to_end, set_widgets
 from tests.micro.controls import random_net, save_single
 from tools.templates import TEMPLATES
 
@@ -83,12 +83,7 @@ def test_a_template_on_the_bundled_model_runs_and_its_results_cover_nothing(
 ) -> None:
     open_template(page, name)
     set_widgets(page, shrink(shipped[name]))
-    before = set(server.get("/history"))
-    run(page)
-    server.wait(lambda: set(server.get("/history")) - before, 300)
-    (prompt,) = set(server.get("/history")) - before
-    entry = server.get(f"/history/{prompt}")[prompt]
-    assert entry["status"]["status_str"] == "success", entry["status"]
+    entry = run_to_end(page, server)
     shown = [key for key, output in entry["outputs"].items() if output.get("images")]
     page.wait_for_timeout(1500)  # for the pictures to arrive and the nodes to grow
     assert shown and overlaps(page, nodes_2) == []
@@ -179,12 +174,7 @@ def test_the_blueprint_is_found_by_search_and_runs(page: Any, server: Any, comfy
     page.mouse.click(700, 600)  # puts the node down
     short = {"lora_name": "blueprint", "steps": 2, "rank": 2, "sample_every": 1, "prompts": "a red circle", "size": 64}
     page.evaluate(COMPLETE, short)
-    before = set(server.get("/history"))
-    run(page)
-    server.wait(lambda: set(server.get("/history")) - before, 300)
-    (prompt,) = set(server.get("/history")) - before
-    entry = server.get(f"/history/{prompt}")[prompt]
-    assert entry["status"]["status_str"] == "success", entry["status"]
+    entry = run_to_end(page, server)
     kinds = {key: node["class_type"] for key, node in entry["prompt"][2].items()}
     one, other = (entry["outputs"][key]["images"] for key, kind in kinds.items() if kind == "SDXLGenerateCached")
     assert len(one) == len(other) == 1 and one != other

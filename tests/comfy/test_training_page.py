@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from sdxl_lora_core.training.monitor.metrics import COLUMNS
-from tests.comfy.page import READY, keep_only, open_graph, open_page, open_workflow, ours, run, set_values, set_widgets
+from tests.comfy.page import (
+    READY,
+    keep_only,
+    open_graph,
+    open_page,
+    open_workflow,
+    ours,
+    run,
+    run_to_end,
+    set_values,
+    set_widgets,
+)
 
 SHORT = {"steps": 4, "rank": 2, "batch_size": 1, "sample_prompts": "a red circle\na blue star"}
 LONG = {**SHORT, "steps": 5000, "sample_prompts": ""}
@@ -170,9 +181,7 @@ def test_texts_and_panels_are_there_again_after_another_workflow(
 ) -> None:
     open_workflow(page, "generate_with_lora_stack")
     set_widgets(page, shrink(shipped["generate_with_lora_stack"]))
-    before = set(server.get("/history"))
-    run(page)
-    server.wait(lambda: set(server.get("/history")) - before, 240)
+    run_to_end(page, server)
     texts = """() => window.app.graph._nodes.map((node) => [node.id, (node.widgets ?? [])
       .filter((widget) => widget.name.startsWith("sdxl_lora")).map((widget) => widget.element.textContent
         + (widget.element.querySelector("textarea")?.value ?? "")).sort()]).sort()"""
