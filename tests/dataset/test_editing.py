@@ -168,5 +168,14 @@ def test_a_thumbnail_is_a_small_jpeg_of_an_image_inside(folder: Path, tmp_path: 
     for name, message in (("link.png", "is outside 'set'"), ("../out.png", "not a valid"), ("images/a.txt", "no")):
         with pytest.raises(ValueError, match=message):
             thumbnail(folder, name)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="is not in set"):
         thumbnail(folder, "images/z.png")
+
+
+def test_the_thumbnail_of_a_damaged_image_is_a_cross(folder: Path, tmp_path: Path) -> None:
+    (folder / "images/bad.png").write_bytes(b"no image")
+    (tmp_path / "thumbnail").write_bytes(thumbnail(folder, "images/bad.png"))
+    with Image.open(tmp_path / "thumbnail") as image:
+        assert (image.format, image.size) == ("JPEG", (64, 64)) and image.getcolors(4096) is not None
+        red, green, _ = image.convert("RGB").getpixel((32, 32))  # type: ignore[misc]
+        assert red > 200 > green
