@@ -85,7 +85,7 @@ class DatasetPanel {
   }
 
   cell(entry) {
-    const query = new URLSearchParams({ folder: this.data.folder, image: entry.name, at: String(Date.now()) });
+    const query = new URLSearchParams({ folder: this.data.folder, image: entry.name, at: entry.version });
     const picture = element("img", { src: api.apiURL(`/sdxl_lora/dataset/thumbnail?${query}`), alt: entry.name });
     picture.title = entry.name;
     picture.loading = "lazy";

@@ -53,8 +53,8 @@ def listing(folder: Path, trigger_word: str = "", limit: int = 60) -> dict[str, 
     """The images of a folder as JSON values, for a page on which captions are edited. No image is decoded.
 
     `entries` are the first `limit` of `total` images: name (relative path), caption (one a line, as written, without
-    the trigger word), and whether training uses it: it has a caption, or is given the trigger word. `unused` is the
-    number of those that have none. `problems` are lines about all other files that are skipped, `notes` about files
+    the trigger word), whether training uses it (it has a caption, or is given the trigger word), and a version that
+    changes with the file. `unused` is the number of images that are not used. `problems` are lines about all other files that are skipped, `notes` about files
     that are used.
     """
     files, captions = _scanned(folder, trigger_word)
@@ -64,6 +64,7 @@ def listing(folder: Path, trigger_word: str = "", limit: int = 60) -> dict[str, 
             "name": image.key,
             "caption": "\n".join(captions[image.key].texts) if image.key in captions else "",
             "used": image.key in captions,
+            "version": str(image.path.stat().st_mtime_ns),
         }
         for image in files.images[:limit]
     ]

@@ -705,6 +705,7 @@ def test_a_folder_is_listed_with_its_captions_before_anything_is_decoded(tmp_pat
     folder = lay(tmp_path / "set", files)
     found = listing(folder)
     entries = {entry.pop("name"): entry for entry in found.pop("entries")}
+    assert all(entry.pop("version").isdigit() for entry in entries.values())
     assert entries == {
         "sub/a.png": {"caption": "one\ntwo", "used": True},
         "b.png": {"caption": "", "used": False},
