@@ -60,6 +60,8 @@ class DatasetPanel {
     const query = new URLSearchParams({ folder, trigger_word: valueOf(this.node, "trigger_word") ?? "" });
     const { error, ...listed } = await ask(`/sdxl_lora/dataset?${query}`);
     if (folder !== this.folder()) return; // another was chosen meanwhile
+    const typing = this.data?.folder === folder && this.cells.querySelector("textarea");
+    if (typing) return; // saving lists the folder again
     if (error) this.tell(error, true);
     const found = error ? { entries: [], total: 0, unused: 0, problems: [], notes: [] } : listed;
     this.show({ folder, ...found, ...(checked?.folder === folder ? checked : {}) });
