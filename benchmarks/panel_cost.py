@@ -39,11 +39,14 @@ def timed(original):
                     json.dump(spent, file)
     return on_step
 
+def loaded():
+    modules = [module for name, module in [*sys.modules.items()] if name.endswith("nodes.host.progress")]
+    return next((module.Progress for module in modules if hasattr(module, "Progress")), None)
+
 def patch():
-    while not (found := [module for name, module in [*sys.modules.items()] if name.endswith("nodes.host.progress")]):
-        time.sleep(0.1)
-    time.sleep(1)
-    found[0].Progress.on_step = timed(found[0].Progress.on_step)
+    while (progress := loaded()) is None:
+        time.sleep(0.01)
+    progress.on_step = timed(progress.on_step)
 
 threading.Thread(target=patch, daemon=True).start()  # our pack may be loaded later than this one
 NODE_CLASS_MAPPINGS = {}
