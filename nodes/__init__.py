@@ -18,6 +18,7 @@ from .load_lora import LoadLoRA
 from .save_loras import MergeLoRAs, SaveSDXLLoRA
 from .save_merged_base import SaveMergedBase
 from .scoring import CLIPScore
+from .stack_report import StackReport
 from .train_options import (
     AdapterOptions,
     CaptionOptions,
@@ -48,6 +49,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "ApplyLoRAStack": ApplyLoRAStack,
     "AddControlNet": AddControlNet,
     "DatasetImages": DatasetImages,
+    "StackReport": StackReport,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -70,6 +72,7 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "ApplyLoRAStack": "Apply LoRA Stack",
     "AddControlNet": "Add ControlNet (SDXL)",
     "DatasetImages": "Dataset Images",
+    "StackReport": "LoRA Stack Report",
 }
 
 add_output_folders()

@@ -31,6 +31,7 @@ PANELS = {
     "LoadLoRA": 140,
     "SDXLGenerateCached": PICTURE + 60,
     "CLIPScore": PICTURE + 190,
+    "StackReport": PICTURE,  # a wide chart
 }
 PICTURES = ("SaveImage", "PreviewImage")
 SDXL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main"

@@ -132,23 +132,19 @@ TEMPLATES: dict[str, tuple[Step, ...]] = {
                     "Each *Load LoRA* adds one to the stack: here a second LoRA to the first, at two strengths.",
                     110,
                 ),
+                Note(
+                    "What the cache does",
+                    "Images are cached by what they were made of: change one strength, and only that column is "
+                    "generated again. *SDXL Image Cache* shows and limits the space they take.",
+                    150,
+                ),
             ),
             column("3", "6"),
         ),
         step("Three strengths: same prompts, same seeds", column("4"), column("8"), column("7")),
         step(
-            "Keep",
-            column(
-                "5",
-                "9",
-                Note(
-                    "What the cache does",
-                    "Images are cached by what they were made of: change one strength, and only that column is "
-                    "generated again. *SDXL Image Cache* shows and limits the space they take.",
-                    170,
-                ),
-                width=250,
-            ),
+            "Keep; what each LoRA changes",
+            column("5", "9", "10", width=250),
         ),
     ),
     "save_and_merge": (

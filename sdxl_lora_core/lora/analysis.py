@@ -225,6 +225,11 @@ def _block_of(weight: str) -> str:
     return max(inside, key=len, default=OTHER)
 
 
+def _place(block: str) -> tuple[int, str]:
+    """Sorts blocks as the UNet goes through them, each stage before its attention blocks."""
+    return next(number for number, stage in enumerate(BLOCKS) if is_in_block(block, [stage])), block
+
+
 def _names(stack: Sequence[StackEntry]) -> list[str]:
     """The LoRAs' names, numbered where a LoRA is there several times."""
     names = [entry.ref.name for entry in stack]
@@ -232,7 +237,7 @@ def _names(stack: Sequence[StackEntry]) -> list[str]:
 
 
 def _analysis(names: Sequence[str], blocks: dict[str, _Sums], notes: tuple[str, ...]) -> StackAnalysis:
-    order = [*BLOCKS, OTHER, *PARTS]
+    order = [*sorted(BLOCKS, key=_place), OTHER, *PARTS]
     blocks = dict(sorted(blocks.items(), key=lambda item: order.index(item[0])))
     total = _Sums(len(names))
     for sums in blocks.values():

@@ -177,6 +177,7 @@ def inputs_of_nodes():
     return {
         **options,
         "LoadCaptionDataset": lambda _: folder,
+        "StackReport": lambda _: {"lora_stack": two},
         "DatasetImages": lambda _: {"dataset": dataset, "size": 64, "count": 2},
         "LoadSDXLBase": lambda _: {"base": "tiny-sdxl (bundled)", "precision": "fp32"},
         "LoadLoRA": lambda _: {"lora_name": BUNDLED, **LORA},
