@@ -8,7 +8,7 @@ from ..sdxl_lora_core.lora.analysis_chart import stack_chart
 from . import choices
 from .previews import show
 from .widgets import link
-from .wires import CATEGORY, read_stack, to_image
+from .wires import CATEGORY, to_image
 
 
 class StackReport:

@@ -54,8 +54,8 @@ def listing(folder: Path, trigger_word: str = "", limit: int = 60) -> dict[str, 
 
     `entries` are the first `limit` of `total` images: name (relative path), caption (one a line, as written, without
     the trigger word), whether training uses it (it has a caption, or is given the trigger word), and a version that
-    changes with the file. `unused` is the number of images that are not used. `problems` are lines about all other files that are skipped, `notes` about files
-    that are used.
+    changes with the file. `unused` is the number of images that are not used. `problems` are lines about all other
+    files that are skipped, `notes` about files that are used.
     """
     files, captions = _scanned(folder, trigger_word)
     unused = [image.key for image in files.images if image.key not in captions]

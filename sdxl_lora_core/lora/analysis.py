@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -164,36 +164,32 @@ class _Sums:
 def _measure(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inner products [n, n], squared norms of projections [n, n] and effective ranks [n] of the changes of a weight."""
     ups, downs = torch.cat([up for up, _ in factors], 1), torch.cat([down for _, down in factors])
-    ends = np.cumsum([down.shape[0] for _, down in factors])
-    spans = [slice(end - down.shape[0], end) for end, (_, down) in zip(ends, factors, strict=True)]
-    left, right = ups.T @ ups, downs @ downs.T
-    count = range(len(factors))
-    inner = [[(left[spans[i], spans[j]] * right[spans[i], spans[j]]).sum() for j in count] for i in count]
-    roots = [(_root(left[span, span]), _root(right[span, span])) for span in spans]
-    inverse = [(_root(left[span, span], -0.5), _root(right[span, span], -0.5)) for span in spans]
-    projected = [
-        [
-            (inverse[i][0] @ left[spans[i], spans[j]] @ right[spans[j], spans[i]] @ inverse[i][1]).square().sum()
-            for j in count
-        ]
-        for i in count
-    ]
-    ranks = [_effective_rank(torch.linalg.svdvals(root_up @ root_down)) for root_up, root_down in roots]
-    return np.array(inner, float), np.array(projected, float), np.array(ranks)
+    left, right = (ups.T @ ups).numpy(), (downs @ downs.T).numpy()
+    starts = np.cumsum([0, *(down.shape[0] for _, down in factors)])
+    spans = [slice(start, end) for start, end in pairwise(starts)]
+    products = np.add.reduceat(left * right, starts[:-1], axis=0)
+    inner = np.add.reduceat(products, starts[:-1], axis=1)
+    projected, ranks = [], []
+    for span in spans:
+        (root_up, inverse_up), (root_down, inverse_down) = _roots(left[span, span]), _roots(right[span, span])
+        rows, columns = inverse_up @ left[span], right[:, span] @ inverse_down
+        projected.append([np.square(rows[:, other] @ columns[other]).sum() for other in spans])
+        ranks.append(_effective_rank(np.linalg.svd(root_up @ root_down, compute_uv=False)))
+    return inner, np.array(projected), np.array(ranks)
 
 
-def _root(gram: Tensor, power: float = 0.5) -> Tensor:
-    """A power of a positive semidefinite matrix, on the space that it spans."""
-    values, vectors = torch.linalg.eigh(gram)
-    spanned = values > values[-1].clamp_min(0) * _RANK_LIMIT
-    powers = torch.where(spanned, values, 1.0).pow(power) * spanned
-    return vectors * powers @ vectors.T
+def _roots(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The square root of a positive semidefinite matrix, and its inverse on the space that the matrix spans."""
+    values, vectors = np.linalg.eigh(gram)
+    spanned = values > max(values[-1], 0) * _RANK_LIMIT
+    roots = np.sqrt(np.where(spanned, values, 1))
+    return vectors * (roots * spanned) @ vectors.T, vectors * (spanned / roots) @ vectors.T
 
 
-def _effective_rank(singular: Tensor) -> float:
+def _effective_rank(singular: np.ndarray) -> float:
     """0 for a change that is zero everywhere."""
-    shares = singular[singular > 0] / singular.sum()
-    return float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else 0.0
+    shares = singular[singular > 0] / (singular.sum() or 1)
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
 def _factors(module: AdapterModule, strength: float) -> tuple[Tensor, Tensor]:
