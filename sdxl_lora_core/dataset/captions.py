@@ -48,9 +48,9 @@ def read_captions(files: FolderFiles, per_line: bool = False, trigger_word: str 
             else:
                 raise ValueError(f"has no caption: write one to {image.stem}.txt")
         except ValueError as error:
-            files.problems.append(Problem(image.key, str(error)))
+            files.problems.append(Problem(image.key, str(error), no_caption=True))
     for key in [key for key, texts in written.items() if not texts]:
-        files.problems.append(Problem(key, "its caption is empty: describe what the image shows"))
+        files.problems.append(Problem(key, "its caption is empty: describe what the image shows", no_caption=True))
     _report_unused(files, {name: claimed.get(name) for name in files.texts if name not in used}, captions)
     return captions
 

@@ -150,8 +150,6 @@ def thumbnail(folder: Path, image: str) -> bytes:
     path = safe_path(folder, image)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"{shown(image)} is not an image: give the name of one in {folder.name}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{shown(image)} is not in {folder.name}: refresh the list")
     try:
         picture = open_image(path)
     except ValueError:

@@ -33,12 +33,13 @@ _MASK_ENDING = "-masklabel"  # OneTrainer's
 class Problem:
     """Why a file is skipped or, with skipped=False, what to check about a file that is used.
 
-    `file` is empty for what is true of several files of the folder.
+    `file` is empty for what is true of several files of the folder. `no_caption`: an image is skipped for want of one.
     """
 
     file: str
     reason: str
     skipped: bool = True
+    no_caption: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from PIL import Image
 from ..images.decode import open_image
 from ..images.sheets import CELL, fit, sheet
 from .caption_dataset import CaptionDataset, CaptionEntry, image_count
-from .captions import ImageCaptions, read_captions
-from .folder_files import FolderFiles, Problem, scan_folder
+from .captions import read_captions
+from .folder_files import Problem, scan_folder
 from .layout import arrange
 
 
@@ -35,8 +35,8 @@ def describe(dataset: CaptionDataset, limit: int = 40) -> str:
     """
     resolutions = sorted({entry.resolution for entry in dataset.entries})
     lines = [
-        *_titled("skipped", _problem_lines(dataset, skipped=True), limit),
-        *_titled("used, but check", _problem_lines(dataset, skipped=False), limit),
+        *_titled("skipped", _problem_lines(dataset.problems, skipped=True), limit),
+        *_titled("used, but check", _problem_lines(dataset.problems, skipped=False), limit),
         _sentence(dataset),
         f"trigger words: {', '.join(dataset.trigger_words) or 'none'}",
         f"resolution: {', '.join(map(str, resolutions))}",
@@ -57,8 +57,9 @@ def listing(folder: Path, trigger_word: str = "", limit: int = 60) -> dict[str, 
     changes with the file. `unused` is the number of images that are not used. `problems` are lines about all other
     files that are skipped, `notes` about files that are used.
     """
-    files, captions = _scanned(folder, trigger_word)
-    unused = [image.key for image in files.images if image.key not in captions]
+    files = scan_folder(folder)
+    arrange(files)
+    captions = read_captions(files, per_line=True, trigger_word=trigger_word)
     entries = [
         {
             "name": image.key,
@@ -72,32 +73,23 @@ def listing(folder: Path, trigger_word: str = "", limit: int = 60) -> dict[str, 
     return {
         "entries": entries,
         "total": len(files.images),
-        "unused": len(unused),
-        **_lines(problems, {f"{folder.name}/{key}" for key in unused}, limit),
+        "unused": sum(image.key not in captions for image in files.images),
+        **_lines(problems, limit),
     }
 
 
 def checked(dataset: CaptionDataset, limit: int = 60) -> dict[str, list[str]]:
     """`problems` and `notes` as in `listing`, of all folders of a dataset, with those that only decoding finds."""
-    unused: set[str] = set()
-    for folder, config in dataset.sources:
-        files, captions = _scanned(folder, config.trigger_word)
-        unused |= {f"{folder.name}/{image.key}" for image in files.images if image.key not in captions}
-    return _lines(dataset.problems, unused, limit)
+    return _lines(dataset.problems, limit)
 
 
-def _scanned(folder: Path, trigger_word: str) -> tuple[FolderFiles, Mapping[str, ImageCaptions]]:
-    files = scan_folder(folder)
-    arrange(files)
-    return files, read_captions(files, per_line=True, trigger_word=trigger_word)
-
-
-def _lines(problems: Sequence[Problem], left_out: Collection[str], limit: int) -> dict[str, list[str]]:
-    def lines(skipped: bool) -> list[str]:
-        found = [problem for problem in problems if problem.skipped == skipped and problem.file not in left_out]
-        return _cut([f"{problem.file}: {problem.reason}" for problem in found], limit)
-
-    return {"problems": lines(skipped=True), "notes": lines(skipped=False)}
+def _lines(problems: Sequence[Problem], limit: int) -> dict[str, list[str]]:
+    """Without images that have no caption: the page shows those among the others."""
+    others = [problem for problem in problems if not problem.no_caption]
+    return {
+        "problems": _cut(_problem_lines(others, skipped=True), limit),
+        "notes": _cut(_problem_lines(others, skipped=False), limit),
+    }
 
 
 def _sentence(dataset: CaptionDataset) -> str:
@@ -154,8 +146,8 @@ def _mostly_cropped(entries: Sequence[CaptionEntry], limit: int) -> list[str]:
     return _titled("mostly cropped away, because no bucket is as long (crop them yourself)", lines, limit)
 
 
-def _problem_lines(dataset: CaptionDataset, skipped: bool) -> list[str]:
-    return [f"{problem.file}: {problem.reason}" for problem in dataset.problems if problem.skipped == skipped]
+def _problem_lines(problems: Sequence[Problem], skipped: bool) -> list[str]:
+    return [f"{problem.file}: {problem.reason}" for problem in problems if problem.skipped == skipped]
 
 
 def _titled(title: str, lines: Sequence[str], limit: int) -> list[str]:

@@ -126,7 +126,6 @@ class _Sums:
 
     def __init__(self, count: int) -> None:
         self.inner = np.zeros((count, count))
-        self.negative = np.zeros((count, count))
         self.absolute = np.zeros((count, count))
         self.projected = np.zeros((count, count))  # |P_i D_j|^2
         self.ranks = np.zeros(count)  # weighted by squared norms
@@ -139,7 +138,6 @@ class _Sums:
         inner, projected, ranks = _measure([factors for _, factors in changed])
         at = np.ix_(numbers, numbers)
         self.inner[at] += inner
-        self.negative[at] += np.maximum(-inner, 0)
         self.absolute[at] += np.abs(inner)
         self.projected[at] += projected
         self.ranks[numbers] += ranks * np.diag(inner)
@@ -157,7 +155,7 @@ class _Sums:
         return Overlap(
             cosine=float(np.clip(self.inner[one, other] / np.sqrt(first * second), -1, 1)),
             overlap=float(np.clip(sum(shares) / 2, 0, 1)),
-            opposed=float(self.negative[one, other] / absolute) if absolute else 0.0,
+            opposed=float(0.5 - self.inner[one, other] / absolute / 2) if absolute else 0.0,
         )
 
 

@@ -168,7 +168,7 @@ def test_a_thumbnail_is_a_small_jpeg_of_an_image_inside(folder: Path, tmp_path: 
     for name, message in (("link.png", "is outside 'set'"), ("../out.png", "not a valid"), ("images/a.txt", "no")):
         with pytest.raises(ValueError, match=message):
             thumbnail(folder, name)
-    with pytest.raises(FileNotFoundError, match="is not in set"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         thumbnail(folder, "images/z.png")
 
 
