@@ -58,7 +58,7 @@ class DatasetPanel {
     if (!folder) return;
     if (folder !== this.of) this.begin(folder);
     const query = new URLSearchParams({ folder, trigger_word: valueOf(this.node, "trigger_word") ?? "" });
-    const { error, ...listed } = await ask(`/sdxl_lora/dataset?${query}`);
+    const { error, ...listed } = await ask(`/sdxl_lora/dataset?${query}`).catch(({ message }) => ({ error: message }));
     if (folder !== this.folder()) return; // another was chosen meanwhile
     const typing = this.data?.folder === folder && this.cells.querySelector("textarea");
     if (typing) return; // saving lists the folder again

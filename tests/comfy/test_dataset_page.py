@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.comfy.conftest import has_nodes_2
-from tests.comfy.page import open_graph, open_page, run
+from tests.comfy.page import open_graph, open_page, run, run_to_end
 
 ROOT = ".sdxl-lora-dataset"
 CAPTION = f"{ROOT} figure[data-image='{{}}'] figcaption"
@@ -84,11 +84,13 @@ def folder(server: Any) -> Iterator[Path]:
 
 
 @pytest.fixture
-def grid(page: Any, folder: Path) -> Any:
-    """The page after a run of the node on `folder`."""
+def grid(page: Any, server: Any, folder: Path) -> Any:
+    """The page after a run of the node on `folder`, whose problems are shown after those of the list."""
     page.evaluate(ADD, folder.name)
-    run(page)
-    page.wait_for_function(f"() => document.querySelectorAll('{ROOT} figure').length === 3", timeout=60_000)
+    run_to_end(page, server)
+    shown = f"() => document.querySelector('{ROOT} .sdxl-lora-problems').textContent.includes('broken.png')"
+    page.wait_for_function(shown, timeout=60_000)
+    assert page.locator(f"{ROOT} figure").count() == 3
     return page
 
 
@@ -117,7 +119,8 @@ def test_the_grid_shows_what_was_read_with_its_problems_first(grid: Any, folder:
     assert caption(page, "a.png") == "a red thing" and caption(page, "b.png") == "ohwx (no caption file)"
     problem = page.locator(f"{ROOT} .sdxl-lora-problems > div").first
     assert problem.text_content().startswith(f"{folder.name}/broken.png: cannot be used")
-    assert problem.evaluate("(line) => getComputedStyle(line).color") == "rgb(255, 123, 114)"
+    color = f"() => getComputedStyle(document.querySelector('{ROOT} .sdxl-lora-problems > div')).color"
+    assert page.evaluate(color) == "rgb(255, 123, 114)"  # in one call: the list may be drawn again in between
     top = "(part) => part.getBoundingClientRect().top"
     assert problem.evaluate(top) < page.locator(f"{ROOT} figure").first.evaluate(top)
     loaded = f"() => [...document.querySelectorAll('{ROOT} img')].map((one) => one.naturalWidth).join() === '80,80,64'"
