@@ -8,12 +8,15 @@ from .base_model import LoadSDXLBase
 from .control import AddControlNet
 from .dataset import LoadCaptionDataset
 from .dataset_images import DatasetImages
+from .distribution_metrics import DistributionMetrics
+from .filter_by_score import FilterByScore
 from .generation import SDXLGenerateCached
 from .host.dataset_routes import add_dataset_routes
 from .host.folders import add_output_folders
 from .host.lora_routes import add_lora_routes
 from .host.server import add_routes
 from .image_cache import SDXLImageCache
+from .image_similarity import ImageSimilarity
 from .load_lora import LoadLoRA
 from .save_loras import MergeLoRAs, SaveSDXLLoRA
 from .save_merged_base import SaveMergedBase
@@ -50,6 +53,9 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "AddControlNet": AddControlNet,
     "DatasetImages": DatasetImages,
     "StackReport": StackReport,
+    "ImageSimilarity": ImageSimilarity,
+    "DistributionMetrics": DistributionMetrics,
+    "FilterByScore": FilterByScore,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -73,6 +79,9 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "AddControlNet": "Add ControlNet (SDXL)",
     "DatasetImages": "Dataset Images",
     "StackReport": "LoRA Stack Report",
+    "ImageSimilarity": "Image Similarity",
+    "DistributionMetrics": "Distribution Metrics",
+    "FilterByScore": "Filter by Score",
 }
 
 add_output_folders()

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from ..sdxl_lora_core.dataset.trained_images import read_trained_images
 from ..sdxl_lora_core.files import safe_path, stat_fingerprint
 from ..sdxl_lora_core.lora.stack import LoRARef, StackEntry, open_stack
 from ..sdxl_lora_core.messages import shown
-from .host.folders import cache_folders, file_names, input_folder, roots
+from .host.folders import cache_folders, file_names, input_folder, output_folder, roots
 from .widgets import Widget
 from .wires import read_stack, strengths_by_block
 
-Kind = Literal["dataset", "base", "vae", "lora", "control_net", "clip"]
+Kind = Literal["dataset", "base", "vae", "lora", "control_net", "clip", "encoder", "classifier"]
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 _BUNDLED: dict[Kind, dict[str, Path]] = {
@@ -24,16 +25,21 @@ _BUNDLED: dict[Kind, dict[str, Path]] = {
     "lora": {f"{name} (bundled)": _ASSETS / "loras" / f"{name}.safetensors" for name in ("8bit_style", "line_style")},
     "control_net": {},
     "clip": {"tiny-clip (bundled)": _ASSETS / "tiny-clip"},
+    "encoder": {"tiny-clip (bundled)": _ASSETS / "tiny-clip"},
+    "classifier": {},
 }
 _DATASETS = " [datasets]"
 _SHOWN = 20  # names in a message
+_MODEL = "a folder with config.json in the clip_score or clip_vision folder,"
 _EXPECTED: dict[Kind, str] = {
     "dataset": "a folder inside ComfyUI's input folder",
     "base": "a .safetensors file in the checkpoints folder, or a folder with model_index.json in the diffusers folder",
     "vae": "a .safetensors file, or a folder with config.json, in the vae folder",
     "lora": "a .safetensors file in the loras folder",
     "control_net": "a .safetensors file, or a folder with config.json, in the controlnet folder",
-    "clip": "a folder with config.json in the clip_score or clip_vision folder",
+    "clip": f"{_MODEL} with a CLIP or SigLIP model",
+    "encoder": f"{_MODEL} with an image model",
+    "classifier": f"{_MODEL} with a tagger or another image classifier",
 }
 
 
@@ -112,6 +118,25 @@ def lora_refs(stack: Iterable[Any]) -> list[LoRARef]:
     return [LoRARef(find("lora", entry[0]), entry[0], entry[1], entry[2], strengths_by_block(entry)) for entry in stack]
 
 
+def trained_images(stack: Iterable[Any]) -> tuple[dict[str, str], list[str]]:
+    """The images that the LoRAs of a stack that read_stack has read were trained on: names by SHA-256.
+
+    The second value are the LoRAs of which that is not known, as they were not trained here.
+    """
+    known: dict[str, str] = {}
+    unknown = []
+    for name, *_ in stack:
+        images = read_trained_images(run_folder(name))
+        known |= images or {}
+        unknown += [] if images else [name]
+    return known, unknown
+
+
+def run_folder(lora_name: str) -> Path:
+    """The folder of the run that trained a LoRA of this name here, whether it exists or not."""
+    return output_folder() / "lora_runs" / Path(lora_name).name.removesuffix(".safetensors")
+
+
 def base_name_taken(name: str) -> bool:
     return any((root / name).exists() for root in _typed("base"))
 
@@ -133,7 +158,7 @@ def _found(kind: Kind) -> dict[str, list[Path]]:
             return _weights("loras")
         case "control_net":
             return _weights("controlnet") | _folders_with("config.json", "controlnet")
-        case "clip":
+        case "clip" | "encoder" | "classifier":
             return _folders_with("config.json", "clip_vision") | _folders_with("config.json", "clip_score")
 
 
@@ -149,7 +174,7 @@ def _typed(kind: Kind) -> list[Path]:
             return roots("loras")
         case "control_net":
             return roots("controlnet")
-        case "clip":
+        case "clip" | "encoder" | "classifier":
             return roots("clip_score") + roots("clip_vision")
 
 

@@ -30,8 +30,17 @@ def show(
     ui: dict[str, Any] = {"text": (text,), **{f"sdxl_lora_{name}": values for name, values in panel.items()}}
     if images:
         with ThreadPoolExecutor(WRITERS) as writers:
-            ui["images"] = list(writers.map(_preview, images, texts or [{}] * len(images)))
+            chunks = texts or [{}] * len(images)
+            ui["images"] = list(writers.map(lambda i: _preview(images[i], chunks[i]), range(len(images))))
     return {"ui": ui, "result": result}
+
+
+Column = tuple[str, str, int | None]
+
+
+def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A table for the node's panel: of each column the key, the title and the decimals; the rows are JSON values."""
+    return [{"columns": [list(column) for column in columns], "rows": list(rows)}]
 
 
 def _preview(pixels: np.ndarray, texts: Mapping[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sdxl_lora_core.images.lazy import Lazy
 from ..sdxl_lora_core.messages import shown
 
 StackEntry = tuple[str, float, float]  # a subclass has .blocks, see strengths_by_block
@@ -49,13 +51,20 @@ def to_image(pixels: Sequence[np.ndarray]) -> Tensor:
     return images
 
 
-def from_image(image: Tensor) -> list[np.ndarray]:
-    """ComfyUI's IMAGE as uint8 [H, W, 3] arrays; transparency is composited on white, grey becomes RGB."""
-    values = image.detach().float().nan_to_num().clamp(0, 1).cpu()
+def from_image(image: Tensor) -> Sequence[np.ndarray]:
+    """ComfyUI's IMAGE as uint8 [H, W, 3] arrays; transparency is composited on white, grey becomes RGB.
+
+    Each is converted when it is looked at.
+    """
+    return Lazy(len(image), functools.partial(_pixels, image.detach()))
+
+
+def _pixels(image: Tensor, number: int) -> np.ndarray:
+    values = image[number].float().nan_to_num().clamp(0, 1).cpu()
     if values.shape[-1] == 4:
         values, alpha = values[..., :3], values[..., 3:]
         values = values * alpha + 1 - alpha
-    return list((values.expand(*values.shape[:3], 3) * 255).round().to(torch.uint8).numpy())
+    return (values.expand(*values.shape[:2], 3) * 255).round().to(torch.uint8).numpy()
 
 
 def to_latent(latents: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -88,6 +89,10 @@ class Progress:
             self._status.detail = detail or ", ".join(filter(None, [self._words, left]))
             self._status.send()
         _raise_if_cancelled()
+
+    def during(self, phase: str) -> Callable[[int, int], None]:
+        """Reports the items of a phase as done, of all."""
+        return functools.partial(self, phase=phase)
 
     def on_detail(self, words: str) -> None:
         """What the next call is about, such as an image and its step."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..dataset.trained_images import write_trained_images
 from ..files import write_text_atomic
 from ..lora.files import read_lora
 from ..lora.modules import LoRAFile, LoRAModule, with_dora_scale
@@ -130,6 +131,8 @@ def _train_and_save(run: Run, job: TrainingJob, context: RunContext) -> None:
             lambda done, total: context.on_step(StepReport("generating class images", done, total)),
         )
     start = starting_point(related_runs(context.folders, run, config.lora_name), config)
+    if processes.is_first:
+        write_trained_images(run.folder, shown.dataset)
     outputs = RunOutputs(run, shown, context)
     with closing(Journal(run.folder if processes.is_first else None, run.name, config.tensorboard)) as journal:
         trained = train_adapter(shown, context, outputs, journal, start)

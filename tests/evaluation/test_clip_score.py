@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lora_core.evaluation.clip_model import embed_text, load_clip, load_processor, load_tokenizer
 from sdxl_lora_core.evaluation.clip_score import Score, ScoreReport, annotate, plain_text, rank, score_images
+from sdxl_lora_core.vision.image_text import embed_text, load_clip, load_tokenizer
+from sdxl_lora_core.vision.model_folder import load_processor
 
 LENGTH, SIDE = 16, 32
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
@@ -278,7 +279,11 @@ def with_config(text):
         (without("config.json"), FileNotFoundError, "no config.json"),
         (with_config("[]"), ValueError, "not a JSON object"),
         (with_config("{"), ValueError, "not a JSON object"),
-        (with_config('{"model_type": "clip_vision_model"}'), ValueError, "type 'clip_vision_model', not 'clip'"),
+        (
+            with_config('{"model_type": "clip_vision_model"}'),
+            ValueError,
+            "type 'clip_vision_model', not 'clip' or 'siglip'",
+        ),
         (without("model.safetensors"), FileNotFoundError, "no model.safetensors"),
         (without("vocab.json"), FileNotFoundError, "has neither tokenizer.json nor both of vocab.json and merges.txt"),
         (without("merges.txt"), FileNotFoundError, "has neither tokenizer.json nor both of vocab.json and merges.txt"),

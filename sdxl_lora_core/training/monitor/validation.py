@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...dataset.caption_dataset import CaptionDataset
-from ...evaluation.clip_model import require_clip_folder
+from ...vision.image_text import require_clip_folder
 from ..config.train_config import TrainConfig
 from ..run.loop_state import Evaluation
 

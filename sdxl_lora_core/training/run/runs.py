@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from ...cache.folders import CacheFolders
 from ...dataset.caption_dataset import CaptionDataset
 from ...dataset.caption_text import pinned_tags, split_tags, tags_with
-from ...evaluation.clip_model import clip_fingerprint
 from ...files import (
     claim_name,
     file_sha256,
@@ -26,6 +25,7 @@ from ...files import (
 from ...safetensors_file import read_header
 from ...sdxl.base import SDXLBase, prediction_arguments
 from ...settings import without_later_defaults
+from ...vision.model_folder import folder_fingerprint
 from ..config.captions import tokens_of
 from ..config.train_config import TrainConfig
 from .checkpoints import Checkpoints
@@ -242,5 +242,5 @@ def deciding_evaluations(config: TrainConfig, dataset: CaptionDataset) -> dict[s
     return deciding | {
         "sample_every": config.sample_every,
         "samples": [config.sample_prompts, config.sample_steps, config.sample_guidance],
-        "clip_model": clip_fingerprint(Path(config.clip_model)),
+        "clip_model": folder_fingerprint(Path(config.clip_model)),
     }

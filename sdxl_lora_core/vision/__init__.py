@@ -1,0 +1,1 @@
+"""Image models in transformers' format: CLIP and SigLIP, feature extractors, classifiers."""
