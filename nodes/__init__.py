@@ -5,9 +5,11 @@ import functools
 from . import choices
 from .apply_lora_stack import ApplyLoRAStack
 from .base_model import LoadSDXLBase
+from .compare_loras import CompareLoRAs, CompareVariant
 from .control import AddControlNet
 from .dataset import LoadCaptionDataset
 from .dataset_images import DatasetImages
+from .dataset_report import DatasetReport
 from .distribution_metrics import DistributionMetrics
 from .filter_by_score import FilterByScore
 from .generation import SDXLGenerateCached
@@ -18,6 +20,7 @@ from .host.server import add_routes
 from .image_cache import SDXLImageCache
 from .image_similarity import ImageSimilarity
 from .load_lora import LoadLoRA
+from .pick_checkpoint import FindStrength, PickCheckpoint
 from .save_loras import MergeLoRAs, SaveSDXLLoRA
 from .save_merged_base import SaveMergedBase
 from .scoring import CLIPScore
@@ -56,6 +59,11 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "ImageSimilarity": ImageSimilarity,
     "DistributionMetrics": DistributionMetrics,
     "FilterByScore": FilterByScore,
+    "CompareVariant": CompareVariant,
+    "CompareLoRAs": CompareLoRAs,
+    "PickCheckpoint": PickCheckpoint,
+    "FindStrength": FindStrength,
+    "DatasetReport": DatasetReport,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -82,6 +90,11 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "ImageSimilarity": "Image Similarity",
     "DistributionMetrics": "Distribution Metrics",
     "FilterByScore": "Filter by Score",
+    "CompareVariant": "Compare: Add Variant",
+    "CompareLoRAs": "Compare LoRAs",
+    "PickCheckpoint": "Pick Checkpoint",
+    "FindStrength": "Find Strength",
+    "DatasetReport": "Dataset Report",
 }
 
 add_output_folders()

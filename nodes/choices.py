@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from ..sdxl_lora_core.dataset.trained_images import read_trained_images
+from ..sdxl_lora_core.evaluation.variants import LoRAFiles
 from ..sdxl_lora_core.files import safe_path, stat_fingerprint
 from ..sdxl_lora_core.lora.stack import LoRARef, StackEntry, open_stack
 from ..sdxl_lora_core.messages import shown
@@ -133,8 +135,23 @@ def trained_images(stack: Iterable[Any]) -> tuple[dict[str, str], list[str]]:
 
 
 def run_folder(lora_name: str) -> Path:
-    """The folder of the run that trained a LoRA of this name here, whether it exists or not."""
-    return output_folder() / "lora_runs" / Path(lora_name).name.removesuffix(".safetensors")
+    """The folder of the run that trained a LoRA of this name here, or kept it as one of its steps."""
+    name = Path(lora_name.replace("\\", "/"))
+    run = name.parent.name if re.fullmatch(r"step-\d{6,}\.safetensors", name.name) else name.stem
+    return output_folder() / "lora_runs" / run
+
+
+def lora_files() -> LoRAFiles:
+    """Finds LoRAs by the names of combos, and those that a run kept of its earlier steps."""
+    return LoRAFiles(lambda name, model, clip: LoRARef(find("lora", name), name, model, clip), _checkpoints)
+
+
+def _checkpoints(lora_name: str) -> dict[int, str]:
+    """By step the LoRAs of earlier steps of a LoRA: `my_lora/step-000500`, and kohya's `my_lora-step00000500`."""
+    stem = re.escape(lora_name.replace("\\", "/").removesuffix(".safetensors"))
+    pattern = re.compile(rf"{stem}(?:/step-|-step|-)(\d+)\.safetensors")
+    matches = (pattern.fullmatch(name.replace("\\", "/")) for name in names("lora"))
+    return {int(match[1]): match[0] for match in matches if match}
 
 
 def base_name_taken(name: str) -> bool:

@@ -116,11 +116,12 @@ class SDXLGenerateCached:
         job = GenerationJob(base, config, loras, _starts(config, inputs), controls or ())
         with loaded_parts() as parts, Progress() as progress:
             progress.note(size_note(base, max(config.width, config.height), "width and height"))
-            images = generate(job, _context(parts, progress, inputs))
+            images = generate(job, generation_context(parts, progress, inputs))
         return _outputs(images, loras)
 
 
-def _context(parts: LoadedParts, progress: Progress, inputs: Mapping[str, Any]) -> GenerationContext:
+def generation_context(parts: LoadedParts, progress: Progress, inputs: Mapping[str, Any]) -> GenerationContext:
+    """What `generate` needs in ComfyUI; `inputs` are the node's, with the hidden graph."""
     workflow = (inputs.get("extra_pnginfo") or {}).get("workflow")
     return GenerationContext(
         parts=parts,

@@ -44,7 +44,8 @@ class ImageSimilarity:
         "The similarities, in the order of images, 0 to 1. Without references, connected nodes do not run.",
         "The mean similarity. Without references, connected nodes do not run.",
         "How different the images are from each other: 0 if they are equal.",
-        "How many images are nearer to a training image than any held-out image is.",
+        "How many images are nearer to a training image than any held-out image is. Without a dataset, connected nodes "
+        "do not run.",
         "Each image beside its nearest training image. Without a dataset, connected nodes do not run.",
         "All similarities, as JSON.",
     )
@@ -74,7 +75,7 @@ class ImageSimilarity:
         with loaded_parts() as parts, Progress() as progress:
             path, load = held_model(parts, "encoder", image_model)
             features = Features(path, parts.device, load, progress.during("comparing"))
-            report = compare_images(from_image(images), features, found.held_out, found.training)
+            report = compare_images(from_image(images), features, found)
         return _outputs(images, report, found, notes)
 
 
@@ -82,13 +83,13 @@ def _outputs(images: Tensor, report: SimilarityReport, found: References, notes:
     order = list(report.order)
     pixels = from_image(images)
     scores = [report.to_references[index] for index in order] if report.to_references else nothing()
-    pairs = to_image(nearest_pairs(pixels, report, found)) if report.nearest else None
+    pairs = to_image(nearest_pairs(pixels, report.copies, found)) if report.copies else None
     outputs = (
         images[order],
         scores,
         nothing() if math.isnan(report.mean) else report.mean,
         report.diversity,
-        report.memorised,
+        report.copies.count if report.copies else nothing(),
         nothing() if pairs is None else pairs,
         json.dumps(report.as_json(found.training_names), ensure_ascii=False, indent=1, allow_nan=False),
     )
@@ -100,8 +101,8 @@ def _table(report: SimilarityReport, found: References) -> list[dict[str, Any]]:
     columns: list[Column] = [("number", "image", None)]
     if report.to_references:
         columns.append(("similarity", "similarity", 3))
-    if report.nearest:
-        columns += [("nearest", "nearest training image", None), ("cosine", "cosine", 3), ("flag", "", None)]
+    if report.copies:
+        columns += [("nearest", "nearest training image", None), ("correlation", "correlation", 3), ("flag", "", None)]
     rows = report.rows(found.training_names)
     shown = [{**row, "number": row["image"] + 1, "flag": "memorised" * row.get("memorised", False)} for row in rows]
     return table(columns, [shown[index] for index in report.order])

@@ -32,5 +32,5 @@ def read_references(inputs: dict[str, Any]) -> tuple[References, list[str]]:
     dataset: CaptionDataset | None = inputs.get("dataset")
     trained, unknown = choices.trained_images(read_stack(inputs.get("lora_stack")))
     found = find_references(None if images is None else from_image(images), dataset, trained)
-    notes = [f"it is not known on which images {name} was trained" for name in unknown if len(found.held_out)]
-    return found, notes
+    asked = unknown if len(found.held_out) else []
+    return found, [f"It is not known on which images {name} was trained: it may know the references." for name in asked]

@@ -24,7 +24,7 @@ CLIP_HELP = (
     "A CLIP or SigLIP model folder in models/clip_score or models/clip_vision (config.json, tokenizer, .safetensors). "
     "The bundled one knows only the bundled shapes."
 )
-_TAGGER_HELP = (
+TAGGER_HELP = (
     "An image classifier's folder, in the same places, that knows the tags of your prompts: the report then says which "
     "tags it finds in each image. CLIP does not know booru tags."
 )
@@ -63,7 +63,7 @@ class CLIPScore:
                 "clip_model": choices.combo("clip", CLIP_HELP),
             },
             "optional": {
-                "tagger": choices.combo("classifier", _TAGGER_HELP, first=NO_MODEL, advanced=True),
+                "tagger": choices.combo("classifier", TAGGER_HELP, first=NO_MODEL, advanced=True),
                 **widgets(ScoreConfig, ("scale", "tag_threshold"), advanced=True),
             },
         }

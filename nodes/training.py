@@ -129,10 +129,10 @@ def _run_folders() -> RunFolders:
 def _outputs(result: TrainResult, notes: list[str]) -> dict[str, Any]:
     from ..sdxl_lora_core.training.report import describe_run
 
-    chart = np.asarray(Image.open(result.loss_chart).convert("RGB"))
+    charts = [np.asarray(Image.open(path).convert("RGB")) for path in (result.loss_chart, result.image_chart) if path]
     samples = to_image(result.samples) if result.samples else nothing()
     report = result.report.to_json()
     stack = [(result.lora_name, 1.0, 1.0)]
-    outputs = (stack, result.lora_name, result.state_dict, to_image([chart]), samples, report)
+    outputs = (stack, result.lora_name, result.state_dict, to_image(charts[:1]), samples, report)
     text = "\n".join([describe_run(result.report, result.lora_path), *notes])
-    return show(outputs, text, [chart, *result.samples], report=[report])
+    return show(outputs, text, [*charts, *result.samples], report=[report])

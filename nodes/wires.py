@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..sdxl_lora_core.images.lazy import Lazy
+from ..sdxl_lora_core.lora.stack import LoRARef
 from ..sdxl_lora_core.messages import shown
 
 StackEntry = tuple[str, float, float]  # a subclass has .blocks, see strengths_by_block
@@ -33,6 +34,12 @@ class BlockStackEntry(tuple):
         made = super().__new__(cls, entry)
         made.blocks = blocks
         return made
+
+
+def stack_entry(lora: LoRARef) -> Any:
+    """A LoRA as an entry of a LORA_STACK."""
+    made = (lora.name, lora.strength_model, lora.strength_clip)
+    return BlockStackEntry(made, lora.blocks) if lora.blocks.strip() else made
 
 
 def strengths_by_block(entry: Any) -> str:

@@ -347,6 +347,7 @@ def test_the_report_of_a_run(run: Train, tmp_path: Path, monkeypatch: pytest.Mon
         "validation_loss": pytest.approx(validated[-1]),
         "validation_loss_before": pytest.approx(validated[0]),
         "kept": "the file has the adapter of step 5, the best by validation_loss",
+        "check_captions": None,  # test_image_losses.py
         "reused": False,
         "clip_scores": None,
     }

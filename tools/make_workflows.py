@@ -32,6 +32,12 @@ PANELS = {
     "SDXLGenerateCached": PICTURE + 60,
     "CLIPScore": PICTURE + 190,
     "StackReport": PICTURE,  # a wide chart
+    "ImageSimilarity": PICTURE + 150,
+    "FilterByScore": PICTURE,
+    "CompareLoRAs": PICTURE + 190,
+    "PickCheckpoint": PICTURE + 190,
+    "FindStrength": PICTURE + 190,
+    "DatasetReport": PICTURE,
 }
 PICTURES = ("SaveImage", "PreviewImage")
 SDXL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main"

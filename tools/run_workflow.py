@@ -151,12 +151,13 @@ def _run_node(node_id: str, node_class: Any, inputs: dict[str, list[Any]], pack:
         return tuple([pack.nodes.host.comfy.Nothing()] for _ in range(count))
     is_list = getattr(node_class, "OUTPUT_IS_LIST", (False,) * count)
     node = node_class()
-    for arguments in _calls(inputs):
+    for arguments in [inputs] if getattr(node_class, "INPUT_IS_LIST", False) else _calls(inputs):
         _validate(node_id, node_class, arguments)
         returned = getattr(node, node_class.FUNCTION)(**arguments)
         result = returned["result"] if isinstance(returned, dict) else returned
         for output, value, several in zip(merged, result, is_list, strict=True):
-            output.extend(value if several else [value])
+            blocked = isinstance(value, pack.nodes.host.comfy.Nothing)
+            output.extend(value if several and not blocked else [value])
     return merged
 
 

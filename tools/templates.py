@@ -255,24 +255,65 @@ TEMPLATES: dict[str, tuple[Step, ...]] = {
         step("Score", column("3", width=380)),
         step("Keep", column("4", width=380)),
     ),
-    "score_folder": (
-        step("Folder", column("1", OWN_IMAGES, width=320)),
+    "compare_loras": (
         step(
-            "Images and captions",
+            "LoRAs",
             column(
+                "1",
                 "2",
+                Note(
+                    "What is compared",
+                    "The base without a LoRA, the 8-bit LoRA at two strengths (`columns`), and the line LoRA: the same "
+                    "8 prompts and seeds. Other axes: `checkpoint: all`, `steps: 10, 25`, `sampler: euler, dpmpp_2m`.",
+                    160,
+                ),
+                width=240,
+            ),
+            column("3", width=240),
+            column("4", width=220),
+        ),
+        step("Compare", column("5", width=380), column("7", width=310)),
+        step("Find the strength", column("6", width=360)),
+    ),
+    "pick_checkpoint": (
+        step("Data", column("1", "2", width=270)),
+        step(
+            "Check, and keep every 50 steps",
+            column(
+                "3",
+                "4",
+                Note(
+                    "Which step is the best?",
+                    "Each kept LoRA is compared by how well it follows the prompts, also those that the data does not "
+                    "have, and by how similar its images are to the five that are held out. One that copies training "
+                    "images is flagged.",
+                    160,
+                ),
+                width=290,
+            ),
+        ),
+        step("Train", column("5", width=290)),
+        step("Pick", column("6", width=420)),
+        step("Use", column("7", width=300)),
+    ),
+    "score_a_folder": (
+        step(
+            "Folder",
+            column(
+                "1",
+                OWN_IMAGES,
                 Note(
                     "Score any folder",
                     "Each image is scored against its own caption. Look at those with the lowest score: often the "
-                    "caption does not fit.\n\nTo score all images against one text, write it into *CLIP Score* "
-                    "instead of connecting `captions`.",
-                    200,
+                    "caption does not fit.\n\nThe references are images of the same folder here: choose another one.",
+                    150,
                 ),
-                width=320,
+                width=290,
             ),
         ),
-        step("Score", column("3", width=380)),
-        step("Look", column("4", "5", width=380)),
+        step("Images and captions", column("2", "10", width=280)),
+        step("Score", column("3", "8", width=330), column("7", "4", width=330)),
+        step("Keep the best", column("6", width=280), column("5", width=260)),
     ),
     "train_and_compare_sdxl": (
         step("Data", column("1", "2", real_sdxl("Train a LoRA for SDXL"))),

@@ -123,8 +123,13 @@ def _without_first(generators: dict[str, dict[str, Any]]) -> list[tuple[str, dic
 
 def _charts(workflow: Workflow, outputs: Outputs) -> list[Image.Image]:
     shown = [node["inputs"]["images"] for node in workflow.values() if node["class_type"] == "PreviewImage"]
-    charts = [link for link in shown if workflow[link[0]]["class_type"] == "TrainSDXLLoRA"]
-    return [_row(outputs[key][output][0][:1]) for key, output in charts]
+    charts = [link for link in shown if workflow[link[0]]["class_type"] in ("TrainSDXLLoRA", "CompareLoRAs")]
+    return [_row(_upper_square(outputs[key][output][0][:1])) for key, output in charts]
+
+
+def _upper_square(images: torch.Tensor) -> torch.Tensor:
+    """The upper part of a picture that is higher than wide, such as a grid of many prompts."""
+    return images[:, : images.shape[2]]
 
 
 def _row(images: torch.Tensor) -> Image.Image:

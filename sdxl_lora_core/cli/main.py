@@ -1,7 +1,11 @@
 """sdxl-lora: the engine from the command line.
 
 sdxl-lora train run.yaml [--set rank=16]    repeats or resumes a run; Ctrl-C finishes it early and keeps the LoRA
-sdxl-lora settings [train|datasets]         lists the settings of a run.yaml with their defaults and ranges
+sdxl-lora settings [train|datasets|...]     lists settings with their defaults and ranges
+sdxl-lora report FOLDER                     checks a dataset before training
+sdxl-lora generate BASE --prompt TEXT       generates images with LoRAs, through the image cache
+sdxl-lora score FOLDER --clip-model FOLDER  scores captioned images
+sdxl-lora compare BASE --prompt TEXT        compares LoRAs, checkpoints, strengths or settings, with intervals
 sdxl-lora inspect FILE_OR_FOLDER            describes a base, a LoRA, a ControlNet or a dataset
 sdxl-lora cache stats|verify|prune|clear    shows the cache of generated images, and reduces its size
 """
@@ -13,7 +17,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,7 +34,8 @@ from ..training.loop import Diverged
 from ..training.monitor.progress import StepReport
 from ..training.run.runs import RunFolders
 from ..training.train import train
-from . import cache, settings_list
+from . import cache, evaluate, settings_list
+from .bar import Bar
 from .run_file import read_run
 from .signals import Interruption, Left
 
@@ -54,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("path", type=Path)
     command.set_defaults(run=_inspect)
     cache.add_commands(commands, HOME)
+    evaluate.add_commands(commands, HOME)
     settings_list.add_command(commands)
     options = parser.parse_args(arguments)
     try:
@@ -74,11 +79,11 @@ def _train(options: argparse.Namespace) -> None:
     job = read_run(options.settings, cache.hashes, settings_list.read_changes(options.set))
     folders = RunFolders(loras, options.output / "lora_runs", cache, lambda name: (loras / name).exists())
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes, only the first one prints
-    with _Bar() as bar, Interruption(_print_error) as interruption:
+    with Bar() as bar, Interruption(_print_error) as interruption:
 
         def on_step(report: StepReport) -> None:
             if is_first:
-                bar(report)
+                bar(report.phase, report.done, report.total, report.detail)
             interruption.check()
 
         result = train(job, RunContext(folders, options.device, on_step, interruption.should_stop))
@@ -102,30 +107,3 @@ def _inspect(options: argparse.Namespace) -> None:
         except (ValueError, OSError) as error:
             refusals.append(str(error))
     raise ValueError("\n".join(refusals))
-
-
-class _Bar:
-    """A progress bar for each phase."""
-
-    def __init__(self) -> None:
-        self._phase = ""
-        self._bar: Any = None
-
-    def __call__(self, report: StepReport) -> None:
-        from tqdm import tqdm
-
-        if report.phase != self._phase:
-            self.close()
-            self._phase, self._bar = report.phase, tqdm(total=report.total, desc=report.phase)
-        self._bar.set_postfix_str(report.detail, refresh=False)
-        self._bar.update(report.done - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

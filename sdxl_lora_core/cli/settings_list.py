@@ -1,4 +1,4 @@
-"""`sdxl-lora settings`: lists the settings of a run.yaml from their declarations."""
+"""`sdxl-lora settings`: lists settings from their declarations."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..dataset.config import DatasetConfig
+from ..evaluation.config import ScoreConfig
+from ..generation.config import GenerateConfig
 from ..messages import shown
 from ..settings import choices_of, declared, default, fields_of, types_of
 from ..training.config.train_config import TrainConfig
 
-SECTIONS: dict[str, type] = {"train": TrainConfig, "datasets": DatasetConfig}
+SECTIONS: dict[str, type] = {
+    "train": TrainConfig,
+    "datasets": DatasetConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+}
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
 def add_command(commands: Any) -> None:
-    command = commands.add_parser("settings", help="list the settings of a run.yaml")
+    command = commands.add_parser("settings", help="list the settings of a run.yaml, of generate and of score")
     command.add_argument("section", nargs="?", choices=SECTIONS, default="train")
     command.add_argument("name", nargs="*", help="list only these settings")
     command.set_defaults(run=_list)

@@ -75,7 +75,7 @@ def compare_distributions(images: Tensor, references: Tensor, model: str) -> Dis
         kid=kid,
         kid_interval=interval,
         fid=frechet_distance(ours, theirs),
-        warnings=_warnings(*ours.shape, len(theirs)),
+        warnings=_warnings(len(ours), ours.shape[1], len(theirs)),
     )
 
 

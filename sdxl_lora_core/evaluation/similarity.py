@@ -17,19 +17,9 @@ from ..vision.features import image_features, load_encoder
 from ..vision.image_text import OnImages, unit_vectors
 from ..vision.model_folder import load_processor
 from .clip_score import rank, rounded
+from .copies import LEAST_HELD_OUT, Copies, CopyDetector
 from .perceptual import perceptual_diversity
-
-LEAST_HELD_OUT = 2  # images from which a threshold of memorisation is taken
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """The training image nearest to an image, by its index, with the cosine of both. `memorised`: nearer than any
-    held-out image is to its own nearest training image."""
-
-    index: int
-    cosine: float
-    memorised: bool
+from .references import References
 
 
 @dataclass(frozen=True)
@@ -39,8 +29,7 @@ class SimilarityReport:
     `to_references`: for each image the mean cosine with all references (CLIP-I and DINO of DreamBooth,
     arXiv:2208.12242, section 4), empty without references.
     `diversity`: the mean of 1 - cosine over all pairs of the images, NaN for a single one.
-    `nearest`: for each image its nearest training image, empty without training images.
-    `threshold`: the cosine from which an image counts as memorised; None if too few images are held out to tell.
+    `copies`: for each image its nearest training image, and whether it was memorised; None without training images.
     `lpips`: the mean LPIPS distance over pairs of images; None without its weights.
     """
 
@@ -48,15 +37,8 @@ class SimilarityReport:
     images: int
     to_references: tuple[float, ...] = ()
     diversity: float = float("nan")
-    nearest: tuple[Nearest, ...] = ()
-    threshold: float | None = None
+    copies: Copies | None = None
     lpips: float | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def memorised(self) -> int:
-        """The number of memorised images."""
-        return sum(near.memorised for near in self.nearest)
 
     @property
     def mean(self) -> float:
@@ -73,9 +55,9 @@ class SimilarityReport:
         rows: list[dict[str, Any]] = [{"image": index} for index in range(self.images)]
         for row, similarity in zip(rows, self.to_references, strict=False):
             row["similarity"] = rounded(similarity)
-        for row, near in zip(rows, self.nearest, strict=False):
+        for row, near in zip(rows, self.copies.nearest if self.copies else (), strict=False):
             row["nearest"] = training_names[near.index]
-            row["cosine"] = rounded(near.cosine)
+            row["correlation"] = rounded(near.correlation)
             row["memorised"] = near.memorised
         return rows
 
@@ -86,9 +68,8 @@ class SimilarityReport:
             "mean_similarity": rounded(self.mean),
             "diversity": rounded(self.diversity),
             "lpips_diversity": self.lpips,
-            "memorised": self.memorised,
-            "memorisation_threshold": self.threshold,
-            "warnings": list(self.warnings),
+            "memorised": self.copies.count if self.copies else None,
+            "memorisation_threshold": self.copies.threshold if self.copies else None,
             "rows": self.rows(training_names),
         }
 
@@ -100,12 +81,19 @@ class SimilarityReport:
             found.append(f"Diversity {self.diversity:.3f} (0: all images are equal).")
         if self.lpips is not None:
             found.append(f"LPIPS diversity {self.lpips:.3f}.")
-        if self.threshold is not None:
-            found.append(
-                f"{self.memorised} of {self.images} images look memorised: nearer to a training image than any "
-                f"held-out image ({self.threshold:.3f})."
+        return [*found, self._copies_in_words()] if self.copies else found
+
+    def _copies_in_words(self) -> str:
+        assert self.copies
+        if self.copies.threshold is None:
+            return (
+                f"Not known whether images were memorised: hold out at least {LEAST_HELD_OUT} images, which show how "
+                "near to the training images one may be."
             )
-        return [*found, *self.warnings]
+        return (
+            f"{self.copies.count} of {self.images} images are nearer to a training image than any held-out image "
+            f"(correlation {self.copies.threshold:.3f}): memorised, unless their prompts describe that image."
+        )
 
 
 class Features:
@@ -136,32 +124,22 @@ class Features:
         return unit_vectors(self.raw(images))
 
 
-def compare_images(
-    images: Sequence[np.ndarray],
-    features: Features,
-    references: Sequence[np.ndarray] = (),
-    training: Sequence[np.ndarray] = (),
-) -> SimilarityReport:
+def compare_images(images: Sequence[np.ndarray], features: Features, found: References) -> SimilarityReport:
     """Compares images (uint8 [H, W, 3]) with held-out references and with the images that were trained on.
 
-    Both may be empty. References must not have been trained on: see find_references. Raises ValueError if there is no
-    image.
+    Both may be empty. Raises ValueError if there is no image.
     """
     if not len(images):
         raise ValueError("there are 0 images to compare: give at least one")
     own = features.unit(images)
-    held_out = features.unit(references) if len(references) else None
-    trained = features.unit(training) if len(training) else None
-    threshold, warnings = _memorisation(held_out, trained)
+    references = features.unit(found.held_out) if len(found.held_out) else None
     return SimilarityReport(
         model=features.name,
         images=len(images),
-        to_references=tuple((own @ held_out.T).mean(1).tolist()) if held_out is not None else (),
+        to_references=tuple((own @ references.T).mean(1).tolist()) if references is not None else (),
         diversity=diversity(own),
-        nearest=nearest(own, trained, threshold) if trained is not None else (),
-        threshold=threshold,
+        copies=CopyDetector(found).find(images) if len(found.training) else None,
         lpips=perceptual_diversity(images),
-        warnings=warnings,
     )
 
 
@@ -172,30 +150,3 @@ def diversity(features: Tensor) -> float:
         return float("nan")
     cosines = (features @ features.T).double()
     return float(1 - (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
-
-
-def nearest(features: Tensor, training: Tensor, threshold: float | None) -> tuple[Nearest, ...]:
-    """For each unit vector [N, D] the nearest of `training` [M, D]."""
-    cosines, indices = (features @ training.T).max(1)
-    return tuple(
-        Nearest(index, cosine, threshold is not None and cosine > threshold)
-        for index, cosine in zip(indices.tolist(), cosines.tolist(), strict=True)
-    )
-
-
-def memorisation_threshold(held_out: Tensor, training: Tensor) -> float:
-    """The highest cosine of a held-out image with its nearest training image: so near are images of this subject that
-    nobody copied."""
-    return float((held_out @ training.T).max())
-
-
-def _memorisation(held_out: Tensor | None, training: Tensor | None) -> tuple[float | None, tuple[str, ...]]:
-    if training is None:
-        return None, ()
-    if held_out is None or len(held_out) < LEAST_HELD_OUT:
-        count = 0 if held_out is None else len(held_out)
-        return None, (
-            f"{count} held-out images do not show how near an image may be to the training images: hold out "
-            f"at least {LEAST_HELD_OUT}, so that memorised images are found",
-        )
-    return memorisation_threshold(held_out, training), ()

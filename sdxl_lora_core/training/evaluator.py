@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,7 @@ from ..lora.files import LoRAFile
 from ..runtime.device import release_memory
 from ..runtime.distributed import Processes
 from .config.train_config import TrainConfig
-from .data.batches import VALIDATION_TIMESTEPS, TrainingData
+from .data.batches import IMAGE_TIMESTEPS, VALIDATION_TIMESTEPS, Batch, TrainingData
 from .model.trainable import TrainableSDXL
 from .monitor.journal import Journal
 from .monitor.progress import OnStep, StepReport
@@ -75,18 +75,28 @@ class Evaluator:
         with self.averaging.in_place():
             return self.model.learned()
 
-    @torch.no_grad()
     def validation_loss(self, on_step: OnStep) -> float:
-        self.model.eval()
         total = len(self.data.validation) * len(VALIDATION_TIMESTEPS)
-        losses = torch.zeros(total, dtype=torch.float64)
+        return self._errors(self.data.validation_batches(), total, "validating", on_step).mean().item()
+
+    def image_losses(self, with_captions: bool, on_step: OnStep) -> list[float]:
+        """The mean squared error of each training image at fixed timesteps."""
+        total = self.data.first_regularisation * len(IMAGE_TIMESTEPS)
+        errors = self._errors(self.data.image_batches(with_captions), total, "measuring each image", on_step)
+        return errors.reshape(-1, len(IMAGE_TIMESTEPS)).mean(1).tolist()
+
+    @torch.no_grad()
+    def _errors(self, batches: Iterable[Batch], total: int, phase: str, on_step: OnStep) -> Tensor:
+        """The mean squared error of each of `total` batches of one sample, float64 [total]."""
+        self.model.eval()
+        errors = torch.zeros(total, dtype=torch.float64)
         with self.averaging.in_place():
-            for done, batch in enumerate(self.data.validation_batches()):
-                on_step(StepReport("validating", done, total))
+            for done, batch in enumerate(batches):
+                on_step(StepReport(phase, done, total))
                 if done % self.processes.count == self.processes.rank:
-                    losses[done] = self.model.squared_errors(batch.to(self.device)).item()
-        self.processes.add_up([losses])
-        return losses.mean().item()
+                    errors[done] = self.model.squared_errors(batch.to(self.device)).item()
+        self.processes.add_up([errors])
+        return errors
 
     def _sample(self, on_step: OnStep) -> tuple[float | None, ...]:
         """The CLIP scores of samples. The first process generates them, the others wait for the scores."""

@@ -34,7 +34,7 @@ from .optim.optimizers import make_optimizer, set_learning_rates, state_copies, 
 from .optim.weight_average import Averaging
 from .outputs import RunOutputs
 from .run.checkpoints import Checkpoint
-from .run.loop_state import LoopState, Trained
+from .run.loop_state import ImageLosses, LoopState, Trained
 
 log = logging.getLogger("sdxl_lora")
 
@@ -122,6 +122,7 @@ class Loop:
             self.gradients.plan(self.state)
         set_checkpointing(self.model.unet, self.state.gradient_checkpointing)
         self.evaluator.evaluate(self.on_step)  # of the base, or the evaluation that a cancel interrupted
+        self.measure_images()
         self.journal.open(self.state)
         meter, stopped = Meter(self.state.losses, self.device), False
         while not self.is_over and not stopped:
@@ -158,6 +159,8 @@ class Loop:
         saves = state.step % self.config.checkpoint_every == 0
         if saves:
             self.save()
+        if self.config.save_every and state.step % self.config.save_every == 0:
+            self.save_lora()
         if evaluation or saves:
             self.journal.plot(state, best_evaluation(self.config, state.looks))
         self.on_step(report)
@@ -166,6 +169,9 @@ class Loop:
         """The last evaluation follows the last checkpoint, so that a longer run resumes without it."""
         if self.evaluator.evaluate(self.on_step, last=True):
             self.journal.open(self.state)
+        if self.state.image_losses:
+            trained = self.evaluator.image_losses(True, self.on_step)
+            self.state.image_losses = replace(self.state.image_losses, trained=trained)
         kept = best_evaluation(self.config, self.state.looks)
         self.journal.plot(self.state, kept, now=True)
         self.count_seconds()
@@ -173,6 +179,12 @@ class Loop:
             return Trained(self.evaluator.learned(), self.state, None, stopped and not self.is_over)
         self.evaluator.restore_best()
         return Trained(self.model.learned(), self.state, kept, stopped and not self.is_over)
+
+    def measure_images(self) -> None:
+        """Measures the loss of each image before the first step."""
+        if self.state.step == 0 and self.data.measures_images:
+            captioned, uncaptioned = (self.evaluator.image_losses(which, self.on_step) for which in (True, False))
+            self.state.image_losses = ImageLosses(captioned, uncaptioned)
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
@@ -204,6 +216,15 @@ class Loop:
         except OSError as error:
             self.state.checkpoints.pop()
             log.warning("no checkpoint at step %d: %s", self.state.step, error)
+
+    def save_lora(self) -> None:
+        """Keeps the LoRA of this step; the last step's is the finished one. A full disk costs it, not the run."""
+        if self.state.step >= self.config.steps or not self.processes.is_first:
+            return
+        try:
+            self.outputs.write_step(self.evaluator.learned(), self.state.step)
+        except OSError as error:
+            log.warning("the LoRA of step %d is not kept: %s", self.state.step, error)
 
     def count_seconds(self) -> None:
         now = time.monotonic()

@@ -36,6 +36,10 @@ class RunOutputs:
         """Writes the LoRA of a checkpoint, in float32."""
         self._write(path, trained, steps, torch.float32)
 
+    def write_step(self, trained: LoRAFile, step: int) -> None:
+        """Writes the LoRA after a step, as it would be saved, beside the finished one."""
+        self._write(self.run.lora_of_step(step), trained, step, self._dtype)
+
     def sample_images(self, trained: LoRAFile, step: int, on_step: OnStep) -> Samples:
         """Renders the sample prompts with the LoRA as it would be saved."""
         write: Callable[[Path], object] = lambda path: self._write(path, trained, step, self._dtype)  # noqa: E731

@@ -59,6 +59,7 @@ class RunReport:
     validation_loss: float | None = None
     validation_loss_before: float | None = None
     kept: str | None = None
+    check_captions: list[str] | None = None
     reused: bool | None = None
     clip_scores: Sequence[float | None] | None = field(default=None)
 
@@ -90,6 +91,7 @@ def describe_run(report: RunReport, path: Path) -> str:
         lines.append(f"trigger words: {', '.join(report.trigger_words)}")
     notes = (report.stopped, report.early_stopping, report.continued, report.kept, report.note, report.small_batches)
     lines += [note for note in notes if note]
+    lines += report.check_captions or ()
     lines += [f"left out: {file}" for file in report.skipped_files]
     if report.skipped_steps:
         lines.append(f"{len(report.skipped_steps)} steps were skipped, because their loss was not finite")

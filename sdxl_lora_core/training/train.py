@@ -26,6 +26,7 @@ from .config.loss import LAST_TIMESTEP
 from .config.train_config import TrainConfig
 from .data.batches import require_new_tokens
 from .data.class_images import with_class_images
+from .image_report import CHART, captions_to_check, rated_images, write_image_losses
 from .job import RunContext, TrainingJob
 from .loop import train_adapter
 from .monitor.journal import Journal
@@ -43,12 +44,16 @@ log = logging.getLogger("sdxl_lora")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a run. samples are uint8 [H, W, 3]; state_dict has the UNet's weights by kohya's keys."""
+    """The result of a run. samples are uint8 [H, W, 3]; state_dict has the UNet's weights by kohya's keys.
+
+    image_chart is the chart of each image's loss, if that was measured.
+    """
 
     lora_name: str
     lora_path: Path
     state_dict: dict[str, Tensor]
     loss_chart: Path
+    image_chart: Path | None
     samples: list[np.ndarray]
     report: RunReport
     reused: bool
@@ -82,6 +87,7 @@ def train(job: TrainingJob, context: RunContext) -> TrainResult:
             lora_path=run.lora_path,
             state_dict=_comfyui_weights(run.lora_path, job.base),
             loss_chart=run.folder / "loss.png",
+            image_chart=chart if (chart := run.folder / CHART).is_file() else None,
             samples=samples.pixels,
             report=report,
             reused=reused,
@@ -140,6 +146,10 @@ def _train_and_save(run: Run, job: TrainingJob, context: RunContext) -> None:
         return
     outputs.write_result(trained.learned, trained.step)
     report = make_report(run, shown, trained)
+    if losses := trained.state.image_losses:
+        images = rated_images(shown.dataset.entries, losses)
+        write_image_losses(run.folder, images)
+        report = replace(report, check_captions=captions_to_check(images) or None)
     facts = {
         "fingerprint": job.fingerprint,
         "base": job.base.fingerprint,

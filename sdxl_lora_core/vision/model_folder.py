@@ -19,7 +19,8 @@ from ..runtime.library_logs import quiet_libraries
 _IMAGES_AT_ONCE = 8
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_MEAN, _DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, as most vision models expect
+_IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation, as most vision models expect
+_HALF = [0.5, 0.5, 0.5]
 
 
 def read_config(folder: Path, wanted: str) -> dict[str, Any]:
@@ -97,16 +98,15 @@ def load_processor(folder: Path, model: Any) -> Any:
 def _default_processor(model: Any) -> Any:
     import transformers
 
-    clip = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    vision = getattr(model.config, "vision_config", model.config)
-    side = vision.image_size
+    kind: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    side = getattr(model.config, "vision_config", model.config).image_size
     side = side if isinstance(side, int) else min(side)
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    if model.config.model_type.startswith("clip"):
-        return clip(**sizes)
-    half = [0.5, 0.5, 0.5]
-    mean, deviation = (half, half) if model.config.model_type.startswith("siglip") else (_MEAN, _DEVIATION)
-    return clip(**sizes, image_mean=mean, image_std=deviation)
+    name = model.config.model_type
+    if name.startswith("clip"):
+        return kind(**sizes)
+    mean, deviation = (_HALF, _HALF) if name.startswith("siglip") else _IMAGENET
+    return kind(**sizes, image_mean=mean, image_std=deviation)
 
 
 def batches(model: Any, processor: Any, images: Sequence[np.ndarray]) -> Iterator[Tensor]:

@@ -30,6 +30,7 @@ import nodes  # noqa: E402
 PACK = str(Path(home) / "custom_nodes/sdxl-lora-nodes")
 DEPTHS = (0.2, 0.5, 0.8)  # of a node's work, counted in calls of the pack's functions
 BUNDLED = "8bit_style (bundled)"
+CLIP = "tiny-clip (bundled)"
 LORA = {"strength_model": 1.0, "strength_clip": 1.0, "enabled": True}
 TRAIN = {"learning_rate": 1e-3, "rank": 2, "alpha": 2.0, "batch_size": 1, "seed": 0, "sample_prompts": "a star"}
 WATCHED = {"validate_every": 1, "sample_every": 1, "sample_steps": 1, "deterministic": True}
@@ -173,11 +174,51 @@ def inputs_of_nodes():
     image = {"base": base, "prompt": "a star", "negative_prompt": "", "cache": "use", **IMAGE}
     image |= {"lora_stack": two, "controls": controls}
     options = {name: (lambda _: {}) for name in nodes.NODE_CLASS_MAPPINGS if name.endswith("Options")}
+    two_pictures = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+    compared = {"base": base, "prompt": "a star\na moon", "negative_prompt": "", "count": 1, "clip_model": CLIP}
+    compared |= {**{name: IMAGE[name] for name in ("steps", "guidance", "width", "height")}, "save_as": "compared"}
+    compared |= {"image_model": CLIP, "references": two_pictures}
     merge = {"lora_stack": two, "method": "dare", "rank": 4}
     return {
         **options,
         "LoadCaptionDataset": lambda _: folder,
         "StackReport": lambda _: {"lora_stack": two},
+        "DatasetReport": lambda number: {"dataset": dataset, "save_as": f"dataset-{number}"},
+        "ImageSimilarity": lambda _: {"images": picture, "image_model": CLIP, "dataset": dataset, "lora_stack": two},
+        "DistributionMetrics": lambda _: {
+            "images": torch.cat([picture, 1 - picture]),
+            "image_model": CLIP,
+            "references": two_pictures,
+        },
+        "FilterByScore": lambda _: {
+            "images": [picture],
+            "scores": [20.0],
+            "keep": ["best"],
+            "best": [1],
+            "threshold": [0.0],
+        },
+        "CompareVariant": lambda _: {"name": "", "settings": "steps=1", "lora_stack": stack},
+        "CompareLoRAs": lambda number: {
+            **compared,
+            "seed": 100 * number,
+            "columns": "strength: 1",
+            "rows": "",
+            "lora_stack": two,
+        },
+        "PickCheckpoint": lambda number: {
+            **compared,
+            "seed": 200 + number,
+            "checkpoints": "last",
+            "lora_stack": two,
+            "novel_prompt": "a cat",
+        },
+        "FindStrength": lambda number: {
+            **compared,
+            "seed": 300 + number,
+            "strengths": "0.5, 1",
+            "lora_stack": two,
+            "novel_prompt": "",
+        },
         "DatasetImages": lambda _: {"dataset": dataset, "size": 64, "count": 2},
         "LoadSDXLBase": lambda _: {"base": "tiny-sdxl (bundled)", "precision": "fp32"},
         "LoadLoRA": lambda _: {"lora_name": BUNDLED, **LORA},

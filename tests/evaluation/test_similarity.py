@@ -13,7 +13,8 @@ from PIL import Image
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.dataset.trained_images import read_trained_images, write_trained_images
-from sdxl_lora_core.evaluation.references import find_references, pictures
+from sdxl_lora_core.evaluation.copies import Copies, CopyDetector, Nearest, copies_more_than
+from sdxl_lora_core.evaluation.references import References, find_references, pictures
 from sdxl_lora_core.evaluation.similarity import Features, compare_images, diversity
 from sdxl_lora_core.evaluation.similarity_sheet import nearest_pairs
 from sdxl_lora_core.images.lazy import Lazy
@@ -41,7 +42,7 @@ def noise(count: int, seed: int) -> list[np.ndarray]:
 
 def test_similarity_is_the_mean_cosine_with_all_references(features: Features) -> None:
     images, references = noise(3, 0), noise(2, 1)
-    report = compare_images(images, features, references)
+    report = compare_images(images, features, References(references))
     a, b = features.raw(images), features.raw(references)
     wanted = torch.cosine_similarity(a[:, None], b[None], dim=2).mean(1)
     assert report.to_references == pytest.approx(wanted.tolist(), abs=1e-5)
@@ -54,7 +55,7 @@ def test_diversity_is_the_mean_distance_of_all_pairs(features: Features) -> None
     assert diversity(torch.tensor([[1.0, 0], [1, 0], [-1, 0]])) == pytest.approx((0 + 2 + 2) / 3)
     assert math.isnan(diversity(torch.ones(1, 3)))
     same = noise(1, 0) * 3
-    assert compare_images(same, features).diversity == pytest.approx(0, abs=1e-5)
+    assert compare_images(same, features, References()).diversity == pytest.approx(0, abs=1e-5)
 
 
 def test_copies_of_training_images_are_flagged_by_name(features: Features, dataset: CaptionDataset) -> None:
@@ -62,28 +63,45 @@ def test_copies_of_training_images_are_flagged_by_name(features: Features, datas
     assert (len(found.held_out), len(found.training)) == (4, 4)
     copy = np.array(found.training[2])
     copy[:2] = 0
-    images = [copy, *noise(2, 5)]
-    report = compare_images(images, features, found.held_out, found.training)
-    assert [near.memorised for near in report.nearest] == [True, False, False] and report.memorised == 1
-    assert report.nearest[0].index == 2 and report.nearest[0].cosine > (report.threshold or 2)
+    smaller = np.asarray(Image.fromarray(found.training[1]).resize((32, 32)))[:, ::-1]
+    report = compare_images([copy, smaller, *noise(2, 5)], features, found)
+    assert report.copies and report.copies.count == 2
+    assert [near.memorised for near in report.copies.nearest] == [True, True, False, False]
+    assert [near.index for near in report.copies.nearest[:2]] == [2, 1]
     row = report.rows(found.training_names)[0]
     assert row["nearest"] == dataset.entries[2].image.name and row["memorised"] is True
-    assert "1 of 3 images look memorised" in " ".join(report.sentences())
+    assert "2 of 4 images are nearer to a training image" in " ".join(report.sentences())
+    assert report.as_json(found.training_names)["memorised"] == 2
 
 
-def test_the_threshold_is_that_of_the_held_out_images(features: Features, dataset: CaptionDataset) -> None:
+def test_the_threshold_is_that_of_the_held_out_images(dataset: CaptionDataset) -> None:
     found = find_references(None, dataset)
-    report = compare_images(list(found.held_out), features, found.held_out, found.training)
-    assert report.memorised == 0  # none is nearer than the nearest of them
-    held_out, training = features.unit(found.held_out), features.unit(found.training)
-    assert report.threshold == pytest.approx((held_out @ training.T).max().item(), abs=1e-6)
+    copies = CopyDetector(found).find(list(found.held_out))
+    assert copies.count == 0 and copies.threshold  # none is nearer than the nearest of them
+    assert copies.threshold == pytest.approx(max(near.correlation for near in copies.nearest))
+    small = [np.asarray(Image.fromarray(p).resize((32, 32), Image.Resampling.BOX)).ravel() for p in found.training]
+    own = np.asarray(Image.fromarray(found.held_out[0]).resize((32, 32), Image.Resampling.BOX)).ravel()
+    wanted = max(np.corrcoef(own, other)[0, 1] for other in small)
+    assert (
+        copies.nearest[0].correlation == pytest.approx(wanted, abs=0.1)
+        and copies.nearest[0].correlation >= wanted - 1e-9
+    )
 
 
 def test_too_few_held_out_images_give_no_flag_but_a_sentence(features: Features, dataset: CaptionDataset) -> None:
     training = pictures(dataset.entries)
-    report = compare_images([training[0]], features, noise(1, 3), training)
-    assert report.threshold is None and not report.nearest[0].memorised
+    report = compare_images([training[0]], features, References(noise(1, 3), training, tuple("abcd")))
+    assert report.copies and report.copies.threshold is None and not report.copies.nearest[0].memorised
     assert "hold out at least 2" in report.sentences()[-1]
+
+
+def test_more_copies_than_of_the_baseline_are_a_sign_test() -> None:
+    def copies(flags: str) -> Copies:
+        return Copies(tuple(Nearest(0, 0.9, flag == "x") for flag in flags), 0.5)
+
+    assert copies_more_than(copies("xxxxxxxx"), copies("........")) == pytest.approx(0.5**8)
+    assert copies_more_than(copies("xxxxxxx."), copies(".......x")) == pytest.approx(9 / 2**8)
+    assert copies_more_than(copies("xx.."), copies("xx..")) == 1
 
 
 def test_a_reference_that_was_trained_on_is_refused_by_name(dataset: CaptionDataset) -> None:
@@ -104,18 +122,17 @@ def test_a_run_remembers_its_training_images(dataset: CaptionDataset, tmp_path: 
     assert read_trained_images(tmp_path) is None
 
 
-def test_the_sheet_shows_both_images_and_says_which_is_memorised(features: Features, dataset: CaptionDataset) -> None:
+def test_the_sheet_shows_both_images_and_says_which_is_memorised(dataset: CaptionDataset) -> None:
     found = find_references(None, dataset)
     images = [*noise(1, 0), np.asarray(found.training[0])]
-    report = compare_images(images, features, found.held_out, found.training)
-    first, second = nearest_pairs(images, report, found)
+    first, second = nearest_pairs(images, CopyDetector(found).find(images), found)
     assert (first[:64, :64] == images[1]).all() and (first[:64, 64:128] == found.training[0]).all()
     assert (second[:64, :64] == images[0]).all() and first.shape == second.shape
 
 
 def test_no_image_is_refused(features: Features) -> None:
     with pytest.raises(ValueError, match="0 images"):
-        compare_images([], features)
+        compare_images([], features, References())
 
 
 def test_a_lazy_sequence_makes_an_item_at_each_look() -> None:

@@ -121,7 +121,10 @@ def _function(found: Contract) -> None:
         (_choices, "SDXLGenerateCached, required sampler: "),
         (_flag, "MergeLoRAs, optional seed: "),
         (_order_of_inputs, "WatchOptions, order of optional: options checkpoint_every epochs"),
-        (_new_input, "CLIPScore, order of optional: device, and in the contract none"),
+        (
+            _new_input,
+            "CLIPScore, order of optional: tagger scale tag_threshold device, and in the contract tagger scale",
+        ),
         (_order_of_nodes, "nodes: LoadSDXLBase TrainSDXLLoRA"),
         (_lost_node, "nodes: "),
         (_output, "CLIPScore, outputs scores: "),
@@ -201,7 +204,8 @@ def test_only_generation_has_a_seed_that_moves() -> None:
         for name, (_, options) in inputs_of(node).items()
         if name in ("seed", "noise_seed") or "control_after_generate" in options
     }
-    assert moves == {"TrainSDXLLoRA": False, "SDXLGenerateCached": True, "MergeLoRAs": False}
+    fixed = ("TrainSDXLLoRA", "MergeLoRAs", "CompareLoRAs", "PickCheckpoint", "FindStrength")
+    assert moves == {"SDXLGenerateCached": True, **dict.fromkeys(fixed, False)}
 
 
 # Graphs that users have saved

@@ -192,7 +192,13 @@ def test_the_node_says_where_the_lora_is_and_what_was_left_out(
         **facts, **more, skipped_files=["x.psd: cannot be read"]
     )
     result = SimpleNamespace(
-        loss_chart=chart, samples=[], report=report, lora_name="a", lora_path=tmp_path / "a.safetensors", state_dict={}
+        loss_chart=chart,
+        image_chart=None,
+        samples=[],
+        report=report,
+        lora_name="a",
+        lora_path=tmp_path / "a.safetensors",
+        state_dict={},
     )
     monkeypatch.setattr(
         import_module(f"{PACK.__name__}.sdxl_lora_core.training.train"), "train", lambda job, context: result

@@ -27,11 +27,14 @@ NODES: dict[str, Any] = {**CORE_NODES, **load_pack().NODE_CLASS_MAPPINGS}
 # The outputs of ComfyUI's own nodes. Graphs with them cannot run here: tests/comfy runs them.
 COMFYUI = {name: node.RETURN_TYPES for name, node in ONLY_IN_COMFYUI.items()}
 SMALL = {
-    "WatchOptions": {"validate_every": 1, "sample_every": 1, "sample_steps": 2},
+    "WatchOptions": {"validate_every": 1, "sample_every": 1, "sample_steps": 2, "save_every": 1},
     "TrainSDXLLoRA": {"steps": 2, "rank": 2, "batch_size": 1},
     "SDXLGenerateCached": {"steps": 2, "count": 1, "width": 64, "height": 64},
     "LoadCaptionDataset": {"resolution": 64},
     "CaptionOptions": {"class_images": 1},
+    "CompareLoRAs": {"steps": 1, "width": 64, "height": 64},
+    "FindStrength": {"steps": 1, "count": 1, "width": 64, "height": 64},
+    "PickCheckpoint": {"steps": 1, "width": 64, "height": 64},
 }
 
 

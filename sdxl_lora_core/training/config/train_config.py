@@ -65,6 +65,8 @@ class TrainConfig(
         "sample_steps",
         "sample_guidance",
         "checkpoint_every",
+        "save_every",
+        "image_losses",
         "save_format",
         "save_dtype",
         "validate_every",

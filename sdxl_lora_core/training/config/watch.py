@@ -9,6 +9,7 @@ from ...settings import NOT_EMPTY, UNLIMITED, Range, setting
 
 KeepBest = Literal["off", "validation_loss", "clip_score"]
 TensorBoard = Literal["auto", "off"]
+ImageLossesMode = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,17 @@ class WatchSettings:
         "Guidance scale of a sample image. Use the value you generate with.",
         Range(0, 50),
         only_with={"sample_prompts": NOT_EMPTY},
+    )
+    save_every: int = setting(
+        0,
+        "Steps between LoRAs that are kept beside the finished one, in a folder of its name, as my_lora/step-000500, "
+        "to compare them or to pick the best one. 0: none.",
+        Range(0, UNLIMITED),
+    )
+    image_losses: ImageLossesMode = setting(
+        "auto",
+        "Measures the loss of each training image with its caption and without one, before and after training: an "
+        "image whose caption does not help may have a wrong one. auto: if it takes less than a tenth of the training.",
     )
 
 

@@ -33,6 +33,8 @@ from .noise import NoiseSampler
 log = logging.getLogger("sdxl_lora")
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
+IMAGE_TIMESTEPS = (300, 500, 700)  # where captions matter most
+_FORWARDS = 3 * len(IMAGE_TIMESTEPS)  # of an image: with and without its caption before training, with it after
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,18 @@ class TrainingData:
     def _all_captions(self) -> list[str]:
         shown = [caption for captions in self.captions for caption in captions]
         shown += [sample.entry.caption for sample in self.validation]
-        return [*shown, ""] if self.config.caption_dropout > 0 else shown
+        return [*shown, ""] if self.config.caption_dropout > 0 or self.measures_images else shown
+
+    @property
+    def measures_images(self) -> bool:
+        """Whether the loss of each image is measured. `auto`: if that is a tenth of the training or less.
+
+        A step takes about three forward passes for each of its images.
+        """
+        if self.config.image_losses != "auto":
+            return self.config.image_losses == "on"
+        seen = self.config.steps * self.config.batch_size * self.config.gradient_accumulation
+        return _FORWARDS * self.first_regularisation <= 0.1 * 3 * seen
 
     def cache(self, on_item: OnItem) -> None:
         """Computes every tensor that is not on disk yet. Logs the captions that are truncated, or not cached."""
@@ -194,6 +207,16 @@ class TrainingData:
                 latents = _latents(sample, random)
                 noise = torch.randn(latents.shape, generator=random)
                 yield self._stack([Row(sample, sample.entry.caption, latents, noise, noise, timestep)])
+
+    def image_batches(self, with_captions: bool) -> Iterator[Batch]:
+        """Every training image at fixed timesteps, with the same noise for all images, so that images compare."""
+        for variants, captions in zip(self.variants[: self.first_regularisation], self.captions, strict=False):
+            for timestep in IMAGE_TIMESTEPS:
+                random = generator(0, timestep, 0)
+                latents = _latents(variants[0], random)
+                noise = torch.randn(latents.shape, generator=random)
+                caption = captions[0] if with_captions else ""
+                yield self._stack([Row(variants[0], caption, latents, noise, noise, timestep)])
 
     def _stack(self, rows: Sequence[Row]) -> Batch:
         prompts = [load_prompt(self.prompt_files[row.caption]) for row in rows if self.reads_prompts]

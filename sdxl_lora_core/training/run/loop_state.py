@@ -25,6 +25,16 @@ class Evaluation:
         return sum(known) / len(known) if known and len(known) == len(self.clip_scores) else None
 
 
+@dataclass(frozen=True)
+class ImageLosses:
+    """Mean squared errors of the training images in their order: with its caption and without one before training, and
+    with its caption after it (empty until then)."""
+
+    captioned: Sequence[float]
+    uncaptioned: Sequence[float]
+    trained: Sequence[float] = ()
+
+
 @dataclass
 class LoopState:
     """Everything needed to resume a run beside its tensors. Randomness depends on the step only.
@@ -45,6 +55,7 @@ class LoopState:
     continued_from: str | None = None  # the run that the first steps were taken from
     seconds: float = 0.0  # of training, samples and validation included, over all sessions
     resumed: int = 0  # how often the run was resumed from a checkpoint
+    image_losses: ImageLosses | None = None
 
     def rewind(self, steps: int) -> None:
         """Removes the last `steps`, none of which was applied."""
@@ -56,7 +67,9 @@ class LoopState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LoopState:
-        return cls(**{**values, "looks": [Evaluation(**past) for past in values["looks"]]})
+        losses = values.get("image_losses")
+        images = ImageLosses(**losses) if losses else None
+        return cls(**{**values, "looks": [Evaluation(**past) for past in values["looks"]], "image_losses": images})
 
 
 @dataclass(frozen=True)

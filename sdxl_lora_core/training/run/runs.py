@@ -81,10 +81,19 @@ class Run:
         """The file of a single new token, in the folder `embeddings` beside that of the LoRAs."""
         return self.lora_path.parent.with_name("embeddings") / f"{self.name}-{token}.safetensors"
 
+    @property
+    def step_loras(self) -> Path:
+        """The folder of LoRAs of earlier steps, beside the finished one."""
+        return self.lora_path.with_suffix("")
+
+    def lora_of_step(self, step: int) -> Path:
+        return self.step_loras / f"step-{step:06d}.safetensors"
+
     def sweep(self) -> None:
         """Deletes temporary files of a killed process. Nobody else writes under this name."""
         self.checkpoints.sweep()
-        for leftover in (*self.folder.glob(".*.tmp"), *leftovers_of(self.lora_path)):
+        step_loras = self.step_loras.glob(".*.tmp")
+        for leftover in (*self.folder.glob(".*.tmp"), *leftovers_of(self.lora_path), *step_loras):
             leftover.unlink(missing_ok=True)
 
 
@@ -208,6 +217,7 @@ def _identity(folder: Path) -> dict[str, Any] | None:
 def _is_taken(run: Run, folders: RunFolders, config: TrainConfig) -> bool:
     """Whether its LoRA, or one of its new tokens, would overwrite an existing file."""
     clash = any(run.embedding(token).exists() for token in tokens_of(config))
+    clash = clash or (run.step_loras.exists() and not run.folder.exists())
     return clash or folders.taken(run.lora_path.name)
 
 
