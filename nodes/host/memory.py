@@ -41,13 +41,13 @@ class ComfyParts(LoadedParts):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._patchers: dict[str, Any] = {}
-        self._in_use: set[str] = set()
+        self.in_use: set[str] = set()  # the parts that are needed now
         self._moving = False
 
     def to_device(self, name: str, module: nn.Module, room: int = 0) -> None:
         if name not in self._patchers or self._patchers[name].model.part is not module:
             self._patchers[name] = self._evictable(name, module)
-        self._in_use.add(name)
+        self.in_use.add(name)
         self._patchers[name].resting = False
         self._load_in_use(room)
         if any(weight.device.type != self.device.type for weight in module.parameters()):
@@ -57,7 +57,7 @@ class ComfyParts(LoadedParts):
             )
 
     def finish(self, name: str, offload: bool | None = None) -> None:
-        self._in_use.discard(name)
+        self.in_use.discard(name)
         super().finish(name, offload)
 
     def to_cpu(self, name: str, module: nn.Module) -> None:
@@ -66,16 +66,13 @@ class ComfyParts(LoadedParts):
         self._patchers[name].resting = True
 
     def released(self, name: str, module: nn.Module) -> None:
-        self._in_use.discard(name)
+        self.in_use.discard(name)
         self._patchers.pop(name, None)
-
-    def end_use(self) -> None:
-        self._in_use.clear()
 
     def _load_in_use(self, room: int) -> None:
         import comfy.model_management
 
-        wanted = [self._patchers[name] for name in sorted(self._in_use)]
+        wanted = [self._patchers[name] for name in sorted(self.in_use)]
         with self._own_move():
             comfy.model_management.load_models_gpu(wanted, memory_required=room, force_full_load=True)
 
@@ -102,7 +99,7 @@ class ComfyParts(LoadedParts):
             return
         # Drop the weights but keep the patcher: ComfyUI's list of models must not shrink while it is iterated.
         del self._held[part]
-        self._in_use.discard(part)
+        self.in_use.discard(part)
         holder.part = None
         self._drop_unlisted()
         trim_heap()
@@ -146,7 +143,7 @@ def loaded_parts() -> Iterator[LoadedParts]:
         yield owner
     finally:
         if isinstance(owner, ComfyParts):
-            owner.end_use()
+            owner.in_use.clear()
 
 
 @contextmanager

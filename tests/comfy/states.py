@@ -140,7 +140,7 @@ def left_behind(node, inputs, depth, core):
         "ended": ended,
         "changed": [name for name, value in after.items() if value != before[name]],
         "ComfyUI's model": any(listed.model is core for listed in management.current_loaded_models),
-        "in use": sorted(owner()._in_use),
+        "in use": sorted(owner().in_use),
     }
 
 

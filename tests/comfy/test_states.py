@@ -18,7 +18,10 @@ from tools.run_workflow import load_pack
 
 NODES = sorted(load_pack().NODE_CLASS_MAPPINGS)
 SMALL_CORE = Path(__file__).with_name("small_core")
-CANCELLED = {"TrainSDXLLoRA", "SDXLGenerateCached", "SDXLImageCache", "SaveSDXLLoRA", "MergeLoRAs", "SaveMergedBase"}
+CANCELLED = {
+    *("TrainSDXLLoRA", "SDXLGenerateCached", "SDXLImageCache", "SaveSDXLLoRA", "MergeLoRAs", "SaveMergedBase"),
+    *("CLIPScore", "ImageSimilarity", "DistributionMetrics", "CompareLoRAs", "PickCheckpoint", "FindStrength"),
+}
 ENDINGS = {
     "finishes for the first time": "finishes",
     "finishes": "finishes",
