@@ -8,7 +8,8 @@ function showTable(node, { columns, rows }) {
   const table = element("table");
   let [column, sign] = [null, 1];
   const sortBy = (name) => {
-    sign = name === column ? -sign : 1;
+    const numbers = rows.some((row) => typeof row[name] === "number");
+    sign = name === column ? -sign : numbers ? -1 : 1; // the best scores first
     column = name;
     fill();
   };

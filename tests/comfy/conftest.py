@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = ("__init__.py", "pyproject.toml", "nodes", "sdxl_lora_core")
 SHIPPED = (*CODE, "web", "example_workflows", "subgraphs", "assets")
 SMALL = {
-    "WatchOptions": {"validate_every": 2, "sample_every": 2, "sample_steps": 2},
+    "CompareLoRAs": {"steps": 1},
+    "PickCheckpoint": {"steps": 1},
+    "FindStrength": {"steps": 1},
+    "WatchOptions": {"validate_every": 2, "sample_every": 2, "sample_steps": 2, "save_every": 1},
     "TrainSDXLLoRA": {"steps": 3, "rank": 2, "batch_size": 1},
     "SDXLGenerateCached": {"steps": 2, "count": 1},
 }
