@@ -31,7 +31,8 @@ function tableRow(row, columns) {
 }
 
 function written(value, digits) {
-  if (value === null || value === undefined) return "none";
+  if (value === undefined) return "";
+  if (value === null) return "none";
   return typeof value === "number" && digits !== null ? value.toFixed(digits) : String(value);
 }
 

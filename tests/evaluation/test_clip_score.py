@@ -11,6 +11,7 @@ from PIL import Image
 from sdxl_lora_core.evaluation.clip_score import Score, ScoreReport, annotate, plain_text, rank, score_images
 from sdxl_lora_core.vision.image_text import embed_text, load_clip, load_tokenizer
 from sdxl_lora_core.vision.model_folder import load_processor
+from tools.run_workflow import ROOT
 
 LENGTH, SIDE = 16, 32
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
@@ -140,6 +141,16 @@ def test_a_long_prompt_keeps_its_end_token_and_the_warning_names_what_was_cut(cl
     assert "'red cat'" in report.warnings[0] and f"was truncated to {LENGTH - 2}" in report.warnings[0]
     wanted = reference_cosine(clip, image[0], [START, *[TOKENS.index("a</w>")] * (LENGTH - 2), END])
     assert report.scores[0].cosine == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_bundled_model_does_not_fall_at_77_tokens():
+    """A truncation that loses the end token pools another one (torchmetrics #2883: 26 falls to 17)."""
+    image = [np.asarray(Image.open(ROOT / "assets/sample-dataset/images/11_red_ring.png").convert("RGB"))]
+    scores = [
+        score_images(image, ["x " * count], ROOT / "assets/tiny-clip").scores[0].cosine for count in range(72, 80)
+    ]
+    assert scores[3:] == pytest.approx([scores[3]] * 5, abs=1e-6)
+    assert abs(scores[3] - scores[2]) < 0.05 and abs(scores[2] - scores[0]) < 0.05
 
 
 def test_configs_with_the_old_end_token_score_alike(clip, tmp_path):
