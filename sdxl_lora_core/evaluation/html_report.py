@@ -34,9 +34,7 @@ def comparison_page(comparison: Comparison, chart: np.ndarray | None, title: str
         title=title,
         sentences=sentences(comparison),
         chart=None if chart is None else embedded_png(chart),
-        tables=[
-            {"title": comparison.titles[metric], "rows": table_rows(comparison, metric)} for metric in comparison.titles
-        ],
+        tables=[_table(comparison, metric) for metric in comparison.titles],
         columns=grid_columns(comparison),
         rows=[
             {"label": row.label, "prompt": row.prompt, "seed": row.seed, "cells": _cells(row.cells, sources)}
@@ -77,6 +75,15 @@ def _source(image: Image.Image, kind: str, **options: Any) -> str:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _table(comparison: Comparison, metric: str) -> dict[str, Any]:
+    rows = table_rows(comparison, metric)
+    return {
+        "title": comparison.titles[metric],
+        "rows": rows,
+        "bootstrap": any(row.get("bootstrap") for row in rows),
+    }
 
 
 def _cells(cells: tuple[Cell | None, ...], sources: Mapping[int, str]) -> list[str | None]:
