@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..dataset.audit import DatasetAudit, Finding, Item
+from ..dataset.audit import DatasetAudit
+from ..dataset.audit_checks import Finding, Item
 from ..files import write_atomic, write_text_atomic
 from ..images.decode import open_image
 from .html_report import embedded_jpeg, embedded_png, render
