@@ -16,7 +16,7 @@ WORKFLOWS = ["generate_with_lora_stack", "score_images", "train_and_compare", "t
 VISIBLE = {  # widgets on the face of each node: what is not advanced
     "LoadCaptionDataset": 4,
     "LoadSDXLBase": 2,
-    "WatchOptions": 10,
+    "WatchOptions": 12,
     "TrainSDXLLoRA": 9,
     "LoadLoRA": 4,
     "SDXLGenerateCached": 11,
