@@ -195,7 +195,7 @@ def _metrics(
 
 
 def _outputs(found: Comparison, saved: SavedComparison) -> dict[str, Any]:
-    from ..sdxl_lora_core.evaluation.comparison_report import table_rows, to_csv, to_json
+    from ..sdxl_lora_core.evaluation.comparison_report import table_rows
 
     metric = next(iter(found.titles))
     leader = found.leader(metric) or 0
@@ -203,7 +203,7 @@ def _outputs(found: Comparison, saved: SavedComparison) -> dict[str, Any]:
     cells = [to_image([cell.pixels]) for result in found.results for cell in result.cells if cell]
     charts = [] if saved.chart is None else [saved.chart]
     chart = to_image(charts) if charts else nothing()
-    outputs = (to_image([saved.grid]), chart, cells, to_csv(found), to_json(found), best)
+    outputs = (to_image([saved.grid]), chart, cells, saved.images, saved.report, best)
     rows = [row | {"interval": interval_words(row.get("interval"))} for row in table_rows(found, metric)]
     shown = table(_VARIANT_COLUMNS, rows)
     return show(outputs, summary(found, saved.page), [saved.grid, *charts], table=shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,7 @@ def audit(
 
     `caption_length` counts a caption's tokens. `on_image(done, total)` may raise to cancel.
     """
+    caption_length = functools.cache(caption_length)
     roles = {"training": dataset.entries, "validation": dataset.validation, "regularisation": dataset.regularisation}
     pairs = [(entry, role) for role, entries in roles.items() for entry in entries]
     entries = [entry for entry, _ in pairs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import numpy as np
 
 from .clip_score import rounded
 from .comparison import Comparison, Metric
-from .comparison_report import to_json
+from .comparison_report import as_json
 from .copies import LEAST_HELD_OUT, UNLIKELY, CopyDetector, copies_more_than
 from .metrics import OnlyFor
 from .references import References
@@ -77,7 +76,7 @@ class Choice:
             "sentences": self.sentences(),
             "rows": self.rows(),
             "memorisation": memorised,
-            "comparison": json.loads(to_json(self.comparison)),
+            "comparison": as_json(self.comparison),
         }
         return json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False)
 
@@ -108,12 +107,12 @@ def criteria(
 def choose(comparison: Comparison, memorisation: Memorisation | None) -> Choice:
     """The best of a comparison. Raises ValueError if no variant but the baseline has a score."""
     comparison = with_overall(comparison)
-    means = {index: comparison.mean(OVERALL, index) for index in range(1, len(comparison.results))}
-    known = [index for index, mean in means.items() if math.isfinite(mean)]
-    if not known:
+    others = range(1, len(comparison.results))
+    clean = [index for index in others if not (memorisation and memorisation.flagged[index])]
+    best = comparison.leader(OVERALL, clean) or comparison.leader(OVERALL, others)
+    if best is None:
         raise ValueError("no image has a score, so there is no best one: check the models and prompts")
-    clean = [index for index in known if not (memorisation and memorisation.flagged[index])]
-    return Choice(comparison, memorisation, max(clean or known, key=lambda index: means[index]))
+    return Choice(comparison, memorisation, best)
 
 
 def with_overall(comparison: Comparison) -> Comparison:

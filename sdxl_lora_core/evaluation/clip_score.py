@@ -17,8 +17,8 @@ import torch
 
 from ..images.lazy import Lazy
 from ..images.sheets import text_strip
-from ..vision.image_text import OnImages, embed_images, embed_text, load_clip, load_tokenizer
-from ..vision.model_folder import load_processor
+from ..vision.image_text import embed_images, embed_text, load_clip, load_tokenizer
+from ..vision.model_folder import OnImages, load_processor
 from .config import Scale
 from .tag_recall import Tagger, TagRecall, looks_like_tags
 

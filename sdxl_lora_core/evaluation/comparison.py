@@ -95,10 +95,11 @@ class Comparison:
     def mean(self, metric: str, index: int) -> float:
         return mean_and_deviation(self.results[index].scores[metric])[0]
 
-    def leader(self, metric: str) -> int | None:
-        """The index of the highest mean, the first of equals; None if no variant has a score."""
-        means = [self.mean(metric, index) for index in range(len(self.results))]
-        known = [index for index, mean in enumerate(means) if math.isfinite(mean)]
+    def leader(self, metric: str, among: Sequence[int] | None = None) -> int | None:
+        """The index of the highest mean, of all or `among` some, the first of equals; None if none has a score."""
+        indices = range(len(self.results)) if among is None else among
+        means = {index: self.mean(metric, index) for index in indices}
+        known = [index for index, mean in means.items() if math.isfinite(mean)]
         return max(known, key=lambda index: means[index], default=None)
 
     def undecided(self, metric: str) -> list[int]:

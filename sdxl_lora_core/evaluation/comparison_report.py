@@ -38,7 +38,12 @@ def table_rows(comparison: Comparison, metric: str) -> list[dict[str, Any]]:
 
 def to_json(comparison: Comparison) -> str:
     """Everything about a comparison but its pixels."""
-    document = {
+    return json.dumps(as_json(comparison), ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The same as JSON values."""
+    return {
         "prompts": list(comparison.prompts),
         "seeds": list(comparison.seeds),
         "baseline": comparison.results[0].variant.name,
@@ -46,7 +51,6 @@ def to_json(comparison: Comparison) -> str:
         "variants": [_variant(result) for result in comparison.results],
         "metrics": {metric: _metric(comparison, metric) for metric in comparison.titles},
     }
-    return json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def to_csv(comparison: Comparison) -> str:

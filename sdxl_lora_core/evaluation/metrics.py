@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..vision.image_text import OnImages, load_clip
+from ..vision.image_text import load_clip
+from ..vision.model_folder import OnImages
 from .clip_score import plain_text, score_images
 from .comparison import Metric
 from .similarity import Features

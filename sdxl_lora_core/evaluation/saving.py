@@ -19,11 +19,14 @@ from .html_report import comparison_page
 
 @dataclass(frozen=True)
 class SavedComparison:
-    """The folder of a comparison, with its grid and its chart (uint8 [H, W, 3]); no chart without scores."""
+    """The folder of a comparison with what it holds: grid and chart (uint8 [H, W, 3]; no chart without scores), the
+    report as JSON, and the images as CSV."""
 
     folder: Path
     grid: np.ndarray
     chart: np.ndarray | None
+    report: str
+    images: str
 
     @property
     def page(self) -> Path:
@@ -38,10 +41,11 @@ def save_comparison(comparison: Comparison, root: Path, name: str, report: str =
     """
     folder = claimed_folder(root, name)
     chart = comparison_chart(comparison) if comparison.titles else None
-    saved = SavedComparison(folder, comparison_grid(comparison), chart)
+    grid, report = comparison_grid(comparison), report or to_json(comparison)
+    saved = SavedComparison(folder, grid, chart, report, to_csv(comparison))
     write_text_atomic(saved.page, comparison_page(comparison, chart, name))
-    write_text_atomic(saved.folder / "report.json", report or to_json(comparison))
-    write_text_atomic(saved.folder / "images.csv", to_csv(comparison))
+    write_text_atomic(saved.folder / "report.json", saved.report)
+    write_text_atomic(saved.folder / "images.csv", saved.images)
     for file, pixels in {"grid.png": saved.grid, "chart.png": chart}.items():
         if pixels is not None:
             write_atomic(saved.folder / file, png_writer(pixels))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..vision.features import image_features, load_encoder
-from ..vision.image_text import OnImages, unit_vectors
-from ..vision.model_folder import load_processor
+from ..vision.image_text import unit_vectors
+from ..vision.model_folder import OnImages, load_processor
 from .clip_score import rank, rounded
 from .copies import LEAST_HELD_OUT, Copies, CopyDetector
 from .perceptual import perceptual_diversity

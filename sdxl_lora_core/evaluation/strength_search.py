@@ -62,11 +62,10 @@ def _candidates(found: Comparison) -> tuple[Variant, ...]:
     """The baseline, the leader among the others, and all that are not told apart from it."""
     rated = with_overall(found)
     others = range(1, len(rated.results))
-    means = {index: rated.mean(OVERALL, index) for index in others}
-    known = [index for index in others if math.isfinite(means[index])]
-    if not known:
+    leader = rated.leader(OVERALL, others)
+    if leader is None:
         return tuple(result.variant for result in rated.results)
-    leader = max(known, key=lambda index: means[index])
+    known = [index for index in others if math.isfinite(rated.mean(OVERALL, index))]
     close = [index for index in known if index == leader or rated.difference(OVERALL, leader, index).verdict != 1]
     return tuple(rated.results[index].variant for index in (0, *close))
 

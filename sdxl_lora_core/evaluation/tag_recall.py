@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from ..vision.classifier import class_logits, labels_of, load_classifier
-from ..vision.image_text import OnImages
-from ..vision.model_folder import load_processor
+from ..vision.model_folder import OnImages, load_processor
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .image_text import OnImages
-from .model_folder import batches, load_weights, read_config, require_weights
+from .model_folder import OnImages, by_batches, load_weights, read_config, require_weights
 
 _WANTED = (
     "use a folder with an image classifier of transformers (config.json with id2label, model.safetensors, "
@@ -51,9 +50,5 @@ def class_logits(
 
     `on_images(done, total)` is called after each batch, and may raise to cancel.
     """
-    logits: list[Tensor] = []
     with torch.inference_mode():
-        for pixels in batches(model, processor, images):
-            logits += model(pixel_values=pixels).logits.float().cpu()
-            on_images(len(logits), len(images))
-    return torch.stack(logits)
+        return by_batches(model, processor, images, lambda pixels: model(pixel_values=pixels).logits, on_images)

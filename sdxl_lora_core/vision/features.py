@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..messages import shown
-from .image_text import KINDS, OnImages
-from .model_folder import batches, load_weights, read_config, require_weights
+from .image_text import KINDS, projected
+from .model_folder import OnImages, by_batches, load_weights, read_config, require_weights
 
 _WANTED = "use a folder with an image model of transformers (config.json, model.safetensors, preprocessor_config.json)"
 
@@ -40,11 +40,7 @@ def image_features(
     norm, as DINO's k-NN evaluation uses it (arXiv:2104.14294). Others: their pooled features. `on_images(done, total)`
     is called after each batch, and may raise to cancel.
     """
-    features: list[Tensor] = []
-    for pixels in batches(model, processor, images):
-        features += _features(model, pixels).float().flatten(1).cpu()
-        on_images(len(features), len(images))
-    return torch.stack(features)
+    return by_batches(model, processor, images, lambda pixels: _features(model, pixels).flatten(1), on_images)
 
 
 def require_encoder_folder(folder: Path) -> None:
@@ -59,8 +55,7 @@ def require_encoder_folder(folder: Path) -> None:
 
 def _features(model: Any, pixels: Tensor) -> Tensor:
     if model.config.model_type in KINDS:
-        found = model.get_image_features(pixel_values=pixels)
-        return found if isinstance(found, Tensor) else found.pooler_output
+        return projected(model.get_image_features(pixel_values=pixels))
     found = model(pixel_values=pixels)
     if getattr(found, "image_embeds", None) is not None:
         return found.image_embeds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from ..messages import shown
-from .model_folder import batches, load_weights, read_config, require_weights
+from .model_folder import OnImages, by_batches, load_weights, read_config, require_weights
 
 KINDS = ("clip", "siglip", "siglip2")
 _LEGACY_EOS = 2  # in configs from before transformers 4.31: the model then pools at the highest token id
 _WANTED = "use a folder with a CLIP or SigLIP model of transformers (config.json, model.safetensors, tokenizer files)"
-
-OnImages = Callable[[int, int], object]
 
 
 def load_clip(folder: Path) -> torch.nn.Module:
@@ -89,11 +87,9 @@ def embed_images(
 
     `on_images(done, total)` is called after each batch, and may raise to cancel.
     """
-    features: list[Tensor] = []
-    for pixels in batches(model, processor, images):
-        features += unit_vectors(model.get_image_features(pixel_values=pixels))
-        on_images(len(features), len(images))
-    return torch.stack(features)
+    return by_batches(
+        model, processor, images, lambda pixels: unit_vectors(model.get_image_features(pixel_values=pixels)), on_images
+    )
 
 
 def require_clip_folder(folder: Path) -> None:
@@ -109,10 +105,13 @@ def require_clip_folder(folder: Path) -> None:
 
 def unit_vectors(features: Any) -> Tensor:
     """Features as unit vectors, float32 [N, D] on the CPU."""
-    # Transformers 5 returns an object here, with the projected features as pooler_output; 4 returns the tensor.
-    tensor = features if isinstance(features, Tensor) else features.pooler_output
-    tensor = tensor.float().cpu()
+    tensor = projected(features).float().cpu()
     return tensor / tensor.norm(dim=-1, keepdim=True)
+
+
+def projected(features: Any) -> Tensor:
+    """The tensor of get_*_features: transformers 5 returns an object with it as pooler_output, 4 the tensor itself."""
+    return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def _pads(model: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from ..files import file_sha256, json_sha256
 from ..messages import brief, shown
 from ..runtime.library_logs import quiet_libraries
+
+OnImages = Callable[[int, int], object]
 
 _IMAGES_AT_ONCE = 8
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -107,6 +109,24 @@ def _default_processor(model: Any) -> Any:
         return kind(**sizes)
     mean, deviation = (_HALF, _HALF) if name.startswith("siglip") else _IMAGENET
     return kind(**sizes, image_mean=mean, image_std=deviation)
+
+
+def by_batches(
+    model: Any,
+    processor: Any,
+    images: Sequence[np.ndarray],
+    compute: Callable[[Tensor], Tensor],
+    on_images: OnImages,
+) -> Tensor:
+    """What `compute` makes of the model's inputs [B, 3, h, w], for all images: float32 [N, ...] on the CPU.
+
+    `on_images(done, total)` is called after each batch, and may raise to cancel.
+    """
+    rows: list[Tensor] = []
+    for pixels in batches(model, processor, images):
+        rows += compute(pixels).float().cpu()
+        on_images(len(rows), len(images))
+    return torch.stack(rows)
 
 
 def batches(model: Any, processor: Any, images: Sequence[np.ndarray]) -> Iterator[Tensor]:

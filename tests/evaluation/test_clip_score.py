@@ -11,6 +11,7 @@ from PIL import Image
 from sdxl_lora_core.evaluation.clip_score import Score, ScoreReport, annotate, plain_text, rank, score_images
 from sdxl_lora_core.vision.image_text import embed_text, load_clip, load_tokenizer
 from sdxl_lora_core.vision.model_folder import load_processor
+from tests.micro.vision import pictures
 from tools.run_workflow import ROOT
 
 LENGTH, SIDE = 16, 32
@@ -41,10 +42,6 @@ def make_clip(folder, text_eos=END, dtype=torch.float32):
 def clip(tmp_path_factory):
     with torch.random.fork_rng():
         return make_clip(tmp_path_factory.mktemp("models") / "random-clip")
-
-
-def pictures(count, height=SIDE, width=SIDE, seed=0):
-    return list(np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
 
 
 def ids_of(text):
