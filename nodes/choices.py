@@ -31,6 +31,7 @@ _BUNDLED: dict[Kind, dict[str, Path]] = {
     "classifier": {},
 }
 _DATASETS = " [datasets]"
+NONE = "(none)"  # of a combo whose file is optional
 _SHOWN = 20  # names in a message
 _MODEL = "a folder with config.json in the clip_score or clip_vision folder,"
 _EXPECTED: dict[Kind, str] = {

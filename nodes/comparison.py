@@ -12,7 +12,7 @@ from ..sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from . import choices
 from .host.progress import Progress
 from .models import NO_MODEL, held_model
-from .widgets import Widget, settings_in, widget, widgets
+from .widgets import Widget, save_help, settings_in, widget, widgets
 
 if TYPE_CHECKING:
     from ..sdxl_lora_core.evaluation.comparison import Metric
@@ -25,10 +25,7 @@ _MODEL_HELP = (
     "With references or a dataset: an image model folder (DINO, CLIP) by which images are compared with those held out "
     "of training. (none): prompts are scored only."
 )
-SAVE_HELP = (
-    "The name of a folder in output/comparisons, for the HTML page, grid, chart, CSV and JSON. If it is taken, a "
-    "number is appended."
-)
+SAVE_HELP = save_help("comparisons", "HTML page, grid, chart, CSV and JSON")
 _FACE = ("steps", "guidance", "width", "height")
 _ADVANCED = (
     "negative_prompt",

@@ -4,11 +4,10 @@ import json
 from typing import Any
 
 from ..sdxl_lora_core.dataset.caption_dataset import CaptionDataset
-from .comparison import SAVE_HELP
 from .host.folders import output_folder
 from .host.progress import Progress
 from .previews import show
-from .widgets import link
+from .widgets import link, save_help
 from .wires import CATEGORY, to_image
 
 
@@ -33,7 +32,7 @@ class DatasetReport:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        help = SAVE_HELP.replace("output/comparisons", "output/datasets").replace("grid, chart, CSV", "chart")
+        help = save_help("datasets", "HTML page, chart and JSON")
         return {
             "required": {
                 "dataset": link("CAPTION_DATASET", "The dataset, from Load Caption Dataset."),

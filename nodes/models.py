@@ -14,7 +14,7 @@ from ..sdxl_lora_core.vision.features import load_encoder
 from ..sdxl_lora_core.vision.image_text import load_clip
 from . import choices
 
-NO_MODEL = "(none)"
+NO_MODEL = choices.NONE
 _LOADERS: dict[choices.Kind, Callable[[Path], torch.nn.Module]] = {
     "clip": load_clip,
     "encoder": load_encoder,

@@ -16,8 +16,6 @@ from . import choices, training
 from .widgets import Widget, lines, link, widget
 from .wires import CATEGORY
 
-NO_FILE = "(none)"
-
 
 class TrainOptions:
     """The settings of GROUP that Train SDXL LoRA does not have itself.
@@ -46,11 +44,13 @@ class TrainOptions:
     @classmethod
     def widget(cls, name: str) -> Widget:
         kind, shown = widget(cls.GROUP, name)
-        return choices.combo(cls.FILES[name], shown["tooltip"], first=NO_FILE) if name in cls.FILES else (kind, shown)
+        return (
+            choices.combo(cls.FILES[name], shown["tooltip"], first=choices.NONE) if name in cls.FILES else (kind, shown)
+        )
 
     @classmethod
     def check_file(cls, name: str, value: str | None) -> bool | str:
-        return value in ("", NO_FILE) or choices.check(cls.FILES[name], value)
+        return value in ("", choices.NONE) or choices.check(cls.FILES[name], value)
 
     @classmethod
     def IS_CHANGED(cls, **settings: Any) -> str:
@@ -62,7 +62,7 @@ class TrainOptions:
         values = {
             name: lines(value) if isinstance(fields[name].default, tuple) else value for name, value in settings.items()
         }
-        values |= {name: "" for name in self.FILES if values.get(name) == NO_FILE}
+        values |= {name: "" for name in self.FILES if values.get(name) == choices.NONE}
         changed = {name: value for name, value in values.items() if value != fields[name].default}
         return ({**(options or {}), **changed},)
 

@@ -68,6 +68,11 @@ def lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
+def save_help(folder: str, files: str) -> str:
+    """The tooltip of a name under which a node saves several files."""
+    return f"The name of a folder in output/{folder}, for the {files}. If it is taken, a number is appended."
+
+
 def link(kind: str, tooltip: str) -> Widget:
     """An input without a widget, for a link only."""
     return kind, {"tooltip": tooltip}

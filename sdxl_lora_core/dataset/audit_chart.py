@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ..images.figures import new_figure, pixels_of
 from ..images.fonts import with_families
 from .audit import DatasetAudit
 
-_DPI = 120
 _COLORS = {"training": "#1f4e8c", "validation": "#2e7d32", "regularisation": "#8a8a8a"}
 _RED = "#b3261e"
 _TOKENS = 75  # that CLIP reads of a caption
@@ -21,11 +21,7 @@ _FEW = 6  # bars, below which they are not made higher
 
 def audit_chart(audit: DatasetAudit) -> np.ndarray:
     """uint8 [H, W, 3], 1200 px wide."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 7), dpi=_DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(10, 7)
     (sizes, buckets), (lengths, tags) = figure.subplots(2, 2)
     _plot_sizes(sizes, audit)
     _plot_buckets(buckets, audit)
@@ -34,8 +30,7 @@ def audit_chart(audit: DatasetAudit) -> np.ndarray:
     for axes in (sizes, buckets, lengths, tags):
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels_of(figure)
 
 
 def _plot_sizes(axes: Any, audit: DatasetAudit) -> None:

@@ -6,29 +6,24 @@ from typing import Any
 
 import numpy as np
 
+from ..images.figures import new_figure, pixels_of
 from ..images.fonts import with_families
 from .choice import OVERALL, Choice
 from .statistics import t_interval
 
-_DPI = 120
 _PLAIN, _BEST, _MEMORISED, _BASE = "#1f4e8c", "#2e7d32", "#b3261e", "#8a8a8a"
 
 
 def choice_chart(choice: Choice) -> np.ndarray:
     """uint8 [H, W, 3], 1200 px wide. Green is the best, red memorised, grey the base. Without similarities only the
     overall scores, with 95 % intervals of their means over the prompts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     scattered = "similarity" in choice.comparison.titles
-    figure = Figure(figsize=(10, 4.2), dpi=_DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.2)
     *left, right = figure.subplots(1, 2 if scattered else 1, squeeze=False)[0]
     for axes in left:
         _plot_scatter(axes, choice)
     _plot_overall(right, choice)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels_of(figure)
 
 
 def _plot_scatter(axes: Any, choice: Choice) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..images.figures import new_figure, pixels_of
 from ..images.fonts import with_families
 from .comparison import Comparison
 from .statistics import mean_and_deviation
 
-_DPI = 120
 _SCORE, _BETTER, _WORSE, _UNKNOWN = "#1f4e8c", "#2e7d32", "#b3261e", "#8a8a8a"
 _LONGEST = 40  # letters of a variant's name
 
@@ -16,12 +16,8 @@ _LONGEST = 40  # letters of a variant's name
 def comparison_chart(comparison: Comparison) -> np.ndarray:
     """uint8 [H, W, 3], 1200 px wide: for each metric the means on the left, the differences to the baseline with their
     95 % intervals on the right; green is better, red is worse, grey is not told apart."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     metrics, count = list(comparison.titles), len(comparison.results)
-    figure = Figure(figsize=(10, (0.9 + 0.34 * count) * len(metrics) + 0.3), dpi=_DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(10, (0.9 + 0.34 * count) * len(metrics) + 0.3)
     axes = figure.subplots(len(metrics), 2, squeeze=False, sharey="row")
     names, families = with_families("\n".join(_short(result.variant.name) for result in comparison.results))
     for (means, differences), metric in zip(axes, metrics, strict=True):
@@ -32,8 +28,7 @@ def comparison_chart(comparison: Comparison) -> np.ndarray:
         for plot in (means, differences):
             plot.tick_params(axis="x", labelsize=8)
             plot.grid(alpha=0.25)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels_of(figure)
 
 
 def _plot_means(axes, comparison: Comparison, metric: str) -> None:  # type: ignore[no-untyped-def]

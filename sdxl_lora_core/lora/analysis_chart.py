@@ -6,23 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from ..images.figures import new_figure, pixels_of
 from ..images.fonts import with_families
 from .analysis import PairOverlap, StackAnalysis
 
-_DPI = 120
 _MOST_PAIRS = 15  # those with the largest cosines
 
 
 def stack_chart(analysis: StackAnalysis) -> np.ndarray:
     """uint8 [H, W, 3], 1200 px wide: shares of energy, and below them the cosines of the pairs, if there are any."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     blocks = list(dict.fromkeys(block for lora in analysis.loras for block in lora.blocks))
     pairs = sorted(analysis.pairs, key=_strongest, reverse=True)[:_MOST_PAIRS]
     rows = [len(analysis.loras), len(pairs)] if pairs else [len(analysis.loras)]
-    figure = Figure(figsize=(10, 1.8 + 0.34 * sum(rows) + 0.5 * len(rows)), dpi=_DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(10, 1.8 + 0.34 * sum(rows) + 0.5 * len(rows))
     charts = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
     energies = [
         [lora.blocks[block].energy if block in lora.blocks else np.nan for block in blocks] for lora in analysis.loras
@@ -37,8 +33,7 @@ def stack_chart(analysis: StackAnalysis) -> np.ndarray:
         names = [f"{pair.first} / {pair.second}" for pair in pairs]
         _heatmap(figure, charts[1], title, names, cosines, ("RdBu", -1, 1, "{:.2f}"))
     charts[-1].set_xticks(range(len(blocks)), blocks, rotation=40, ha="right", fontsize=8)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels_of(figure)
 
 
 def _strongest(pair: PairOverlap) -> float:

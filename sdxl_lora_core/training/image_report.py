@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..dataset.caption_dataset import CaptionEntry
 from ..files import write_atomic, write_text_atomic
+from ..images.figures import new_figure
 from ..images.fonts import with_families
 from .run.loop_state import ImageLosses
 
@@ -82,11 +83,7 @@ def write_image_losses(folder: Path, images: Sequence[ImageLoss]) -> None:
 
 
 def _plot(path: Path, images: Sequence[ImageLoss]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.2 + 0.26 * len(images)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 1.2 + 0.26 * len(images))
     axes = figure.subplots()
     colors = [_RED if image.outlier else _PLAIN for image in images]
     axes.barh(range(len(images)), [image.ratio for image in images], color=colors)

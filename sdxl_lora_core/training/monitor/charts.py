@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_atomic
+from ...images.figures import new_figure
 from ...images.fonts import with_families
 from ..run.loop_state import LoopState
 from .progress import Smoothing
@@ -21,12 +22,9 @@ def plot_losses(path: Path, title: str, state: LoopState, kept: int | None = Non
 
     `kept` is the step that is saved if it is not the last one, shown as a vertical line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     scores = [(past.step, past.clip_score) for past in state.looks if past.clip_score is not None]
     heights = (5, 1, 1) if scores else (5, 1)
     losses, *others, rates = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
