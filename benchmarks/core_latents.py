@@ -36,7 +36,7 @@ from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.lora.stack import LoRARef
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import CONFIGS, open_base
-from sdxl_lora_core.sdxl.loading import ENCODERS, Part
+from sdxl_lora_core.sdxl.family import ENCODERS, Part
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("a lighthouse on a cliff at dusk, oil painting", "blurry")

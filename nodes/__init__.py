@@ -4,7 +4,7 @@ import functools
 
 from . import choices
 from .apply_lora_stack import ApplyLoRAStack
-from .base_model import LoadSDXLBase
+from .base_model import LoadSD15Base, LoadSDXLBase
 from .compare_loras import CompareLoRAs, CompareVariant
 from .control import AddControlNet
 from .dataset import LoadCaptionDataset
@@ -38,6 +38,7 @@ from .training import TrainSDXLLoRA
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "LoadCaptionDataset": LoadCaptionDataset,
     "LoadSDXLBase": LoadSDXLBase,
+    "LoadSD15Base": LoadSD15Base,
     "TrainSDXLLoRA": TrainSDXLLoRA,
     "LoadLoRA": LoadLoRA,
     "SDXLGenerateCached": SDXLGenerateCached,
@@ -69,6 +70,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "LoadCaptionDataset": "Load Caption Dataset",
     "LoadSDXLBase": "Load SDXL Base",
+    "LoadSD15Base": "Load SD 1.5 Base",
     "TrainSDXLLoRA": "Train SDXL LoRA",
     "LoadLoRA": "Load LoRA (SDXL)",
     "SDXLGenerateCached": "SDXL Generate (cached)",

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..sdxl_lora_core.lora.patches import comfyui_patches, describe_fit
 from ..sdxl_lora_core.lora.stack import StackEntry
-from ..sdxl_lora_core.sdxl.loading import ENCODERS, Part
+from ..sdxl_lora_core.sdxl.family import ENCODERS, Part
 from . import choices
 from .host.comfy import nothing
 from .host.comfyui_models import with_lora

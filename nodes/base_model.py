@@ -2,7 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sdxl_lora_core.sdxl.base import describe_base, open_base, require_predictable, require_vae
+from ..sdxl_lora_core.sdxl.base import (
+    SDXLBase,
+    describe_base,
+    open_base,
+    open_sd15_base,
+    require_predictable,
+    require_vae,
+)
 from ..sdxl_lora_core.sdxl.vae_override import with_vae
 from ..sdxl_lora_core.training.config.train_config import TrainConfig
 from . import choices
@@ -12,6 +19,11 @@ from .widgets import widget, widgets
 from .wires import CATEGORY
 
 OWN_VAE = "(the base's own)"
+_PRECISION_HELP = "Precision of the weights in memory. auto: bf16 or fp16 on a GPU, fp32 on the CPU."
+_SD15_VAE_HELP = (
+    "A VAE from the vae folder to use instead of the base's own. It must be for Stable Diffusion 1.5: SDXL's has the "
+    "same layout and gives wrong colours."
+)
 _VAE_HELP = (
     "A VAE from the vae folder to use instead of the base's own, for training and generating. It must be for SDXL: one "
     "for Stable Diffusion 1.5 has the same layout and gives wrong colours."
@@ -45,11 +57,10 @@ class LoadSDXLBase:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        precision_help = "Precision of the weights in memory. auto: bf16 or fp16 on a GPU, fp32 on the CPU."
         return {
             "required": {
                 "base": choices.combo("base", "An SDXL checkpoint, a diffusers folder, or the bundled tiny model."),
-                "precision": widget(TrainConfig, "precision", tooltip=precision_help),
+                "precision": widget(TrainConfig, "precision", tooltip=_PRECISION_HELP),
             },
             "optional": {
                 **widgets(TrainConfig, ("prediction", "zero_terminal_snr"), advanced=True),
@@ -70,16 +81,68 @@ class LoadSDXLBase:
     def load(
         self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto", vae: str = OWN_VAE
     ) -> dict[str, Any]:
-        hashes = cache_folders().hashes
         stated = {"prediction": prediction, "zero_terminal_snr": zero_terminal_snr}
-        opened = open_base(choices.find("base", base), precision, hashes, **stated)
-        if zero_terminal_snr == "on":
-            require_predictable(opened)
-        if vae != OWN_VAE:
-            opened = with_vae(opened, choices.find("vae", vae), hashes)
-        require_vae(opened)
-        info = describe_base(opened)
-        return show((opened, info), info)
+        opened = open_base(choices.find("base", base), precision, cache_folders().hashes, **stated)
+        return _shown(opened, zero_terminal_snr, vae)
+
+
+class LoadSD15Base:
+    """Opens a Stable Diffusion 1.5 checkpoint or diffusers folder, to compare SDXL with."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Opens a Stable Diffusion 1.5 base model for generating, to compare SDXL with: connect it to SDXL Generate "
+        "(cached) or to Compare: Add Variant. LoRAs, ControlNets and training need an SDXL base."
+    )
+    SEARCH_ALIASES = ["sd15", "sd 1.5 checkpoint", "stable diffusion 1.5", "load sd1.5", "v1-5"]
+    RETURN_TYPES = ("SDXL_BASE", "STRING")
+    RETURN_NAMES = ("base", "info")
+    OUTPUT_TOOLTIPS = (
+        "The base model, for generating only.",
+        "A description of the model: layout, prediction type, precision, fingerprint.",
+    )
+    HAS_INTERMEDIATE_OUTPUT = True
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "base": choices.combo("sd15_base", "A Stable Diffusion 1.5 checkpoint or diffusers folder."),
+                "precision": widget(TrainConfig, "precision", tooltip=_PRECISION_HELP),
+            },
+            "optional": {
+                **widgets(TrainConfig, ("prediction", "zero_terminal_snr"), advanced=True),
+                "vae": choices.combo("vae", _SD15_VAE_HELP, first=OWN_VAE, advanced=True),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, base: str | None = None, vae: str | None = None) -> bool | str:
+        found = choices.check("sd15_base", base)
+        return choices.check("vae", _chosen(vae)) if found is True else found
+
+    @classmethod
+    def IS_CHANGED(cls, base: str | None = None, vae: str | None = None, **settings: Any) -> str:
+        return choices.content("sd15_base", base) + choices.content("vae", _chosen(vae))
+
+    def load(
+        self, base: str, precision: Any, prediction: Any = "auto", zero_terminal_snr: Any = "auto", vae: str = OWN_VAE
+    ) -> dict[str, Any]:
+        stated = {"prediction": prediction, "zero_terminal_snr": zero_terminal_snr}
+        opened = open_sd15_base(choices.find("sd15_base", base), precision, cache_folders().hashes, **stated)
+        return _shown(opened, zero_terminal_snr, vae)
+
+
+def _shown(base: SDXLBase, zero_terminal_snr: str, vae: str) -> dict[str, Any]:
+    """The outputs of a base with another VAE, if one is chosen."""
+    if zero_terminal_snr == "on":
+        require_predictable(base)
+    if vae != OWN_VAE:
+        base = with_vae(base, choices.find("vae", vae), cache_folders().hashes)
+    require_vae(base)
+    info = describe_base(base)
+    return show((base, info), info)
 
 
 def _chosen(vae: str | None) -> str | None:

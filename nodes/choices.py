@@ -17,12 +17,13 @@ from .host.folders import cache_folders, file_names, input_folder, output_folder
 from .widgets import Widget
 from .wires import read_stack, strengths_by_block
 
-Kind = Literal["dataset", "base", "vae", "lora", "control_net", "clip", "encoder", "classifier"]
+Kind = Literal["dataset", "base", "sd15_base", "vae", "lora", "control_net", "clip", "encoder", "classifier"]
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 _BUNDLED: dict[Kind, dict[str, Path]] = {
     "dataset": {"sample: 8-bit (bundled)": _ASSETS / "sample-dataset"},
     "base": {"tiny-sdxl (bundled)": _ASSETS / "tiny-sdxl"},
+    "sd15_base": {},
     "vae": {},
     "lora": {f"{name} (bundled)": _ASSETS / "loras" / f"{name}.safetensors" for name in ("8bit_style", "line_style")},
     "control_net": {},
@@ -34,9 +35,11 @@ _DATASETS = " [datasets]"
 NONE = "(none)"  # of a combo whose file is optional
 _SHOWN = 20  # names in a message
 _MODEL = "a folder with config.json in the clip_score or clip_vision folder,"
+_BASE = "a .safetensors file in the checkpoints folder, or a folder with model_index.json in the diffusers folder"
 _EXPECTED: dict[Kind, str] = {
     "dataset": "a folder inside ComfyUI's input folder",
-    "base": "a .safetensors file in the checkpoints folder, or a folder with model_index.json in the diffusers folder",
+    "base": _BASE,
+    "sd15_base": _BASE,
     "vae": "a .safetensors file, or a folder with config.json, in the vae folder",
     "lora": "a .safetensors file in the loras folder",
     "control_net": "a .safetensors file, or a folder with config.json, in the controlnet folder",
@@ -168,7 +171,7 @@ def _found(kind: Kind) -> dict[str, list[Path]]:
     match kind:
         case "dataset":
             return _subfolders([input_folder()]) | _subfolders(roots("datasets"), _DATASETS)
-        case "base":
+        case "base" | "sd15_base":
             return _weights("checkpoints") | _folders_with("model_index.json", "diffusers")
         case "vae":
             return _weights("vae") | _folders_with("config.json", "vae")
@@ -184,7 +187,7 @@ def _typed(kind: Kind) -> list[Path]:
     match kind:
         case "dataset":
             return [input_folder()]
-        case "base":
+        case "base" | "sd15_base":
             return roots("checkpoints") + roots("diffusers")
         case "vae":
             return roots("vae")

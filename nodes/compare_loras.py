@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..sdxl_lora_core.evaluation.variants import Variant, make_variants, parse_axis, read_settings, stack_name
+from ..sdxl_lora_core.generation.config import GenerateConfig
+from ..sdxl_lora_core.lora.stack import LoRARef
 from ..sdxl_lora_core.sdxl.base import SDXLBase, size_note
 from . import choices
 from .comparison import (
@@ -45,6 +47,7 @@ _AXIS_HELP = (
 _VARIANT_COLUMNS: list[Column] = [
     ("name", "variant", None),
     ("mean", "mean", 2),
+    ("deviation", "deviation", 2),
     ("difference", "to base", 2),
     ("interval", "95 % interval", None),
     ("wins", "won", 2),
@@ -53,12 +56,12 @@ _VARIANT_COLUMNS: list[Column] = [
 
 
 class CompareVariant:
-    """Adds a variant to a comparison: a stack of LoRAs, other settings, or images that are there already."""
+    """Adds a variant to a comparison: a stack of LoRAs, other settings, another base, or given images."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Adds a variant to Compare LoRAs: a stack of LoRAs, other settings of generation, or images from elsewhere. "
-        "Chain several."
+        "Adds a variant to Compare LoRAs: a stack of LoRAs, other settings of generation, another base, or images from "
+        "elsewhere. Chain several."
     )
     SEARCH_ALIASES = ["compare variant", "xy plot input", "ab test", "add variant"]
     RETURN_TYPES = ("COMPARE_VARIANTS",)
@@ -83,6 +86,7 @@ class CompareVariant:
                     "Images of this variant, of another program too, instead of generating them: for each prompt one "
                     "for each seed.",
                 ),
+                "base": link("SDXL_BASE", "Another base for this variant, such as from Load SD 1.5 Base."),
             },
         }
 
@@ -93,11 +97,19 @@ class CompareVariant:
         variants: Sequence[Variant] = (),
         lora_stack: Any = None,
         images: Tensor | None = None,
+        base: SDXLBase | None = None,
     ) -> tuple[tuple[Variant, ...]]:
         loras = tuple(choices.lora_refs(read_stack(lora_stack)))
-        name = name.strip() or ("images" if images is not None else stack_name(loras))
+        name = name.strip() or _variant_name(loras, images, base)
         given = None if images is None else from_image(images)
-        return ((*variants, Variant(name, loras, read_settings(settings, name), given)),)
+        return ((*variants, Variant(name, loras, read_settings(settings, name), given, base=base)),)
+
+
+def _variant_name(loras: Sequence[LoRARef], images: Tensor | None, base: SDXLBase | None) -> str:
+    if images is not None:
+        return "images"
+    names = [base.name] if base else []
+    return " + ".join([*names, stack_name(loras)] if loras or not names else names)
 
 
 class CompareLoRAs:
@@ -171,13 +183,22 @@ class CompareLoRAs:
         made = make_variants(loras, parse_axis(columns), parse_axis(rows), choices.lora_files())
         variants = (*made, *inputs.get("variants", ()))
         with loaded_parts() as parts, Progress() as progress:
-            progress.note(size_note(base, max(config.width, config.height), "width and height"))
+            progress.note(_size_notes(base, config, variants))
             metrics, notes = _metrics(parts, progress, variants, inputs)
             said = VariantProgress(progress)
             context = replace(generation_context(parts, progress, inputs), on_detail=said.on_detail)
             found = compare(ComparisonJob(base, config, variants, metrics), context, said.on_variant)
         found = replace(found, notes=notes)
         return _outputs(found, save_comparison(found, output_folder() / "comparisons", save_as))
+
+
+def _size_notes(base: SDXLBase, config: GenerateConfig, variants: Sequence[Variant]) -> str:
+    """What to say of images that are too large for their base, once each."""
+    notes = []
+    for variant in variants:
+        own = variant.config(config)
+        notes.append(size_note(variant.base or base, max(own.width, own.height), "width and height"))
+    return "\n".join(filter(None, dict.fromkeys(notes)))
 
 
 def _metrics(

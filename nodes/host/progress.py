@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...sdxl_lora_core.messages import brief
+from ...sdxl_lora_core.sdxl.family import SDXL, Family
 from .comfy import running
 from .memory import device
 from .status import board
@@ -42,6 +43,7 @@ class Progress:
         self._marks: deque[tuple[int, float]] = deque(maxlen=20)  # items done, and when
         self._preview: np.ndarray | None = None
         self._words = ""
+        self._previewer = functools.cache(_previewer)
 
     def __enter__(self) -> Self:
         return self
@@ -58,20 +60,10 @@ class Progress:
             self._status.state, self._status.message = "failed", brief(str(error))
         self._status.send(now=True)
 
-    @functools.cached_property
-    def _previewer(self) -> LatentPreviewer | None:
-        """Decodes previews of latents; None if previews are off in ComfyUI."""
-        if not running():
-            return None
-        from comfy.latent_formats import SDXL
-        from latent_preview import get_previewer
-
-        return get_previewer(device(), SDXL())
-
-    def on_estimate(self, latents: Tensor) -> None:
-        """Stores a preview of latents [B, 4, h, w] in the UNet's scale, which the next call shows."""
-        if self._previewer:
-            shown = [np.asarray(self._previewer.decode_latent_to_preview(one[None])) for one in latents[:PREVIEWED]]
+    def on_estimate(self, latents: Tensor, family: Family) -> None:
+        """Stores a preview of latents [B, 4, h, w] in the scale of the UNet of a family, which the next call shows."""
+        if previewer := self._previewer(family):
+            shown = [np.asarray(previewer.decode_latent_to_preview(one[None])) for one in latents[:PREVIEWED]]
             self._preview = np.concatenate(shown, axis=1)
 
     def __call__(self, done: int, total: int, phase: str = "", detail: str = "") -> None:
@@ -143,6 +135,16 @@ class Progress:
         self._marks.clear()
         self._terminal = tqdm(initial=done, total=total, desc=phase or None, leave=False)
         self._node = _node_bar(total)
+
+
+def _previewer(family: Family) -> LatentPreviewer | None:
+    """Decodes previews of latents; None if previews are off in ComfyUI."""
+    if not running():
+        return None
+    from comfy import latent_formats
+    from latent_preview import get_previewer
+
+    return get_previewer(device(), latent_formats.SDXL() if family == SDXL else latent_formats.SD15())
 
 
 def _node_bar(total: int) -> ProgressBar | None:

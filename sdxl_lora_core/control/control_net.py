@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..files import json_sha256
 from ..runtime.library_logs import quiet_libraries
 from ..safetensors_file import WeightsHeader, read_header
-from ..sdxl.base import SDXLBase, weights_sha256
+from ..sdxl.base import SDXLBase, require_sdxl, weights_sha256
 from ..sdxl.detection import read_json
 from ..sdxl.file_kinds import CONTROL, SDXL_CONTROL_NETS, kind_of, require_unscaled
 from ..sdxl.loading import align, assembled, read_tensors, require_complete, weight_files
@@ -99,6 +99,7 @@ def require_control_net(header: WeightsHeader) -> dict[str, Any]:
 
 def require_fit(net: ControlNet, base: SDXLBase) -> None:
     """Raises ValueError unless the base has the widths and layers of the ControlNet."""
+    require_sdxl(base, f"ControlNet {net.name}")
     unet = read_json(base.configs / "unet" / "config.json")
     for setting, what in _SHARED_WITH_BASE.items():
         found, wanted = net.settings.get(setting), unet[setting]

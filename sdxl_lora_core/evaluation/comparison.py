@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ..generation.config import GenerateConfig
-from ..generation.generate import generate
+from ..generation.generate import generate, require_for_family
 from ..generation.job import GenerationContext, GenerationJob
 from ..sdxl.base import SDXLBase
 from .statistics import PairedDifference, mean_and_deviation, paired_difference
@@ -148,7 +148,7 @@ def _checked(job: ComparisonJob) -> ComparisonJob:
     require_distinct(job.variants)
     count = len(config.prompts) * config.count
     for variant in job.variants:
-        variant.config(config)
+        require_for_family(_generation(variant, replace(job, config=config)))
         if variant.given is not None and len(variant.given) != count:
             raise ValueError(
                 f"variant {variant.name} has {len(variant.given)} images: a comparison of {len(config.prompts)} "
@@ -161,8 +161,12 @@ def _cells(variant: Variant, job: ComparisonJob, context: GenerationContext) -> 
     if variant.given is not None:
         pairs = [(prompt, seed) for prompt in job.config.prompts for seed in seeds_of(job.config)]
         return tuple(Cell(pixels, *pair) for pixels, pair in zip(variant.given, pairs, strict=True))
-    images = generate(GenerationJob(job.base, variant.config(job.config), variant.loras), context)
+    images = generate(_generation(variant, job), context)
     return tuple(Cell(image.pixels, image.prompt, image.seed, image.key, image.hit) for image in images)
+
+
+def _generation(variant: Variant, job: ComparisonJob) -> GenerationJob:
+    return GenerationJob(variant.base or job.base, variant.config(job.config), variant.loras)
 
 
 def _scores(

@@ -138,6 +138,7 @@ def _variant(result: Result) -> dict[str, Any]:
         "name": variant.name,
         "row": variant.row,
         "column": variant.column,
+        **({"base": variant.base.name} if variant.base else {}),
         "loras": [_lora(lora) for lora in variant.loras],
         "settings": dict(variant.settings),
         "given": variant.given is not None,

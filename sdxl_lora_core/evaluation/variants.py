@@ -11,6 +11,7 @@ import numpy as np
 from ..generation.config import GenerateConfig
 from ..lora.stack import LoRARef, read_blocks_of
 from ..messages import shown
+from ..sdxl.base import SDXLBase
 from ..settings import fields_of, from_mapping, types_of
 
 BASE = "base"
@@ -23,8 +24,9 @@ _ALL = "all"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to make the images: a stack of LoRAs, changed settings of generation, or `given` images.
+    """One way to make the images: a stack of LoRAs, changed settings of generation, another base, or `given` images.
 
+    `base` None is that of the comparison.
     `row` and `column` are its labels in the grid. `given` are uint8 [H, W, 3], ordered by prompt, then by seed.
     """
 
@@ -34,6 +36,7 @@ class Variant:
     given: Sequence[np.ndarray] | None = None
     row: str = ""
     column: str = ""
+    base: SDXLBase | None = None
 
     def config(self, config: GenerateConfig) -> GenerateConfig:
         """`config` with the settings of the variant. Raises ValueError naming the variant for one that is not valid."""

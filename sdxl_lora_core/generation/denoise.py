@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,16 +23,15 @@ StepOptions = dict[str, Any]
 class Conditioning(NamedTuple):
     """Inputs of the UNet beside latents and timestep, one row for each row of its batch.
 
-    `embeds` [rows, tokens, 2048], `pooled` [rows, 1280], `time_ids` [rows, 6]. With guidance the first half of the rows
-    belongs to the negative prompt.
+    `embeds` [rows, tokens, 2048]; `added` are SDXL's text_embeds [rows, 1280] and time_ids [rows, 6]. With guidance the
+    first half of the rows belongs to the negative prompt.
     """
 
     embeds: Tensor
-    pooled: Tensor
-    time_ids: Tensor
+    added: Mapping[str, Tensor]
 
     def last(self, rows: int) -> Conditioning:
-        return Conditioning(*(tensor[-rows:] for tensor in self))
+        return Conditioning(self.embeds[-rows:], {name: tensor[-rows:] for name, tensor in self.added.items()})
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,10 @@ class Denoiser:
         """
         guided = self.guidance is not None and self.guidance.is_active(progress)
         sample = torch.cat([sample] * 2) if guided else sample
-        embeds, pooled, time_ids = conditioning.last(len(sample))
+        embeds, added = conditioning.last(len(sample))
         inputs = {
             "encoder_hidden_states": embeds,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
+            "added_cond_kwargs": added,
             "return_dict": False,
         }
         residuals = control_residuals(self.controls, progress, sample, timestep, inputs)

@@ -13,9 +13,9 @@ from ..cache.image_cache import ImageCache
 from ..control.control import Control, HintNumbers, active_controls
 from ..control.control_net import require_fit
 from ..lora.stack import StackEntry, open_stack
-from ..sdxl.base import require_vae
+from ..sdxl.base import require_sdxl, require_vae
 from ..sdxl.precision import resolve_dtype
-from .config import GenerateConfig
+from .config import GenerateConfig, is_own_size
 from .image_keys import control_settings, image_settings
 from .image_maker import ImageMaker, offload_choice
 from .init_images import require_counts
@@ -24,6 +24,7 @@ from .passes import GeneratedImage, Pass, Progress, Request, negative_prompt
 from .png_metadata import PngTexts, graph_texts
 from .prompt_encoder import TextPhase
 from .prompt_reader import PromptReader
+from .x0_estimate import OnEstimate
 
 
 def generate(job: GenerationJob, context: GenerationContext) -> list[GeneratedImage]:
@@ -36,12 +37,13 @@ def generate(job: GenerationJob, context: GenerationContext) -> list[GeneratedIm
 
     Raises FileNotFoundError or ValueError for a LoRA or an embedding that is missing or does not fit. Raises ValueError
     for a sampler that does not fit the base or lacks its library, for a wrong number of starts or hints, for a
-    ControlNet that does not fit the base, for an image that is not finite, and for one that is not cached if
-    `config.cache` is "only".
+    ControlNet that does not fit the base, for an image that is not finite, for one that is not cached if
+    `config.cache` is "only", and for a LoRA, a ControlNet or micro-conditioning with a base that is not SDXL.
     """
     require_counts(job.starts, job.config)
     require_vae(job.base)
     session = _Session(job, context)
+    require_for_family(job)
     for control in session.controls:
         require_fit(control.net, job.base)
     config = job.config
@@ -52,6 +54,15 @@ def generate(job: GenerationJob, context: GenerationContext) -> list[GeneratedIm
     second = session.make_pass(config.second_pass, requested=config)
     enlarging = [second.enlarging(request) for request in requests]
     return second.images(enlarging, functools.partial(second.with_starts_from, first))
+
+
+def require_for_family(job: GenerationJob) -> None:
+    """Raises ValueError for LoRAs and micro-conditioning, which only SDXL takes, if the base is not SDXL."""
+    for lora in job.loras:
+        if lora.strength_model or lora.strength_clip:
+            require_sdxl(job.base, f"LoRA {lora.name}")
+    if not is_own_size(job.config):
+        require_sdxl(job.base, "micro-conditioning (original_width and so on)")
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class _Session:
 
     @cached_property
     def reader(self) -> PromptReader:
-        return PromptReader(self.job.config, self.context.find_embedding, self.context.hash_memo)
+        return PromptReader(self.job.config, self.context.find_embedding, self.context.hash_memo, self.job.base.family)
 
     @cached_property
     def progress(self) -> Progress:
@@ -80,6 +91,11 @@ class _Session:
     @cached_property
     def dtype(self) -> torch.dtype:
         return resolve_dtype(self.job.base.precision, self.context.parts.device)
+
+    @cached_property
+    def on_estimate(self) -> OnEstimate | None:
+        show, family = self.context.on_estimate, self.job.base.family
+        return (lambda latents: show(latents, family)) if show else None
 
     def make_pass(self, config: GenerateConfig, requested: GenerateConfig) -> Pass:
         """`requested` is the configuration that is written into the PNGs."""
@@ -92,7 +108,7 @@ class _Session:
             negative=negative_prompt(self.reader, config),
             cache=ImageCache(cache.images) if cache and config.cache != "off" else None,
             text_phase=TextPhase(self.reader, base, self.stack, parts, self.dtype, offload, prompts),
-            maker=ImageMaker(base, config, self.stack, parts, self.dtype, self.controls, self.context.on_estimate),
+            maker=ImageMaker(base, config, self.stack, parts, self.dtype, self.controls, self.on_estimate),
             texts=PngTexts(base, requested, self.stack, graph, self.controls),
             control_facts=functools.cache(functools.partial(control_settings, config, self.controls)),
             progress=self.progress,

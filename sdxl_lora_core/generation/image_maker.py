@@ -19,6 +19,7 @@ from ..lora.stacked_part import StackedPart
 from ..runtime.device import out_of_memory_named
 from ..runtime.loaded_parts import Loaded, LoadedParts, PartRequest
 from ..sdxl.base import SDXLBase, load_part
+from ..sdxl.family import SDXL
 from ..sdxl.latents import VAE_SCALE, unscaled
 from ..text.encoding import stack_embeds
 from ..text.text_model import TextEmbeds
@@ -117,12 +118,15 @@ class ImageMaker:
         """Negative prompt first, if there is one. The sizes are in the UNet's precision, as in diffusers' pipelines."""
         negative = [batch.negative] * len(batch.prompts) if batch.negative else []
         rows = [*negative, *batch.prompts]
+        embeds = stack_embeds([row.hidden[0] for row in rows]).to(unet.device, unet.dtype)  # padded to one length
+        if self.base.family != SDXL:
+            return Conditioning(embeds, {})
         sizes = [number for size in micro_conditioning(self.config) for number in size]
-        return Conditioning(
-            stack_embeds([row.hidden[0] for row in rows]).to(unet.device, unet.dtype),  # padded to one length
-            torch.cat([row.pooled for row in rows]).to(unet.device),
-            torch.tensor([sizes], dtype=unet.dtype, device=unet.device).repeat(len(rows), 1),
-        )
+        added = {
+            "text_embeds": torch.cat([row.pooled for row in rows]).to(unet.device),
+            "time_ids": torch.tensor([sizes], dtype=unet.dtype, device=unet.device).repeat(len(rows), 1),
+        }
+        return Conditioning(embeds, added)
 
     def _decode(self, latents: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
         """The pixels and the latents in the VAE's own scale of each image."""

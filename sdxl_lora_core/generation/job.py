@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..cache.folders import CacheFolders
 from ..control.control import Control
 from ..lora.stack import LoRARef
 from ..runtime.loaded_parts import LoadedParts
 from ..sdxl.base import SDXLBase
+from ..sdxl.family import Family
 from .config import GenerateConfig
 from .init_images import StartImage
-from .x0_estimate import OnEstimate
 
 OnStep = Callable[[int, int], object]
 
@@ -42,7 +44,8 @@ class GenerationContext:
     `workflow`, with which PNGs record how they were made (see png_metadata). `find_embedding` returns the file of
     `embedding:name`, None if there is none. `on_step(done, total)` counts UNet calls and may raise to cancel.
     `on_detail` gets the image and its step in words, before the on_step that reports it.
-    `on_estimate` gets an estimate of the clean latents before each step, float32 [B, 4, H/8, W/8] in the UNet's scale.
+    `on_estimate(latents, family)` gets an estimate of the clean latents before each step, float32 [B, 4, H/8, W/8]
+    in the scale of the UNet of that family.
     """
 
     parts: LoadedParts
@@ -51,7 +54,7 @@ class GenerationContext:
     find_embedding: Callable[[str], Path | None] = lambda name: None
     on_step: OnStep = lambda done, total: None
     on_detail: Callable[[str], None] = lambda words: None
-    on_estimate: OnEstimate | None = None
+    on_estimate: Callable[[Tensor, Family], object] | None = None
 
     @property
     def hash_memo(self) -> Path | None:

@@ -16,15 +16,15 @@ from ..files import json_sha256
 from ..lora.stack import StackEntry
 from ..lora.stacked_part import MergedLoRAs, StackedPart
 from ..runtime.loaded_parts import Loaded, LoadedParts, PartRequest
-from ..sdxl.base import TOKENIZERS, SDXLBase, load_tokenizers
-from ..sdxl.loading import ENCODERS
+from ..sdxl.base import SDXLBase, load_tokenizers
+from ..sdxl.family import ENCODERS
 from ..text.prompt_cache import PromptKeys, load_prompt, store_prompt
 from ..text.text_model import TextEmbeds, TextModel
 from .prompt_reader import PromptReader
 
 log = logging.getLogger("sdxl_lora")
 
-TEXT_PART = "text_encoders"  # the name of both together for the owner of loaded weights
+TEXT_PART = "text_encoders"  # the name of all together for the owner of loaded weights
 
 
 class EncodedPrompts(NamedTuple):
@@ -75,21 +75,22 @@ class TextPhase:
 
     @cached_property
     def _encoders(self) -> list[StackedPart]:
-        return [StackedPart(self.base, part, self.dtype, self.stack) for part in ENCODERS]
+        return [StackedPart(self.base, part, self.dtype, self.stack) for part in self.base.family.encoders]
 
     def _key(self) -> str:
         return json_sha256([[encoder.key for encoder in self._encoders], *self._tokenizers()])
 
     def _tokenizers(self) -> tuple[str, ...]:
-        return tuple(dict(self.base.part_hashes)[name] for name in TOKENIZERS)
+        return tuple(dict(self.base.part_hashes)[name] for name in self.base.family.tokenizers)
 
     def _load(self) -> Loaded:
         loaded = [encoder.load() for encoder in self._encoders]
-        model = TextModel(load_tokenizers(self.base), [part.module for part in loaded], self._tokenizers())
+        encoders = [part.module for part in loaded]
+        model = TextModel(load_tokenizers(self.base), encoders, self._tokenizers(), self.base.family)
         return Loaded(model, tuple(part.state for part in loaded))
 
     def _restack(self, loaded: Loaded) -> Loaded | None:
-        """Changes both encoders, or neither."""
+        """Changes all encoders, or none."""
         model = loaded.module
         if not isinstance(model, TextModel) or model.tokenizer_hashes != self._tokenizers():
             return None

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..sdxl.family import SDXL, Family
 from ..text.embedding_files import EmbeddingFile, open_embedding
 from ..text.prompt_syntax import Piece, Reading, read_comfy
 from .config import GenerateConfig
@@ -51,6 +52,7 @@ class PromptReader:
     config: GenerateConfig
     find: Callable[[str], Path | None] = lambda name: None
     hash_memo: Path | None = None
+    family: Family = SDXL
     _parsed: dict[str, ParsedPrompt] = field(default_factory=dict)
     _opened: dict[str, EmbeddingFile | None] = field(default_factory=dict)
 
@@ -74,5 +76,5 @@ class PromptReader:
     def _open(self, name: str) -> EmbeddingFile | None:
         if name not in self._opened:
             path = self.find(name) if name else None
-            self._opened[name] = open_embedding(name, path, self.hash_memo) if path else None
+            self._opened[name] = open_embedding(name, path, self.hash_memo, self.family) if path else None
         return self._opened[name]

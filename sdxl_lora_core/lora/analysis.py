@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..sdxl.blocks import BLOCKS, is_in_block
-from ..sdxl.loading import PARTS
+from ..sdxl.family import PARTS
 from .modules import AdapterModule, LoRAModule
 from .stack import StackEntry
 

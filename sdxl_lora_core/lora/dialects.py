@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..messages import shown
-from ..sdxl.loading import Part
+from ..sdxl.family import Part
 from ..sdxl.unet_names import diffusers_block_name, dotted
 
 # down, mid, up, up_bias, alpha, dora_scale, magnitude, diff (of the weight), diff_b (of the bias), or LyCORIS' name of

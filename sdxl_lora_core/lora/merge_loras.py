@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..hashed_random import seed_of
-from ..sdxl.loading import Part
+from ..sdxl.family import Part
 from .config import MergeMethod
 from .modules import AdapterModule, DiffModule, LoKrModule, LoRAFile, LoRAModule
 from .stack import StackEntry

@@ -15,10 +15,11 @@ from torch import nn
 
 from ..files import canonical_json, claim_name, require_file_names, safe_path, temporary_beside
 from ..safetensors_file import first_names, read_header, save_tensors
-from ..sdxl.base import TOKENIZERS, SDXLBase, require_vae, scheduler_config
+from ..sdxl.base import SDXLBase, require_sdxl, require_vae, scheduler_config
 from ..sdxl.checkpoint_names import published_names
-from ..sdxl.detection import PART_CLASSES, PIPELINE
-from ..sdxl.loading import ENCODERS, PARTS, Part, save_encoder
+from ..sdxl.detection import PART_CLASSES
+from ..sdxl.family import ENCODERS, PARTS, SDXL, Part
+from ..sdxl.loading import save_encoder
 from ..sdxl.precision import DTYPES
 from .config import SaveBaseConfig
 from .saving import write_once
@@ -43,6 +44,7 @@ def save_merged_base(
     Raises ValueError for a LoRA that does not fit, and for values that `precision` cannot represent.
     """
     require_file_names(folder, {"base_name": config.base_name})
+    require_sdxl(base, "saving a merged base")
     require_vae(base)
     merged = _MergedBase(base, stack, config, on_part)
     if config.layout == "single_file":
@@ -100,7 +102,7 @@ class _MergedBase:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _write_settings(self, folder: Path) -> None:
-        for name in TOKENIZERS:
+        for name in SDXL.tokenizers:
             shutil.copytree(self.base.configs / name, folder / name)
         scheduler = {"_class_name": "EulerDiscreteScheduler", **scheduler_config(self.base)}
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -125,11 +127,11 @@ def _rename(temporary: Path, path: Path, taken: Callable[[str], bool]) -> Path |
 def _index() -> dict[str, Any]:
     library = dict.fromkeys(PART_CLASSES, "transformers") | {"unet": "diffusers", "vae": "diffusers"}
     return {
-        "_class_name": PIPELINE,
+        "_class_name": SDXL.pipeline,
         "force_zeros_for_empty_prompt": True,
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],
         **{part: [library[part], name] for part, name in PART_CLASSES.items()},
-        **{name: ["transformers", "CLIPTokenizer"] for name in TOKENIZERS},
+        **{name: ["transformers", "CLIPTokenizer"] for name in SDXL.tokenizers},
     }
 
 

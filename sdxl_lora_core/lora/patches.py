@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..sdxl.loading import Part
+from ..sdxl.family import Part
 from .modules import LoRAFile, LoRAModule
 from .stack import StackEntry
 from .writing import kohya_state_dict

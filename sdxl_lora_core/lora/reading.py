@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sdxl.loading import ENCODERS, Part
+from ..sdxl.family import ENCODERS, Part
 from ..text.embedding_files import Vectors, bundled_token
 from .dialects import Place, Role, peft_alpha, peft_rank, place_of, role_of
 from .modules import LOHA_FACTORS, AdapterModule, DiffModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule

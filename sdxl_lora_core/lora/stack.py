@@ -13,7 +13,7 @@ from typing import Any
 
 from ..files import file_sha256
 from ..sdxl.blocks import read_block_values, value_for
-from ..sdxl.loading import Part
+from ..sdxl.family import Part
 from ..text.embedding_files import Vectors
 from .files import read_lora, settings_file
 from .merge_into_weights import Strength

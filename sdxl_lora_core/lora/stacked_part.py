@@ -14,7 +14,7 @@ import torch
 from ..files import json_sha256
 from ..runtime.loaded_parts import Loaded
 from ..sdxl.base import SDXLBase, load_part
-from ..sdxl.loading import PARTS, Part
+from ..sdxl.family import PARTS, Part
 from ..sdxl.weight_reader import BaseWeights
 from .merge_into_weights import Stack, changes_of, fitting_weights, merge_stack, merge_weight
 from .stack import StackEntry

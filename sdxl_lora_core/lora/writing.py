@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..sdxl.loading import Part
+from ..sdxl.family import Part
 from ..sdxl.unet_names import sai_block_name
 from ..text.embedding_files import bundled_key
 from .config import FileFormat

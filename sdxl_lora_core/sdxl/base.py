@@ -1,4 +1,4 @@
-"""Opens an SDXL base model and loads its parts.
+"""Opens a base model, SDXL or Stable Diffusion 1.5, and loads its parts.
 
 Opening reads headers and settings and hashes files, but loads no weights. Other models are rejected by name.
 """
@@ -15,25 +15,14 @@ from torch import nn
 from ..files import file_sha256, json_sha256
 from ..safetensors_file import read_header
 from . import loading
-from .detection import (
-    WANTED,
-    Prediction,
-    PredictionType,
-    has_vae,
-    read_json,
-    require_checkpoint,
-    require_folder,
-    transformer_blocks,
-)
+from .detection import Detector, Prediction, PredictionType, has_vae, read_json, transformer_blocks
+from .family import CONFIGS, SD15, SDXL, Family, Part
 from .file_kinds import require_unscaled
-from .loading import PARTS, Part
 from .precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-CONFIGS = Path(__file__).parent / "configs"
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 NO_VAE = ""  # in place of its hash
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PredictionOverride = Literal["auto", "epsilon", "v_prediction"]
@@ -42,11 +31,12 @@ Override = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True)
 class SDXLBase:
-    """A base model without its weights. `part_hashes` are (part, SHA-256) for the four parts and the two tokenizers.
+    """A base model without its weights. `part_hashes` are (part, SHA-256) for its parts and tokenizers.
 
     `fingerprint` depends on content only: not on the path, the precision or an overridden prediction type. `configs`
     is the folder with each part's settings: the model's own, or CONFIGS for a single file. `vae` replaces the base's
     own VAE (see vae_override). A checkpoint may lack one: the hash of the VAE is then NO_VAE (see require_vae).
+    `family` is SDXL, or SD15 for a base to generate with only (see require_sdxl).
     """
 
     path: Path
@@ -59,6 +49,7 @@ class SDXLBase:
     part_hashes: tuple[tuple[str, str], ...]
     configs: Path
     vae: Path | None = None
+    family: Family = SDXL
 
 
 def open_base(
@@ -70,26 +61,45 @@ def open_base(
     zero_terminal_snr: Override = "auto",
     configs: Path = CONFIGS,
 ) -> SDXLBase:
-    """Checks and hashes a base. `hash_memo` is a folder that stores hashes of large files (see file_sha256).
+    """Checks and hashes an SDXL base. `hash_memo` is a folder that stores hashes of large files (see file_sha256).
 
     `prediction` and `zero_terminal_snr` override what the file states (see `predicting`). `configs` has the settings
     for single files; a diffusers folder has its own.
     Raises FileNotFoundError if `path` does not exist, ValueError if it is not SDXL, naming what it is.
     """
+    base = _opened(path, precision, hash_memo, Detector(SDXL, prediction), configs)
+    return predicting(base, prediction, zero_terminal_snr)
+
+
+def open_sd15_base(
+    path: Path,
+    precision: Precision = "auto",
+    hash_memo: Path | None = None,
+    *,
+    prediction: PredictionOverride = "auto",
+    zero_terminal_snr: Override = "auto",
+    configs: Path = SD15.configs,
+) -> SDXLBase:
+    """As open_base, for a Stable Diffusion 1.5 base. Images can be generated with it, as a comparison for SDXL."""
+    base = _opened(path, precision, hash_memo, Detector(SD15, prediction), configs)
+    return predicting(base, prediction, zero_terminal_snr)
+
+
+def _opened(path: Path, precision: Precision, hash_memo: Path | None, detector: Detector, configs: Path) -> SDXLBase:
+    parts = detector.family.parts
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
     if path.is_dir():
-        found = require_folder(path, prediction)
-        hashes = {part: _folder_part_hash(path / part, part, hash_memo) for part in PARTS}
-        base = _handle(path, path, precision, found, hashes)
-    elif path.exists():
-        header = read_header(path)
-        found = require_checkpoint(header, configs, prediction)
-        hashes = dict.fromkeys(PARTS, file_sha256(path, hash_memo)) | ({} if has_vae(header) else {"vae": NO_VAE})
-        base = _handle(path, configs, precision, found, hashes)
-    else:
-        raise FileNotFoundError(f"base model {path.name} does not exist: {WANTED}")
-    return predicting(base, prediction, zero_terminal_snr)
+        found = detector.of_folder(path)
+        hashes = {str(part): _folder_part_hash(path / part, part, hash_memo) for part in parts}
+        return _handle(path, path, precision, (detector.family, found), hashes)
+    if not path.exists():
+        raise FileNotFoundError(f"base model {path.name} does not exist: {detector.family.wanted}")
+    header = read_header(path)
+    found = detector.of_checkpoint(header, configs)
+    hashes = dict.fromkeys(map(str, parts), file_sha256(path, hash_memo))
+    hashes |= {} if has_vae(header) else {"vae": NO_VAE}
+    return _handle(path, configs, precision, (detector.family, found), hashes)
 
 
 def predicting(base: SDXLBase, prediction: PredictionOverride, zero_terminal_snr: Override) -> SDXLBase:
@@ -112,8 +122,20 @@ def require_vae(base: SDXLBase) -> None:
     """Raises ValueError for a checkpoint without a VAE, or with half of one, if no other was chosen (see with_vae)."""
     if dict(base.part_hashes)["vae"] == NO_VAE:
         raise ValueError(
-            f"{base.name} is an SDXL checkpoint without its VAE, or with half of one: choose one as vae, such as "
-            "SDXL's own, or use another checkpoint"
+            f"{base.name} is {base.family.checkpoint} without its VAE, or with half of one: choose one as vae, such "
+            f"as {base.family.title}'s own, or use another checkpoint"
+        )
+
+
+def require_sdxl(base: SDXLBase, purpose: str) -> None:
+    """Raises ValueError for a base of another family, with which images can be generated and nothing else be done.
+
+    `purpose` begins the reason: "training" or "LoRA my_lora".
+    """
+    if base.family != SDXL:
+        raise ValueError(
+            f"{purpose} needs an SDXL base, and {base.name} is a {base.family.title} base, which is for generating "
+            "images to compare with: connect Load SDXL Base"
         )
 
 
@@ -146,14 +168,12 @@ def prediction_arguments(base: SDXLBase) -> dict[str, Any]:
     return {"prediction": base.prediction_type, "zero_terminal_snr": "on" if base.zero_terminal_snr else "off"}
 
 
-def load_tokenizers(base: SDXLBase) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """CLIP's tokenizer twice, padding with the end token and with "!". Reads local files only."""
+def load_tokenizers(base: SDXLBase) -> tuple[CLIPTokenizer, ...]:
+    """CLIP's tokenizer for each text encoder; SDXL's pad with the end token and with "!". Reads local files only."""
     from transformers import CLIPTokenizer
 
-    def load(name: str) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(str(base.configs / name), local_files_only=True)
-
-    return load("tokenizer"), load("tokenizer_2")
+    folders = [_tokenizer_folder(base.configs, name) for name in base.family.tokenizers]
+    return tuple(CLIPTokenizer.from_pretrained(str(folder), local_files_only=True) for folder in folders)
 
 
 def load_part(base: SDXLBase, part: Part, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
@@ -163,14 +183,14 @@ def load_part(base: SDXLBase, part: Part, dtype: torch.dtype, device: torch.devi
     """
     if part == "vae":
         require_vae(base)
-    if part not in PARTS:
-        raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}")
+    if part not in base.family.parts:
+        raise ValueError(f"part is {part!r}: choose one of {', '.join(base.family.parts)}")
     if part == "vae" and base.vae:
         module = loading.vae_alone(base.vae, base.configs, dtype)
     elif base.layout == "diffusers":
         module = loading.from_folder(base.path / part, part, dtype)
     else:
-        module = loading.from_single_file(base.path, base.configs, part, dtype)
+        module = loading.from_single_file(base.path, base.configs, part, dtype, base.family.prefix(part))
     return module.to(device).eval().requires_grad_(False)
 
 
@@ -185,15 +205,16 @@ def scheduler_config(base: SDXLBase) -> dict[str, Any]:
 
 
 def native_side(base: SDXLBase) -> int:
-    """The side in pixels of the square images that the base was trained for: 1024 for SDXL itself."""
+    """The side in pixels of the square images that the base was trained for: 1024 for SDXL itself, 512 for SD 1.5."""
     side = read_json(base.configs / "unet" / "config.json").get("sample_size")
     return 8 * side if isinstance(side, int) and side > 0 else 1024  # 8 pixels to a latent
 
 
 def size_note(base: SDXLBase, side: int, option: str) -> str:
-    """What to say of images with a longer side over twice the native one; empty for all others."""
+    """What to say of images that are too large: a longer side over twice the native one, and over 1.5 times for SD 1.5,
+    which then repeats the subject. Empty for all others."""
     native = native_side(base)
-    if side <= 2 * native:
+    if side <= (2 if base.family == SDXL else 1.5) * native:
         return ""
     return (
         f"{base.name} is for images of {native} x {native} pixels: {side} takes long and will not look right. "
@@ -204,23 +225,25 @@ def size_note(base: SDXLBase, side: int, option: str) -> str:
 def describe_base(base: SDXLBase) -> str:
     """Three lines of text: name and size, prediction type, precision and native resolution, fingerprint."""
     single = base.layout == "single_file"
-    files = [base.path] if single else [file for part in PARTS for file in loading.find_weights(base.path / part)[1]]
+    folders = [] if single else [base.path / part for part in base.family.parts]
+    files = [base.path] if single else [file for folder in folders for file in loading.find_weights(folder)[1]]
     size = sum(file.stat().st_size for file in files)
     layout = "single-file checkpoint" if single else "diffusers folder"
     snr = ", zero terminal SNR" if base.zero_terminal_snr else ""
     vae = f"; VAE {base.vae.name}" if base.vae else ""
     native = native_side(base)
     return (
-        f"{base.name}: SDXL, {layout}, {size / 1e9:.2f} GB of weights{vae}\n"
+        f"{base.name}: {base.family.title}, {layout}, {size / 1e9:.2f} GB of weights{vae}\n"
         f"{base.prediction_type} prediction{snr}; precision {base.precision}; {native} x {native} pixels\n"
         f"fingerprint {base.fingerprint}"
     )
 
 
 def _handle(
-    path: Path, configs: Path, precision: Precision, prediction: Prediction, hashes: dict[str, str]
+    path: Path, configs: Path, precision: Precision, found: tuple[Family, Prediction], hashes: dict[str, str]
 ) -> SDXLBase:
-    hashes = hashes | {name: _tokenizer_hash(configs / name) for name in TOKENIZERS}
+    family, prediction = found
+    hashes = hashes | {name: _tokenizer_hash(_tokenizer_folder(configs, name)) for name in family.tokenizers}
     return SDXLBase(
         path=path,
         layout="diffusers" if path == configs else "single_file",
@@ -231,7 +254,13 @@ def _handle(
         fingerprint=json_sha256([hashes, prediction, _schedule(configs)]),
         part_hashes=tuple(sorted(hashes.items())),
         configs=configs,
+        family=family,
     )
+
+
+def _tokenizer_folder(configs: Path, name: str) -> Path:
+    """The settings of SD 1.5's single files have none of their own: it is SDXL's first."""
+    return (CONFIGS if configs == SD15.configs else configs) / name
 
 
 def weights_sha256(path: Path, part: str, memo: Path | None) -> str:

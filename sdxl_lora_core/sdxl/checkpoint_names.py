@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .family import Part
 from .file_kinds import TEXT, TEXT_2, UNET, VAE
-from .loading import Part
 from .unet_names import sai_block_name
 
 _VAE_STAGES = 4
@@ -53,8 +53,15 @@ def published_names(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _unet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    pairs = ((name.rpartition("."), value) for name, value in tensors.items())
-    return {f"{UNET}{sai_block_name(path)}.{leaf}": value for (path, _, leaf), value in pairs}
+    published = {}
+    for name, value in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        sai = sai_block_name(path)
+        stage, upsampler, _ = path.partition(".upsamplers.")
+        if upsampler and f"{stage}.attentions.0.norm.weight" not in tensors:  # as in SD 1.5's first up block
+            sai = sai.replace(".2.conv", ".1.conv")  # it follows the resnet
+        published[f"{UNET}{sai}.{leaf}"] = value
+    return published
 
 
 def _vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from ..safetensors_file import WeightsHeader, first_names
 
 UNET = "model.diffusion_model."
+TEXT_1 = "cond_stage_model.transformer."  # of Stable Diffusion 1
 TEXT = "conditioner.embedders.0.transformer."
 TEXT_2 = "conditioner.embedders.1.model."
 VAE = "first_stage_model."
@@ -30,7 +31,7 @@ _CHECKPOINTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((UNET + "double_blocks.",), "a Flux checkpoint"),
     (("double_blocks.",), "a Flux transformer"),
     (("joint_blocks.",), "a Stable Diffusion 3 transformer"),
-    (("cond_stage_model.transformer.",), "a Stable Diffusion 1.x checkpoint"),
+    ((TEXT_1,), "a Stable Diffusion 1.x checkpoint"),
     (("cond_stage_model.model.",), "a Stable Diffusion 2.x checkpoint"),
     ((UNET, "conditioner.embedders.0.model."), "an SDXL refiner checkpoint"),
     ((UNET,), "a diffusion model without its text encoders"),

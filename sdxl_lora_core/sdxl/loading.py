@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,14 +17,10 @@ from ..runtime.device import is_out_of_memory
 from ..runtime.library_logs import quiet_libraries
 from ..safetensors_file import read_header, save_tensors
 from .detection import PART_CLASSES, read_json
-from .file_kinds import TEXT, TEXT_2, UNET, VAE
+from .family import SDXL, Part
 
-Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 Assembled = tuple[nn.Module, list[str]]
-PARTS: tuple[Part, ...] = get_args(Part)
-ENCODERS: tuple[Part, Part] = ("text_encoder", "text_encoder_2")
 
-_PREFIXES: dict[Part, str] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "text_encoder_2": TEXT_2}
 # Entries of published files that are not needed: a buffer that older transformers saved, and CLIP's temperature.
 _HARMLESS = ("position_ids", "logit_scale")
 _TEXT_MODEL, _BARE = "text_model.", "embeddings|encoder|final_layer_norm"
@@ -129,12 +125,11 @@ def save_encoder(module: Any, folder: Path) -> None:
         save_tensors(file, renamed, {"format": "pt"})  # required by transformers
 
 
-def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, prefix: str | None = None) -> nn.Module:
+def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, prefix: str) -> nn.Module:
     """Reads only the part's tensors and renames them as diffusers does. Raises ValueError if any is missing.
 
-    `prefix` is that of the tensors' names; by default the part's prefix in checkpoints.
+    `prefix` is that of the tensors' names, empty in a file of this part only, which may have names of both kinds.
     """
-    prefix = _PREFIXES[part] if prefix is None else prefix
     tensors = read_tensors(file, prefix, dtype)
     require_complete([] if tensors else [prefix], part, file.name)
     try:
@@ -146,17 +141,17 @@ def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, 
         cause = brief(error)
         raise ValueError(f"the {part} in {file.name} does not fit ({cause}): download the checkpoint again") from error
     require_complete([name for name, tensor in module.state_dict().items() if tensor.is_meta], part, file.name)
-    if prefix == _PREFIXES[part]:
-        require_complete(_unknown(tensors, module, part), part, file.name)
+    if prefix:
+        require_complete(_unknown(tensors, module, part, prefix), part, file.name)
     return align(module)
 
 
-def _unknown(tensors: Iterable[str], module: nn.Module, part: Part) -> list[str]:
+def _unknown(tensors: Iterable[str], module: nn.Module, part: Part, prefix: str) -> list[str]:
     """The names of tensors that the part does not have, which diffusers' conversion ignores."""
     from .checkpoint_names import published_names  # which imports this module
 
     shapes = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
-    known = published_names(part, shapes)
+    known = {prefix + name.removeprefix(SDXL.prefix(part)) for name in published_names(part, shapes)}
     return [name for name in tensors if name not in known and not name.endswith(_HARMLESS)]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .base import SDXLBase
 from .checkpoint_names import openclip_place
+from .family import Part
 from .file_kinds import TEXT, UNET
-from .loading import Part, find_weights
+from .loading import find_weights
 from .unet_names import sai_block_name
 
 

@@ -1,11 +1,13 @@
 """Textual inversion files, which a prompt refers to by `embedding:name`.
 
+SDXL needs vectors for both of its text encoders. Those for the first are also Stable Diffusion 1.5's.
+
 | writer                           | keys                                              |
 |----------------------------------|---------------------------------------------------|
 | this pack, kohya, A1111, ComfyUI | clip_l, clip_g                                    |
 | diffusers' pivotal tuning        | text_encoders_0, text_encoders_1                  |
 | OneTrainer, in a LoRA            | bundle_emb.NAME.clip_l, bundle_emb.NAME.clip_g    |
-| those of Stable Diffusion 1, 2   | emb_params, or any one name: rejected             |
+| those of Stable Diffusion 1, 2   | emb_params, or any one name                       |
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from ..files import file_sha256, write_atomic
 from ..safetensors_file import WeightsHeader, first_names, read_header, save_tensors
-from ..sdxl.loading import ENCODERS, Part
+from ..sdxl.family import SDXL, Family, Part
 
 ENCODER_KEYS: Mapping[Part, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
@@ -49,22 +51,27 @@ class EmbeddingFile:
         """float32, the same number for each text encoder. Raises ValueError if they are not finite."""
         tensors, keys = load_file(self.path), _keys(read_header(self.path))
         vectors: dict[Part, Tensor] = {
-            part: torch.cat([_rows(tensors[key]) for key in keys[part]]) for part in ENCODERS
+            part: torch.cat([_rows(tensors[key]) for key in names]) for part, names in keys.items()
         }
         if not all(rows.isfinite().all() for rows in vectors.values()):
             raise ValueError(f"embedding:{self.name} contains NaN or infinity: download it again, or use another")
         return vectors
 
 
-def open_embedding(name: str, path: Path, hash_memo: Path | None) -> EmbeddingFile:
-    """Reads the header. Raises ValueError for pickles and for embeddings that are not for both encoders of SDXL."""
+def open_embedding(name: str, path: Path, hash_memo: Path | None, family: Family = SDXL) -> EmbeddingFile:
+    """Reads the header. Raises ValueError for pickles and for embeddings that are not for all encoders of the family.
+
+    Whether the vectors have the length of the encoders' is seen when they are read.
+    """
     try:
         header = read_header(path)
     except ValueError as error:
         raise ValueError(f"embedding:{name} cannot be read: {error}") from error
     keys = _keys(header)
-    counts = [sum(_count(header.shapes[key]) for key in keys[part]) for part in ENCODERS if part in keys]
-    if len(counts) < len(ENCODERS):
+    counts = [sum(_count(header.shapes[key]) for key in keys[part]) for part in family.encoders if part in keys]
+    if not counts:
+        raise ValueError(f"embedding:{name} is {_kind(header)}: use one made for {family.title}")
+    if len(counts) < len(family.encoders):
         raise ValueError(
             f"embedding:{name} is {_kind(header)}: SDXL needs vectors for both of its text encoders, clip_l and "
             "clip_g, so use the SDXL version of the embedding"
@@ -86,6 +93,8 @@ def _keys(header: WeightsHeader) -> dict[Part, list[str]]:
     for key in sorted(header.shapes):
         if token := bundled_token(key):
             keys.setdefault(token.part, []).append(key)
+    if not keys and len(header.shapes) == 1:  # Stable Diffusion 1's, or 2's
+        return {"text_encoder": list(header.shapes)}
     return keys
 
 

@@ -1,6 +1,7 @@
 """Encodes prompts for SDXL: the penultimate layers of two CLIP encoders, concatenated, and one pooled vector.
 
-Source: Podell et al., SDXL (arXiv 2307.01952), section 2.1.
+Source: Podell et al., SDXL (arXiv 2307.01952), section 2.1. Stable Diffusion 1.5 takes the last layer of one encoder
+after its final norm, and no pooled vector (Rombach et al., arXiv 2112.10752).
 """
 
 from __future__ import annotations
@@ -54,22 +55,22 @@ def encode_text(
 
 
 def encode_weighted(
-    chunks: Sequence[Sequence[tuple[int, float]]], tokenizer: Any, encoder: Any
+    chunks: Sequence[Sequence[tuple[int, float]]], tokenizer: Any, encoder: Any, last_layer: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """One encoder's embeddings [77 n, C] of one prompt, and the pooled one [P] if the encoder has a projection.
 
     `chunks` are n rows of at most 75 token ids with weights. A weight w scales the distance of an embedding z to that
     of the empty prompt at the same position, e: e + w (z - e). The pooled embedding is that of the first chunk,
-    without weights. Both as in ComfyUI.
+    without weights. Both as in ComfyUI. `last_layer` is that of the base's Family.
     """
     rows = [_row([number for number, _ in chunk], tokenizer) for chunk in chunks]
     weights = torch.ones(len(rows), CHUNK_TOKENS + 2, 1)
     for row, chunk in zip(weights, chunks, strict=True):
         row[1 : len(chunk) + 1, 0] = torch.tensor([weight for _, weight in chunk])
     if bool((weights == 1).all()):
-        hidden, pooled = _run(rows, encoder)
+        hidden, pooled = _run(rows, encoder, last_layer)
     else:
-        hidden, pooled = _run([*rows, _row([], tokenizer)], encoder)
+        hidden, pooled = _run([*rows, _row([], tokenizer)], encoder, last_layer)
         exact, empty, weights = hidden[:-1].float(), hidden[-1].float(), weights.to(hidden.device)
         hidden = torch.where(weights == 1, exact, (exact - empty) * weights + empty).to(hidden.dtype)
     return hidden.flatten(0, 1), None if pooled is None else pooled[0]
@@ -121,7 +122,8 @@ def _row(tokens: Sequence[int], tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *padding]
 
 
-def _run(rows: Sequence[Sequence[int]], encoder: Any) -> tuple[Tensor, Tensor | None]:
-    """The penultimate hidden states [N, 77, C] of N rows of ids, and the pooled embeddings [N, P]."""
+def _run(rows: Sequence[Sequence[int]], encoder: Any, last_layer: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The hidden states [N, 77, C] of N rows of ids, and the pooled embeddings [N, P]."""
     output = encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=True)
-    return output.hidden_states[-2], getattr(output, "text_embeds", None)
+    hidden = output.last_hidden_state if last_layer else output.hidden_states[-2]
+    return hidden, getattr(output, "text_embeds", None)

@@ -15,7 +15,6 @@ from ..cache.tensor_cache import OnItem, is_readable, load_tensors, minor_versio
 from ..files import json_sha256
 from ..runtime.device import release_memory
 from ..sdxl.base import SDXLBase, load_part, load_tokenizers
-from ..sdxl.loading import Part
 from .encoding import encode_prompt_sdxl
 
 
@@ -48,11 +47,11 @@ class PromptKeys:
 
         `reading` is what they depend on if the prompt is not read as a caption.
         """
-        hashes = dict(self.base.part_hashes)
+        hashes, family = dict(self.base.part_hashes), self.base.family
         key = json_sha256(
             {
                 "prompt": prompt,
-                "encoders": [hashes[part] for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")],
+                "encoders": [hashes[name] for name in (*family.encoders, *family.tokenizers)],
                 "dtype": str(self.dtype),
                 "device": self.device.type,
                 "library": minor_version("transformers"),
@@ -69,8 +68,7 @@ def cache_prompts(keys: PromptKeys, prompts: Mapping[str, Path], on_item: OnItem
     if not missing:
         return
     tokenizers = load_tokenizers(keys.base)
-    parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
-    encoders = [load_part(keys.base, part, keys.dtype, keys.device) for part in parts]
+    encoders = [load_part(keys.base, part, keys.dtype, keys.device) for part in keys.base.family.encoders]
     for done, (prompt, path) in enumerate(missing.items()):
         on_item("encoding captions", done, len(missing))
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Both text encoders of SDXL as one module, which encodes parsed prompts."""
+"""The text encoders of a base as one module, which encodes parsed prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..sdxl.loading import ENCODERS, Part
+from ..sdxl.family import SDXL, Family, Part
 from .embedding_files import ENCODER_KEYS, EmbeddingFile, Vectors
 from .encoding import TokenIds, encode_weighted, token_ids
 from .new_tokens import added_tokens
@@ -19,19 +19,24 @@ log = logging.getLogger("sdxl_lora")
 
 
 class TextEmbeds(NamedTuple):
-    """The embeddings of one prompt, `hidden` [1, 77 n, C] and `pooled` [1, P], on the CPU."""
+    """The embeddings of one prompt, `hidden` [1, 77 n, C] and `pooled` [1, P], on the CPU; P is 0 for SD 1.5."""
 
     hidden: Tensor
     pooled: Tensor
 
 
 class TextModel(nn.Module):
-    """Both text encoders with their tokenizers: loading a vocabulary takes as long as loading an encoder."""
+    """The text encoders with their tokenizers: loading a vocabulary takes as long as loading an encoder."""
 
     def __init__(
-        self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], tokenizer_hashes: tuple[str, ...] = ()
+        self,
+        tokenizers: Sequence[Any],
+        encoders: Sequence[nn.Module],
+        tokenizer_hashes: tuple[str, ...] = (),
+        family: Family = SDXL,
     ) -> None:
         super().__init__()
+        self.family = family
         self.tokenizer_hashes = tokenizer_hashes
         self.tokenizers = tokenizers
         self.encoders = nn.ModuleList(encoders)
@@ -41,15 +46,17 @@ class TextModel(nn.Module):
         contents = [content for content, _ in reading.pieces]
         files = {content: content.vectors() for content in contents if isinstance(content, EmbeddingFile)}
         hidden, pooled = [], torch.empty(0)
-        for part, tokenizer, encoder in zip(ENCODERS, self.tokenizers, self.encoders, strict=True):
+        for part, tokenizer, encoder in zip(self.family.encoders, self.tokenizers, self.encoders, strict=True):
             _require_width(part, encoder, files)
             vectors = {name: rows[part] for name, rows in {**words, **_named(files)}.items()}
             with added_tokens(encoder, tokenizer, vectors) as ids:
                 reader = self.tokenizers[0] if reading.one_tokenizer else tokenizer
                 chunks = chunked([_tokens(piece, reader, ids, words) for piece in reading.pieces])
-                if reading.chunks and part == ENCODERS[0]:
+                if reading.chunks and part == self.family.encoders[0]:
                     _warn_of(chunks[reading.chunks :], tokenizer)
-                embeds, pooled_embeds = encode_weighted(chunks[: reading.chunks], tokenizer, encoder)
+                embeds, pooled_embeds = encode_weighted(
+                    chunks[: reading.chunks], tokenizer, encoder, self.family.last_layer
+                )
             hidden.append(embeds.cpu())
             pooled = pooled if pooled_embeds is None else pooled_embeds.cpu()
         return TextEmbeds(torch.cat(hidden, dim=-1)[None], pooled[None])

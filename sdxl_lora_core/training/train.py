@@ -19,7 +19,7 @@ from ..lora.files import read_lora
 from ..lora.modules import LoRAFile, LoRAModule, with_dora_scale
 from ..lora.writing import kohya_state_dict
 from ..runtime.distributed import Processes
-from ..sdxl.base import SDXLBase, load_part, predicting, require_predictable, require_vae
+from ..sdxl.base import SDXLBase, load_part, predicting, require_predictable, require_sdxl, require_vae
 from ..settings import without_effect
 from .config.captions import tokens_of
 from .config.loss import LAST_TIMESTEP
@@ -103,6 +103,7 @@ def _checked(job: TrainingJob) -> TrainingJob:
                 f"dataset {dataset.name} has only regularisation images: connect a dataset of training images, too"
             )
         raise ValueError(f"dataset {dataset.name} has no images to train on")
+    require_sdxl(job.base, "training")
     require_vae(job.base)
     require_evaluable(config, dataset)
     if config.prior_weight != 1 and not (dataset.regularisation or config.class_prompt):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.generation.prompt_reader import PromptReader
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, load_tokenizers
-from sdxl_lora_core.sdxl.loading import ENCODERS
+from sdxl_lora_core.sdxl.family import ENCODERS
 from sdxl_lora_core.text.encoding import token_ids
 from sdxl_lora_core.text.prompt_syntax import chunked
 from sdxl_lora_core.text.text_model import TextModel

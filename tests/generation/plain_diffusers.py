@@ -1,4 +1,4 @@
-"""Images by diffusers' own SDXL pipeline with its own schedulers, set up as its documentation does."""
+"""Images by diffusers' own pipelines for SDXL and SD 1.5 with its own schedulers, set up as its documentation does."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ SPACINGS: dict[Schedule, dict[str, Any]] = {
 
 @functools.cache
 def plain_pipeline(folder: Path) -> Any:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

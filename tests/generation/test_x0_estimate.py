@@ -43,7 +43,7 @@ def test_of_a_perfect_answer_it_is_the_clean_image(micro_base: SDXLBase, sampler
 def test_it_ends_at_the_image_and_changes_nothing(micro_base: SDXLBase, sampler: Sampler) -> None:
     config = settings(sampler=sampler, scheduler=SOLVERS[sampler].schedules[0], steps=5, keep_latents=True)
     seen: list[Tensor] = []
-    (watched,) = draw(micro_base, config, on_estimate=seen.append)
+    (watched,) = draw(micro_base, config, on_estimate=lambda latents, _: seen.append(latents))
     (plain,) = draw(micro_base, config)
     np.testing.assert_array_equal(watched.pixels, plain.pixels)
     assert len(seen) == SOLVERS[sampler].unet_calls(5)
@@ -56,5 +56,5 @@ def test_it_ends_at_the_image_and_changes_nothing(micro_base: SDXLBase, sampler:
 
 def test_a_batch_comes_as_a_batch(micro_base: SDXLBase) -> None:
     seen: list[Tensor] = []
-    draw(micro_base, settings(count=3, batch_size=2, steps=1), on_estimate=seen.append)
+    draw(micro_base, settings(count=3, batch_size=2, steps=1), on_estimate=lambda latents, _: seen.append(latents))
     assert [len(one) for one in seen] == [2, 1]

@@ -17,7 +17,7 @@ from sdxl_lora_core.lora.stacked_part import StackedPart
 from sdxl_lora_core.runtime.loaded_parts import Loaded
 from sdxl_lora_core.sdxl import weight_reader
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part, open_base
-from sdxl_lora_core.sdxl.loading import ENCODERS, Part
+from sdxl_lora_core.sdxl.family import ENCODERS, Part
 from tests.micro.loras import CONV, OUT, UNET_MODULES, Q, find, load_parts, random_lora
 
 BF16 = torch.bfloat16

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdxl_lora_core.sdxl.family import SDXL
 from tests.nodes.fake_comfyui import fake_modules
 from tools.run_workflow import ROOT, load_pack
 
@@ -49,7 +50,7 @@ def test_comfyui_beside_the_pack_is_not_comfyui_running(tmp_path: Path, monkeypa
     assert isinstance(host.comfy.nothing(), host.comfy.Nothing) and host.comfy.metadata({"a": 1}) == {"a": 1}
     assert not isinstance(host.memory._owner(), host.memory.ComfyParts)
     with host.progress.Progress() as progress:
-        progress.on_estimate(torch.zeros(1, 4, 8, 8))
+        progress.on_estimate(torch.zeros(1, 4, 8, 8), SDXL)
         progress(1, 1, "training")
 
 

@@ -34,7 +34,8 @@ from sdxl_lora_core.sdxl.base import (
     scheduler_config,
     size_note,
 )
-from sdxl_lora_core.sdxl.loading import PARTS, save_encoder
+from sdxl_lora_core.sdxl.family import PARTS
+from sdxl_lora_core.sdxl.loading import save_encoder
 from sdxl_lora_core.sdxl.precision import resolve_dtype
 from sdxl_lora_core.sdxl.vae_override import with_vae
 from tests.micro.images import draw, pixels, settings

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...sdxl.blocks import WITH_ATTENTION, is_in_block, read_block_values, read_blocks
-from ...sdxl.loading import Part
+from ...sdxl.family import Part
 from ...sdxl.precision import WeightType
 from ...settings import Range, setting
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...files import check_name
-from ...sdxl.loading import ENCODERS, Part
+from ...sdxl.family import ENCODERS, Part
 from ...settings import MAX_SEED, UNLIMITED, Range, check_settings, fields_of, setting
 from .adapter import AdapterSettings, check_adapter, encoder_rate
 from .captions import CaptionSettings, check_captions, tokens_of

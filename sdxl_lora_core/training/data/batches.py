@@ -20,7 +20,7 @@ from ...dataset.caption_dataset import CaptionEntry
 from ...dataset.caption_text import contains_word
 from ...hashed_random import generator, random_index
 from ...images.crop import Crop
-from ...sdxl.loading import ENCODERS
+from ...sdxl.family import ENCODERS
 from ...text.encoding import stack_embeds
 from ...text.prompt_cache import PromptKeys, cache_prompts, load_prompt
 from ..config.captions import placeholder_ids, tokens_of

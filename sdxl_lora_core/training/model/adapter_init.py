@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...lora.modules import AdapterModule, LoRAFile, LoRAModule, with_magnitude
-from ...sdxl.loading import ENCODERS, Part
+from ...sdxl.family import ENCODERS, Part
 from ..config.captions import tokens_of
 from ..config.train_config import TrainConfig
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...lora.modules import AdapterModule, LoHaModule, LoKrModule, LoRAFile, LoRAModule, with_dora_scale
 from ...runtime.device import copied_to_cpu, seeded
 from ...sdxl.blocks import read_block_values, read_blocks, value_for
-from ...sdxl.loading import Part
+from ...sdxl.family import Part
 from ..config.adapter import encoder_rate
 from ..config.train_config import TrainConfig
 from .adapter_init import continue_from, pissa_init

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...lora.modules import LoRAFile
 from ...sdxl.base import load_part, load_tokenizers
-from ...sdxl.loading import ENCODERS, Part
+from ...sdxl.family import ENCODERS, Part
 from ...text.encoding import TokenIds, encode_text, stack_embeds
 from ...text.new_tokens import TokenEmbedding, add_tokens, start_vectors
 from ..config.adapter import encoder_rate

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...lora.files import read_lora
 from ...lora.modules import LoRAFile
 from ...sdxl.base import load_part, scheduler_config
-from ...sdxl.loading import ENCODERS, Part
+from ...sdxl.family import ENCODERS, Part
 from ..config.adapter import encoder_rate
 from ..config.train_config import learning_encoders
 from ..data.batches import Batch
