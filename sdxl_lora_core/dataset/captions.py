@@ -36,7 +36,7 @@ def read_captions(files: FolderFiles, per_line: bool = False, trigger_word: str 
     claimed: dict[str, str] = {}
     used: set[str] = set()
     for image in [*files.left_out, *files.images]:
-        texts = list(_texts_of(files, image))
+        texts = list(texts_of(files, image))
         claimed |= dict.fromkeys(texts, image.key)
         if image.key in written or image in files.left_out:
             continue
@@ -68,13 +68,28 @@ def caption_file(root: Path, key: str) -> Path:
         raise FileNotFoundError(f"{shown(key)} is no image of the dataset {root.name!r}: run the node again")
     if key in read_metadata(files):
         raise ValueError(f"the caption of {key} is in a metadata file ({' or '.join(METADATA_NAMES)}): change it there")
-    texts = [files.texts[name] for name in _texts_of(files, image)]
+    texts = [files.texts[name] for name in texts_of(files, image)]
     if texts:
         return next((path for path in texts if path.stat().st_size), texts[0])
     path = image.path.with_suffix(".txt")
     if os.path.lexists(path):
         raise ValueError(f"{path.name} is no text file of this folder, or is a link out of it: remove it")
     return path
+
+
+def texts_of(files: FolderFiles, image: ImageFile) -> Iterator[str]:
+    """The keys of the texts that may have an image's caption, in order.
+
+    Upper and lower case differ only if two texts differ so.
+    """
+    stems = [image.stem]
+    if image.key.startswith("images/"):
+        stems.insert(0, f"captions/{image.stem.removeprefix('images/')}")
+    for name in (stem + suffix for stem in stems for suffix in CAPTION_SUFFIXES):
+        if name in files.texts:
+            yield name
+        elif len(alike := files.texts_by_folded_name.get(name.casefold(), ())) == 1:
+            yield alike[0]
 
 
 def _split(texts: list[str], per_line: bool) -> tuple[str, ...]:
@@ -91,18 +106,6 @@ def _beside(files: FolderFiles, texts: Sequence[str], used: set[str], per_line: 
     if texts:
         raise ValueError(f"its caption {texts[0]} is empty: describe what the image shows")
     return None
-
-
-def _texts_of(files: FolderFiles, image: ImageFile) -> Iterator[str]:
-    """The texts that may have an image's caption, in order. Upper and lower case differ only if two texts differ so."""
-    stems = [image.stem]
-    if image.key.startswith("images/"):
-        stems.insert(0, f"captions/{image.stem.removeprefix('images/')}")
-    for name in (stem + suffix for stem in stems for suffix in CAPTION_SUFFIXES):
-        if name in files.texts:
-            yield name
-        elif len(alike := files.texts_by_folded_name.get(name.casefold(), ())) == 1:
-            yield alike[0]
 
 
 def _of_folder(files: FolderFiles, image: ImageFile) -> ImageCaptions | None:

@@ -1,4 +1,4 @@
-"""Reads the captions in metadata.csv and metadata.jsonl files."""
+"""Reads the captions in metadata.csv and metadata.jsonl files, and writes those of metadata.csv."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,6 +17,8 @@ from .folder_files import METADATA_NAMES, FolderFiles, Problem, key_of
 from .text_files import MAX_CAPTION_BYTES, read_text
 
 MAX_METADATA_BYTES = 64 * 2**20
+TABLE = "metadata.csv"
+_NEW_COLUMNS = ("file_name", "caption")
 _IMAGE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
 _CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description")
 _DELIMITERS = ",;\t|"
@@ -43,6 +45,61 @@ def read_metadata(files: FolderFiles) -> dict[str, list[str]]:
     return captions
 
 
+def with_captions(files: FolderFiles, captions: Mapping[str, str]) -> str:
+    """The text of the folder's metadata.csv with new captions by image key. All other columns and rows stay.
+
+    Raises ValueError for a file without the columns file_name and caption.
+    """
+    text = read_text(files, TABLE, MAX_METADATA_BYTES) if TABLE in files.texts else ",".join(_NEW_COLUMNS)
+    delimiter = _delimiter(text)
+    header, *rows = list(csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter, skipinitialspace=True))
+    file_column, caption_column = _places(header)
+    keys = _keys_of_rows(files, rows, file_column)
+    new = dict(captions)
+    for row, key in zip(rows, keys, strict=True):
+        if key is not None and key in captions:
+            row += [""] * (len(header) - len(row))
+            row[caption_column] = new.pop(key, captions[key])
+    for key, caption in new.items():
+        row = [""] * len(header)
+        row[file_column], row[caption_column] = key, caption
+        rows.append(row)
+    written = io.StringIO()
+    csv.writer(written, delimiter=delimiter, lineterminator="\n").writerows([header, *rows])
+    return written.getvalue()
+
+
+def table_keys(files: FolderFiles) -> set[str]:
+    """The keys of the images that have a row in the folder's metadata.csv; empty if that cannot be read."""
+    if TABLE not in files.texts:
+        return set()
+    try:
+        text = read_text(files, TABLE, MAX_METADATA_BYTES)
+        header, *rows = list(csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=_delimiter(text)))
+        return {key for key in _keys_of_rows(files, rows, _places(header)[0]) if key}
+    except (ValueError, csv.Error):
+        return set()
+
+
+def _places(header: Sequence[str]) -> tuple[int, int]:
+    columns = _columns(header)
+    if columns is None:
+        raise ValueError(f"{TABLE} needs a first line with the columns file_name and caption: add them")
+    return header.index(columns["file_name"]), header.index(columns["caption"])
+
+
+def _keys_of_rows(files: FolderFiles, rows: Iterable[Sequence[str]], column: int) -> list[str | None]:
+    images = _Images(image.key for image in files.images)
+    found: list[str | None] = []
+    for row in rows:
+        try:
+            cells = {"file_name": row[column] if column < len(row) else None, "caption": ""}
+            found.append(_read_row(files, PurePosixPath(), images, cells)[0])
+        except ValueError:
+            found.append(None)  # of an image that is gone: its row stays
+    return found
+
+
 class _Images:
     """The keys of images, also by the same letters in another case."""
 
@@ -66,9 +123,8 @@ def _rows(files: FolderFiles, name: str) -> Iterator[tuple[int, Row]]:
 
 
 def _csv_rows(text: str, name: str, problems: list[Problem]) -> Iterator[tuple[int, Row]]:
-    header = text.lstrip().partition("\n")[0]
-    delimiter = max(_DELIMITERS, key=header.count)
-    reader = csv.DictReader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter, skipinitialspace=True)
+    stream = io.StringIO(text.lstrip(), newline="")
+    reader = csv.DictReader(stream, delimiter=_delimiter(text), skipinitialspace=True)
     try:
         columns = _columns(reader.fieldnames or ())
         if columns is None:
@@ -82,6 +138,10 @@ def _csv_rows(text: str, name: str, problems: list[Problem]) -> Iterator[tuple[i
                 yield reader.line_num, {wanted: row[found] for wanted, found in columns.items()}
     except csv.Error as error:
         problems.append(Problem(f"{name} line {reader.line_num}", f"cannot be read as CSV: {error}"))
+
+
+def _delimiter(text: str) -> str:
+    return max(_DELIMITERS, key=text.lstrip().partition("\n")[0].count)
 
 
 def _jsonl_rows(text: str, name: str, problems: list[Problem]) -> Iterator[tuple[int, Row]]:

@@ -14,7 +14,7 @@ from .detection import PART_CLASSES, read_json
 from .file_kinds import VAE, kind_of
 from .loading import weight_files
 
-_WANTED = "use a VAE made for the base's family: a .safetensors file, or a diffusers folder with config.json"
+_WANTED = "use a VAE made for {}: a .safetensors file, or a diffusers folder with config.json"
 _WIDTHS = {"encoder.conv_in": 0, "decoder.conv_in": -1}  # convolution: the index of its width in block_out_channels
 
 

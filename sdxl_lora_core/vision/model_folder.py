@@ -45,8 +45,10 @@ def require_weights(folder: Path, wanted: str) -> None:
         raise FileNotFoundError(f"{folder.name!r} has no model.safetensors (other formats are not opened): {wanted}")
 
 
-def load_weights(folder: Path, kind: Any, unused: Collection[str] = ()) -> torch.nn.Module:
-    """The model of transformers' class `kind`, float32, eval mode, on the CPU.
+def load_weights(
+    folder: Path, kind: Any, unused: Collection[str] = (), dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """The model of transformers' class `kind` in `dtype`, eval mode, on the CPU.
 
     `unused` are beginnings of the names of weights that may be missing. Raises ValueError if the weights are damaged or
     others are missing.
@@ -59,7 +61,7 @@ def load_weights(folder: Path, kind: Any, unused: Collection[str] = ()) -> torch
             torch.random.fork_rng(devices=[]),
         ):  # transformers 4 initializes weights first
             loaded: Any = kind.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype
             )
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(f"the model in {folder.name!r} cannot be loaded: {brief(error)}") from error
@@ -69,7 +71,7 @@ def load_weights(folder: Path, kind: Any, unused: Collection[str] = ()) -> torch
         raise ValueError(
             f"the model in {folder.name!r} lacks {len(missing)} weights, as {missing[0]}: copy the whole model"
         )
-    return model.float().eval().requires_grad_(False)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 def load_processor(folder: Path, model: Any) -> Any:
