@@ -5,6 +5,7 @@ import functools
 from . import choices
 from .apply_lora_stack import ApplyLoRAStack
 from .base_model import LoadSD15Base, LoadSDXLBase
+from .caption_images import CaptionImages
 from .compare_loras import CompareLoRAs, CompareVariant
 from .control import AddControlNet
 from .dataset import LoadCaptionDataset
@@ -17,6 +18,8 @@ from .host.dataset_routes import add_dataset_routes
 from .host.folders import add_output_folders
 from .host.lora_routes import add_lora_routes
 from .host.server import add_routes
+from .host.vote_routes import add_vote_routes
+from .human_compare import HumanCompare
 from .image_cache import SDXLImageCache
 from .image_similarity import ImageSimilarity
 from .load_lora import LoadLoRA
@@ -38,7 +41,6 @@ from .training import TrainSDXLLoRA
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "LoadCaptionDataset": LoadCaptionDataset,
     "LoadSDXLBase": LoadSDXLBase,
-    "LoadSD15Base": LoadSD15Base,
     "TrainSDXLLoRA": TrainSDXLLoRA,
     "LoadLoRA": LoadLoRA,
     "SDXLGenerateCached": SDXLGenerateCached,
@@ -65,12 +67,14 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "PickCheckpoint": PickCheckpoint,
     "FindStrength": FindStrength,
     "DatasetReport": DatasetReport,
+    "CaptionImages": CaptionImages,
+    "HumanCompare": HumanCompare,
+    "LoadSD15Base": LoadSD15Base,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "LoadCaptionDataset": "Load Caption Dataset",
     "LoadSDXLBase": "Load SDXL Base",
-    "LoadSD15Base": "Load SD 1.5 Base",
     "TrainSDXLLoRA": "Train SDXL LoRA",
     "LoadLoRA": "Load LoRA (SDXL)",
     "SDXLGenerateCached": "SDXL Generate (cached)",
@@ -97,9 +101,13 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "PickCheckpoint": "Pick Checkpoint",
     "FindStrength": "Find Strength",
     "DatasetReport": "Dataset Report",
+    "CaptionImages": "Caption Images",
+    "HumanCompare": "Human Compare",
+    "LoadSD15Base": "Load SD 1.5 Base",
 }
 
 add_output_folders()
 add_routes()
 add_lora_routes(functools.partial(choices.find, "lora"))
 add_dataset_routes(functools.partial(choices.names, "dataset"), functools.partial(choices.find, "dataset"))
+add_vote_routes()

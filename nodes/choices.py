@@ -17,7 +17,9 @@ from .host.folders import cache_folders, file_names, input_folder, output_folder
 from .widgets import Widget
 from .wires import read_stack, strengths_by_block
 
-Kind = Literal["dataset", "base", "sd15_base", "vae", "lora", "control_net", "clip", "encoder", "classifier"]
+Kind = Literal[
+    "dataset", "base", "sd15_base", "vae", "lora", "control_net", "clip", "encoder", "classifier", "captioner"
+]
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 _BUNDLED: dict[Kind, dict[str, Path]] = {
@@ -30,6 +32,7 @@ _BUNDLED: dict[Kind, dict[str, Path]] = {
     "clip": {"tiny-clip (bundled)": _ASSETS / "tiny-clip"},
     "encoder": {"tiny-clip (bundled)": _ASSETS / "tiny-clip"},
     "classifier": {},
+    "captioner": {},
 }
 _DATASETS = " [datasets]"
 NONE = "(none)"  # of a combo whose file is optional
@@ -46,6 +49,7 @@ _EXPECTED: dict[Kind, str] = {
     "clip": f"{_MODEL} with a CLIP or SigLIP model",
     "encoder": f"{_MODEL} with an image model",
     "classifier": f"{_MODEL} with a tagger or another image classifier",
+    "captioner": "a folder with config.json or model.onnx in the captioners folder",
 }
 
 
@@ -181,6 +185,8 @@ def _found(kind: Kind) -> dict[str, list[Path]]:
             return _weights("controlnet") | _folders_with("config.json", "controlnet")
         case "clip" | "encoder" | "classifier":
             return _folders_with("config.json", "clip_vision") | _folders_with("config.json", "clip_score")
+        case "captioner":
+            return _folders_with("config.json", "captioners") | _folders_with("model.onnx", "captioners")
 
 
 def _typed(kind: Kind) -> list[Path]:
@@ -197,6 +203,8 @@ def _typed(kind: Kind) -> list[Path]:
             return roots("controlnet")
         case "clip" | "encoder" | "classifier":
             return roots("clip_score") + roots("clip_vision")
+        case "captioner":
+            return roots("captioners")
 
 
 def _weights(folder_type: str) -> dict[str, list[Path]]:

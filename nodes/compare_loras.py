@@ -122,9 +122,9 @@ class CompareLoRAs:
         "SDXL Generate (cached)."
     )
     SEARCH_ALIASES = ["xy plot", "xyz grid", "compare loras", "ab test", "lora strength grid", "checkpoint grid"]
-    RETURN_TYPES = ("IMAGE", "IMAGE", "IMAGE", "STRING", "STRING", "LORA_STACK")
-    RETURN_NAMES = ("grid", "chart", "images", "table", "report", "best")
-    OUTPUT_IS_LIST = (False, False, True, False, False, False)
+    RETURN_TYPES = ("IMAGE", "IMAGE", "IMAGE", "STRING", "STRING", "LORA_STACK", "COMPARISON")
+    RETURN_NAMES = ("grid", "chart", "images", "table", "report", "best", "comparison")
+    OUTPUT_IS_LIST = (False, False, True, False, False, False, False)
     OUTPUT_TOOLTIPS = (
         "All images in a labelled grid.",
         "Means and paired differences by variant. Without a score, connected nodes do not run.",
@@ -132,6 +132,7 @@ class CompareLoRAs:
         "A line for each image with its scores, as CSV.",
         "Everything in numbers, as JSON.",
         "The LoRAs of the variant with the highest mean of the first score.",
+        "All images by variant, for Human Compare.",
     )
     OUTPUT_NODE = True
     FUNCTION = "compare"
@@ -224,7 +225,7 @@ def _outputs(found: Comparison, saved: SavedComparison) -> dict[str, Any]:
     cells = [to_image([cell.pixels]) for result in found.results for cell in result.cells if cell]
     charts = [] if saved.chart is None else [saved.chart]
     chart = to_image(charts) if charts else nothing()
-    outputs = (to_image([saved.grid]), chart, cells, saved.images, saved.report, best)
+    outputs = (to_image([saved.grid]), chart, cells, saved.images, saved.report, best, found)
     rows = [row | {"interval": interval_words(row.get("interval"))} for row in table_rows(found, metric)]
     shown = table(_VARIANT_COLUMNS, rows)
     return show(outputs, summary(found, saved.page), [saved.grid, *charts], table=shown)

@@ -57,6 +57,9 @@ class LoadCaptionDataset:
             "optional": {
                 "dataset": link("CAPTION_DATASET", "A dataset to train on together with this one."),
                 **widgets(DatasetConfig, _ADVANCED, advanced=True),
+                "captioned_folder": link(
+                    "STRING", "The folder from Caption Images, which then runs first. It replaces folder.", force=True
+                ),
             },
         }
 
@@ -68,7 +71,10 @@ class LoadCaptionDataset:
     def IS_CHANGED(cls, folder: str | None = None, **settings: Any) -> str:
         return choices.content("dataset", folder)
 
-    def load(self, folder: str, dataset: CaptionDataset | None = None, **settings: Any) -> dict[str, Any]:
+    def load(
+        self, folder: str, dataset: CaptionDataset | None = None, captioned_folder: str = "", **settings: Any
+    ) -> dict[str, Any]:
+        folder = captioned_folder or folder
         path = choices.find("dataset", folder)
         loaded = load_caption_dataset(path, DatasetConfig(**settings), dataset, cache_folders().hashes)
         sheet, report = np.asarray(contact_sheet(loaded)), describe(loaded)

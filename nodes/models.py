@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 
+from ..sdxl_lora_core.captioning.captioner import Loaders
+from ..sdxl_lora_core.captioning.models import load_captioner
 from ..sdxl_lora_core.files import stat_fingerprint
 from ..sdxl_lora_core.runtime.loaded_parts import Loaded, LoadedParts, PartRequest
+from ..sdxl_lora_core.sdxl.precision import resolve_dtype
 from ..sdxl_lora_core.vision.classifier import load_classifier
 from ..sdxl_lora_core.vision.features import load_encoder
 from ..sdxl_lora_core.vision.image_text import load_clip
@@ -28,6 +31,17 @@ def held_model(parts: LoadedParts, kind: choices.Kind, name: str) -> tuple[Path,
     load = _LOADERS[kind]
     request = PartRequest(kind, f"{path} {stat_fingerprint(path)}", lambda: Loaded(load(path)))
     return path, lambda _: parts.borrow(request).module
+
+
+def captioner_loaders(parts: LoadedParts, path: Path) -> Loaders:
+    """Loaders of a captioning model or tagger that stays loaded between runs."""
+
+    def held(kind: str, load: Callable[[Path], torch.nn.Module]) -> Callable[[Path], torch.nn.Module]:
+        request = PartRequest(kind, f"{path} {stat_fingerprint(path)}", lambda: Loaded(load(path)))
+        return lambda _: parts.borrow(request).module
+
+    dtype = resolve_dtype("auto", parts.device)
+    return Loaders(held("captioner", lambda folder: load_captioner(folder, dtype)), held("classifier", load_classifier))
 
 
 def check_models(names: dict[choices.Kind, str | None]) -> bool | str:

@@ -73,9 +73,9 @@ def save_help(folder: str, files: str) -> str:
     return f"The name of a folder in output/{folder}, for the {files}. If it is taken, a number is appended."
 
 
-def link(kind: str, tooltip: str) -> Widget:
-    """An input without a widget, for a link only."""
-    return kind, {"tooltip": tooltip}
+def link(kind: str, tooltip: str, force: bool = False) -> Widget:
+    """An input for a link only. `force`: of a kind that would have a widget, such as STRING."""
+    return kind, {"tooltip": tooltip, **({"forceInput": True} if force else {})}
 
 
 def settings_in(config: type, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ FILES = (
     "input/on_disk/config.json",
     *(f"models/{kind}/on_disk.safetensors" for kind in ("checkpoints", "vae", "loras", "controlnet")),
     "models/clip_score/on_disk/config.json",
+    "models/captioners/on_disk/config.json",
 )
 
 Contract = dict[str, dict[str, Any]]

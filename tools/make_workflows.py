@@ -27,7 +27,7 @@ ROW, SOCKET, TEXT_BOX, FOOT, MORE = 30, 20, 100, 36, 30
 REPORT, PICTURE = 96, 220  # what our nodes show after they ran
 PANELS = {
     "TrainSDXLLoRA": 380,  # with the pictures
-    "LoadCaptionDataset": 270,  # in place of the picture
+    "LoadCaptionDataset": 266,  # in place of the picture
     "LoadLoRA": 140,
     "SDXLGenerateCached": PICTURE + 60,
     "CLIPScore": PICTURE + 190,
@@ -38,15 +38,22 @@ PANELS = {
     "PickCheckpoint": PICTURE + 190,
     "FindStrength": PICTURE + 190,
     "DatasetReport": PICTURE,
+    "HumanCompare": PICTURE + 190,
+    "CaptionImages": 180,
 }
 PICTURES = ("SaveImage", "PreviewImage")
 SDXL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main"
+SD15 = "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main"
 CONTROL = "https://huggingface.co/lllyasviel/sd_control_collection/resolve/main"
 FILES = {  # of the templates for real SDXL: for each model that a widget names, where it is from and its folder
     "sd_xl_base_1.0.safetensors": (SDXL, "checkpoints"),
+    "v1-5-pruned-emaonly-fp16.safetensors": (SD15, "checkpoints"),
     "sd_xl_offset_example-lora_1.0.safetensors": (SDXL, "loras"),
     "diffusers_xl_canny_full.safetensors": (CONTROL, "controlnet"),
 }
+
+
+OWN = ("my_images", "Florence-2-base")  # folders that users have by names of their own
 
 
 def _declared(inputs: dict[str, Any], outputs: dict[str, str]) -> type:
@@ -154,7 +161,7 @@ def connect(workflow: Workflow, nodes: list[dict[str, Any]], sources: list[dict[
 
 def _node(node_id: int, node: dict[str, Any], node_class: Any) -> dict[str, Any]:
     declared = {**node_class.INPUT_TYPES()["required"], **node_class.INPUT_TYPES().get("optional", {})}
-    widgets = {name: spec for name, spec in declared.items() if _is_widget(spec)}
+    widgets = {name: spec for name, spec in declared.items() if is_widget(spec)}
     sockets = [name for name in declared if name not in widgets or isinstance(node["inputs"].get(name), list)]
     names = getattr(node_class, "RETURN_NAMES", node_class.RETURN_TYPES)
     models = [{"name": name, "url": f"{FILES[name][0]}/{name}", "directory": FILES[name][1]} for name in _files(node)]
@@ -180,8 +187,9 @@ def _files(node: dict[str, Any]) -> list[str]:
     return [value for value in node["inputs"].values() if isinstance(value, str) and value in FILES]
 
 
-def _is_widget(spec: tuple[Any, ...]) -> bool:
-    return isinstance(spec[0], list) or spec[0] in WIDGETS
+def is_widget(spec: tuple[Any, ...]) -> bool:
+    forced = len(spec) > 1 and spec[1].get("forceInput")
+    return not forced and (isinstance(spec[0], list) or spec[0] in WIDGETS)
 
 
 def _socket(name: str, spec: tuple[Any, ...], is_widget: bool) -> dict[str, Any]:

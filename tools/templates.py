@@ -434,4 +434,86 @@ TEMPLATES: dict[str, tuple[Step, ...]] = {
         step("Sample", column("8", width=270), column("9", width=230)),
         step("Save", column("10", width=300)),
     ),
+    "vote": (
+        step(
+            "Base and LoRAs",
+            column(
+                "1",
+                "2",
+                Note(
+                    "Vote blind",
+                    "**Run**, then *Open the voting page* on *Human Compare*. Keys 1 and 2 choose an image, space is "
+                    "no difference. *Run* again for the ranking: the images come from the cache.\n\nDo not look at the "
+                    "grid first. Others vote at the same address, on a phone too; start ComfyUI with `--listen` for "
+                    "them.",
+                    230,
+                ),
+                width=270,
+            ),
+            column("3", width=270),
+            column("4", width=270),
+        ),
+        step("Compare", column("5", width=330)),
+        step("Vote", column("6", "7", width=330)),
+    ),
+    "sd15_against_sdxl": (
+        step(
+            "Models",
+            column(
+                "1",
+                "2",
+                real_sdxl(
+                    "SD 1.5 against SDXL",
+                    " Stable Diffusion 1.5 is `v1-5-pruned-emaonly-fp16.safetensors` in the same folder.",
+                ),
+                width=290,
+            ),
+            column(
+                "3",
+                "4",
+                Note(
+                    "Mean and deviation of the CLIP score",
+                    "SD 1.5, SDXL and SDXL with the LoRA make the same prompts and seeds, each in its own size. "
+                    "The table has mean and standard deviation over all images, and the paired difference to SDXL with "
+                    "its interval.\n\nChoose a real CLIP model as `clip_model`: the bundled one knows only shapes.",
+                    230,
+                ),
+                width=290,
+            ),
+        ),
+        step("Compare", column("5", width=340)),
+        step("Results", column("6", "7", width=330)),
+    ),
+    "caption_then_train": (
+        step(
+            "Models and images",
+            column(
+                "1",
+                "2",
+                Note(
+                    "Your own images",
+                    "Put them into `input/my_images`, or choose another folder. The captioner is the folder "
+                    "`models/captioners/Florence-2-base`, a copy of *florence-community/Florence-2-base*; BLIP and "
+                    "taggers will do, too. To download it, write its name into the advanced `hub_id`.",
+                    130,
+                ),
+                width=310,
+            ),
+        ),
+        step(
+            "Check the captions",
+            column(
+                "3",
+                Note(
+                    "Correct them by hand",
+                    "Click a caption on *Load Caption Dataset* to change it. *Caption Images* keeps what you write.",
+                    110,
+                ),
+                width=300,
+            ),
+            column("4", width=300),
+        ),
+        step("Train", column("5", width=310)),
+        step("Generate", column("6", width=280)),
+    ),
 }

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tools.run_workflow import Outputs, Workflow
 
+PROMPTS = "a red square on a sky background\na yellow moon on a navy background\na white star on a mint background"
 WIDTH, COLUMNS, ROWS = 512, 4, 4  # pixels of the picture, images in a row, rows at most
 # What a graph for real SDXL has to change to run with the bundled models.
 BUNDLED: dict[str, dict[str, Any]] = {
@@ -27,21 +28,28 @@ BUNDLED: dict[str, dict[str, Any]] = {
         "lr_schedule": "cosine",
     },
     "SDXLGenerateCached": {"width": 128, "height": 128},
+    "CompareVariant": {"name": "4 steps", "settings": "steps=4"},
+    "CompareLoRAs": {"width": 128, "height": 128, "count": 1, "steps": 12, "prompt": PROMPTS},
 }
 LEFT_OUT = (
     *("CheckpointLoaderSimple", "ApplyLoRAStack", "CLIPTextEncode", "EmptyLatentImage", "KSampler", "VAEDecode"),
-    *("Canny", "AddControlNet"),
+    *("Canny", "AddControlNet", "CaptionImages", "LoadSD15Base"),
 )
 
 
 def bundled_twin(workflow: Workflow) -> Workflow:
     """The graph for real SDXL with the bundled models, and with SDXL Generate in place of ComfyUI's own sampling.
 
-    Without ControlNets, of which none is bundled: there, images keep to their start by a lower denoise.
+    Without ControlNets, of which none is bundled: there, images keep to their start by a lower denoise. Without a
+    captioning model and SD 1.5, too: a variant with fewer steps takes the place of that.
     """
     if not is_for_sdxl(workflow):
         return workflow
-    own = {key: _without_controls(node) for key, node in workflow.items() if node["class_type"] not in LEFT_OUT}
+    own = {
+        key: _without_links(_without_controls(node), workflow)
+        for key, node in workflow.items()
+        if node["class_type"] not in LEFT_OUT
+    }
     twin = {
         key: {**node, "inputs": {**node["inputs"], **BUNDLED.get(node["class_type"], {})}} for key, node in own.items()
     }
@@ -61,6 +69,13 @@ def _without_controls(node: dict[str, Any]) -> dict[str, Any]:
         return node
     inputs = {name: value for name, value in node["inputs"].items() if name != "controls"}
     return {**node, "inputs": {**inputs, "denoise": 0.75}}
+
+
+def _without_links(node: dict[str, Any], workflow: Workflow) -> dict[str, Any]:
+    """The node without optional links to nodes that have no bundled twin."""
+    gone = {key for key, other in workflow.items() if other["class_type"] in ("CaptionImages", "LoadSD15Base")}
+    kept = {name: value for name, value in node["inputs"].items() if not (isinstance(value, list) and value[0] in gone)}
+    return {**node, "inputs": kept}
 
 
 def _generated(workflow: Workflow, key: str) -> Workflow:

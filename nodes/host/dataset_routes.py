@@ -7,9 +7,8 @@ browser then asks ComfyUI first, which permits its own page only.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,8 @@ from ...sdxl_lora_core.dataset.editing import (
 from ...sdxl_lora_core.dataset.report import listing
 from ...sdxl_lora_core.files import temporary_beside
 from ...sdxl_lora_core.messages import brief, shown
-from .folders import input_folder, roots
+from .folders import input_folder, own_dataset_folder
+from .requests import Kinds, Refused, answering, json_body, require_length
 from .server import json_answer, route_table
 
 if TYPE_CHECKING:
@@ -37,15 +37,7 @@ MAX_UPLOAD_REQUEST = 256 * 2**20  # bytes
 MAX_UPLOAD_FILES = 64  # in a request
 UPLOAD_HEADER = "X-SDXL-LoRA"
 
-Handler = Callable[["Request"], Awaitable["Response"]]
-
-
-class Refused(Exception):
-    """A request that is answered with an HTTP status and a sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
+_CAPTION: Kinds = {"folder": str, "image": str, "text": (str, type(None))}
 
 
 def add_dataset_routes(names: Callable[[], list[str]], find: Callable[[str], Path]) -> None:
@@ -67,27 +59,11 @@ def add_dataset_routes(names: Callable[[], list[str]], find: Callable[[str], Pat
     if (table := route_table()) is None:
         return
     routes = _DatasetRoutes(names, find)
-    table.get("/sdxl_lora/datasets")(_answering(routes.datasets))
-    table.get("/sdxl_lora/dataset")(_answering(routes.listing))
-    table.get("/sdxl_lora/dataset/thumbnail")(_answering(routes.thumbnail))
-    table.post("/sdxl_lora/dataset/caption")(_answering(routes.caption))
-    table.post("/sdxl_lora/dataset/upload")(_answering(routes.upload))
-
-
-def _answering(handler: Handler) -> Handler:
-    """The handler, with its errors as answers."""
-
-    async def answer(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except Refused as error:
-            return json_answer({"error": str(error)}, error.status)
-        except FileNotFoundError as error:
-            return json_answer({"error": brief(error)}, 404)
-        except (OSError, ValueError) as error:
-            return json_answer({"error": brief(error)}, 400)
-
-    return answer
+    table.get("/sdxl_lora/datasets")(answering(routes.datasets))
+    table.get("/sdxl_lora/dataset")(answering(routes.listing))
+    table.get("/sdxl_lora/dataset/thumbnail")(answering(routes.thumbnail))
+    table.post("/sdxl_lora/dataset/caption")(answering(routes.caption))
+    table.post("/sdxl_lora/dataset/upload")(answering(routes.upload))
 
 
 class _DatasetRoutes:
@@ -116,7 +92,7 @@ class _DatasetRoutes:
         return Response(body=data, content_type="image/jpeg", headers={"Cache-Control": "no-cache"})
 
     async def caption(self, request: Request) -> Response:
-        wanted = await _json_body(request)
+        wanted = await json_body(request, _CAPTION, MAX_CAPTION_REQUEST)
         folder = self._own_folder(wanted["folder"])
         path, previous = await self._in(self._writer, self._captions.write, folder, wanted["image"], wanted["text"])
         return json_answer({"caption_file": path.relative_to(folder).as_posix(), "previous": previous})
@@ -176,33 +152,15 @@ class _DatasetRoutes:
         return folder
 
     def _own_folder(self, name: str) -> Path:
-        """The folder of a dataset that is in ComfyUI's folders, so that it may be changed. Links are resolved."""
-        folder = self._folder(name).resolve()
-        within = [root.resolve() for root in (input_folder(), *roots("datasets"))]
-        if not any(folder != root and folder.is_relative_to(root) for root in within):
-            raise Refused(403, f"{shown(name)} is not in ComfyUI's input folder: copy it there to change its captions")
-        return folder
+        """The folder of a dataset that may be changed."""
+        folder = self._folder(name)
+        try:
+            return own_dataset_folder(folder)
+        except ValueError as error:
+            raise Refused(403, str(error)) from error
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *values: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *values)
-
-
-async def _json_body(request: Request) -> dict[str, Any]:
-    """The folder, image and text of a request for a caption."""
-    if request.content_type != "application/json":
-        raise Refused(415, f"the request is of type {shown(request.content_type)}: send application/json")
-    _require_length(request, MAX_CAPTION_REQUEST)
-    try:
-        body = json.loads(await request.read())
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the request is no JSON: {brief(error)}") from error
-    kinds = {"folder": str, "image": str, "text": (str, type(None))}
-    if not isinstance(body, dict) or set(body) != set(kinds):
-        raise Refused(400, f"the request is {shown(body)}: send an object with folder, image and text")
-    for name, kind in kinds.items():
-        if not isinstance(body[name], kind):
-            raise Refused(400, f"{name} is {shown(body[name])}: give a text")
-    return body
 
 
 def _require_upload(request: Request) -> None:
@@ -210,14 +168,7 @@ def _require_upload(request: Request) -> None:
         raise Refused(403, f"the header {UPLOAD_HEADER} is missing: files are uploaded from ComfyUI's page")
     if request.content_type != "multipart/form-data":
         raise Refused(415, f"the request is of type {shown(request.content_type)}: send multipart/form-data")
-    _require_length(request, MAX_UPLOAD_REQUEST)
-
-
-def _require_length(request: Request, most: int) -> None:
-    if request.content_length is None:
-        raise Refused(411, "the request does not say how long it is: send Content-Length")
-    if request.content_length > most:
-        raise Refused(413, f"the request has {request.content_length} bytes, the most are {most}: send less at once")
+    require_length(request, MAX_UPLOAD_REQUEST)
 
 
 async def _next_part(parts: MultipartReader) -> BodyPartReader | None:

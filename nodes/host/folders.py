@@ -8,6 +8,7 @@ from pathlib import Path
 from ...sdxl_lora_core.cache.folders import CacheFolders
 from .comfy import running
 
+CAPTIONER_FOLDERS = ("captioners", "LLM", "florence2", "blip")  # of models/; other packs use the last three
 SAVED = ("loras", "checkpoints", "diffusers", "embeddings")  # folders of output/ that this pack writes to
 
 
@@ -36,7 +37,7 @@ def temp_folder() -> Path:
 
 
 def roots(folder_type: str) -> list[Path]:
-    """The folders of one of ComfyUI's folder types, or of our own: clip_score, sdxl_lora_cache."""
+    """The folders of one of ComfyUI's folder types, or of our own: clip_score, captioners, sdxl_lora_cache."""
     if not running():
         return _roots_at_home(folder_type)
     import folder_paths
@@ -44,8 +45,22 @@ def roots(folder_type: str) -> list[Path]:
     # setdefault keeps the entries of extra_model_paths.yaml, which was read before.
     types = folder_paths.folder_names_and_paths
     types.setdefault("clip_score", ([os.path.join(folder_paths.models_dir, "clip_score")], set()))
+    models = [os.path.join(folder_paths.models_dir, name) for name in CAPTIONER_FOLDERS]
+    types.setdefault("captioners", (models, set()))
     types.setdefault("sdxl_lora_cache", ([os.path.join(folder_paths.get_user_directory(), "sdxl_lora")], set()))
     return [Path(folder) for folder in types[folder_type][0]] if folder_type in types else []
+
+
+def own_dataset_folder(folder: Path) -> Path:
+    """A dataset's folder, links resolved, that is in ComfyUI's folders, so that its captions may be changed.
+
+    Raises ValueError for any other.
+    """
+    resolved = folder.resolve()
+    within = [root.resolve() for root in (input_folder(), *roots("datasets"))]
+    if not any(resolved != root and resolved.is_relative_to(root) for root in within):
+        raise ValueError(f"{folder.name!r} is not in ComfyUI's input folder: copy it there to change its captions")
+    return resolved
 
 
 def file_names(folder_type: str) -> list[str]:
@@ -83,6 +98,7 @@ def _roots_at_home(folder_type: str) -> list[Path]:
     home = _home()
     roots = {
         "datasets": [home / "datasets"],
+        "captioners": [home / "models" / name for name in CAPTIONER_FOLDERS],
         **{kind: [home / "models" / kind, home / kind] for kind in SAVED},
         "sdxl_lora_cache": [home / "user/sdxl_lora"],
     }

@@ -178,6 +178,12 @@ def inputs_of_nodes():
     compared = {"base": base, "prompt": "a star\na moon", "negative_prompt": "", "count": 1, "clip_model": CLIP}
     compared |= {**{name: IMAGE[name] for name in ("steps", "guidance", "width", "height")}, "save_as": "compared"}
     compared |= {"image_model": CLIP, "references": two_pictures}
+    comparison = call("CompareLoRAs", {**compared, "seed": 5, "columns": "strength: 1", "rows": "", "lora_stack": two})[
+        6
+    ]
+    captioned = {"folder": "captioned", "captioner": "(connected captions)", "trigger_word": "ohwx", "prefix": ""}
+    captioned |= {"suffix": "", "detail": "short", "existing": "replace_all", "write_to": "text_files"}
+    captioned = {name: [value] for name, value in captioned.items()} | {"captions": ["a star", "a moon"]}
     merge = {"lora_stack": two, "method": "dare", "rank": 4}
     return {
         **options,
@@ -196,6 +202,13 @@ def inputs_of_nodes():
             "keep": ["best"],
             "best": [1],
             "threshold": [0.0],
+        },
+        "LoadSD15Base": lambda _: {"base": "micro-sd15", "precision": "fp32"},
+        "CaptionImages": lambda _: captioned,
+        "HumanCompare": lambda number: {
+            "comparison": comparison,
+            "save_as": f"vote-{number}",
+            "wait_for": 0,
         },
         "CompareVariant": lambda _: {"name": "", "settings": "steps=1", "lora_stack": stack},
         "CompareLoRAs": lambda number: {

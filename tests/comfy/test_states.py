@@ -14,13 +14,22 @@ from benchmarks.full_size import write_pictures
 from sdxl_lora_core.sdxl.base import open_base
 from tests.comfy.conftest import ROOT, install_pack
 from tests.micro.controls import random_net, save_single
+from tests.micro.sd15 import write_micro_sd15
 from tools.run_workflow import load_pack
 
 NODES = sorted(load_pack().NODE_CLASS_MAPPINGS)
 SMALL_CORE = Path(__file__).with_name("small_core")
 CANCELLED = {
     *("TrainSDXLLoRA", "SDXLGenerateCached", "SDXLImageCache", "SaveSDXLLoRA", "MergeLoRAs", "SaveMergedBase"),
-    *("CLIPScore", "ImageSimilarity", "DistributionMetrics", "CompareLoRAs", "PickCheckpoint", "FindStrength"),
+    *(
+        "CaptionImages",
+        "CLIPScore",
+        "ImageSimilarity",
+        "DistributionMetrics",
+        "CompareLoRAs",
+        "PickCheckpoint",
+        "FindStrength",
+    ),
 }
 ENDINGS = {
     "finishes for the first time": "finishes",
@@ -41,6 +50,8 @@ def left(comfyui: Path, comfyui_python: str, tmp_path_factory: pytest.TempPathFa
     net = random_net(open_base(ROOT / "assets/tiny-sdxl", "fp32"), 1)
     save_single(home / "models/controlnet/edges.safetensors", net)
     write_pictures(home / "input/two", 64, 2)
+    write_pictures(home / "input/captioned", 64, 2)
+    write_micro_sd15(home / "models/diffusers/micro-sd15")
     command = [comfyui_python, str(Path(__file__).with_name("states.py")), str(home)]
     done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

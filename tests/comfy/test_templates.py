@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,20 +15,26 @@ from sdxl_lora_core.sdxl.base import open_base
 from tests.comfy.conftest import has_nodes_2 as has_blueprints  # both came with 0.3.67 or later
 from tests.comfy.narrow import EVERY_LAYER
 from tests.comfy.page import open_template, run_to_end, set_widgets
+from tests.micro.captioners import write_florence, write_pictures
 from tests.micro.controls import random_net, save_single
+from tests.micro.sd15 import write_micro_sd15
 from tools.templates import TEMPLATES
 
 CHECKPOINT = "checkpoints/sd_xl_base_1.0.safetensors"
 LORA = "loras/sd_xl_offset_example-lora_1.0.safetensors"
+SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
 CONTROL_NET = "controlnet/diffusers_xl_canny_full.safetensors"
 KSAMPLER = "ksampler_with_lora_stack_sdxl"
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-SDXL = [name for name in TEMPLATES if name.endswith("_sdxl")]
+SDXL = [name for name in TEMPLATES if name.endswith("_sdxl") or name == "caption_then_train"]
 BUNDLED = [name for name in TEMPLATES if name not in SDXL]
 LEGIBLE = 0.6  # the zoom below which the canvas draws no text
 # So few steps and pixels that a CPU can run SDXL.
 TINY = {"width": 64, "height": 64, "steps": 2}
 SMALLER: dict[str, dict[str, Any]] = {
+    "CompareLoRAs": {**TINY, "count": 1},
+    "CompareVariant": {"settings": "width=64, height=64"},
+    "CaptionImages": {"detail": "short"},
     "LoadCaptionDataset": {"resolution": 64, "validation_percent": 0},
     "DatasetImages": {"size": 64},
     "WatchOptions": {"sample_every": 1, "validate_every": 0, "keep_best": "off", "sample_steps": 1},
@@ -118,13 +125,22 @@ def named(server: Any) -> Iterator[Any]:
     """
     models = server.base / "models"
     base, lora, net = models / "diffusers" / Path(CHECKPOINT).name, models / LORA, models / CONTROL_NET
-    for file in (base, lora, net):
+    sd15, captioner, images = (
+        models / "diffusers" / SD15,
+        models / "captioners/Florence-2-base",
+        server.base / "input/my_images",
+    )
+    for file in (base, lora, net, captioner):
         file.parent.mkdir(exist_ok=True)
+    write_micro_sd15(sd15)
+    write_florence(captioner)
+    write_pictures(images, 3)
     shutil.copytree(ASSETS / "tiny-sdxl", base)
     shutil.copy(ASSETS / "loras/line_style.safetensors", lora)
     save_single(net, random_net(open_base(base), seed=0))
     yield server
-    shutil.rmtree(base)
+    for folder in (base, sd15, captioner, images):
+        shutil.rmtree(folder)
     for file in (lora, net):
         file.unlink()
 
@@ -136,6 +152,12 @@ def test_a_template_for_sdxl_runs(named: Any, shipped: dict[str, Any], shrink: C
     for key, node in workflow.items():
         if node["class_type"] in ("SDXLGenerateCached", "SaveImage"):
             assert outputs[key]["images"]
+        if node["class_type"] == "CompareLoRAs":
+            rows = outputs[key]["sdxl_lora_table"][0]["rows"]
+            assert [row["name"] for row in rows][-1] == "SD 1.5" and len(rows) == 3
+            assert all(math.isfinite(row["mean"]) and row["deviation"] >= 0 for row in rows)
+        if node["class_type"] == "CaptionImages":
+            assert outputs[key]["text"][0].startswith("3 captions written")
 
 
 # Adds what the blueprint needs, connects it, and makes the run short.

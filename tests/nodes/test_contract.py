@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tools.make_contract import PATH, Contract, contract, differences, dump, frozen
-from tools.make_workflows import WIDGETS
+from tools.make_workflows import is_widget
 from tools.run_workflow import ROOT, load_pack
 
 PACK = load_pack()
@@ -175,7 +175,7 @@ def test_optional_inputs_are_links_or_advanced(node_id: str) -> None:
     declared = NODES[node_id].INPUT_TYPES()
     optional = declared.get("optional", {})
     advanced = {name: bool(options.get("advanced")) for name, (_, options) in optional.items()}
-    widgets = {name: isinstance(kind, list) or kind in WIDGETS for name, (kind, _) in optional.items()}
+    widgets = {name: is_widget(spec) for name, spec in optional.items()}
     expected = widgets if declared["required"] else dict.fromkeys(optional, False)
     assert advanced == {**expected, **({"preset": False} if "preset" in optional else {})}
 

@@ -14,7 +14,7 @@ from PIL import Image
 from sdxl_lora_core.sdxl.base import SDXLBase
 from tests.micro.controls import random_net, save_single
 from tests.micro.images import write_lora
-from tools.make_workflows import BLUEPRINT, ONLY_IN_COMFYUI, train_and_compare_blueprint, ui_graph
+from tools.make_workflows import BLUEPRINT, ONLY_IN_COMFYUI, OWN, train_and_compare_blueprint, ui_graph
 from tools.make_workflows import FILES as MODELS
 from tools.run_workflow import CORE_NODES, ROOT, load_pack, run, with_settings
 from tools.templates import TEMPLATES
@@ -92,7 +92,7 @@ def assert_agrees(node: dict[str, Any], workflow: dict[str, Any]) -> None:
         if isinstance(value, list):
             source = workflow[value[0]]["class_type"]
             assert (COMFYUI.get(source) or NODES[source].RETURN_TYPES)[value[1]] == kind, (name, node)
-        elif isinstance(kind, list) and value not in MODELS:
+        elif isinstance(kind, list) and value not in (*MODELS, *OWN):
             assert value in kind, (name, node)
 
 
