@@ -47,7 +47,8 @@ class DatasetPanel {
 
   /** The folder that the node reads. If another node gives it, that is known after a run. */
   folder() {
-    const linked = this.node.inputs?.some((input) => input.widget?.name === "folder" && input.link != null);
+    const gives = (input) => input.widget?.name === "folder" || input.name === "captioned_folder";
+    const linked = this.node.inputs?.some((input) => gives(input) && input.link != null);
     return linked ? this.checked?.folder : valueOf(this.node, "folder");
   }
 

@@ -9,7 +9,7 @@ const PANEL = "sdxl_lora_vote";
 
 function showVote(node, name) {
   const path = `/sdxl_lora/vote/${encodeURIComponent(name)}`;
-  if (node.sdxlLoRAVote === name && findPanel(node, PANEL)) return;
+  if (node.sdxlLoRAVote === name && findPanel(node, PANEL)) return showCount(node);
   node.sdxlLoRAVote = name;
   const open = element("button", { textContent: "Open the voting page", title: api.apiURL(path) });
   open.onclick = () => window.open(api.apiURL(path), "_blank", "noopener");

@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import urllib.error
 import urllib.request
@@ -101,7 +102,7 @@ def test_forty_votes_with_the_server_killed_half_way(
         assert shown["sdxl_lora_vote"] == [{"name": "vote", "page": "/sdxl_lora/vote/vote"}]
         page = voting(chromium, server, "ann")
         assert page.inner_text("#prompt") in PROMPTS.splitlines()
-        assert not {"dark", "light", "base"} & set(page.content().split())
+        assert not {"dark", "light", "base"} & set(page.inner_text("body").split())
         vote_for_the_lighter(page, 20)
         os.kill(server.pid, signal.SIGKILL)
         assert len(lines(home)) == 20
@@ -109,6 +110,7 @@ def test_forty_votes_with_the_server_killed_half_way(
         page.wait_for_selector("#error:not([hidden])")
         assert "The server does not answer" in page.inner_text("#error") and page.inner_text("#count") == "20 of 30"
         page.close()
+    shutil.rmtree(home / "custom_nodes/sdxl-lora-nodes")
     with start_server(home) as server:
         page = voting(chromium, server, "ann")
         assert page.inner_text("#count") == "20 of 30", "after the restart she goes on where she was"
@@ -163,7 +165,7 @@ def hostile_paths(image: str) -> list[str]:
         ),
         *("..%5cballot.json", "....//ballot.json", "%00", f"{image}.png", f"{image}%00.png", f"../images/{image}.png"),
         *(f"{image}/", f"{image}/../../ballot.json", "/etc/passwd", "%2fetc%2fpasswd", "C:%5cWindows%5cwin.ini", "*"),
-        *("a" * 5000, "%ff%fe", "?x", "#x", image[:-1], image.upper(), " ", "con", "file:%2f%2f%2fetc%2fpasswd"),
+        *("a" * 5000, "%ff%fe", "?x", "#x", image[:-1], image.upper(), "%20", "con", "file:%2f%2f%2fetc%2fpasswd"),
     ]
     names = [
         *("..", "%2e%2e", "..%2f..%2fuser", "vote%2fimages", "vote%2f..%2fvote", "vote%00", "%2fetc", ".", "~", "gone"),
@@ -235,6 +237,6 @@ def test_on_a_phone_both_images_and_all_buttons_are_on_the_screen(
             page.locator("#back").tap()
             page.wait_for_function("() => document.getElementById('back').disabled")
             page.locator("#tie").tap()
-            page.wait_for_function("() => document.getElementById('count').textContent.startsWith('1 of')")
+            page.wait_for_function("() => !document.getElementById('back').disabled")
             assert lines(home)[-1]["choice"] == "tie"
             page.close()
