@@ -188,8 +188,9 @@ def _files(node: dict[str, Any]) -> list[str]:
 
 
 def is_widget(spec: tuple[Any, ...]) -> bool:
-    forced = len(spec) > 1 and spec[1].get("forceInput")
-    return not forced and (isinstance(spec[0], list) or spec[0] in WIDGETS)
+    kind, *options = spec
+    forced = bool(options and options[0].get("forceInput"))
+    return not forced and (isinstance(kind, list) or kind in WIDGETS)
 
 
 def _socket(name: str, spec: tuple[Any, ...], is_widget: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...sdxl_lora_core.messages import brief
-from ...sdxl_lora_core.sdxl.family import SDXL, Family
+from ...sdxl_lora_core.sdxl.family import Family
 from .comfy import running
 from .memory import device
 from .status import board
@@ -144,7 +144,7 @@ def _previewer(family: Family) -> LatentPreviewer | None:
     from comfy import latent_formats
     from latent_preview import get_previewer
 
-    return get_previewer(device(), latent_formats.SDXL() if family == SDXL else latent_formats.SD15())
+    return get_previewer(device(), latent_formats.SDXL() if family.is_sdxl else latent_formats.SD15())
 
 
 def _node_bar(total: int) -> ProgressBar | None:

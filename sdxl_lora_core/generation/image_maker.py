@@ -19,7 +19,6 @@ from ..lora.stacked_part import StackedPart
 from ..runtime.device import out_of_memory_named
 from ..runtime.loaded_parts import Loaded, LoadedParts, PartRequest
 from ..sdxl.base import SDXLBase, load_part
-from ..sdxl.family import SDXL
 from ..sdxl.latents import VAE_SCALE, unscaled
 from ..text.encoding import stack_embeds
 from ..text.text_model import TextEmbeds
@@ -119,7 +118,7 @@ class ImageMaker:
         negative = [batch.negative] * len(batch.prompts) if batch.negative else []
         rows = [*negative, *batch.prompts]
         embeds = stack_embeds([row.hidden[0] for row in rows]).to(unet.device, unet.dtype)  # padded to one length
-        if self.base.family != SDXL:
+        if not self.base.family.is_sdxl:
             return Conditioning(embeds, {})
         sizes = [number for size in micro_conditioning(self.config) for number in size]
         added = {

@@ -132,7 +132,7 @@ def require_sdxl(base: SDXLBase, purpose: str) -> None:
 
     `purpose` begins the reason: "training" or "LoRA my_lora".
     """
-    if base.family != SDXL:
+    if not base.family.is_sdxl:
         raise ValueError(
             f"{purpose} needs an SDXL base, and {base.name} is a {base.family.title} base, which is for generating "
             "images to compare with: connect Load SDXL Base"
@@ -214,7 +214,7 @@ def size_note(base: SDXLBase, side: int, option: str) -> str:
     """What to say of images that are too large: a longer side over twice the native one, and over 1.5 times for SD 1.5,
     which then repeats the subject. Empty for all others."""
     native = native_side(base)
-    if side <= (2 if base.family == SDXL else 1.5) * native:
+    if side <= (2 if base.family.is_sdxl else 1.5) * native:
         return ""
     return (
         f"{base.name} is for images of {native} x {native} pixels: {side} takes long and will not look right. "

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..messages import brief, shown
 from ..safetensors_file import WeightsHeader
-from .family import SD15, SDXL, Family, Part
+from .family import SDXL, Family, Part
 from .file_kinds import UNET, VAE, kind_of, require_unscaled
 
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -122,13 +122,13 @@ class Detector:
         if not isinstance(channels, int):
             raise TypeError(f"in_channels is {shown(channels)}")
         self._require_channels(folder.name, (0, channels))
-        found, given = (_sd15_widths if self.family == SD15 else _sdxl_widths)(settings)
+        found, given = (_sdxl_widths if self.family.is_sdxl else _sd15_widths)(settings)
         if found != given:
             raise ValueError(
                 f"folder {folder.name}: the UNet takes text of width {found[0]} and added input of width {found[1]}, "
                 f"but the text encoders give {given[0]} and {given[1]}, so they belong to different models: {wanted}"
             )
-        if self.family == SD15 and found[0] == _SD2_TEXT:
+        if not self.family.is_sdxl and found[0] == _SD2_TEXT:
             raise ValueError(f"folder {folder.name} is a Stable Diffusion 2.x model: {wanted}")
         if settings["vae"].get("latents_mean") is not None:
             raise ValueError(f"folder {folder.name} has a VAE with latents_mean, as Playground v2.5: {wanted}")

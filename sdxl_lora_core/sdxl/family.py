@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class Family:
-    """A family of base models.
+    """A family of base models, by its `name`.
 
     `title` and `wanted` are for messages; `checkpoint` is its kind as kind_of names it. `pipelines` is a pattern of
     diffusers' pipelines with its parts, of which `pipeline` is the plain one. `text` is the prefix of the first text
@@ -25,6 +25,7 @@ class Family:
     the last layer of the text encoder and its final norm, instead of by the penultimate layer.
     """
 
+    name: Literal["sdxl", "sd15"]
     title: str
     wanted: str
     checkpoint: str
@@ -35,6 +36,10 @@ class Family:
     text: str
     configs: Path
     last_layer: bool = False
+
+    @property
+    def is_sdxl(self) -> bool:
+        return self.name == "sdxl"
 
     @property
     def encoders(self) -> tuple[Part, ...]:
@@ -50,6 +55,7 @@ class Family:
 
 _FORMS = "a single-file checkpoint (.safetensors) or a diffusers folder with model_index.json"
 SDXL = Family(
+    name="sdxl",
     title="SDXL",
     wanted=f"use an SDXL base: {_FORMS}",
     checkpoint="an SDXL checkpoint",
@@ -62,6 +68,7 @@ SDXL = Family(
 )
 # Rombach et al., arXiv 2112.10752.
 SD15 = Family(
+    name="sd15",
     title="Stable Diffusion 1.5",
     wanted=f"use a Stable Diffusion 1.5 base: {_FORMS}",
     checkpoint="a Stable Diffusion 1.x checkpoint",

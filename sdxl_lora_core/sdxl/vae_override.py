@@ -14,7 +14,6 @@ from .detection import PART_CLASSES, read_json
 from .file_kinds import VAE, kind_of
 from .loading import weight_files
 
-_WANTED = "use a VAE made for {}: a .safetensors file, or a diffusers folder with config.json"
 _WIDTHS = {"encoder.conv_in": 0, "decoder.conv_in": -1}  # convolution: the index of its width in block_out_channels
 
 
@@ -24,14 +23,15 @@ def with_vae(base: SDXLBase, path: Path, hash_memo: Path | None = None) -> SDXLB
     A single file of Stable Diffusion 1.5's VAE has the same tensors as SDXL's and is not detected; a folder is.
     Raises FileNotFoundError if `path` does not exist, ValueError if it is not a VAE of the base's shape.
     """
+    wanted = f"use a VAE made for {base.family.title}: a .safetensors file, or a diffusers folder with config.json"
     if not path.exists():
-        raise FileNotFoundError(f"VAE {path.name} does not exist: {_WANTED}")
+        raise FileNotFoundError(f"VAE {path.name} does not exist: {wanted}")
     config = read_json(base.configs / "vae" / "config.json")
     if path.is_dir():
         own = read_json(path / "config.json")
-        _require_like(path.name, own, config)
+        _require_like(path.name, own, config, wanted)
         config = own
-    _require_shapes(path.name, [read_header(file) for file in weight_files(path)], config)
+    _require_shapes(path.name, [read_header(file) for file in weight_files(path)], config, wanted)
     digest = weights_sha256(path, "vae", hash_memo)
     return replace(
         base,
@@ -41,30 +41,30 @@ def with_vae(base: SDXLBase, path: Path, hash_memo: Path | None = None) -> SDXLB
     )
 
 
-def _require_like(name: str, config: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _require_like(name: str, config: dict[str, Any], bases: dict[str, Any], wanted: str) -> None:
     kind = config.get("_class_name")
     if kind != PART_CLASSES["vae"]:
-        raise ValueError(f"folder {name} is a {kind} and not an {PART_CLASSES['vae']}: {_WANTED}")
+        raise ValueError(f"folder {name} is a {kind} and not an {PART_CLASSES['vae']}: {wanted}")
     if config.get("latents_mean") is not None:
-        raise ValueError(f"folder {name} has latents_mean, as the VAE of Playground v2.5: {_WANTED}")
+        raise ValueError(f"folder {name} has latents_mean, as the VAE of Playground v2.5: {wanted}")
     for setting in ("latent_channels", "scaling_factor"):
-        if config.get(setting) != wanted[setting]:
+        if config.get(setting) != bases[setting]:
             raise ValueError(
-                f"folder {name} has {setting} {config.get(setting)} where the base's VAE has {wanted[setting]}, so it "
-                f"belongs to another kind of model: {_WANTED}"
+                f"folder {name} has {setting} {config.get(setting)} where the base's VAE has {bases[setting]}, so it "
+                f"belongs to another kind of model: {wanted}"
             )
 
 
-def _require_shapes(name: str, headers: Sequence[WeightsHeader], config: dict[str, Any]) -> None:
+def _require_shapes(name: str, headers: Sequence[WeightsHeader], config: dict[str, Any], wanted: str) -> None:
     shapes = {key.removeprefix(VAE): shape for header in headers for key, shape in header.shapes.items()}
     for module, which in _WIDTHS.items():
         found = shapes.get(f"{module}.weight", ())
         if len(found) != 4:
             kind = kind_of(headers[0])
-            raise ValueError(f"{name} is {kind} without {module}.weight of a VAE for images: {_WANTED}")
-        wanted = config["block_out_channels"][which], config["latent_channels"] if which else config["in_channels"]
-        if found[:2] != wanted:
+            raise ValueError(f"{name} is {kind} without {module}.weight of a VAE for images: {wanted}")
+        widths = config["block_out_channels"][which], config["latent_channels"] if which else config["in_channels"]
+        if found[:2] != widths:
             raise ValueError(
                 f"{name} has a {module} from {found[1]} to {found[0]} channels where the base's VAE goes from "
-                f"{wanted[1]} to {wanted[0]}, so it belongs to another kind of model: {_WANTED}"
+                f"{widths[1]} to {widths[0]}, so it belongs to another kind of model: {wanted}"
             )

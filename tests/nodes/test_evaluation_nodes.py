@@ -185,7 +185,8 @@ def test_a_comparison_has_grid_chart_images_table_and_page(base: Any, home: Path
     more = {"variants": variants, "references": batch(2, 5), "image_model": CLIP, "save_as": "sub/test", **SMALL}
     node = NODES["CompareLoRAs"]()
     shown = node.compare(**inputs, **more)
-    grid, chart, images, table, report, best = shown["result"]
+    grid, chart, images, table, report, best, compared = shown["result"]
+    assert [result.variant.name for result in compared.results][-1] == "mine"
     document = json.loads(report)
     names = ["base", "strength 0.5", "strength 1", "line_style (bundled) at 0.5", "mine"]
     assert [variant["name"] for variant in document["variants"]] == names
