@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..dataset.captions import texts_of
@@ -39,7 +40,7 @@ class FolderCaptions:
             raise ValueError(f"{folder.name!r} has no images: put some into it, such as .png or .jpg files")
         return cls(files, read_metadata(files), table_keys(files), Authors.read(files.root))
 
-    @property
+    @cached_property
     def images(self) -> dict[str, ImageFile]:
         """By key, in order."""
         return {image.key: image for image in self.files.images}

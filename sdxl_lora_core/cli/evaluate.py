@@ -37,7 +37,7 @@ from ..images.png import png_info
 from ..lora.stack import LoRARef
 from ..runtime.device import default_device
 from ..runtime.loaded_parts import LoadedParts
-from ..sdxl.base import open_base, require_vae
+from ..sdxl.base import open_base, open_sd15_base, require_vae
 from ..settings import from_mapping
 from ..text.caption_length import caption_length
 from .bar import Bar
@@ -100,6 +100,7 @@ def _add_generation(command: argparse.ArgumentParser, home: Path) -> None:
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH[:TEXT]]", help="repeat it for a stack"
     )
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as steps=20")
+    command.add_argument("--sd15", action="store_true", help="the base is Stable Diffusion 1.5")
     command.add_argument("--precision", default="auto", help="of the base: auto, fp32, bf16 or fp16")
     command.add_argument("--output", type=Path, default=Path("output"))
     command.add_argument("--home", type=Path, default=home, help="the folder of the caches (%(default)s)")
@@ -160,7 +161,8 @@ def _report(options: argparse.Namespace) -> None:
 def _job(options: argparse.Namespace) -> GenerationJob:
     changes = {"prompt_per_line": True, **read_changes(options.set), "prompt": "\n".join(options.prompt)}
     config = from_mapping(GenerateConfig, changes)
-    base = open_base(options.base, precision=options.precision, hash_memo=CacheFolders(options.home).hashes)
+    opened = open_sd15_base if options.sd15 else open_base
+    base = opened(options.base, precision=options.precision, hash_memo=CacheFolders(options.home).hashes)
     require_vae(base)
     return GenerationJob(base, config, [_lora(text) for text in options.lora])
 

@@ -2,6 +2,7 @@
 
 sdxl-lora train run.yaml [--set rank=16]    repeats or resumes a run; Ctrl-C finishes it early and keeps the LoRA
 sdxl-lora settings [train|datasets|...]     lists settings with their defaults and ranges
+sdxl-lora caption FOLDER --captioner MODEL  writes the captions of a folder of images
 sdxl-lora report FOLDER                     checks a dataset before training
 sdxl-lora generate BASE --prompt TEXT       generates images with LoRAs, through the image cache
 sdxl-lora score FOLDER --clip-model FOLDER  scores captioned images
@@ -28,13 +29,13 @@ from ..dataset.report import describe
 from ..lora.describe import describe_lora
 from ..runtime.device import default_device
 from ..runtime.distributed import FirstFailed
-from ..sdxl.base import describe_base, open_base
+from ..sdxl.base import describe_base, open_base, open_sd15_base
 from ..training.job import RunContext
 from ..training.loop import Diverged
 from ..training.monitor.progress import StepReport
 from ..training.run.runs import RunFolders
 from ..training.train import train
-from . import cache, evaluate, settings_list
+from . import cache, caption, evaluate, settings_list
 from .bar import Bar
 from .run_file import read_run
 from .signals import Interruption, Left
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("path", type=Path)
     command.set_defaults(run=_inspect)
     cache.add_commands(commands, HOME)
+    caption.add_command(commands)
     evaluate.add_commands(commands, HOME)
     settings_list.add_command(commands)
     options = parser.parse_args(arguments)
@@ -96,6 +98,7 @@ def _inspect(options: argparse.Namespace) -> None:
     """Describes a base, a LoRA, a ControlNet or a dataset, by the first reader that accepts the path."""
     readers: list[Callable[[Path], str]] = [
         lambda path: describe_base(open_base(path)),
+        lambda path: describe_base(open_sd15_base(path)),
         describe_lora,
         lambda path: describe_control_net(open_control_net(path)),
         lambda path: describe(load_caption_dataset(path, DatasetConfig())),

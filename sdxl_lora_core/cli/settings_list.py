@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from ..captioning.config import CaptionConfig
 from ..dataset.config import DatasetConfig
 from ..evaluation.config import ScoreConfig
 from ..generation.config import GenerateConfig
@@ -20,12 +21,13 @@ SECTIONS: dict[str, type] = {
     "datasets": DatasetConfig,
     "generate": GenerateConfig,
     "score": ScoreConfig,
+    "caption": CaptionConfig,
 }
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
 def add_command(commands: Any) -> None:
-    command = commands.add_parser("settings", help="list the settings of a run.yaml, of generate and of score")
+    command = commands.add_parser("settings", help="list the settings of a run.yaml, of generate, score and caption")
     command.add_argument("section", nargs="?", choices=SECTIONS, default="train")
     command.add_argument("name", nargs="*", help="list only these settings")
     command.set_defaults(run=_list)

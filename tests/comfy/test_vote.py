@@ -80,12 +80,16 @@ def voting(chromium: Any, server: Any, rater: str, **options: Any) -> Any:
     return page
 
 
-def vote_for_the_lighter(page: Any, count: int) -> None:
-    """With the keys, and space where both are alike."""
+def vote_for_the_lighter(page: Any, count: int, clicking: bool = False) -> None:
+    """With the keys 1, 2 and space, or by clicking; no difference where both are alike."""
     for _ in range(count):
         before = page.inner_text("#count")
         left, right = (page.evaluate(BRIGHTNESS, side) for side in ("left", "right"))
-        page.keyboard.press(" " if abs(left - right) < 10 else "1" if left > right else "2")
+        choice = "tie" if abs(left - right) < 10 else "left" if left > right else "right"
+        if clicking:
+            page.click(f"#{choice}")
+        else:
+            page.keyboard.press({"left": "1", "right": "2", "tie": " "}[choice])
         page.wait_for_function("(before) => document.getElementById('count').textContent !== before", arg=before)
 
 
@@ -118,7 +122,7 @@ def test_forty_votes_with_the_server_killed_half_way(
         assert "That was the last pair" in page.inner_text("#message")
         page.close()
         page = voting(chromium, server, "bob")
-        vote_for_the_lighter(page, 10)
+        vote_for_the_lighter(page, 10, clicking=True)
         votes = lines(home)
         assert len(votes) == 40 and len({(v["rater"], v["prompt"], v["seed"], v["left"] < v["right"]) for v in votes})
         assert sum(v["rater"] == "ann" for v in votes) == 30
