@@ -18,6 +18,7 @@ from .host.dataset_routes import add_dataset_routes
 from .host.folders import add_output_folders
 from .host.lora_routes import add_lora_routes
 from .host.server import add_routes
+from .host.service import add_service_routes
 from .host.vote_routes import add_vote_routes
 from .human_compare import HumanCompare
 from .image_cache import SDXLImageCache
@@ -27,6 +28,7 @@ from .pick_checkpoint import FindStrength, PickCheckpoint
 from .save_loras import MergeLoRAs, SaveSDXLLoRA
 from .save_merged_base import SaveMergedBase
 from .scoring import CLIPScore
+from .service import read_job
 from .stack_report import StackReport
 from .train_options import (
     AdapterOptions,
@@ -111,3 +113,4 @@ add_routes()
 add_lora_routes(functools.partial(choices.find, "lora"))
 add_dataset_routes(functools.partial(choices.names, "dataset"), functools.partial(choices.find, "dataset"))
 add_vote_routes()
+add_service_routes(read_job)

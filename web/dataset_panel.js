@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { ask, fromDrop, fromInput, hasFiles, upload } from "./dataset_upload.js";
 import { addPanel, allNodes, element } from "./panel.js";
 import { nodeAt } from "./status.js";
+import { say } from "./words.js";
 
 const NODE = "LoadCaptionDataset";
 const PANEL = "sdxl_lora_dataset";
@@ -25,14 +26,14 @@ class DatasetPanel {
   build() {
     const files = element("input", { type: "file", multiple: true, style: { display: "none" } });
     files.onchange = () => this.upload(fromInput(files));
-    const add = button("Add images", "Uploads images and their .txt files into a new folder.", () => files.click());
-    const refresh = button("Refresh", "Reads the folder and the list of folders again.", () =>
+    const add = button(say("Add images"), say("Uploads images and their .txt files into a new folder."), () => files.click());
+    const refresh = button(say("Refresh"), say("Reads the folder and the list of folders again."), () =>
       this.report(async () => {
         await this.load();
         return refreshFolders();
       }),
     );
-    this.undo = button("Undo", "", () => this.report(() => this.takeBack()));
+    this.undo = button(say("Undo"), "", () => this.report(() => this.takeBack()));
     this.undo.hidden = true;
     this.message = element("div", { className: "sdxl-lora-message" });
     this.problems = element("div", { className: "sdxl-lora-problems" });
@@ -77,13 +78,15 @@ class DatasetPanel {
   show(data) {
     this.data = data;
     const { entries, total, unused, notes } = data;
-    const without = unused === 1 ? "1 image without a caption is skipped" : `${unused} images without a caption are skipped`;
-    const advice = "click below one to write it, or give a trigger_word.";
-    const problems = unused ? [`${without}: ${advice}`, ...data.problems] : data.problems;
+    const one = "1 image without a caption is skipped", several = "{count} images without a caption are skipped";
+    const problem = say(unused === 1 ? one : several, { count: unused });
+    const advice = say("{problem}: click below one to write it, or give a trigger_word.", { problem });
+    const problems = unused ? [advice, ...data.problems] : data.problems;
     const note = (textContent) => element("div", { className: "sdxl-lora-note", textContent });
     this.problems.replaceChildren(...problems.map((textContent) => element("div", { textContent })), ...notes.map(note));
-    const count = entries.length < total ? `the first ${entries.length} of ${total} images` : `${total} images`;
-    this.title.textContent = `${data.folder}: ${count}. Click a caption to edit it.`;
+    const some = entries.length < total;
+    const count = say(some ? "the first {shown} of {total} images" : "{total} images", { shown: entries.length, total });
+    this.title.textContent = say("{folder}: {count}. Click a caption to edit it.", { folder: data.folder, count });
     this.cells.replaceChildren(...entries.map((entry) => this.cell(entry)));
   }
 
@@ -92,7 +95,7 @@ class DatasetPanel {
     const picture = element("img", { src: api.apiURL(`/sdxl_lora/dataset/thumbnail?${query}`), alt: entry.name });
     picture.title = entry.name;
     picture.loading = "lazy";
-    const caption = element("figcaption", { tabIndex: 0, title: "Click to edit this caption" });
+    const caption = element("figcaption", { tabIndex: 0, title: say("Click to edit this caption") });
     const figure = element("figure", {}, picture, caption);
     figure.dataset.image = entry.name;
     caption.onclick = () => this.edit(entry, caption);
@@ -107,7 +110,7 @@ class DatasetPanel {
 
   write(entry, caption) {
     const word = valueOf(this.node, "trigger_word")?.trim();
-    const missing = entry.used && word ? `${word} (no caption file)` : "no caption: click to write one";
+    const missing = say(entry.used && word ? "{word} (no caption file)" : "no caption: click to write one", { word });
     caption.textContent = entry.caption || missing;
     caption.dataset.empty = entry.caption ? "" : entry.used ? "yes" : "unused";
   }
@@ -115,7 +118,7 @@ class DatasetPanel {
   edit(entry, caption) {
     if (caption.querySelector("textarea")) return;
     const area = element("textarea", { value: entry.caption, rows: 4 });
-    area.title = "Enter saves, Shift+Enter begins a line, Escape leaves the caption as it was.";
+    area.title = say("Enter saves, Shift+Enter begins a line, Escape leaves the caption as it was.");
     const close = (save) => {
       area.onblur = null;
       const text = area.value.trim();
@@ -136,13 +139,13 @@ class DatasetPanel {
 
   /** Writes a caption; null removes the file that an edit has created. */
   async save(entry, text, undoable) {
-    if (text === "" && undoable) throw new Error("the caption is empty: describe what the image shows");
+    if (text === "" && undoable) throw new Error(say("the caption is empty: describe what the image shows"));
     const body = JSON.stringify({ folder: this.data.folder, image: entry.name, text });
     const headers = { "Content-Type": "application/json" };
     const { previous } = await ask("/sdxl_lora/dataset/caption", { method: "POST", headers, body });
     if (undoable) this.edits.push({ entry, previous });
     await this.load();
-    return undoable ? `The caption of ${entry.name} is saved. Run reads it.` : `The caption of ${entry.name} is as before.`;
+    return say(undoable ? "The caption of {name} is saved. Run reads it." : "The caption of {name} is as before.", entry);
   }
 
   async takeBack() {
@@ -156,13 +159,13 @@ class DatasetPanel {
     await this.report(async () => {
       const { name, files } = await found;
       const { folder, stored, refused } = await upload(name, files, (done) =>
-        this.tell(`uploading ${done} of ${files.length} files ...`),
+        this.tell(say("uploading {done} of {total} files ...", { done, total: files.length })),
       );
       await refreshFolders();
       choose(this.node, folder);
       const left = refused.map(({ file, reason }) => `${file}: ${reason}`);
-      if (left.length) throw new Error([`${stored} files are in ${folder}, not these:`, ...left].join("\n"));
-      return `${stored} files are in ${folder}. Run reads them.`;
+      if (left.length) throw new Error([say("{stored} files are in {folder}, not these:", { stored, folder }), ...left].join("\n"));
+      return say("{stored} files are in {folder}. Run reads them.", { stored, folder });
     });
   }
 
@@ -180,7 +183,7 @@ class DatasetPanel {
     this.message.dataset.failed = failed ? "yes" : "";
     const last = this.edits.at(-1);
     this.undo.hidden = !last;
-    this.undo.title = last ? `Gives ${last.entry.name} its caption before the edit.` : "";
+    this.undo.title = last ? say("Gives {name} its caption before the edit.", last.entry) : "";
   }
 }
 
@@ -199,7 +202,7 @@ async function refreshFolders() {
     const widget = node.comfyClass === NODE && widgetOf(node, "folder");
     if (widget) widget.options.values = names;
   }
-  return `${names.length} datasets. Folders without images are not listed.`;
+  return say("{count} datasets. Folders without images are not listed.", { count: names.length });
 }
 
 function choose(node, folder) {

@@ -1,4 +1,5 @@
 // Requests to the dataset's routes, and files that are dropped or chosen for an upload.
+import { say } from "./words.js";
 import { api } from "../../scripts/api.js";
 
 // Limits of the route for one request.
@@ -68,7 +69,7 @@ function dated() {
  * Returns {folder, stored: a number, refused: [{file, reason}]}; throws if none can be used.
  */
 export async function upload(name, files, progress) {
-  if (!files.length) throw new Error("nothing to upload: drop images, or a folder with images and their .txt files");
+  if (!files.length) throw new Error(say("nothing to upload: drop images, or a folder with images and their .txt files"));
   const done = { folder: "", stored: 0, refused: [] };
   let sent = 0;
   for (const some of requests(files)) {

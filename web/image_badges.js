@@ -1,6 +1,7 @@
 // On SDXL Generate (cached): which images came from the cache, and how long the others took.
 import { app } from "../../scripts/app.js";
 import { addPanel, element } from "./panel.js";
+import { say } from "./words.js";
 
 const PANEL = "sdxl_lora_badges";
 const ROW = 22; // pixels
@@ -10,8 +11,8 @@ function showBadges(node, images) {
   const badges = images.map(({ from_cache: hit, seconds, seed }, index) =>
     element("span", {
       className: hit ? "sdxl-lora-hit" : "sdxl-lora-made",
-      title: `seed ${seed}`,
-      textContent: `${index + 1} ${hit ? "cache" : `made ${seconds.toFixed(1)} s`}`,
+      title: say("seed {seed}", { seed }),
+      textContent: say(hit ? "{number} cache" : "{number} made {seconds} s", { number: index + 1, seconds: seconds.toFixed(1) }),
     }),
   );
   const root = element("div", { className: "sdxl-lora-badges" }, ...badges);

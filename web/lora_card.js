@@ -2,6 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { addPanel, allNodes, element, removePanel } from "./panel.js";
+import { say } from "./words.js";
 
 const NODE = "LoadLoRA";
 const PANEL = "sdxl_lora_card";
@@ -14,7 +15,7 @@ async function showChosen(node) {
   if (!name || name === INCOMING) return removePanel(node, PANEL);
   const listed = widgetOf(node).options?.values;
   if (Array.isArray(listed) && !listed.includes(name))
-    return showCard(node, { error: `${name} is not in the list of LoRAs. Press R on the canvas to read the folder again.` }, "");
+    return showCard(node, { error: say("{name} is not in the list of LoRAs. Press R on the canvas to read the folder again.", { name }) }, "");
   const query = new URLSearchParams({ name });
   const response = await api.fetchApi(`/sdxl_lora/lora?${query}`);
   if (widgetOf(node)?.value !== name) return; // another was chosen meanwhile
@@ -41,7 +42,7 @@ function words(triggers) {
     setTimeout(() => delete button.dataset.copied, 1000);
   };
   return element("div", { className: "sdxl-lora-words" }, ...triggers.map((word) => {
-    const button = element("button", { textContent: word, title: "Copy this trigger word" });
+    const button = element("button", { textContent: word, title: say("Copy this trigger word") });
     button.onclick = copy(word, button);
     return button;
   }));

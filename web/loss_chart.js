@@ -1,6 +1,8 @@
 // Draws the losses of a run on a canvas. Steps that share a column of pixels are one line from their least to their
 // greatest value, so that ten thousand steps cost as much as a few hundred.
 
+import { say } from "./words.js";
+
 export const STEP = 0, LOSS = 1, SMOOTHED = 2, RATE = 3, VALIDATION = 4; // columns of a point
 
 const COLORS = { raw: "#6ea8fe55", smoothed: "#6ea8fe", validation: "#ff7b72", rate: "#9aa0a6", mark: "#c297ff" };
@@ -29,11 +31,11 @@ export function drawLosses(canvas, { points, checkpoints, rates }) {
 export function legend({ points, checkpoints }, rates) {
   const validated = points.some((point) => Number.isFinite(point[VALIDATION]));
   return [
-    ["loss", COLORS.raw],
-    ["smoothed", COLORS.smoothed],
-    ...(validated ? [["validation", COLORS.validation]] : []),
-    ...(rates ? [["learning rate", COLORS.rate]] : []),
-    ...(checkpoints.length ? [["checkpoint", COLORS.mark]] : []),
+    [say("loss"), COLORS.raw],
+    [say("smoothed"), COLORS.smoothed],
+    ...(validated ? [[say("validation"), COLORS.validation]] : []),
+    ...(rates ? [[say("learning rate"), COLORS.rate]] : []),
+    ...(checkpoints.length ? [[say("checkpoint"), COLORS.mark]] : []),
   ];
 }
 

@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { addPanel, allNodes, element, findPanel, removePanel } from "./panel.js";
 import { onStatus } from "./status.js";
+import { say } from "./words.js";
 
 const CATEGORY = "SDXL LoRA"; // of all nodes of this pack and no others
 const COLORS = ["#2c4a52", "#22373d"]; // of title and body
@@ -41,9 +42,10 @@ export function showText(node, text, failed = false) {
 }
 
 function progressLines({ state, phase, done, total, detail, message }) {
-  if (state === "failed") return `failed: ${message}`;
-  if (state === "cancelled") return ["cancelled", message].filter(Boolean).join("\n");
-  return [phase ? `${phase}: ${done} of ${total}` : "starting", detail, message].filter(Boolean).join("\n");
+  if (state === "failed") return say("failed: {message}", { message });
+  if (state === "cancelled") return [say("cancelled"), message].filter(Boolean).join("\n");
+  const first = phase ? say("{phase}: {done} of {total}", { phase, done, total }) : say("starting");
+  return [first, detail, message].filter(Boolean).join("\n");
 }
 
 // ComfyUI would keep showing the last preview beside the results.

@@ -1,5 +1,6 @@
 // A sample in large: the arrow keys left and right go through the steps, up and down through the prompts.
 import { element } from "./panel.js";
+import { say } from "./words.js";
 
 /** `rows` has the samples of each step, oldest first; `urlOf` gives a sample's address. */
 export function openViewer(rows, row, column, urlOf) {
@@ -33,6 +34,6 @@ export function openViewer(rows, row, column, urlOf) {
 }
 
 export function describe({ step, prompt, clip_score: score }) {
-  const when = step === null ? "finished LoRA" : `step ${step}`;
+  const when = step === null ? say("finished LoRA") : say("step {step}", { step });
   return [when, score === null ? "" : `CLIP ${score.toFixed(1)}`, prompt ?? ""].filter(Boolean).join(" · ");
 }

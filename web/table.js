@@ -1,6 +1,7 @@
 // The results of evaluating nodes as a table, which a click on a column sorts.
 import { app } from "../../scripts/app.js";
 import { addPanel, element } from "./panel.js";
+import { say } from "./words.js";
 
 const PANEL = "sdxl_lora_table";
 
@@ -32,7 +33,7 @@ function tableRow(row, columns) {
 
 function written(value, digits) {
   if (value === undefined) return "";
-  if (value === null) return "none";
+  if (value === null) return say("none");
   return typeof value === "number" && digits !== null ? value.toFixed(digits) : String(value);
 }
 

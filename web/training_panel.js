@@ -5,6 +5,7 @@ import { drawLosses, legend, STEP } from "./loss_chart.js";
 import { addPanel, allNodes, element } from "./panel.js";
 import { describe, openViewer } from "./sample_viewer.js";
 import { nodeAt, onStatus, statusOf } from "./status.js";
+import { say } from "./words.js";
 
 const NODE = "TrainSDXLLoRA";
 const PANEL = "sdxl_lora_training";
@@ -26,8 +27,8 @@ class TrainingPanel {
 
   build() {
     this.headline = element("div", { className: "sdxl-lora-headline" });
-    this.stop = element("button", { textContent: "Stop and keep", onclick: () => this.stopAndKeep() });
-    this.stop.title = "Ends the training after the current step and saves the LoRA.";
+    this.stop = element("button", { textContent: say("Stop and keep"), onclick: () => this.stopAndKeep() });
+    this.stop.title = say("Ends the training after the current step and saves the LoRA.");
     this.bar = element("progress", { max: 1, value: 0 });
     this.message = element("div", { className: "sdxl-lora-message" });
     this.numbers = element("div", { className: "sdxl-lora-numbers" });
@@ -35,11 +36,11 @@ class TrainingPanel {
     this.legend = element("div", { className: "sdxl-lora-legend" });
     this.samples = element("div", { className: "sdxl-lora-samples" });
     this.runs = element("select", { onchange: () => this.choose(this.runs.value) });
-    this.runs.title = "The runs of this lora_name, the newest first.";
-    this.list = element("label", {}, "run ", this.runs);
+    this.runs.title = say("The runs of this lora_name, the newest first.");
+    this.list = element("label", {}, `${say("run")} `, this.runs);
     const rates = element("input", { type: "checkbox", onchange: () => this.showRates(rates.checked) });
     const top = element("div", { className: "sdxl-lora-row" }, this.headline, this.stop);
-    const choices = element("div", { className: "sdxl-lora-row" }, element("label", {}, rates, " learning rate"), this.list);
+    const choices = element("div", { className: "sdxl-lora-row" }, element("label", {}, rates, ` ${say("learning rate")}`), this.list);
     this.root = element(
       "div",
       { className: "sdxl-lora-training" },
@@ -63,7 +64,7 @@ class TrainingPanel {
     this.run = emptyRun();
     this.shown = this.run;
     this.stop.disabled = false;
-    this.stop.textContent = "Stop and keep";
+    this.stop.textContent = say("Stop and keep");
   }
 
   async follow(name) {
@@ -103,9 +104,9 @@ class TrainingPanel {
 
   async stopAndKeep() {
     this.stop.disabled = true;
-    this.stop.textContent = "Stopping ...";
+    this.stop.textContent = say("Stopping ...");
     const response = await api.fetchApi("/sdxl_lora/stop", { method: "POST" });
-    if (!response.ok) this.stop.textContent = "Nothing trains";
+    if (!response.ok) this.stop.textContent = say("Nothing trains");
   }
 
   showRates(wanted) {
@@ -166,16 +167,16 @@ function emptyRun(name = null) {
 }
 
 function headline(status, run) {
-  if (!status || status.run !== run.name) return run.name ? `run ${run.name}` : "";
-  const done = `${status.done} of ${status.total}`;
-  if (status.state === "running") return status.phase ? `${status.phase}: ${done}` : "starting";
-  if (status.state === "failed") return `failed: ${status.message}`;
+  if (!status || status.run !== run.name) return run.name ? say("run {name}", run) : "";
+  if (status.state === "running") return status.phase ? say("{phase}: {done} of {total}", status) : say("starting");
+  if (status.state === "failed") return say("failed: {message}", status);
   if (status.state === "cancelled") return cancelled(lastStep(run));
-  return `${run.name}: ${lastStep(run)} steps`;
+  return say("{name}: {steps} steps", { name: run.name, steps: lastStep(run) });
 }
 
 function cancelled(step) {
-  return step ? `cancelled at step ${step}. Run continues from its checkpoint.` : "cancelled before the first step";
+  if (!step) return say("cancelled before the first step");
+  return say("cancelled at step {step}. Run continues from its checkpoint.", { step });
 }
 
 function lastStep(run) {
@@ -194,7 +195,7 @@ function byStep(samples) {
 }
 
 function short({ step, clip_score: score }) {
-  return [step === null ? "finished" : `step ${step}`, score === null ? "" : `CLIP ${score.toFixed(1)}`].filter(Boolean).join(" · ");
+  return [step === null ? say("finished") : say("step {step}", { step }), score === null ? "" : `CLIP ${score.toFixed(1)}`].filter(Boolean).join(" · ");
 }
 
 function sampleUrl(run, { image }) {

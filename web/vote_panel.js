@@ -3,6 +3,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { addPanel, allNodes, element, findPanel } from "./panel.js";
 import { onStatus } from "./status.js";
+import { say } from "./words.js";
 
 const NODE = "HumanCompare";
 const PANEL = "sdxl_lora_vote";
@@ -11,7 +12,7 @@ function showVote(node, name) {
   const path = `/sdxl_lora/vote/${encodeURIComponent(name)}`;
   if (node.sdxlLoRAVote === name && findPanel(node, PANEL)) return showCount(node);
   node.sdxlLoRAVote = name;
-  const open = element("button", { textContent: "Open the voting page", title: api.apiURL(path) });
+  const open = element("button", { textContent: say("Open the voting page"), title: api.apiURL(path) });
   open.onclick = () => window.open(api.apiURL(path), "_blank", "noopener");
   const words = element("div", { className: "sdxl-lora-votes" });
   addPanel(node, PANEL, element("div", { className: "sdxl-lora-vote" }, open, words), { minHeight: 70 });

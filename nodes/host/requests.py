@@ -41,7 +41,20 @@ def answering(handler: Handler) -> Handler:
 
 
 async def json_body(request: Request, kinds: Kinds, most: int) -> dict[str, Any]:
-    """The values of a JSON object of at most `most` bytes, with exactly the names and types in `kinds`.
+    """The values of a JSON object of at most `most` bytes, with exactly the names and types in `kinds`."""
+    body = await json_object(request, most)
+    if set(body) != set(kinds):
+        *names, last = kinds
+        raise Refused(400, f"the request is {shown(body)}: send an object with {', '.join(names)} and {last}")
+    for name, kind in kinds.items():
+        if not isinstance(body[name], kind) or isinstance(body[name], bool):
+            wanted = "a whole number" if kind is int else "a text"
+            raise Refused(400, f"{name} is {shown(body[name])}: give {wanted}")
+    return body
+
+
+async def json_object(request: Request, most: int) -> dict[str, Any]:
+    """A JSON object of at most `most` bytes.
 
     A form on another site cannot send JSON as its type: the browser then asks ComfyUI first, which permits its own page
     only.
@@ -53,13 +66,8 @@ async def json_body(request: Request, kinds: Kinds, most: int) -> dict[str, Any]
         body = json.loads(await request.read())
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the request is no JSON: {brief(error)}") from error
-    if not isinstance(body, dict) or set(body) != set(kinds):
-        *names, last = kinds
-        raise Refused(400, f"the request is {shown(body)}: send an object with {', '.join(names)} and {last}")
-    for name, kind in kinds.items():
-        if not isinstance(body[name], kind) or isinstance(body[name], bool):
-            wanted = "a whole number" if kind is int else "a text"
-            raise Refused(400, f"{name} is {shown(body[name])}: give {wanted}")
+    if not isinstance(body, dict):
+        raise Refused(400, f"the request is {shown(body)}: send an object")
     return body
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_VOTE_REQUEST = 4096  # bytes
 PAGE = Path(__file__).parent.parent.parent / "sdxl_lora_core/evaluation/templates/vote.html"
+LOCALES = Path(__file__).parent.parent.parent / "locales"
+_WORDS = "/* by the server */ {}"
 _VOTE: Kinds = {"rater": str, "number": int, "choice": str}
 _SAME_SITE = (
     "default-src 'none'; img-src 'self'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
@@ -63,7 +66,9 @@ class _VoteRoutes:
         from aiohttp.web import Response
 
         await self._ballot(request)
-        return Response(body=PAGE.read_bytes(), content_type="text/html", headers=_HEADERS)
+        language = request.headers.get("Accept-Language", "")[:2]
+        page = PAGE.read_text(encoding="utf-8").replace(_WORDS, json.dumps(_words(language)).replace("<", "\\u003c"))
+        return Response(body=page.encode(), content_type="text/html", headers=_HEADERS)
 
     async def pair(self, request: Request) -> Response:
         from ...sdxl_lora_core.evaluation.ballot import require_rater
@@ -95,6 +100,13 @@ class _VoteRoutes:
 
     async def _in(self, work: Callable[..., Any], *values: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work, *values)
+
+
+def _words(language: str) -> dict[str, str]:
+    """The translations of what the page says; none for a language that the pack does not have."""
+    file = LOCALES / language / "main.json"
+    known = language.isalpha() and file.is_file()
+    return json.loads(file.read_text(encoding="utf-8"))["sdxlLoRA"] if known else {}
 
 
 def _pair(ballot: Ballot, rater: str, number: int | None = None) -> dict[str, Any]:

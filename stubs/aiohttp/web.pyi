@@ -2,7 +2,11 @@ from collections.abc import Mapping
 
 from . import MultipartReader
 
+class Transport:
+    def is_closing(self) -> bool: ...
+
 class Request:
+    transport: Transport | None
     match_info: Mapping[str, str]
     query: Mapping[str, str]
     headers: Mapping[str, str]

@@ -29,7 +29,7 @@ from tests.comfy.page import browser, open_page, ours
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("__init__.py", "pyproject.toml", "nodes", "sdxl_lora_core")
-SHIPPED = (*CODE, "web", "example_workflows", "subgraphs", "assets")
+SHIPPED = (*CODE, "web", "locales", "example_workflows", "subgraphs", "assets")
 SMALL = {
     "CompareLoRAs": {"steps": 1},
     "PickCheckpoint": {"steps": 1},

@@ -97,7 +97,7 @@ def ballot(home: Path) -> Ballot:
 
 def get(routes: dict[str, Any], path: str, name: str = "vote", image: str = "", **query: str) -> Any:
     handler = routes[f"GET /sdxl_lora/vote/{{name}}{path}"]
-    request = SimpleNamespace(match_info={"name": name, "image": image}, query=query)
+    request = SimpleNamespace(match_info={"name": name, "image": image}, query=query, headers={})
     return asyncio.run(handler(request))
 
 
