@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..sdxl_lora_core.images.c2pa_signature import Signature, own_signature
 from ..sdxl_lora_core.images.png import png_info, stored_png
 from .host.folders import temp_folder
 
@@ -24,14 +25,16 @@ def show(
 ) -> dict[str, Any]:
     """The return value of a node: its outputs, and the text and images (uint8 [H, W, 3]) to show on it.
 
-    `texts` are the text chunks of each image's PNG, for users who save the preview from the page. `panel` are lists of
-    JSON values for the node's panel, which finds them as `sdxl_lora_` and their name.
+    `texts` are the text chunks of each image's PNG, for users who save the preview from the page. Images with texts
+    were generated, and are signed if that is set up (see c2pa_signature). `panel` are lists of JSON values for the
+    node's panel, which finds them as `sdxl_lora_` and their name.
     """
     ui: dict[str, Any] = {"text": (text,), **{f"sdxl_lora_{name}": values for name, values in panel.items()}}
     if images:
         with ThreadPoolExecutor(WRITERS) as writers:
             chunks = texts or [{}] * len(images)
-            ui["images"] = list(writers.map(lambda i: _preview(images[i], chunks[i]), range(len(images))))
+            signature = own_signature() if texts else None
+            ui["images"] = list(writers.map(lambda i: _preview(images[i], chunks[i], signature), range(len(images))))
     return {"ui": ui, "result": result}
 
 
@@ -43,13 +46,15 @@ def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[
     return [{"columns": [list(column) for column in columns], "rows": list(rows)}]
 
 
-def _preview(pixels: np.ndarray, texts: Mapping[str, str]) -> dict[str, str]:
-    """Writes a preview, named by the hashes of its pixels and of its text chunks."""
+def _preview(pixels: np.ndarray, texts: Mapping[str, str], signature: Signature | None) -> dict[str, str]:
+    """Writes a preview, named by the hashes of its pixels, of its text chunks and of the certificate."""
     chunks = [(kind, data) for kind, data, *_ in png_info(texts).chunks]
-    texts_hash = hashlib.sha256(b"".join(data for _, data in chunks)).hexdigest()[:8]
+    signed_by = signature.fingerprint.encode() if signature else b""
+    texts_hash = hashlib.sha256(b"".join([*(data for _, data in chunks), signed_by])).hexdigest()[:8]
     name = f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:24]}_{pixels.shape[1]}x{pixels.shape[0]}_{texts_hash}.png"
     path = temp_folder() / "sdxl_lora" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(stored_png(pixels, chunks))
+        png = stored_png(pixels, chunks)
+        path.write_bytes(signature.sign(png) if signature else png)
     return {"filename": name, "subfolder": "sdxl_lora", "type": "temp"}

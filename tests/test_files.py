@@ -115,7 +115,7 @@ def test_the_stat_fingerprint_sees_names_sizes_and_times_and_never_raises(tmp_pa
     assert files.stat_fingerprint(tmp_path / "\0").startswith("unreadable: ")
 
 
-LONG = "字" * 75  # 225 bytes: with its ending longer than a name may be
+LONG = "\u5b57" * 75  # 225 bytes: with its ending longer than a name may be
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_names_that_no_file_can_have_everywhere_are_refused(name: str, reason: s
 
 
 def test_good_names_are_accepted() -> None:
-    for name in ("my_lora", "猫" * 40, "a.b", "v1.0 final", "consul", LONG):
+    for name in ("my_lora", "\u732b" * 40, "a.b", "v1.0 final", "consul", LONG):
         files.check_name("lora_name", name)
     files.check_name("lora_name", "styles/ink", subfolders=True)
     with pytest.raises(ValueError, match="neither is empty"):

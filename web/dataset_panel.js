@@ -242,7 +242,7 @@ api.addEventListener("executed", ({ detail }) => {
 });
 
 app.registerExtension({
-  name: "sdxl_lora.dataset",
+  name: "sdxlloranodes.dataset",
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
     const panel = new DatasetPanel(node);

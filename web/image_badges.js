@@ -21,7 +21,7 @@ function showBadges(node, images) {
 }
 
 app.registerExtension({
-  name: "sdxl_lora.badges",
+  name: "sdxlloranodes.badges",
   nodeCreated(node) {
     if (node.comfyClass !== "SDXLGenerateCached") return;
     const { onExecuted } = node;

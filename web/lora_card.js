@@ -49,7 +49,7 @@ function words(triggers) {
 }
 
 app.registerExtension({
-  name: "sdxl_lora.card",
+  name: "sdxlloranodes.card",
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
     const widget = widgetOf(node);

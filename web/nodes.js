@@ -72,6 +72,13 @@ function putPreviewLast(node) {
   if (at >= 0 && at < node.widgets.length - 1) node.widgets.push(...node.widgets.splice(at, 1));
 }
 
+/** Without an element in the page's document, which belongs to all packs. */
+async function addStyles() {
+  const response = await fetch(new URL("./sdxl_lora.css", import.meta.url));
+  const styles = await new CSSStyleSheet().replace(await response.text());
+  document.adoptedStyleSheets.push(styles);
+}
+
 // The page keeps the results of the workflow that is left for another tab, but makes its nodes anew. ComfyUI 0.3.64 puts
 // the results back only after the graph is there: so they are looked for with each drawing, as it does for pictures.
 const shown = new WeakMap(); // by node
@@ -89,10 +96,9 @@ function showAllKept() {
 }
 
 app.registerExtension({
-  name: "sdxl_lora.nodes",
+  name: "sdxlloranodes.nodes",
   setup() {
-    const style = new URL("./sdxl_lora.css", import.meta.url).href;
-    document.head.append(element("link", { rel: "stylesheet", href: style }));
+    addStyles();
     onStatus((node, status) => {
       if (!isOurs(node) || status.state === "done") return;
       if (node.comfyClass === "TrainSDXLLoRA") removePanel(node, TEXT); // of the last run: this one has a panel

@@ -23,7 +23,7 @@ function place(node, widget, position) {
 }
 
 app.registerExtension({
-  name: "sdxl_lora.preset",
+  name: "sdxlloranodes.preset",
   nodeCreated(node) {
     if (node.comfyClass !== "TrainSDXLLoRA") return;
     const widget = node.widgets?.find((one) => one.name === FIRST);

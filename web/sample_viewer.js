@@ -2,8 +2,8 @@
 import { element } from "./panel.js";
 import { say } from "./words.js";
 
-/** `rows` has the samples of each step, oldest first; `urlOf` gives a sample's address. */
-export function openViewer(rows, row, column, urlOf) {
+/** `rows` has the samples of each step, oldest first; `urlOf` gives a sample's address. `panel` holds the dialog. */
+export function openViewer(panel, rows, row, column, urlOf) {
   const picture = element("img", { style: { maxWidth: "90vw", maxHeight: "80vh", minWidth: "40vw", objectFit: "contain" } });
   const caption = element("div", { style: { padding: "8px", textAlign: "center" } });
   const dialog = element(
@@ -28,7 +28,7 @@ export function openViewer(rows, row, column, urlOf) {
   });
   dialog.addEventListener("click", () => dialog.close());
   dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
+  panel.append(dialog); // shown in the top layer, whatever is around it
   show();
   dialog.showModal();
 }

@@ -63,7 +63,7 @@ async function takeAll() {
 api.addEventListener("sdxl_lora.status", ({ detail }) => take(detail));
 
 app.registerExtension({
-  name: "sdxl_lora.status",
+  name: "sdxlloranodes.status",
   setup() {
     api.addEventListener("execution_error", ({ detail }) => takeError(detail));
     api.addEventListener("reconnected", takeAll);

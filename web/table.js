@@ -42,7 +42,7 @@ function compare(a, b) {
 }
 
 app.registerExtension({
-  name: "sdxl_lora.table",
+  name: "sdxlloranodes.table",
   nodeCreated(node) {
     const { onExecuted } = node;
     node.onExecuted = function (output) {

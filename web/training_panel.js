@@ -146,7 +146,7 @@ class TrainingPanel {
     const url = (sample) => sampleUrl(this.shown.name, sample);
     this.samples.replaceChildren(
       ...(rows[last] ?? []).map((sample, column) => {
-        const open = () => openViewer(byStep(this.shown.samples), last, column, url);
+        const open = () => openViewer(this.root, byStep(this.shown.samples), last, column, url);
         const picture = element("img", { src: url(sample), alt: describe(sample), title: describe(sample), onclick: open });
         return element("figure", {}, picture, element("figcaption", { textContent: short(sample) }));
       }),
@@ -232,7 +232,7 @@ api.addEventListener("executed", ({ detail }) => {
 });
 
 app.registerExtension({
-  name: "sdxl_lora.training",
+  name: "sdxlloranodes.training",
   setup() {
     onStatus((node, status) => {
       if (node.comfyClass === NODE) panelOf(node).take(status);

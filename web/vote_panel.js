@@ -28,7 +28,7 @@ async function showCount(node) {
 }
 
 app.registerExtension({
-  name: "sdxl_lora.vote",
+  name: "sdxlloranodes.vote",
   setup() {
     onStatus((node, status) => {
       if (node.comfyClass === NODE && status.run) showVote(node, status.run);

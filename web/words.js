@@ -18,7 +18,7 @@ export function say(text, values = {}) {
 }
 
 app.registerExtension({
-  name: "sdxl_lora.words",
+  name: "sdxlloranodes.words",
   init: loadWords, // before any node is made
   setup() {
     app.ui?.settings?.addEventListener?.(`${LOCALE}.change`, loadWords); // for what is shown from then on

@@ -51,7 +51,7 @@ PROMPTS = [
     "(word:1.1) " * 90,
     f"{LONG[:220]} embedding:many, (and on:1.3)",
     "embedding:many " * 12,
-    "naïve café, 猫! 😀 (é:1.2)",
+    "naïve café, \u732b! \U0001f600 (é:1.2)",
     "A  B\t(C\n:1.1)\r\n",
     'it\'s 3.5 "quotes" & <|endoftext|> [x] {y|z} BREAK AND',
     "1girl, solo, (masterpiece, best quality:1.2), (smile:0.8)!",

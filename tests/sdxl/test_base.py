@@ -72,7 +72,7 @@ def test_data_describes_sdxl_exactly(empty_sdxl: dict[str, Any]) -> None:
 def test_tokenizers_are_clips(micro_base: SDXLBase, no_network: None) -> None:
     first, second = load_tokenizers(micro_base)
     assert first("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert first("Café, l'été: 42 🐱").input_ids == second("Café, l'été: 42 🐱").input_ids
+    assert first("Café, l'été: 42 \U0001f431").input_ids == second("Café, l'été: 42 \U0001f431").input_ids
     assert first("a", padding="max_length").input_ids == [49406, 320] + [49407] * 75
     assert second("a", padding="max_length").input_ids == [49406, 320, 49407] + [0] * 74
     assert first.decode(first("two red squares").input_ids, skip_special_tokens=True) == "two red squares"

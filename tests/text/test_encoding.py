@@ -11,7 +11,7 @@ LONG = " ".join(f"word{number}" for number in range(90))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", ["a red heart", "", LONG, "naïve café, 猫!"])
+@pytest.mark.parametrize("prompt", ["a red heart", "", LONG, "naïve café, \u732b!"])
 def test_embeddings_equal_the_librarys_own(micro_base: SDXLBase, prompt: str) -> None:
     tokenizers = load_tokenizers(micro_base)
     encoders = [
