@@ -60,7 +60,7 @@ class CaptionImages:
     RETURN_NAMES = ("folder", "captions", "report")
     OUTPUT_TOOLTIPS = (
         "The folder's name, for captioned_folder of Load Caption Dataset.",
-        "One line for each image that has a caption now.",
+        "One line for each image in the order of the folder, empty for one without a caption.",
         "Each caption, who wrote it, and what was skipped, as JSON.",
     )
     OUTPUT_NODE = True
@@ -107,7 +107,7 @@ class CaptionImages:
         folder = own_dataset_folder(choices.find("dataset", values["folder"]))
         with loaded_parts() as parts, Progress() as progress:
             if _uses_connected(values):
-                captioner = _connected(folder, captions, images)
+                captioner = _connected(folder, captions, images, progress)
             else:
                 captioner = _model(values, config, parts, progress)
             report = caption_folder(folder, captioner, config, progress.during("captioning"))
@@ -123,7 +123,7 @@ def _uses_connected(values: dict[str, Any]) -> bool:
     return values["captioner"] == CONNECTED and not values.get("hub_id", "").strip()
 
 
-def _connected(folder: Path, captions: Sequence[str], images: Sequence[Tensor]) -> Captioner:
+def _connected(folder: Path, captions: Sequence[str], images: Sequence[Tensor], progress: Progress) -> Captioner:
     from ..sdxl_lora_core.captioning.given import given_captions
 
     if not captions:
@@ -131,8 +131,8 @@ def _connected(folder: Path, captions: Sequence[str], images: Sequence[Tensor]) 
     pixels: list[np.ndarray] = [one for image in images for one in from_image(image)]
     texts = list(captions)
     if len(texts) == 1 and len(pixels) != 1 and "\n" in texts[0].strip():
-        texts = texts[0].strip().split("\n")  # a line for each image
-    return given_captions(folder, texts, pixels or None)
+        texts = texts[0].removesuffix("\n").split("\n")  # a line for each image
+    return given_captions(folder, texts, pixels or None, progress.during("finding images"))
 
 
 def _model(values: dict[str, Any], config: CaptionConfig, parts: Any, progress: Progress) -> Captioner:
@@ -150,7 +150,7 @@ def _model(values: dict[str, Any], config: CaptionConfig, parts: Any, progress: 
 
 def _outputs(folder: str, report: CaptionReport) -> dict[str, Any]:
     text = "\n".join(report.sentences())
-    lines = "\n".join(text for _, text in sorted(report.captions.items()))
+    lines = "\n".join(report.captions.get(key, "") for key in report.order)
     outputs = (folder, lines, json.dumps(report.as_json(), ensure_ascii=False, indent=1))
     columns = [("file", "image", None), ("caption", "caption", None), ("by", "by", None)]
     rows = [{**row, "prompt": row["caption"]} for row in report.as_json()["images"]]

@@ -10,6 +10,7 @@ from ..sdxl_lora_core.files import stat_fingerprint
 from ..sdxl_lora_core.generation.config import GenerateConfig
 from ..sdxl_lora_core.generation.init_images import StartImage, start_images
 from ..sdxl_lora_core.generation.job import GenerationContext, GenerationJob
+from ..sdxl_lora_core.images.c2pa_signature import require_own_signature
 from ..sdxl_lora_core.lora.stack import LoRARef
 from ..sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from ..sdxl_lora_core.sdxl.base import SDXLBase, size_note
@@ -111,6 +112,7 @@ class SDXLGenerateCached:
     def generate(self, base: SDXLBase, lora_stack: Any = None, controls: Any = None, **inputs: Any) -> dict[str, Any]:
         from ..sdxl_lora_core.generation.generate import generate
 
+        require_own_signature()  # before the long work
         config = GenerateConfig(**settings_in(GenerateConfig, inputs))
         loras = choices.lora_refs(read_stack(lora_stack))
         job = GenerationJob(base, config, loras, _starts(config, inputs), controls or ())

@@ -70,7 +70,7 @@ class HumanCompare:
         from ..sdxl_lora_core.evaluation.ballot import make_ballot
 
         with Progress() as progress:
-            ballot = make_ballot(comparison, votes_folder(), save_as)
+            ballot = make_ballot(comparison, votes_folder(), save_as, progress.during("writing images"))
             progress.on_run(ballot.folder.name)
             report = _report(ballot)
             while len(report.votes) < wait_for:

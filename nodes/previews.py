@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from ..sdxl_lora_core.files import write_atomic
 from ..sdxl_lora_core.images.c2pa_signature import Signature, own_signature
 from ..sdxl_lora_core.images.png import png_info, stored_png
-from .host.folders import temp_folder
+from .host.folders import preview_folder
 
 WRITERS = 4
 
@@ -52,9 +54,11 @@ def _preview(pixels: np.ndarray, texts: Mapping[str, str], signature: Signature 
     signed_by = signature.fingerprint.encode() if signature else b""
     texts_hash = hashlib.sha256(b"".join([*(data for _, data in chunks), signed_by])).hexdigest()[:8]
     name = f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:24]}_{pixels.shape[1]}x{pixels.shape[0]}_{texts_hash}.png"
-    path = temp_folder() / "sdxl_lora" / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = preview_folder() / name
+    try:
+        os.utime(path)  # the service removes those that were not shown for long
+    except FileNotFoundError:
         png = stored_png(pixels, chunks)
-        path.write_bytes(signature.sign(png) if signature else png)
-    return {"filename": name, "subfolder": "sdxl_lora", "type": "temp"}
+        data = signature.sign(png) if signature else png
+        write_atomic(path, lambda file: file.write_bytes(data))
+    return {"filename": name, "subfolder": path.parent.name, "type": "temp"}

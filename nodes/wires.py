@@ -131,7 +131,7 @@ def _read_mapping(row: Mapping[str, Any]) -> StackEntry:
 def _strength(entry: Any, value: Any) -> float:
     try:
         strength = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         strength = math.nan
     if not math.isfinite(strength):
         raise ValueError(f"lora_stack has the strength {shown(value)} in {shown(entry)}: use a number such as 1.0")

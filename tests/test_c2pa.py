@@ -13,7 +13,14 @@ import pytest
 from PIL import Image
 
 from sdxl_lora_core.images import c2pa_signature
-from sdxl_lora_core.images.c2pa_signature import CERTIFICATE, KEY, Signature, own_signature
+from sdxl_lora_core.images.c2pa_signature import (
+    CERTIFICATE,
+    KEY,
+    Signature,
+    SigningError,
+    own_signature,
+    require_own_signature,
+)
 from sdxl_lora_core.images.png import AI_GENERATED, XMP, png_info, stored_png
 from tools.run_workflow import load_pack
 
@@ -125,6 +132,21 @@ def test_what_cannot_sign_is_said(signature: Signature, tmp_path: Path, monkeypa
     monkeypatch.setattr(c2pa_signature.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="signing needs c2pa-python: python -m pip install c2pa-python"):
         signature.sign(png())
+
+
+def test_a_wrong_setup_is_found_before_an_image_is_made(
+    signature: Signature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_own_signature()
+    monkeypatch.setenv(KEY, str(signature.key))
+    node = load_pack().NODE_CLASS_MAPPINGS["SDXLGenerateCached"]()
+    with pytest.raises(ValueError, match=f"only {KEY} is set"):
+        node.generate(None, prompt="")
+    monkeypatch.setenv(CERTIFICATE, str(tmp_path / "gone.pem"))
+    with pytest.raises(SigningError, match=r"gone.pem, named by .* cannot be read"):
+        require_own_signature()
+    monkeypatch.setenv(CERTIFICATE, str(signature.certificate))
+    require_own_signature()
 
 
 def test_what_a_node_shows_of_generated_images_is_signed(

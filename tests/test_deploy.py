@@ -36,11 +36,12 @@ def test_the_balancer_sends_a_failed_request_to_another_server() -> None:
     tries = re.search(r"proxy_next_upstream (.*);", conf)
     assert tries and {"error", "timeout", "http_503", "non_idempotent"} <= set(tries[1].split())
     other = with_ports(conf, 8081, [1234, 1235])
+    assert "max_fails=0" in conf, "a server with a full queue is asked again"
     assert re.findall(r"server 127\.0\.0\.1:(\d+) ", other) == ["1234", "1235"] and "listen 127.0.0.1:8081" in other
 
 
 def test_kubernetes_runs_what_the_container_has() -> None:
-    deployment, service = yaml.safe_load_all(read("kubernetes.yaml"))
+    claim, settings, deployment, service = yaml.safe_load_all(read("kubernetes.yaml"))
     pod = deployment["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"] == service["spec"]["selector"]
@@ -52,6 +53,10 @@ def test_kubernetes_runs_what_the_container_has() -> None:
     paths: Any = yaml.safe_load(read("extra_model_paths.yaml"))
     assert paths["shared"]["base_path"] == mounted["shared"] and "sdxl_lora_cache" in paths["shared"]
     assert container["args"][-1].startswith(mounted["settings"])
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    assert volumes["shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert volumes["settings"]["configMap"]["name"] == settings["metadata"]["name"]
+    assert yaml.safe_load(settings["data"][Path(container["args"][-1]).name]) == paths
 
 
 def test_the_container_copies_and_starts_what_is_there() -> None:
@@ -62,7 +67,7 @@ def test_the_container_copies_and_starts_what_is_there() -> None:
     assert health and health[1] in (ROOT / "nodes/host/service.py").read_text(encoding="utf-8")
     commands = re.findall(r"^#     (docker .*)$", text, re.MULTILINE)
     assert len(commands) == 2
-    for page in ("docs/scale.md",):
+    for page in ("docs/scale.md", "README.md"):
         assert all(command in (ROOT / page).read_text(encoding="utf-8") for command in commands)
 
 

@@ -9,7 +9,7 @@ const MOST_BYTES = 128 * 2 ** 20;
 /** An answer's JSON. Throws the sentence of an answer that is an error. */
 export async function ask(path, options) {
   const response = await api.fetchApi(path, options);
-  const answer = await response.json().catch(() => ({ error: `the server answers ${response.status}` }));
+  const answer = await response.json().catch(() => ({ error: say("The server answers {status}.", { status: response.status }) }));
   if (!response.ok) throw new Error(answer.error);
   return answer;
 }

@@ -36,6 +36,11 @@ def temp_folder() -> Path:
     return Path(folder_paths.get_temp_directory())
 
 
+def preview_folder() -> Path:
+    """Of the images that nodes show."""
+    return temp_folder() / "sdxl_lora"
+
+
 def roots(folder_type: str) -> list[Path]:
     """The folders of one of ComfyUI's folder types, or of our own: clip_score, captioners, sdxl_lora_cache."""
     if not running():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..dataset.caption_text import clean_caption, with_trigger_word
-from ..dataset.folder_files import Problem
+from ..dataset.folder_files import ImageFile, Problem
 from ..images.decode import open_image
 from .authors import HAND
 from .captioner import Captioner
@@ -26,9 +26,11 @@ _NAMED = 20  # problems in words
 class CaptionReport:
     """What became of each image: `captions` by image key as they are now, `authors` of them, and `problems`.
 
-    `written` are the keys of those that were written now, `kept` of those that had a caption before.
+    `order` are the keys of all images; `written` of those that were written now, `kept` of those that had a caption
+    before.
     """
 
+    order: list[str] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)
     authors: dict[str, str] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
@@ -55,7 +57,7 @@ class CaptionReport:
         written = set(self.written)
         images = [
             {"file": key, "caption": text, "by": self.authors[key], "written": key in written}
-            for key, text in sorted(self.captions.items())
+            for key, text in ((key, self.captions[key]) for key in self.order if key in self.captions)
         ]
         return {"images": images, "problems": [{"file": one.file, "reason": one.reason} for one in self.problems]}
 
@@ -73,54 +75,71 @@ def caption_folder(
     each, and may raise to cancel. Raises ValueError for a folder without images, for notes that are damaged and for a
     captioner that cannot be used; OSError if the folder cannot be written to.
     """
-    report = CaptionReport()
-    seen = _images_to_caption(FolderCaptions.read(folder), config, report)
+    files = FolderCaptions.read(folder)
+    report = CaptionReport(order=list(files.images))
+    seen = _images_to_caption(files, config, report)
     if seen:
         captioner.open()
     on_images(0, len(seen))
     keys = list(seen)
     for start in range(0, len(keys), config.batch_size):
         batch = keys[start : start + config.batch_size]
-        new = _new_captions(folder, batch, captioner, report)
-        _write(folder, {key: compose(text, config) for key, text in new.items()}, captioner.name, config, seen, report)
+        found = _new_captions([files.images[key] for key in batch], captioner, report)
+        new = {key: compose(text, config, files.images[key].is_regularisation) for key, text in found.items()}
+        _write(folder, new, captioner.name, config, seen, report)
         on_images(start + len(batch), len(keys))
     return report
 
 
-def compose(caption: str, config: CaptionConfig) -> str:
-    """The caption with prefix and suffix and, in front of all, the trigger word if it is not in it."""
+def compose(caption: str, config: CaptionConfig, is_regularisation: bool = False) -> str:
+    """The caption with prefix and suffix and, in front of all, the trigger word if it is not in it.
+
+    Regularisation images have no trigger word: they show what it is not.
+    """
     parts = [clean_caption(part).strip(" ,") for part in (config.prefix, caption, config.suffix)]
-    return with_trigger_word(", ".join(part for part in parts if part), config.trigger_word)
+    whole = ", ".join(part for part in parts if part)
+    return whole if is_regularisation else with_trigger_word(whole, config.trigger_word)
 
 
 def _images_to_caption(files: FolderCaptions, config: CaptionConfig, report: CaptionReport) -> dict[str, str | None]:
     """The captions that are to be replaced by image key, None where there is none. The report gets all others."""
     seen: dict[str, str | None] = {}
+    claimed: dict[str, str] = {}
     for key in files.images:
         try:
-            text, obstacle = files.caption(key), files.obstacle(key)
+            text = files.caption(key)
         except ValueError as error:
             report.problems.append(Problem(key, str(error)))
             continue
         author = HAND if text is None else files.authors.author(key, text)
         replaces = config.existing == "replace_all" or (config.existing == "replace_generated" and author != HAND)
-        if text is not None and (obstacle or not replaces):
+        if text is not None and not replaces:
             report.add(key, text, author, report.kept)
-        elif obstacle is None:
-            seen[key] = text
-        if obstacle and (text is None or replaces):
+            continue
+        if obstacle := files.obstacle(key, config.write_to) or _shares_file(files, key, claimed):
             report.problems.append(Problem(key, obstacle))
+            if text is not None:
+                report.add(key, text, author, report.kept)
+        else:
+            seen[key] = text
     return seen
 
 
-def _new_captions(folder: Path, keys: Sequence[str], captioner: Captioner, report: CaptionReport) -> dict[str, str]:
-    """The captions of those images that can be read and that get one."""
+def _shares_file(files: FolderCaptions, key: str, claimed: dict[str, str]) -> str | None:
+    """Why an image cannot have a text file of its own: another image with the same name but for its suffix has it."""
+    path = files.text_file(key)
+    other = claimed.setdefault(str(path).casefold(), key)
+    return None if other == key else f"it shares {path.name} with {other}: rename one of them"
+
+
+def _new_captions(images: Sequence[ImageFile], captioner: Captioner, report: CaptionReport) -> dict[str, str]:
+    """The captions of those images that can be read and that get one, by key."""
     readable: dict[str, np.ndarray] = {}
-    for key in keys:
+    for image in images:
         try:
-            readable[key] = np.asarray(open_image(folder / key))
+            readable[image.key] = np.asarray(open_image(image.path))
         except (OSError, ValueError) as error:
-            report.problems.append(Problem(key, str(error)))
+            report.problems.append(Problem(image.key, str(error)))
     found = captioner.captions(list(readable), list(readable.values())) if readable else []
     new = {key: clean_caption(text) for key, text in zip(readable, found, strict=True)}
     for key, text in new.items():
@@ -140,7 +159,8 @@ def _write(
     """Writes the captions of a batch, but not over one that was changed since it was `seen`."""
     now = FolderCaptions.read(folder)
     found = {key: now.caption(key) for key in new if key in now.images}
-    now.write({key: new[key] for key, text in found.items() if text == seen[key]}, by, config.write_to)
+    unchanged = [key for key, text in found.items() if text is None or text == seen[key]]
+    now.write({key: new[key] for key in unchanged}, by, config.write_to)
     for key, text in found.items():
         if text is None or text == seen[key]:
             report.add(key, new[key], by, report.written)

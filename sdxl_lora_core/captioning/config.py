@@ -11,6 +11,7 @@ Detail = Literal["short", "detailed", "very_detailed"]
 Existing = Literal["keep", "replace_generated", "replace_all"]
 Target = Literal["text_files", "metadata_csv"]
 
+LONGEST = 1024  # tokens
 TOKENS: dict[Detail, int] = {"short": 48, "detailed": 128, "very_detailed": 384}
 
 
@@ -41,7 +42,7 @@ class CaptionConfig:
         "What a BLIP model begins with, as in `a photo of`, or is asked. Florence-2 and taggers do not use it.",
     )
     max_tokens: int = setting(
-        0, "The longest caption of a model in tokens. 0: 48, 128 or 384, by detail.", Range(0, 1024)
+        0, "The longest caption of a model in tokens. 0: 48, 128 or 384, by detail.", Range(0, LONGEST)
     )
     beams: int = setting(3, "Beam search: how many beginnings a model follows. 1 is fastest.", Range(1, 16))
     batch_size: int = setting(4, "Images captioned together. More is faster and needs more memory.", Range(1, 64))

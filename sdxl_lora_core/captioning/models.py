@@ -15,7 +15,7 @@ from ..messages import brief, shown
 from ..runtime.library_logs import quiet_libraries
 from ..sdxl.precision import resolve_dtype
 from ..vision.model_folder import load_processor, load_weights, read_config, require_weights
-from .config import CaptionConfig, Detail
+from .config import LONGEST, CaptionConfig, Detail
 
 # By model_type of config.json the class of the model, and that of the processor.
 _CLASSES = {
@@ -112,9 +112,13 @@ class ModelCaptioner:
 
 
 def _room(model: Any, inputs: Any) -> int:
-    """How many tokens the model can write: its positions without those of the prompt, the start and the end."""
+    """How many tokens the model can write: its positions without those of the prompt, the start and the end.
+
+    T5, the text model of some BLIP-2, has no limit.
+    """
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
     prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    return max(1, model.config.text_config.max_position_embeddings - prompt - 2)
+    return LONGEST if positions is None else max(1, positions - prompt - 2)
 
 
 def _processor(folder: Path, model: Any) -> Any:

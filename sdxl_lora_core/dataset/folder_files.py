@@ -179,8 +179,8 @@ def _separate_masks(files: FolderFiles) -> None:
         else:
             (orphans if candidates else kept).append(image)
     if not files.masks:  # a folder named masks may be one of images
-        kept += orphans
-        kept.sort(key=files.images.index)
+        places = {image: place for place, image in enumerate(files.images)}
+        kept = sorted([*kept, *orphans], key=places.__getitem__)
     else:
         files.problems += [Problem(image.key, "is a mask of no image here") for image in orphans]
     files.images = kept

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..files import safe_path
 from ..messages import shown
-from .caption_text import clean_caption, valid_unicode
+from .caption_text import clean_caption, decode_unicode, valid_unicode
 from .folder_files import METADATA_NAMES, FolderFiles, Problem, key_of
 from .text_files import MAX_CAPTION_BYTES, read_text
 
@@ -45,59 +47,96 @@ def read_metadata(files: FolderFiles) -> dict[str, list[str]]:
     return captions
 
 
-def with_captions(files: FolderFiles, captions: Mapping[str, str]) -> str:
-    """The text of the folder's metadata.csv with new captions by image key. All other columns and rows stay.
+@dataclass(frozen=True)
+class CaptionTable:
+    """The folder's metadata.csv as it is, to be written with new captions.
 
-    Raises ValueError for a file without the columns file_name and caption.
+    `rows_of` are the numbers of the rows of each image by key, and
+    `refused` says of images why their row cannot be written: it cannot be read, or it is not the only one.
     """
-    text = read_text(files, TABLE, MAX_METADATA_BYTES) if TABLE in files.texts else ",".join(_NEW_COLUMNS)
-    delimiter = _delimiter(text)
-    header, *rows = list(csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter, skipinitialspace=True))
-    file_column, caption_column = _places(header)
-    keys = _keys_of_rows(files, rows, file_column)
-    new = dict(captions)
-    for row, key in zip(rows, keys, strict=True):
-        if key is not None and key in captions:
-            row += [""] * (len(header) - len(row))
-            row[caption_column] = new.pop(key, captions[key])
-    for key, caption in new.items():
-        row = [""] * len(header)
-        row[file_column], row[caption_column] = key, caption
-        rows.append(row)
-    written = io.StringIO()
-    csv.writer(written, delimiter=delimiter, lineterminator="\n").writerows([header, *rows])
-    return written.getvalue()
 
+    files: FolderFiles
+    path: Path
+    delimiter: str
+    header: Sequence[str]
+    rows: Sequence[list[str]]
+    rows_of: Mapping[str, int]
+    refused: Mapping[str, str]
 
-def table_keys(files: FolderFiles) -> set[str]:
-    """The keys of the images that have a row in the folder's metadata.csv; empty if that cannot be read."""
-    if TABLE not in files.texts:
-        return set()
-    try:
-        text = read_text(files, TABLE, MAX_METADATA_BYTES)
-        header, *rows = list(csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=_delimiter(text)))
-        return {key for key in _keys_of_rows(files, rows, _places(header)[0]) if key}
-    except (ValueError, csv.Error):
-        return set()
-
-
-def _places(header: Sequence[str]) -> tuple[int, int]:
-    columns = _columns(header)
-    if columns is None:
-        raise ValueError(f"{TABLE} needs a first line with the columns file_name and caption: add them")
-    return header.index(columns["file_name"]), header.index(columns["caption"])
-
-
-def _keys_of_rows(files: FolderFiles, rows: Iterable[Sequence[str]], column: int) -> list[str | None]:
-    images = _Images(image.key for image in files.images)
-    found: list[str | None] = []
-    for row in rows:
+    @classmethod
+    def read(cls, files: FolderFiles) -> CaptionTable:
+        """Raises ValueError for a file that is not Unicode, no CSV, or without the columns file_name and caption."""
+        name = next((name for name in files.texts if name.casefold() == TABLE), None)
+        path = files.root / TABLE if name is None else files.texts[name]
+        if name is None and os.path.lexists(path):
+            raise ValueError(f"{TABLE} is no text file of this folder, or is a link out of it: remove it")
+        text = (_unicode_text(path) if name else "").lstrip() or ",".join(_NEW_COLUMNS)
+        delimiter = _delimiter(text)
         try:
-            cells = {"file_name": row[column] if column < len(row) else None, "caption": ""}
-            found.append(_read_row(files, PurePosixPath(), images, cells)[0])
+            reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+            header, *numbered = [(row, reader.line_num) for row in reader if row]
+        except csv.Error as error:
+            raise ValueError(f"{TABLE} cannot be read as CSV: {error}") from error
+        if (columns := _columns(header[0])) is None:
+            raise ValueError(f"{TABLE} needs a first line with the columns file_name and caption: add them")
+        places = [header[0].index(columns[wanted]) for wanted in _NEW_COLUMNS]
+        rows_of, refused = _owners(files, numbered, len(header[0]), places)
+        return cls(files, path, delimiter, header[0], [row for row, _ in numbered], rows_of, refused)
+
+    def has_room_for(self, key: str) -> bool:
+        """Whether a row with this image's key would be read as that image's."""
+        try:
+            images = _Images(image.key for image in self.files.images)
+            return _read_row(self.files, PurePosixPath(), images, {"file_name": key, "caption": ""})[0] == key
         except ValueError:
-            found.append(None)  # of an image that is gone: its row stays
-    return found
+            return False
+
+    def with_captions(self, captions: Mapping[str, str]) -> str:
+        """The text of the file with new captions by image key. All other columns and rows stay."""
+        columns = _columns(self.header) or {}
+        file_column, caption_column = (self.header.index(columns[wanted]) for wanted in _NEW_COLUMNS)
+        rows = [list(row) for row in self.rows]
+        for key, caption in captions.items():
+            if key not in self.rows_of:
+                rows.append([""] * len(self.header))
+                rows[-1][file_column] = key
+            row = rows[self.rows_of.get(key, -1)]
+            row += [""] * (len(self.header) - len(row))
+            row[caption_column] = caption
+        written = io.StringIO()
+        csv.writer(written, delimiter=self.delimiter, lineterminator="\n").writerows([self.header, *rows])
+        return written.getvalue()
+
+
+def _unicode_text(path: Path) -> str:
+    if path.stat().st_size > MAX_METADATA_BYTES:
+        raise ValueError(f"{TABLE} is larger than {MAX_METADATA_BYTES // 1024} KiB: shorten it")
+    text = decode_unicode(path.read_bytes())
+    if text is None:
+        raise ValueError(f"{TABLE} is not UTF-8, so that writing to it could damage its captions: save it as UTF-8")
+    return text
+
+
+def _owners(
+    files: FolderFiles, numbered: Sequence[tuple[list[str], int]], width: int, places: Sequence[int]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """The rows of images by key, and why some images have none that can be written."""
+    images = _Images(image.key for image in files.images)
+    rows_of: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    for number, (row, line) in enumerate(numbered):
+        file_name, caption = (row[place] if place < len(row) else "" for place in places)
+        try:
+            key, _ = _read_row(files, PurePosixPath(), images, {"file_name": file_name, "caption": ""})
+        except ValueError:
+            continue  # of an image that is gone: its row stays
+        too_long = len(valid_unicode(caption).encode()) > MAX_CAPTION_BYTES
+        if len(row) > width or too_long:
+            refused[key] = f"line {line} of {TABLE} cannot be read: repair it"
+        elif key in rows_of:
+            refused[key] = f"it has several lines in {TABLE}: leave one"
+        rows_of[key] = number
+    return {key: number for key, number in rows_of.items() if key not in refused}, refused
 
 
 class _Images:

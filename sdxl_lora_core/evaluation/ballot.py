@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -29,6 +30,7 @@ from ..messages import shown
 from .comparison import Comparison
 from .saving import png_writer
 
+OnImages = Callable[[int, int], object]
 Choice = Literal["left", "right", "tie"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 LONGEST_RATER = 64  # letters
@@ -115,10 +117,13 @@ class Ballot:
         return Pair(cell, *(sides if int(digest[-1], 16) % 2 else reversed(sides)))
 
 
-def make_ballot(comparison: Comparison, root: Path, name: str) -> Ballot:
+def make_ballot(
+    comparison: Comparison, root: Path, name: str, on_images: OnImages = lambda done, total: None
+) -> Ballot:
     """The ballot of a comparison in `root/name`, or in the next free name if that has other images.
 
-    A ballot of the same images is found again, with its votes. Raises ValueError for a name that is no file name, for a
+    A ballot of the same images is found again, with its votes. `on_images(done, total)` is called before each image is
+    written, and may raise to cancel. Raises ValueError for a name that is no file name, for a
     single variant, and for variants that have no image in common.
     """
     check_name("save_as", name, ending="")
@@ -131,7 +136,7 @@ def make_ballot(comparison: Comparison, root: Path, name: str) -> Ballot:
     def claim(candidate: str) -> Ballot | None:
         folder = safe_path(root, candidate)
         if not (folder / _BALLOT).exists():
-            return _written(comparison, folder, fingerprint)
+            return _written(comparison, folder, fingerprint, on_images)
         found = read_ballot(root, candidate)
         return found if found.fingerprint == fingerprint else None
 
@@ -156,15 +161,19 @@ def read_ballot(root: Path, name: str) -> Ballot:
     return Ballot(folder, variants, prompts, seeds, tuple(map(tuple, images)), secret, fingerprint)
 
 
-def _written(comparison: Comparison, folder: Path, fingerprint: str) -> Ballot:
+def _written(comparison: Comparison, folder: Path, fingerprint: str, on_images: OnImages) -> Ballot:
     """Writes the images, then the ballot, which makes the folder one to vote in."""
-    secret = secrets.token_hex(16)
+    shutil.rmtree(folder / _IMAGES, ignore_errors=True)  # of one that was cut off
+    total = sum(cell is not None for result in comparison.results for cell in result.cells)
+    done, secret = 0, secrets.token_hex(16)
     images: list[tuple[str | None, ...]] = []
     for number, result in enumerate(comparison.results):
         names: list[str | None] = []
         for place, cell in enumerate(result.cells):
             name = hashlib.sha256(f"{secret} {number} {place}".encode()).hexdigest()[:32] if cell else None
             if cell and name:
+                on_images(done, total)
+                done += 1
                 write_atomic(folder / _IMAGES / f"{name}.png", png_writer(cell.pixels))
             names.append(name)
         images.append(tuple(names))

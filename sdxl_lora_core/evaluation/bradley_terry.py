@@ -20,15 +20,17 @@ _HALF_A_WIN = 0.5
 
 @dataclass(frozen=True)
 class Strengths:
-    """The strengths [V] of variants, with mean 0, and the standard errors [V, V] of their differences.
+    """The strengths [V] of variants, with mean 0, and two standard errors [V, V] of their differences.
 
-    The errors are NaN with votes on a single prompt. `prompts` is the number of prompts with votes. `is_bounded`: some
-    variants lost or won every comparison with the others, for which no finite strength fits best, so that half a win
-    was added in both directions for each pair that was compared.
+    `errors` are those of the jackknife over prompts, NaN where votes on a single prompt connect two variants;
+    `model_errors` would be right if all votes were independent. `prompts` is the number of prompts with votes.
+    `is_bounded`: some variants lost or won every comparison with the others, for which no finite strength fits best, so
+    that half a win was added in both directions for each pair that was compared.
     """
 
     values: np.ndarray
     errors: np.ndarray
+    model_errors: np.ndarray
     prompts: int
     is_bounded: bool
 
@@ -36,12 +38,18 @@ class Strengths:
         return float(self.values[first] - self.values[second])
 
     def interval(self, first: int, second: int) -> Interval:
-        """The t interval of a difference with prompts - 1 degrees of freedom: votes on one prompt are alike."""
-        if self.prompts < 2:
-            return Interval()
-        from scipy.stats import t
+        """The interval of a difference: by the jackknife, with Student's t of prompts - 1 degrees of freedom.
 
-        half = t.ppf((1 + CONFIDENCE) / 2, self.prompts - 1) * self.errors[first, second]
+        Votes on one prompt are alike, so they say little of other prompts. Few prompts may agree by chance: the
+        interval is at least as wide as that of independent votes.
+        """
+        if self.prompts < 2 or math.isnan(self.errors[first, second]):
+            return Interval()
+        from scipy.stats import norm, t
+
+        share = (1 + CONFIDENCE) / 2
+        by_prompts = t.ppf(share, self.prompts - 1) * self.errors[first, second]
+        half = max(by_prompts, norm.ppf(share) * self.model_errors[first, second])
         value = self.difference(first, second)
         return Interval(float(value - half), float(value + half))
 
@@ -49,23 +57,32 @@ class Strengths:
 def fit_strengths(wins: np.ndarray) -> Strengths:
     """Fits wins [prompts, V, V], where wins[p, i, j] counts how often i won over j on prompt p, ties as 0.5 for both.
 
-    The error of a difference is that of the jackknife over prompts (Efron and Tibshirani, An Introduction to the
-    Bootstrap, 1993, chapter 11). Unanimous votes do not vary: where the strengths are bounded, it is at least that of
-    the model. Raises ValueError if the votes do not connect all variants, see `connected_groups`.
+    Jackknife: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11. Raises ValueError if the votes
+    do not connect all variants, see `connected_groups`.
     """
     by_prompt = wins[wins.sum((1, 2)) > 0]
     total = wins.sum(0)
     if len(groups := connected_groups(total)) > 1:
         raise ValueError(f"the votes compare {len(groups)} groups of variants within themselves only")
     values, is_bounded = _fit(total)
-    errors = np.full(total.shape, math.nan)
-    if len(by_prompt) > 1:
-        left_out = np.stack([_fit(total - own)[0] for own in by_prompt])
-        spread = left_out[:, :, None] - left_out[:, None, :]
-        count = len(by_prompt)
-        variance = (count - 1) / count * ((spread - spread.mean(0)) ** 2).sum(0)
-        errors = np.sqrt(np.maximum(variance, _model_variance(total, values)) if is_bounded else variance)
-    return Strengths(values, errors, len(by_prompt), is_bounded)
+    model = np.sqrt(_model_variance(_with_half_wins(total) if is_bounded else total, values))
+    return Strengths(values, _jackknife(total, by_prompt), model, len(by_prompt), is_bounded)
+
+
+def _jackknife(total: np.ndarray, by_prompt: np.ndarray) -> np.ndarray:
+    """The standard errors [V, V] of differences, leaving out each prompt; NaN where that disconnects two variants."""
+    if len(by_prompt) < 2:
+        return np.full(total.shape, math.nan)
+    left_out = np.stack([_fit(total - own)[0] for own in by_prompt])
+    spread = left_out[:, :, None] - left_out[:, None, :]
+    count = len(by_prompt)
+    errors = np.sqrt((count - 1) / count * ((spread - spread.mean(0)) ** 2).sum(0))
+    for own in by_prompt:
+        groups = connected_groups(total - own)
+        for group in groups if len(groups) > 1 else []:
+            others = [variant for variant in range(len(total)) if variant not in group]
+            errors[np.ix_(group, others)] = math.nan
+    return errors
 
 
 def connected_groups(wins: np.ndarray) -> list[list[int]]:
@@ -116,7 +133,7 @@ def _inverse(information: np.ndarray) -> np.ndarray:
 
 
 def _model_variance(wins: np.ndarray, strengths: np.ndarray) -> np.ndarray:
-    """The variance [V, V] of the differences of bounded strengths if all votes were independent."""
-    covariance = _inverse(_information(_with_half_wins(wins), strengths))
+    """The variance [V, V] of the differences if all votes were independent."""
+    covariance = _inverse(_information(wins, strengths))
     own = np.diag(covariance)
-    return own[:, None] + own[None, :] - 2 * covariance
+    return np.maximum(own[:, None] + own[None, :] - 2 * covariance, 0)

@@ -80,6 +80,8 @@ def kind_of(header: WeightsHeader) -> str:
     """The kind of the file with its article: "a Flux checkpoint", "a LoRA" and so on."""
     if header.has(UNET, TEXT, TEXT_2):  # whatever else is in it, such as a stray key of an adapter
         return "an SDXL checkpoint" if header.has(VAE) else "an SDXL checkpoint without its VAE"
+    if header.has(UNET, TEXT_1):
+        return "a Stable Diffusion 1.x checkpoint"
     for prefixes, kind in _STEERING:
         if header.has(*prefixes):
             return kind

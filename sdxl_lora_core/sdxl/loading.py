@@ -24,6 +24,11 @@ Assembled = tuple[nn.Module, list[str]]
 # Entries of published files that are not needed: a buffer that older transformers saved, and CLIP's temperature.
 _HARMLESS = ("position_ids", "logit_scale")
 _TEXT_MODEL, _BARE = "text_model.", "embeddings|encoder|final_layer_norm"
+# Of parts in a checkpoint: what a VAE's training left behind, and a projection that the first encoder does not use.
+_LEFT_BEHIND = re.compile(r"^first_stage_model\.(model_ema|loss)\.|\.transformer\.text_projection\.weight$")
+# Names of a VAE's attention: those of diffusers before 0.17, and of checkpoints that were converted half-way.
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_HALF_WAY = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _ALIGNMENT = 64  # bytes, as of torch's own allocations
 _TENSORS_AT_ONCE = 64
 
@@ -130,7 +135,7 @@ def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, 
 
     `prefix` is that of the tensors' names, empty in a file of this part only, which may have names of both kinds.
     """
-    tensors = read_tensors(file, prefix, dtype)
+    tensors = _with_todays_names(read_tensors(file, prefix, dtype), part, prefix)
     require_complete([] if tensors else [prefix], part, file.name)
     try:
         with quiet_libraries():
@@ -144,6 +149,21 @@ def from_single_file(file: Path, configs: Path, part: Part, dtype: torch.dtype, 
     if prefix:
         require_complete(_unknown(tensors, module, part, prefix), part, file.name)
     return align(module)
+
+
+def _with_todays_names(tensors: Mapping[str, Tensor], part: Part, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a part without what is not needed, and with the names that diffusers' conversion knows."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if part == "text_encoder":
+            name = re.sub(f"^{re.escape(prefix)}({_BARE})\\.", rf"{prefix}{_TEXT_MODEL}\1.", name)  # noqa: PLW2901
+        elif part == "vae":
+            for older, newer in (*_ATTENTION.items(), *_HALF_WAY.items()):
+                where = r"attentions\.\d+" if older in _ATTENTION else r"mid\.attn_\d+"
+                name = re.sub(rf"({where})\.{re.escape(older)}\.", rf"\1.{newer}.", name)  # noqa: PLW2901
+        if not _LEFT_BEHIND.search(name):
+            renamed[name] = tensor
+    return renamed
 
 
 def _unknown(tensors: Iterable[str], module: nn.Module, part: Part, prefix: str) -> list[str]:

@@ -14,6 +14,7 @@ from .detection import PART_CLASSES, read_json
 from .file_kinds import VAE, kind_of
 from .loading import weight_files
 
+_LIKE = {"latent_channels": 4, "scaling_factor": 0.18215}  # with diffusers' defaults, for settings that are not stored
 _WIDTHS = {"encoder.conv_in": 0, "decoder.conv_in": -1}  # convolution: the index of its width in block_out_channels
 
 
@@ -47,11 +48,12 @@ def _require_like(name: str, config: dict[str, Any], bases: dict[str, Any], want
         raise ValueError(f"folder {name} is a {kind} and not an {PART_CLASSES['vae']}: {wanted}")
     if config.get("latents_mean") is not None:
         raise ValueError(f"folder {name} has latents_mean, as the VAE of Playground v2.5: {wanted}")
-    for setting in ("latent_channels", "scaling_factor"):
-        if config.get(setting) != bases[setting]:
+    for setting, default in _LIKE.items():
+        own, needed = config.get(setting, default), bases.get(setting, default)
+        if own != needed:
             raise ValueError(
-                f"folder {name} has {setting} {config.get(setting)} where the base's VAE has {bases[setting]}, so it "
-                f"belongs to another kind of model: {wanted}"
+                f"folder {name} has {setting} {own} where the base's VAE has {needed}, so it belongs to another kind "
+                f"of model: {wanted}"
             )
 
 
@@ -62,7 +64,10 @@ def _require_shapes(name: str, headers: Sequence[WeightsHeader], config: dict[st
         if len(found) != 4:
             kind = kind_of(headers[0])
             raise ValueError(f"{name} is {kind} without {module}.weight of a VAE for images: {wanted}")
-        widths = config["block_out_channels"][which], config["latent_channels"] if which else config["in_channels"]
+        widths = (
+            config["block_out_channels"][which],
+            config.get("latent_channels", _LIKE["latent_channels"]) if which else config["in_channels"],
+        )
         if found[:2] != widths:
             raise ValueError(
                 f"{name} has a {module} from {found[1]} to {found[0]} channels where the base's VAE goes from "

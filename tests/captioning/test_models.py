@@ -33,6 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     write_blip(root / "blip")
     write_blip_2(root / "blip-2")
+    write_blip_2(root / "blip-2-t5", with_t5=True)
     write_florence(root / "florence")
     write_onnx_tagger(root / "wd")
     write_classifier(root / "classifier")
@@ -79,6 +80,15 @@ def test_blip_2_as_transformers_runs_it(models: Path, images: list[np.ndarray], 
     found = captions(models / "blip-2", images[:3], prompt=prompt, max_tokens=10)
     assert found == [own_way(models / "blip-2", image, text, max_new_tokens=10, num_beams=1) for image in images[:3]]
     assert any(found)
+
+
+def test_blip_2_with_t5_as_transformers_runs_it(models: Path, images: list[np.ndarray]) -> None:
+    """T5 has no positions, so no end but the setting's."""
+    found = captions(models / "blip-2-t5", images[:2], max_tokens=10)
+    own = [own_way(models / "blip-2-t5", image, None, max_new_tokens=10, num_beams=1) for image in images[:2]]
+    assert found == own and any(found)
+    longer = captions(models / "blip-2-t5", images[:2], max_tokens=20)
+    assert longer != found and all(one.startswith(short) for one, short in zip(longer, found, strict=True))
 
 
 @pytest.mark.parametrize(

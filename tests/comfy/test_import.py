@@ -48,7 +48,7 @@ def test_it_works_below_folders_with_spaces_other_letters_and_long_names(start_s
         for file in (path, caption):
             (home / "input/mein Datensatz \u732b" / f"{file.stem} \u00fc{file.suffix}").write_bytes(file.read_bytes())
     data = {"folder": "mein Datensatz \u732b", "trigger_word": "", "resolution": 64, "validation_percent": 0}
-    train = {"base": ["1", 0], "dataset": ["2", 0], "lora_name": "stil \u732b", "steps": 2, "learning_rate": 1e-3}
+    train = {"base": ["1", 0], "dataset": ["2", 0], "lora_name": "estilo \u732b", "steps": 2, "learning_rate": 1e-3}
     train |= {"rank": 2, "alpha": 2.0, "batch_size": 1, "seed": 0, "sample_prompts": ""}
     image = {"base": ["1", 0], "prompt": "a star", "negative_prompt": "", "seed": 1, "steps": 1, "guidance": 1.0}
     image |= {"width": 64, "height": 64, "count": 1, "sampler": "euler", "scheduler": "normal", "cache": "use"}
@@ -60,9 +60,9 @@ def test_it_works_below_folders_with_spaces_other_letters_and_long_names(start_s
     }
     with start_server(home) as server:
         assert "1 image, 0 from the cache" in server.run(graph)["4"]["text"][0]
-        assert (home / "output/loras/stil \u732b.safetensors").is_file()
+        assert (home / "output/loras/estilo \u732b.safetensors").is_file()
         names = server.get("/object_info/LoadLoRA")["LoadLoRA"]["input"]["required"]["lora_name"][0]
-        assert "stil \u732b.safetensors" in names
+        assert "estilo \u732b.safetensors" in names
         graph["4"]["inputs"]["prompt"] = "a moon"
         assert (
             "9 images" in server.run(graph)["2"]["text"][0] or "images to train on" in server.run(graph)["2"]["text"][0]

@@ -118,6 +118,24 @@ def test_an_image_is_that_of_the_node(server: Any) -> None:
     assert np.array_equal(pixels(ask(server.url, body)[1]), own)
 
 
+def test_what_comfyui_repeats_is_from_the_cache_and_survives_a_cleaned_folder(server: Any) -> None:
+    body = {**SMALL, "prompt": "a square", "seed": 52, "format": "json"}
+
+    def ask_json() -> dict[str, Any]:
+        status, found = ask(server.url, body)
+        assert status == 200
+        return json.loads(found)["images"][0]
+
+    first, second = ask_json(), ask_json()
+    assert first["from_cache"] is False and first["seconds"] > 0
+    assert second == {**first, "from_cache": True, "seconds": 0}
+    previews = sorted((server.base / "temp/sdxl_lora").glob("*.png"), key=lambda file: file.stat().st_mtime)
+    previews[-1].unlink()
+    third = ask_json()
+    assert third["from_cache"] is True
+    assert np.array_equal(pixels(base64.b64decode(third["png"])), pixels(base64.b64decode(first["png"])))
+
+
 def test_health(server: Any) -> None:
     found = server.get("/sdxl_lora/health")
     assert found["status"] == "ok" and found["device"] == "cpu"
@@ -132,14 +150,17 @@ BAD: list[tuple[Any, int, str]] = [
         "height": [0, 100_000, 66, "y", None], "guidance": [-1, 101, "x", None], "seed": [-1, 2**64, "s", None, 1.5],
         "count": [0, 2000, "x", None], "sampler": ["best", "", 3, None], "scheduler": ["x", None, 1],
         "denoise": [0, 2, "x"], "batch_size": [0, 65], "hires_scale": [0.5, 5], "prompt_syntax": ["x"],
-        "format": ["jpg", "", 1, None], "timeout": [0, -1, "x", None, True, 1e9, [1]], "precision": ["fp8", 16, None],
+        "format": ["jpg", "", 1, None], "timeout": [0, -1, "x", None, True, 1e9, [1], 10**400],
+        "precision": ["fp8", 16, None],
         "loras": ["a", 3, {"name": "x"}, None], "cache": ["x", None], "keep_latents": ["x"],
     }.items() for value in values],
     *[({**GOOD, name: 1}, 422, "unknown setting") for name in ("stepz", "n_iter", "sampler_name", "__class__", "")],
     *[({**GOOD, "base": name}, 404, "was not found") for name in ("gone", "gone.safetensors", "a/b/c")],
     *[({**GOOD, "base": name}, 422, "") for name in ("../../etc/passwd", 3, None, ["x"], {})],
     *[({**GOOD, "loras": [entry]}, 404, "was not found") for entry in ({"name": "gone"}, ["gone", 1.0])],
-    *[({**GOOD, "loras": [entry]}, 422, "") for entry in ({"name": "x", "huh": 1}, {"name": "x", "strength": "y"}, 3)],
+    *[({**GOOD, "loras": [entry]}, 422, "") for entry in (
+        {"name": "x", "huh": 1}, {"name": "x", "strength": "y"}, {"name": "x", "strength": 10**400}, 3
+    )],
     ({key: value for key, value in GOOD.items() if key != "base"}, 422, "base is missing: give the name of one"),
     ({**GOOD, "count": 3}, 422, "3 images are requested: set format to json"),
     ({**GOOD, "prompt": 3}, 422, "prompt is"),
@@ -250,7 +271,10 @@ def test_a_job_that_is_removed_or_cancelled_in_comfyui_is_answered(server: Any) 
         waiting = clients.submit(ask, server.url, {**SLOW, "seed": 12})
         server.wait(lambda: server.get("/sdxl_lora/health")["queue"]["waiting"] == 1, 30)
         server.post("/queue", {"clear": True})
-        assert sentence(waiting.result(30)) == (409, "the job was removed from ComfyUI's queue")
+        assert sentence(waiting.result(30)) == (
+            409,
+            "the job was removed from ComfyUI's queue, or its result from the history",
+        )
         server.post("/interrupt", {})
         assert sentence(running.result(30)) == (409, "the job was cancelled in ComfyUI")
 

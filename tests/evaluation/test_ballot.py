@@ -109,6 +109,22 @@ def test_the_same_images_are_the_same_ballot_and_others_get_the_next_name(tmp_pa
     assert read_ballot(tmp_path, "vote") == ballot
 
 
+def test_writing_images_is_counted_and_can_be_cancelled(tmp_path: Path) -> None:
+    def cancel(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_ballot(comparison(), tmp_path, "vote", cancel)
+    images = tmp_path / "vote/images"
+    assert len(list(images.iterdir())) == 5 and not (tmp_path / "vote/ballot.json").exists()
+    seen: list[tuple[int, int]] = []
+    ballot = make_ballot(comparison(), tmp_path, "vote", lambda *counts: seen.append(counts))
+    assert ballot.folder.name == "vote" and seen == [(done, 24) for done in range(24)]
+    assert {path.stem for path in images.iterdir()} == {name for own in ballot.images for name in own}
+    make_ballot(comparison(), tmp_path, "vote", lambda *counts: pytest.fail("the images are there"))
+
+
 def test_what_cannot_be_voted_on_is_said(tmp_path: Path, ballot: Ballot) -> None:
     with pytest.raises(ValueError, match="a single variant: compare at least two"):
         make_ballot(comparison(("base",)), tmp_path, "one")
@@ -231,6 +247,17 @@ def test_no_ranking_before_the_votes_connect_all(ballot: Ballot) -> None:
         "No ranking yet: base and bad were not compared, directly or through others."
     )
     assert [row["strength"] for row in report(ballot).table()] == [None] * 3
+
+
+def test_a_variant_that_one_prompt_connects_is_ranked_without_a_verdict(ballot: Ballot) -> None:
+    for number, pair in enumerate(ballot.pairs_for("ann")):
+        if {pair.left, pair.right} == {0, 1} or (pair.left + pair.right == 2 and pair.cell == 0):
+            vote(ballot, "ann", number, "left" if pair.left > pair.right else "right")
+    found = json.loads(report(ballot).to_json())
+    rows = {row["name"]: row for row in found["ranking"]}
+    assert rows["good"]["interval"] and rows["bad"]["interval"] is None
+    assert rows["bad"]["verdict"] == "not distinguishable" and rows["bad"]["difference"] > 0
+    assert "not distinguishable from" in report(ballot).sentences()[1] and report(ballot).chart() is not None
 
 
 def test_wins_are_counted_by_prompt_with_ties_as_halves(ballot: Ballot) -> None:

@@ -72,6 +72,21 @@ def test_votes_on_one_prompt_give_no_interval() -> None:
     assert not found.interval(0, 1).excludes_zero
 
 
+def test_prompts_that_agree_by_chance_do_not_tell_variants_apart() -> None:
+    for prompts in (2, 3):
+        interval = fit_strengths(np.tile([[0.0, 2.0], [1.0, 0.0]], (prompts, 1, 1))).interval(0, 1)
+        assert interval.low < 0 < math.log(2) < interval.high and interval.width > 2
+
+
+def test_variants_that_one_prompt_connects_have_no_interval() -> None:
+    both = np.tile(wins((0, 1, 2), (1, 0, 1), variants=3), (3, 1, 1))
+    found = fit_strengths(both + wins((1, 2, 3), (2, 1, 2), variants=3, prompt=1, prompts=3))
+    assert found.interval(0, 1).as_json() is not None
+    for first, second in ((0, 2), (1, 2), (2, 0)):
+        assert found.interval(first, second).as_json() is None and not found.interval(first, second).excludes_zero
+    assert found.difference(1, 2) == pytest.approx(math.log(1.5), abs=1e-6)
+
+
 def test_groups_that_were_never_compared_have_no_ranking() -> None:
     apart = wins((0, 1, 2), (1, 0, 1), (2, 3, 1), (3, 2, 1), variants=4)
     assert connected_groups(apart[0]) == [[0, 1], [2, 3]]
@@ -102,6 +117,17 @@ def test_intervals_cover_the_truth_in_95_of_100_elections(truth: tuple[float, ..
         interval = found.interval(0, len(values) - 1)
         covered += interval.low <= values[0] - values[-1] <= interval.high
     assert abs(covered / 200 - 0.95) <= 0.04
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 4])
+@pytest.mark.parametrize("truth", [(0.0, 0.0), (0.4, 0.0, -0.4)])
+def test_intervals_of_few_prompts_cover_the_truth(truth: tuple[float, ...], prompts: int) -> None:
+    draw = np.random.default_rng(11)
+    values, elections, covered = np.array(truth), 300, 0
+    for _ in range(elections):
+        interval = fit_strengths(election(draw, values, prompts, 6)).interval(0, len(values) - 1)
+        covered += interval.low <= values[0] - values[-1] <= interval.high
+    assert covered / elections >= 0.91
 
 
 def test_votes_that_agree_within_a_prompt_widen_the_interval() -> None:

@@ -83,6 +83,25 @@ def test_single_file_makes_the_same_image(tmp_path: Path, micro_sd15: Path, sd15
     np.testing.assert_array_equal(pixels(opened, settings()), pixels(sd15, settings()))
 
 
+def test_single_file_with_older_names_and_leftovers_makes_the_same_image(
+    tmp_path: Path, micro_sd15: Path, sd15: SDXLBase
+) -> None:
+    file = tmp_path / "merge.safetensors"
+    as_single_file(micro_sd15, file)
+    tensors = {
+        name.replace(".transformer.text_model.", ".transformer."): value for name, value in load_file(file).items()
+    }
+    leftovers = (
+        "first_stage_model.model_ema.decay",
+        "cond_stage_model.transformer.text_projection.weight",
+        "lora_te_x.alpha",
+    )
+    save_file(tensors | {name: torch.ones(1) for name in leftovers}, file)
+    np.testing.assert_array_equal(
+        pixels(open_sd15_base(file, "fp32", configs=micro_sd15), settings()), pixels(sd15, settings())
+    )
+
+
 def test_single_file_with_a_stray_or_missing_tensor_is_refused(tmp_path: Path, micro_sd15: Path) -> None:
     file = tmp_path / "v1-5.safetensors"
     as_single_file(micro_sd15, file)

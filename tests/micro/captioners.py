@@ -76,19 +76,24 @@ def write_florence(folder: Path, seed: int = 0) -> None:
     file.write_text(json.dumps(settings), encoding="utf-8")
 
 
-def write_blip_2(folder: Path) -> None:
+def write_blip_2(folder: Path, with_t5: bool = False) -> None:
     from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessorPil
 
     tokenizer = _byte_tokenizer({})
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    opt = {
+        **{"model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128},
+    }
+    t5 = {
+        **{"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+        "decoder_start_token_id": 1,
+    }
     config = Blip2Config(
         vision_config={**sizes, "image_size": 32, "patch_size": 16},
         qformer_config={**sizes, "encoder_hidden_size": 16, "vocab_size": 8, "max_position_embeddings": 64},
-        text_config={
-            **{"model_type": "opt", "vocab_size": len(tokenizer), "hidden_size": 16, "word_embed_proj_dim": 16},
-            **{"ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128},
-            **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2},
-        },
+        text_config={**(t5 if with_t5 else opt), **ids},
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )

@@ -77,6 +77,19 @@ def test_one_text_with_a_line_for_each_image(home: Path) -> None:
     assert (home / "input/mine/metadata.csv").read_text("utf-8").splitlines()[1] == '00.png,"ohwx, a"'
 
 
+@pytest.mark.parametrize("lines", ["a\nb\nc", "a\n\nc", "\nb\nc"])
+def test_the_captions_output_has_a_line_for_each_image_and_can_be_connected(home: Path, lines: str) -> None:
+    (home / "input/mine/02.png").rename(home / "input/mine/B.png")
+    (home / "input/mine/01.png").rename(home / "input/mine/a.png")
+    _, captions, _ = caption(captions=lines)["result"]
+    assert captions == "\n".join(line and f"ohwx, {line}" for line in lines.split("\n"))
+    before = {path.name: path.read_text("utf-8") for path in (home / "input/mine").glob("*.txt")}
+    for path in (home / "input/mine").glob("*.txt"):
+        path.unlink()
+    assert caption(captions=captions)["result"][1] == captions
+    assert before == {path.name: path.read_text("utf-8") for path in (home / "input/mine").glob("*.txt")}
+
+
 def test_what_is_refused(home: Path) -> None:
     with pytest.raises(ValueError, match="captions is not connected: connect it, or choose a model"):
         caption()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,12 @@ def other(micro_sdxl: Path) -> dict[str, Tensor]:
     }
 
 
+def older(name: str) -> str:
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        name = name.replace(f".{new}.", f".{old}.")
+    return name
+
+
 def in_form(form: str, other: dict[str, Tensor], micro_sdxl: Path, folder: Path) -> Path:
     path = folder / f"other_{form}.safetensors"
     published = published_names("vae", other)
@@ -44,6 +52,14 @@ def in_form(form: str, other: dict[str, Tensor], micro_sdxl: Path, folder: Path)
             save_file(other, next(path.glob("*.safetensors")))
         case "diffusers":
             save_file(other, path)
+        case "old diffusers":  # before 0.17, whose settings lack the scaling factor of some
+            save_file({older(name): tensor for name, tensor in other.items()}, path)
+        case "converted half-way":
+            names = {".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0."}
+            for new, old in names.items():
+                published = {re.sub(rf"(attn_1){re.escape(new)}", rf"\1{old}", k): v for k, v in published.items()}
+            extra = {"first_stage_model.model_ema.decay": torch.ones(1), "first_stage_model.loss.logvar": torch.ones(1)}
+            save_file(published | extra, path)
         case "published":
             save_file({name.removeprefix("first_stage_model."): tensor for name, tensor in published.items()}, path)
         case "checkpoint":
@@ -64,7 +80,9 @@ def rebuilt(other: dict[str, Tensor], micro_copy: Callable[[], Path]) -> SDXLBas
     return open_base(folder, "fp32")
 
 
-@pytest.mark.parametrize("form", ["folder", "diffusers", "published", "checkpoint"])
+@pytest.mark.parametrize(
+    "form", ["folder", "diffusers", "old diffusers", "published", "checkpoint", "converted half-way"]
+)
 @pytest.mark.parametrize("layout", ["folder", "single file"])
 def test_every_form_is_read_bit_by_bit(
     micro_base: SDXLBase,
@@ -124,6 +142,25 @@ def edited(folder: Path, micro_sdxl: Path, **changes: Any) -> Path:
     shutil.copytree(micro_sdxl / "vae", folder)
     edit_json(folder / "config.json", **changes)
     return folder
+
+
+def test_a_setting_that_is_not_stored_is_diffusers_default(
+    micro_base: SDXLBase, micro_copy: Callable[[], Path], micro_sdxl: Path, tmp_path: Path
+) -> None:
+    folder = micro_copy()
+    edit_json(folder / "vae/config.json", scaling_factor=0.18215)
+    base = open_base(folder, "fp32")
+    old = edited(tmp_path / "old", micro_sdxl)
+    settings_file = old / "config.json"
+    stored = json.loads(settings_file.read_text())
+    del stored["scaling_factor"], stored["latent_channels"]
+    settings_file.write_text(json.dumps(stored))
+    assert load_part(with_vae(base, old), "vae", torch.float32).config.scaling_factor == 0.18215  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=r"scaling_factor 0.18215 where the base's VAE has 0.13025"):
+        with_vae(micro_base, old)
+    shutil.copy(settings_file, folder / "vae/config.json")
+    again = with_vae(open_base(folder, "fp32"), old)
+    np.testing.assert_array_equal(pixels(again, settings()), pixels(with_vae(base, old), settings()))
 
 
 @pytest.mark.parametrize(
