@@ -129,10 +129,7 @@ def _connected(folder: Path, captions: Sequence[str], images: Sequence[Tensor], 
     if not captions:
         raise ValueError(f"captioner is {CONNECTED} and captions is not connected: connect it, or choose a model")
     pixels: list[np.ndarray] = [one for image in images for one in from_image(image)]
-    texts = list(captions)
-    if len(texts) == 1 and len(pixels) != 1 and "\n" in texts[0].strip():
-        texts = texts[0].removesuffix("\n").split("\n")  # a line for each image
-    return given_captions(folder, texts, pixels or None, progress.during("finding images"))
+    return given_captions(folder, captions, pixels or None, progress.during("finding images"))
 
 
 def _model(values: dict[str, Any], config: CaptionConfig, parts: Any, progress: Progress) -> Captioner:

@@ -116,7 +116,10 @@ def _images_to_caption(files: FolderCaptions, config: CaptionConfig, report: Cap
         if text is not None and not replaces:
             report.add(key, text, author, report.kept)
             continue
-        if obstacle := files.obstacle(key, config.write_to) or _shares_file(files, key, claimed):
+        obstacle = files.obstacle(key, config.write_to)
+        if not obstacle and not files.goes_into_table(key, config.write_to):
+            obstacle = _shares_file(files, key, claimed)
+        if obstacle:
             report.problems.append(Problem(key, obstacle))
             if text is not None:
                 report.add(key, text, author, report.kept)

@@ -58,7 +58,7 @@ class FolderCaptions:
     def obstacle(self, key: str, target: Target) -> str | None:
         """Why no caption can be written for an image; None if one can."""
         try:
-            if self._goes_into_table(key, target):
+            if self.goes_into_table(key, target):
                 return self.table.refused.get(key)
         except ValueError as error:
             return str(error)
@@ -75,7 +75,7 @@ class FolderCaptions:
         """Writes captions by image key, after a note of who wrote them and of what they replace."""
         for key, text in captions.items():
             self.authors.note(key, text, by, self.caption(key))
-        in_table = {key: text for key, text in captions.items() if self._goes_into_table(key, target)}
+        in_table = {key: text for key, text in captions.items() if self.goes_into_table(key, target)}
         table = self.table.with_captions(in_table) if in_table else ""
         if captions:
             self.authors.save()
@@ -94,7 +94,7 @@ class FolderCaptions:
             return self.files.root / f"captions/{image.stem.removeprefix('images/')}.txt"
         return image.path.with_suffix(".txt")
 
-    def _goes_into_table(self, key: str, target: Target) -> bool:
+    def goes_into_table(self, key: str, target: Target) -> bool:
         """Whether a caption is, or will be, in metadata.csv. Names that it cannot have get a text file."""
         has_table = any(name.casefold() == TABLE for name in self.files.texts)
         if has_table and (key in self.table.rows_of or key in self.table.refused):

@@ -43,12 +43,16 @@ def given_captions(
 ) -> GivenCaptions:
     """Captions for the images of a folder: in its order, or for the given `images` (uint8 [H, W, 3]).
 
+    A single text for several images has a line for each.
+
     A given image is an image of the folder in any size, or the center of one. `on_images(done, total)` is called for
     each image of the folder that is looked at, and may raise to cancel. Raises ValueError if the numbers differ, or for
     an image that is not in the folder.
     """
     known = FolderCaptions.read(folder).images
     expected = len(known) if images is None else len(images)
+    if len(texts) == 1 and expected > 1:
+        texts = _lines(texts[0], expected)
     if len(texts) != expected:
         where = f"{folder.name!r} has {expected} images" if images is None else f"there are {expected} images"
         raise ValueError(
@@ -57,6 +61,11 @@ def given_captions(
         )
     keys = list(known) if images is None else _matches(folder.name, list(known.values()), images, on_images)
     return GivenCaptions(dict(zip(keys, texts, strict=True)))
+
+
+def _lines(text: str, expected: int) -> list[str]:
+    lines = text.split("\n")
+    return lines[:-1] if len(lines) == expected + 1 and not lines[-1] else lines  # the last line's end
 
 
 def _matches(folder: str, known: Sequence[ImageFile], images: Sequence[np.ndarray], on_images: OnImages) -> list[str]:

@@ -103,9 +103,14 @@ class CaptionTable:
             row = rows[self.rows_of.get(key, -1)]
             row += [""] * (len(self.header) - len(row))
             row[caption_column] = caption
-        written = io.StringIO()
-        csv.writer(written, delimiter=self.delimiter, lineterminator="\n").writerows([self.header, *rows])
-        return written.getvalue()
+        return "".join(f"{self._line(row)}\n" for row in (self.header, *rows))
+
+    def _line(self, row: Sequence[str]) -> str:
+        line = io.StringIO()
+        csv.writer(line, delimiter=self.delimiter, lineterminator="\r\n").writerow(
+            row
+        )  # which quotes cells with either
+        return line.getvalue().removesuffix("\r\n")
 
 
 def _unicode_text(path: Path) -> str:

@@ -79,7 +79,7 @@ class BallotReport:
             first, second = (self.ballot.variants[group[0]] for group in self.groups[:2])
             return [*lines, f"No ranking yet: {first} and {second} were not compared, directly or through others."]
         lines.append(self._verdict(self.strengths))
-        if self.strengths.prompts < 2:
+        if np.isnan(self.strengths.errors).any():
             lines.append("Votes on a single prompt give no interval: vote on several to know.")
         if self.strengths.is_bounded:
             lines.append("Some variants won or lost every comparison: their strength is at least what is shown.")

@@ -77,7 +77,7 @@ def test_one_text_with_a_line_for_each_image(home: Path) -> None:
     assert (home / "input/mine/metadata.csv").read_text("utf-8").splitlines()[1] == '00.png,"ohwx, a"'
 
 
-@pytest.mark.parametrize("lines", ["a\nb\nc", "a\n\nc", "\nb\nc"])
+@pytest.mark.parametrize("lines", ["a\nb\nc", "a\n\nc", "\nb\nc", "a\nb\n", "\nb\n"])
 def test_the_captions_output_has_a_line_for_each_image_and_can_be_connected(home: Path, lines: str) -> None:
     (home / "input/mine/02.png").rename(home / "input/mine/B.png")
     (home / "input/mine/01.png").rename(home / "input/mine/a.png")
@@ -88,6 +88,18 @@ def test_the_captions_output_has_a_line_for_each_image_and_can_be_connected(home
         path.unlink()
     assert caption(captions=captions)["result"][1] == captions
     assert before == {path.name: path.read_text("utf-8") for path in (home / "input/mine").glob("*.txt")}
+
+
+def test_progress_is_told_while_images_are_found_and_captioned(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def tell(_: Any, done: int, total: int, phase: str = "") -> None:
+        told.append((phase, done, total))
+
+    monkeypatch.setattr(PACK.nodes.host.progress.Progress, "__call__", tell)
+    pixels = np.asarray(Image.open(home / "input/mine/01.png")).astype(np.float32) / 255
+    caption(captions=["one"], images=[torch.from_numpy(pixels)[None]])
+    assert told == [*(("finding images", n, 3) for n in range(3)), ("captioning", 0, 3), ("captioning", 3, 3)]
 
 
 def test_what_is_refused(home: Path) -> None:

@@ -66,6 +66,19 @@ def test_it_waits_for_votes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert done and done[0].startswith("24 votes by 1 raters")
 
 
+def test_writing_its_images_can_be_cancelled(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cancel(_: Any, done: int, total: int, phase: str = "") -> None:
+        if (done, total, phase) == (3, 24, "writing images"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(host.progress.Progress, "__call__", cancel)
+        NODE().rank(comparison(), "vote", 0)
+    assert not (home / "votes/vote/ballot.json").exists()
+    assert NODE().rank(comparison(), "vote", 0)["ui"]["sdxl_lora_vote"][0]["name"] == "vote"
+    assert len(list((home / "votes/vote/images").iterdir())) == 24
+
+
 # Routes
 
 
