@@ -121,10 +121,10 @@ def test_line_ends_inside_cells_stay_as_they_are(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "write_text", as_on_windows)
     table = folder / "metadata.csv"
-    table.write_bytes(b'file_name,caption,note\r\n01.png,"by\r\nhand","a\r\nb\nc"\r\n')
+    table.write_bytes(b'file_name,caption,note\r\n01.png,"by\r\nhand","a\r\nb\nc\rd"\r\n')
     for run in (1, 2, 3):
         caption(folder, Fake(run), existing="replace_all")
-        assert table.read_bytes() == f'file_name,caption,note\n01.png,picture 01 run {run},"a\r\nb\nc"\n'.encode()
+        assert table.read_bytes() == f'file_name,caption,note\n01.png,picture 01 run {run},"a\r\nb\nc\rd"\n'.encode()
 
 
 @pytest.mark.parametrize("name", [" before.png", "back\\slash.png"], ids=["space", "backslash"])
@@ -150,6 +150,12 @@ def test_images_that_share_a_text_file_are_said(folder: Path) -> None:
         "01.png": "it shares 01.txt with 01.JPG: rename one of them",
     }
     assert fake.asked == report.written == ["00.jpg", "01.JPG"] and len(texts(folder)) == 2
+
+
+def test_images_that_share_a_text_file_have_rows_of_their_own(folder: Path) -> None:
+    Image.open(folder / "00.png").save(folder / "00.jpg")
+    assert reasons(folder, write_to="metadata_csv") == {}
+    assert dataset_captions(folder)["00.jpg"] == dataset_captions(folder)["00.png"] == "picture 00 run 1"
 
 
 def test_regularisation_images_get_no_trigger_word(tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ def test_a_variant_that_one_prompt_connects_is_ranked_without_a_verdict(ballot: 
     rows = {row["name"]: row for row in found["ranking"]}
     assert rows["good"]["interval"] and rows["bad"]["interval"] is None
     assert rows["bad"]["verdict"] == "not distinguishable" and rows["bad"]["difference"] > 0
+    assert "Votes on a single prompt give no interval: vote on several to know." in report(ballot).sentences()
     assert "not distinguishable from" in report(ballot).sentences()[1] and report(ballot).chart() is not None
 
 
