@@ -107,9 +107,8 @@ class CaptionTable:
 
     def _line(self, row: Sequence[str]) -> str:
         line = io.StringIO()
-        csv.writer(line, delimiter=self.delimiter, lineterminator="\r\n").writerow(
-            row
-        )  # which quotes cells with either
+        writer = csv.writer(line, delimiter=self.delimiter, lineterminator="\r\n")  # cells with either are quoted
+        writer.writerow(row)
         return line.getvalue().removesuffix("\r\n")
 
 

@@ -220,6 +220,30 @@ def test_nothing_but_the_images_of_the_vote_is_served(
         assert not (home / "output/votes/vote/votes.jsonl").exists()
 
 
+def test_nobody_votes_on_images_that_are_not_shown(
+    home: Path, chromium: Any, start_server: Callable[..., AbstractContextManager[Any]]
+) -> None:
+    with start_server(home) as server:
+        server.run(GRAPH)
+        page = voting(chromium, server, "ann")
+        page.route("**/image/**", lambda route: route.abort())
+        first = page.evaluate("getComputedStyle(document.getElementById('left')).backgroundImage")
+        for _ in range(3):  # of which the first votes, if the next images were loaded before that in the background
+            page.keyboard.press("2")
+            page.wait_for_timeout(500)
+        assert "The server does not answer" in page.inner_text("#error")
+        votes, count = len(lines(home)), page.inner_text("#count")
+        assert 1 <= votes < 3
+        page.unroute("**/image/**")
+        page.keyboard.press("2")
+        page.wait_for_function("(before) => document.getElementById('count').textContent !== before", arg=count)
+        assert len(lines(home)) == votes and page.inner_text("#count") == f"{votes} of 30"
+        assert page.evaluate("getComputedStyle(document.getElementById('left')).backgroundImage") != first
+        page.keyboard.press("2")
+        page.wait_for_function(f"() => document.getElementById('count').textContent === '{votes + 1} of 30'")
+        page.close()
+
+
 def test_on_a_phone_both_images_and_all_buttons_are_on_the_screen(
     home: Path, chromium: Any, start_server: Callable[..., AbstractContextManager[Any]], tmp_path: Path
 ) -> None:
