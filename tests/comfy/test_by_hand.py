@@ -92,6 +92,13 @@ SELECT = """(kind) => {
   canvas.setDirty(true, true);
 }"""
 HELP = ".node-help-content"
+# The texts that reach beyond the panel.
+WIDE = f"""() => {{
+  const panel = document.querySelector('{HELP}'), edge = panel.getBoundingClientRect().left + panel.clientWidth;
+  return [...panel.querySelectorAll("*")]
+    .filter((part) => !part.children.length && part.getBoundingClientRect().right > edge + 1)
+    .map((part) => part.textContent.slice(0, 80)).join(" | ");
+}}"""
 
 
 def test_the_help_of_each_node_renders_with_its_picture_and_fits_the_panel(page: Any, server: Any) -> None:
@@ -109,7 +116,7 @@ def test_the_help_of_each_node_renders_with_its_picture_and_fits_the_panel(page:
         if page.evaluate(
             f"() => document.querySelector('{HELP}').scrollWidth > document.querySelector('{HELP}').clientWidth + 1"
         ):
-            too_wide.append(kind)
+            too_wide.append(f"{kind} {page.evaluate(WIDE)}")
     assert " ".join(too_wide) == ""
 
 
