@@ -162,10 +162,10 @@ def _write(
     """Writes the captions of a batch, but not over one that was changed since it was `seen`."""
     now = FolderCaptions.read(folder)
     found = {key: now.caption(key) for key in new if key in now.images}
-    unchanged = [key for key, text in found.items() if text is None or text == seen[key]]
-    now.write({key: new[key] for key in unchanged}, by, config.write_to)
-    for key, text in found.items():
-        if text is None or text == seen[key]:
-            report.add(key, new[key], by, report.written)
+    changed = {key: text for key, text in found.items() if text is not None and text != seen[key]}
+    now.write({key: new[key] for key in found if key not in changed}, by, config.write_to)
+    for key in found:
+        if key in changed:
+            report.add(key, changed[key], now.authors.author(key, changed[key]), report.kept)
         else:
-            report.add(key, text, now.authors.author(key, text), report.kept)
+            report.add(key, new[key], by, report.written)

@@ -16,6 +16,7 @@ from sdxl_lora_core.evaluation.ballot import Ballot, append_vote, make_ballot, r
 from sdxl_lora_core.evaluation.comparison import Comparison
 from sdxl_lora_core.lora.stack import LoRARef
 from tests.evaluation.test_ballot import comparison, elect
+from tests.nodes.fake_comfyui import fake_routes
 from tools.run_workflow import load_pack
 
 PACK = load_pack()
@@ -84,14 +85,7 @@ def test_writing_its_images_can_be_cancelled(home: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def routes(monkeypatch: pytest.MonkeyPatch, home: Path) -> dict[str, Any]:
-    added: dict[str, Any] = {}
-
-    def route(method: str) -> Any:
-        return lambda path: lambda handler: added.setdefault(f"{method} {path}", handler)
-
-    table = SimpleNamespace(get=route("GET"), post=route("POST"))
-    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=table)))
-    monkeypatch.setitem(sys.modules, "server", server)
+    added = fake_routes(monkeypatch)
     monkeypatch.setitem(sys.modules, "folder_paths", SimpleNamespace(get_output_directory=lambda: str(home)))
     web = SimpleNamespace(
         json_response=lambda body, status: (status, json.loads(json.dumps(body))),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.nodes.fake_comfyui import fake_routes
 from tools.run_workflow import load_pack
 
 PACK = load_pack()
@@ -39,14 +40,7 @@ def test_a_training_that_fails_takes_its_button_along() -> None:
 @pytest.fixture
 def routes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """The handlers that are added to ComfyUI's server, whose output folder is `tmp_path`."""
-    added: dict[str, Any] = {}
-
-    def route(method: str) -> Any:
-        return lambda path: lambda handler: added.setdefault(f"{method} {path}", handler)
-
-    table = SimpleNamespace(get=route("GET"), post=route("POST"))
-    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=table)))
-    monkeypatch.setitem(sys.modules, "server", server)
+    added = fake_routes(monkeypatch)
     host.add_routes()
     assert added == {}, "a module named server is not yet ComfyUI"
     monkeypatch.setitem(sys.modules, "folder_paths", SimpleNamespace(get_output_directory=lambda: str(tmp_path)))
