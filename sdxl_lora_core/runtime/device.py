@@ -60,10 +60,34 @@ def copied_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
         bytes_so_far[kind] += tensor.nbytes
     copies: dict[int, Tensor] = {}
     for group in transfers.values():
-        flat = torch.cat([tensors[i].detach().flatten() for i in group]).to("cpu")
+        parts_on_device = [tensors[i].detach().flatten() for i in group]
+        flat = (torch.cat(parts_on_device) if len(group) > 1 else parts_on_device[0]).to("cpu")
         parts = flat.split([tensors[i].numel() for i in group])
         copies |= {i: part.view(tensors[i].shape).clone() for i, part in zip(group, parts, strict=True)}
     return [copies[i] for i in range(len(tensors))]
+
+
+class LateRead:
+    """Values that are copied to main memory while the device goes on, float32 [N] on the device."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        if can_pin(values.device):
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = _module(values.device).Event()
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """Waits until the copy has arrived, not for work that was queued after it."""
+        if self._copied:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
+def can_pin(device: torch.device) -> bool:
+    """Whether copies from and to page-locked memory can overlap with computation on this device."""
+    return device.type in ("cuda", "xpu")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

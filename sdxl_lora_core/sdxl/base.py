@@ -194,6 +194,11 @@ def load_part(base: SDXLBase, part: Part, dtype: torch.dtype, device: torch.devi
     return module.to(device).eval().requires_grad_(False)
 
 
+def empty_part(base: SDXLBase, part: Part, dtype: torch.dtype) -> nn.Module:
+    """load_part without weights: on fake CPU tensors under FakeTensorMode. Reads the settings only."""
+    return loading.without_contents(base.configs / part, part, dtype).eval().requires_grad_(False)
+
+
 def scheduler_config(base: SDXLBase) -> dict[str, Any]:
     """The noise schedule as diffusers' schedulers take it: betas, steps, prediction type, zero terminal SNR."""
     settings = {name: value for name, value in _schedule(base.configs).items() if not name.startswith("_")}

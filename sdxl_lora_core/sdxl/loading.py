@@ -99,6 +99,26 @@ def assembled(module_class: Any, settings: Mapping[str, Any], tensors: Mapping[s
     return module, wrong
 
 
+def without_contents(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
+    """A part as its settings describe it, whose tensors are torch.empty's: under FakeTensorMode they take no memory."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily(), torch.device("meta"), quiet_libraries():
+        part_class = _part_class(part)
+        if part in ("unet", "vae"):
+            module = part_class.from_config(read_json(folder / "config.json"))
+        else:
+            module = part_class(part_class.config_class.from_pretrained(str(folder), local_files_only=True))
+    for inner in module.modules():
+        for own in (inner._parameters, inner._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    kind = dtype if tensor.is_floating_point() else tensor.dtype
+                    empty = torch.empty(tensor.shape, dtype=kind)
+                    own[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    return module
+
+
 def _small_part(folder: Path, part: Part, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
     """Loads the VAE or a text encoder with from_pretrained, which converts the tensor names of older versions."""
     variant, _ = find_weights(folder)

@@ -28,8 +28,8 @@ Sample = Callable[[LoRAFile, int, OnStep], Samples]
 class Evaluator:
     """Evaluates the model after the steps that `config` chooses, and adds the results to `state`.
 
-    `sample` generates images with a LoRA while the device is free. `best` are copies on the CPU of the parameters that
-    keep_best would save.
+    `sample` generates images with a LoRA while the device is free. `best` is a copy on the CPU of the parameters that
+    keep_best would save, if it is on.
     """
 
     model: TrainableSDXL
@@ -44,8 +44,7 @@ class Evaluator:
     best: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        kept = self.model.parameters_to_train if self.config.keep_best != "off" else ()
-        self.best = [parameter.detach().to("cpu", copy=True) for parameter in kept]
+        self.best = [self.model.flat.values.to("cpu", copy=True)] if self.config.keep_best != "off" else []
 
     def evaluate(self, on_step: OnStep, last: bool = False) -> Evaluation | None:
         """Runs the evaluations that are due at this step, and keeps the best adapter so far. None if none is due."""
@@ -67,8 +66,8 @@ class Evaluator:
 
     def restore_best(self) -> None:
         """Restores the best parameters."""
-        for parameter, best in zip(self.model.parameters_to_train, self.best, strict=True):
-            parameter.data.copy_(best)
+        for best in self.best:
+            self.model.flat.assign(best)
 
     def learned(self) -> LoRAFile:
         """The LoRA as it would be saved now."""
@@ -109,16 +108,16 @@ class Evaluator:
     def _sample_here(self, on_step: OnStep) -> tuple[float | None, ...]:
         """Generates samples while the model is in main memory, so that the device is free."""
         learned = self.learned()
-        self.model.to("cpu")
+        self.model.move(torch.device("cpu"))
         release_memory(self.device)
         try:
             samples = self.sample(learned, self.state.step, on_step)
         finally:
-            self.model.to(self.device)
+            self.model.move(self.device)
         self.journal.show(samples.pixels, self.state.step)
         return samples.clip_scores
 
     def _keep_best(self) -> None:
         with self.averaging.in_place():
-            for best, parameter in zip(self.best, self.model.parameters_to_train, strict=True):
-                best.copy_(parameter.detach())
+            for best in self.best:
+                best.copy_(self.model.flat.values)

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..lora.modules import LoRAFile
 from ..runtime.determinism import deterministic_steps
-from ..runtime.device import release_memory
+from ..runtime.device import LateRead, release_memory
 from .data.batches import TrainingData
 from .data.feed import Feed
 from .evaluator import Evaluator
@@ -26,11 +27,19 @@ from .model.trainable import TrainableSDXL
 from .monitor.journal import Journal
 from .monitor.progress import Meter, OnStep, StepReport
 from .monitor.sample_images import Samples
-from .monitor.validation import best_evaluation, converged
-from .optim.accumulation import Gradients, size_of
+from .monitor.validation import best_evaluation, converged, samples_due, validation_due
+from .optim.accumulation import Gradients
 from .optim.lr_schedule import learning_rate
 from .optim.memory_plan import set_checkpointing
-from .optim.optimizers import make_optimizer, set_learning_rates, state_copies, state_on_cpu
+from .optim.optimizers import (
+    ELEMENTWISE,
+    can_be_masked,
+    make_optimizer,
+    masked_step,
+    set_learning_rates,
+    state_copies,
+    state_on_cpu,
+)
 from .optim.weight_average import Averaging
 from .outputs import RunOutputs
 from .run.checkpoints import Checkpoint
@@ -69,14 +78,15 @@ class Loop:
         self.checkpoints, self.outputs, self.journal = outputs.run.checkpoints, outputs, journal
         self.processes, self.on_step, self.should_stop = context.processes, context.on_step, context.should_stop
         self.model = TrainableSDXL(data.job, self.device)
-        self.parameters = self.model.parameters_to_train
-        self.optimizer = make_optimizer(self.model.groups, self.config)
-        self.averaging = Averaging(self.parameters, self.optimizer, self.config)
+        self.flat = self.model.flat
+        self.optimizer = make_optimizer(self.flat.groups_for(self.config.optimizer in ELEMENTWISE), self.config)
+        self.averaging = Averaging([self.flat.whole], self.optimizer, self.config, self.flat.refresh)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=data.dtype == torch.float16)
         self.feed = Feed(data, self.device)
         self.gradients = Gradients(self.model, self.feed, self.config, self.scaler, self.processes)
         self.state = LoopState()
-        self.saved_step = 0
+        self.saved_step = self.reported = 0
+        self.pending: deque[LateRead] = deque()  # losses and gradient norms of updates that were not read yet
         self.counted = time.monotonic()  # the time up to which state.seconds is counted
         self.evaluator = self._make_evaluator()
 
@@ -104,18 +114,18 @@ class Loop:
     def __exit__(self, *_: object) -> None:
         """Drops the references here, because the traceback of an exception keeps this object alive."""
         self.feed.close()
-        del self.model, self.gradients, self.optimizer, self.averaging, self.evaluator, self.parameters, self.feed
+        del self.model, self.gradients, self.optimizer, self.averaging, self.evaluator, self.flat, self.feed
         release_memory(self.device)
 
     @property
     def weights(self) -> list[Tensor]:
         """The tensors of a checkpoint: the trained parameters, their moving average and the best so far, if any."""
-        return [*self.parameters, *self.averaging.ema, *self.evaluator.best]
+        return [self.flat.values, *self.averaging.ema, *self.evaluator.best]
 
     def run(self, start: Checkpoint | None) -> Trained:
-        weights = len(self.weights) // len(self.parameters)
         adapter = 2 if self.config.init == "pissa" else 1  # its file has the initial values as well
-        require_space(self.checkpoints.folder, self.parameters, weights + state_copies(self.config) + adapter)
+        copies = len(self.weights) + state_copies(self.config) + adapter
+        require_space(self.checkpoints.folder, self.flat.values.nbytes, copies)
         if checkpoint := self.checkpoints.newest() or start:
             self.restore(checkpoint)
         else:
@@ -125,13 +135,18 @@ class Loop:
         self.measure_images()
         self.journal.open(self.state)
         meter, stopped = Meter(self.state.losses, self.device), False
+        self.reported = self.state.step
         while not self.is_over and not stopped:
             with meter.update(sum(map(len, self.data.micro_batches(self.state.step)))):
                 self.update()
+                self.read_losses(0 if self.is_due else self.late)
             self.check_recent_steps()
             with self.saved_on_failure():
                 self.follow(meter)
             stopped = self.processes.any(self.should_stop())
+        with self.saved_on_failure():
+            self.read_losses()
+            self.follow(meter)
         self.save()
         self.check_result()
         return self.finish(stopped)
@@ -140,8 +155,22 @@ class Loop:
     def is_over(self) -> bool:
         return self.state.step >= self.config.steps or converged(self.config, self.state.looks)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether something is to be done with the model after this step, or after the last one."""
+        step, config = self.state.step, self.config
+        due = validation_due(config, step) or samples_due(config, step, last=False)
+        saves = step % config.checkpoint_every == 0 or (config.save_every and step % config.save_every == 0)
+        return bool(due or saves or step >= config.steps)
+
+    @property
+    def late(self) -> int:
+        """How many updates the device may be behind: reading a loss at once would leave it idle until the next one."""
+        return 0 if self.device.type == "cpu" else 1
+
     def restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.restore(self.weights, self.optimizer)
+        self.flat.refresh()
         self.state = self.evaluator.state = checkpoint.state
         self.state.resumed += 1
         self.scaler.load_state_dict(checkpoint.scaler)
@@ -150,9 +179,21 @@ class Loop:
             self.saved_step = self.state.step
 
     def follow(self, meter: Meter) -> None:
-        """Evaluates, records, saves and reports the last update."""
+        """Reports the updates whose losses were read. After the last of all, evaluates and saves first."""
         state = self.state
-        report = meter.report(state.step, self.config.steps, state.losses[-1], state.learning_rates[-1])
+        while self.reported < len(state.losses):
+            self.reported += 1
+            loss, rate = state.losses[self.reported - 1], state.learning_rates[self.reported - 1]
+            report = meter.report(self.reported, self.config.steps, loss, rate)
+            if self.reported == state.step:
+                report = self.evaluate_and_save(report)
+            else:
+                self.journal.write(report)
+            self.on_step(report)
+
+    def evaluate_and_save(self, report: StepReport) -> StepReport:
+        """Returns the report with the validation loss, if there is one."""
+        state = self.state
         if evaluation := self.evaluator.evaluate(self.on_step):
             report = replace(report, validation_loss=evaluation.validation_loss)
         self.journal.write(report)
@@ -163,7 +204,7 @@ class Loop:
             self.save_lora()
         if evaluation or saves:
             self.journal.plot(state, best_evaluation(self.config, state.looks))
-        self.on_step(report)
+        return report
 
     def finish(self, stopped: bool) -> Trained:
         """The last evaluation follows the last checkpoint, so that a longer run resumes without it."""
@@ -197,9 +238,10 @@ class Loop:
 
     def save(self) -> None:
         """Writes a checkpoint unless this step has one. A full disk costs the checkpoint, not the run."""
+        self.read_losses()
         if self.saved_step == self.state.step or not self.processes.is_first:
             return
-        if not torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all():
+        if not self.flat.values.isfinite().all():
             log.warning("no checkpoint at step %d: the LoRA has values that are not finite", self.state.step)
             return
         self.count_seconds()
@@ -232,29 +274,42 @@ class Loop:
         self.counted = now
 
     def update(self) -> None:
-        """One optimizer update; skipped if the loss or the gradient is not finite."""
+        """One optimizer update; skipped if the loss or the gradient is not finite.
+
+        Nothing here waits for the device, unless the optimizer cannot skip an update on the device.
+        """
         step = self.state.step
         rate = learning_rate(self.config, step, self.state.schedule_start)
-        set_learning_rates(self.optimizer, self.model.groups, rate)
+        set_learning_rates(self.optimizer, self.flat.groups, rate)
         with self.saved_on_failure():
             losses = self.gradients.of_update(self.state)
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.max_grad_norm or math.inf
-        norm_on_device = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        # One transfer an update. The losses are added up as Python floats in the order of the passes.
-        *values, norm = torch.cat([losses, norm_on_device.reshape(1)]).tolist()
-        loss = sum(values)
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
-            self.averaging.update(step + 1)
+        norm = torch.nn.utils.clip_grad_norm_(self.flat.whole, self.config.max_grad_norm or math.inf)
+        values = torch.cat([losses, norm.reshape(1)])
+        is_finite = values.isfinite().all()
+        self.pending.append(LateRead(values))
+        if can_be_masked(self.optimizer):
+            masked_step(self.optimizer, is_finite)
         else:
-            self.state.skipped.append(step + 1)
-            log.warning("step %d is skipped: loss %s, gradient norm %s", step + 1, loss, norm)
+            self.read_losses()
+            if self.state.skipped[-1:] != [step + 1]:
+                self.optimizer.step()
+        self.flat.refresh()
+        self.averaging.update(step + 1, is_finite)
         self.scaler.update()
         self.gradients.clear()
         self.state.step = step + 1
-        self.state.losses.append(loss)
         self.state.learning_rates.append(rate)
+
+    def read_losses(self, late: int = 0) -> None:
+        """Reads the losses of all updates but the last `late`. They are added up in the order of the passes."""
+        while len(self.pending) > late:
+            *losses, norm = self.pending.popleft().read()
+            loss, step = sum(losses), len(self.state.losses) + 1
+            self.state.losses.append(loss)
+            if not (all(map(math.isfinite, losses)) and math.isfinite(norm)):
+                self.state.skipped.append(step)
+                log.warning("step %d is skipped: loss %s, gradient norm %s", step, loss, norm)
 
     def check_recent_steps(self) -> None:
         """Gives up after some skipped steps in a row, and restores the state before them.
@@ -262,9 +317,12 @@ class Loop:
         Repeating them would fail again, because randomness depends on the step only. The loss scale of fp16 is found by
         failing steps, so it must be at its minimum first.
         """
-        failed = trailing_steps(self.state.skipped, self.state.step)
-        if failed < GIVE_UP_AFTER or self.scaler.get_scale() > 1:
+        if not self._fails_for_long():
             return
+        self.read_losses()
+        if not self._fails_for_long() or self.scaler.get_scale() > 1:
+            return
+        failed = trailing_steps(self.state.skipped, self.state.step)
         first = self.state.step - failed + 1
         self.state.rewind(failed)
         self.save()
@@ -275,6 +333,9 @@ class Loop:
             f"loss or gradient was not finite in {failed} steps in a row, from step {first} on, and {where}: "
             "use precision bf16 or fp32, or a lower learning_rate"
         )
+
+    def _fails_for_long(self) -> bool:
+        return trailing_steps(self.state.skipped, len(self.state.losses)) >= GIVE_UP_AFTER
 
     def check_result(self) -> None:
         if not any(math.isfinite(loss) for loss in self.state.losses):
@@ -292,10 +353,13 @@ def trailing_steps(steps: Sequence[int], last: int) -> int:
     return count
 
 
-def require_space(folder: Path, parameters: Sequence[Tensor], copies: int) -> None:
-    """Raises OSError unless there is space for three checkpoints of `copies` times the parameters, and the LoRA."""
+def require_space(folder: Path, size: int, copies: int) -> None:
+    """Raises OSError unless there is space for three checkpoints of `copies` times the parameters, and the LoRA.
+
+    `size` is that of the parameters in bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    needed = (3 * copies + 1) * size_of(parameters)
+    needed = (3 * copies + 1) * size
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(

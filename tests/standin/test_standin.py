@@ -22,7 +22,7 @@ def run(selection: str, file: str) -> None:
 
 @needs_private_names
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("file", ["training.py", "generation.py"])
+@pytest.mark.parametrize("file", ["training.py", "generation.py", "memory.py", "small_cards.py"])
 def test_on_the_stand_in(file: str) -> None:
     run("not accept", file)
 
@@ -30,6 +30,6 @@ def test_on_the_stand_in(file: str) -> None:
 @needs_private_names
 @pytest.mark.accept
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("file", ["training.py", "generation.py"])
+@pytest.mark.parametrize("file", ["training.py", "generation.py", "memory.py", "small_cards.py"])
 def test_every_option_on_the_stand_in(file: str) -> None:
     run("accept", file)

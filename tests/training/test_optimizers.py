@@ -20,7 +20,7 @@ from sdxl_lora_core.hashed_random import generator
 from sdxl_lora_core.training.config.optimizer import Optimizer
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.evaluator import Evaluator
-from sdxl_lora_core.training.model.adapters import ParameterGroup
+from sdxl_lora_core.training.model.flat_parameters import ParameterGroup
 from sdxl_lora_core.training.optim import accumulation
 from sdxl_lora_core.training.optim.lr_schedule import lr_factor
 from sdxl_lora_core.training.optim.memory_plan import plan_memory
@@ -76,7 +76,7 @@ def test_a_cosine_with_restarts_begins_anew_each_cycle(cycles: int, length: floa
 @pytest.mark.parametrize(
     ("name", "class_name", "wanted"),
     [
-        ("adamw", "AdamW", {"betas": (0.8, 0.95), "fused": None}),
+        ("adamw", "AdamW", {"betas": (0.8, 0.95), "fused": True}),
         ("adamw_fused", "AdamW", {"betas": (0.8, 0.95), "fused": True}),
         ("adamw8bit", "AdamW8bit", {"betas": (0.8, 0.95)}),
         ("adafactor", "AdaFactor", {"betas": (None, 0.95), "relative_step": False, "scale_parameter": False}),

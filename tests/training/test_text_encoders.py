@@ -59,8 +59,8 @@ def text(learner: TrainableSDXL, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def shake(learner: TrainableSDXL) -> None:
     """Moves everything that learns away from its start."""
-    for number, parameter in enumerate(learner.parameters_to_train):
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    values = torch.randn(learner.flat.values.shape, generator=torch.Generator().manual_seed(0))
+    learner.flat.assign(0.1 * values)
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -153,9 +153,10 @@ def test_the_gradient_is_that_of_the_loss(micro_base: SDXLBase, pictures: Path, 
     shake(learner)
     batch = batch_of(micro_base, pictures, cache, learner, **settings_of(BOTH))
     learner.losses(batch).sum().backward()
+    learner.flat.collect()
     assert learner.encoders
     for adapter in learner.encoders.adapters.values():
-        learned = [p for group in adapter.groups for p in group.parameters if p.grad is not None]
+        learned = [p for group in adapter.groups for p in group.parameters]
         draw = torch.Generator().manual_seed(5)
         directions = [torch.randn(p.shape, generator=draw) for p in learned]
         slope = sum(((p.grad * d).sum() for p, d in zip(learned, directions, strict=True)), torch.zeros(()))
@@ -164,6 +165,7 @@ def test_the_gradient_is_that_of_the_loss(micro_base: SDXLBase, pictures: Path, 
             for step in (1e-2, -2e-2):
                 for p, d in zip(learned, directions, strict=True):
                     p += step * d
+                learner.flat.refresh()
                 ends.append(learner.losses(batch).sum())
             for p, d in zip(learned, directions, strict=True):
                 p += 1e-2 * d
@@ -197,7 +199,7 @@ def test_target_modules_choose_the_encoders_layers(micro_base: SDXLBase) -> None
 
 
 def test_each_encoder_learns_at_its_own_rate(micro_base: SDXLBase, trained: Trained) -> None:
-    factors = {group.rate_factor for group in learner_of(micro_base, BOTH).groups}
+    factors = {group.rate_factor for group in learner_of(micro_base, BOTH).flat.groups}
     assert sorted(factors) == pytest.approx([1, 2, 4])
     slow = load_file(trained(replace(BOTH, steps=1)).lora_path)
     fast = load_file(trained(replace(BOTH, steps=1, text_encoder_2_learning_rate=8e-3)).lora_path)

@@ -75,6 +75,7 @@ class TrainConfig(
         "sample_every",
         "clip_model",
         "tensorboard",
+        "offload_blocks",
     )
 
     @property

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from ...runtime.device import can_pin
 from .batches import Batch, PassOfUpdate, TrainingData
 
 
@@ -35,4 +36,4 @@ class Feed:
 
     def _load(self, wanted: PassOfUpdate) -> Batch:
         batch = self.data.batch(wanted)
-        return batch.pinned() if self.device.type == "cuda" else batch
+        return batch.pinned() if can_pin(self.device) else batch

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from ...sdxl.family import Part
 from ..config.adapter import encoder_rate
 from ..config.train_config import TrainConfig
 from .adapter_init import continue_from, pissa_init
-from .lora_linear import fuse
+from .flat_parameters import FlatParameters, ParameterGroup
+from .lora_linear import fuse, fused_scales
 
 Copies = Mapping[Tensor, Tensor]  # of trained parameters, on the CPU
 
@@ -64,8 +64,18 @@ class Adapter:
         if start:
             continue_from(start, config, part, self.layers)
         self.groups = _groups(self.layers, config, part)
-        if config.adapter == "lora" and config.dropout == 0:
-            fuse(self.layers.values())
+        self.model = model
+        self.is_fused = config.adapter == "lora" and config.dropout == 0
+
+    @property
+    def scales(self) -> dict[nn.Parameter, float]:
+        """The parameters of the layers that `fuse` replaces, for FlatParameters."""
+        return fused_scales(self.layers.values()) if self.is_fused else {}
+
+    def fuse(self, flat: FlatParameters) -> None:
+        """Replaces peft's computation by that of lora_linear where that has one: LoRA on linear layers."""
+        if self.is_fused:
+            fuse(self.model, self.layers.values(), flat)
 
     def modules(self) -> dict[str, AdapterModule]:
         """The change of the original weights by diffusers' names, copied to the CPU, for a LoRA file."""
@@ -165,16 +175,23 @@ def _update_magnitudes(layers: dict[str, Any]) -> None:
 
 
 def _groups(layers: dict[str, Any], config: TrainConfig, part: Part) -> list[ParameterGroup]:
-    """One group for each learning rate; a single group without block_learning_rates and LoRA+."""
+    """One group for each learning rate; a single group without block_learning_rates and LoRA+.
+
+    In a group all down matrices come first, so that those of layers that read the same input are adjacent.
+    """
     blocks = config.block_learning_rates if part == "unet" else ""
     rates = read_block_values("block_learning_rates", blocks, 0, math.inf)
     of_part = (config.learning_rate if part == "unet" else encoder_rate(config, part)) / config.leading_rate
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, layer in layers.items():
-        for key, parameter in layer.named_parameters():
-            if parameter.requires_grad:
-                factor = config.lora_plus_ratio if key.startswith("lora_B") else 1.0
-                groups.setdefault(of_part * value_for(name, rates, 1.0) * factor, []).append(parameter)
+    trained = [
+        (name, key, parameter)
+        for name, layer in layers.items()
+        for key, parameter in layer.named_parameters()
+        if parameter.requires_grad
+    ]
+    for name, key, parameter in sorted(trained, key=lambda item: not item[1].startswith("lora_A")):
+        factor = config.lora_plus_ratio if key.startswith("lora_B") else 1.0
+        groups.setdefault(of_part * value_for(name, rates, 1.0) * factor, []).append(parameter)
     return [ParameterGroup(parameters, factor) for factor, parameters in groups.items()]
 
 
@@ -182,11 +199,3 @@ def _factors(layer: Any, copies: Copies) -> dict[str, Tensor]:
     """The factors of a LoHa or LoKr layer; peft's names are LyCORIS'."""
     names = (name for name in layer.adapter_layer_names if "default" in getattr(layer, name))
     return {name: copies[getattr(layer, name)["default"]] for name in names}
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """float32 parameters in a fixed order, with a learning rate of `rate_factor` times the run's."""
-
-    parameters: list[nn.Parameter]
-    rate_factor: float = 1.0

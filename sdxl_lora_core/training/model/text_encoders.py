@@ -18,7 +18,8 @@ from ..config.adapter import encoder_rate
 from ..config.captions import tokens_of
 from ..config.train_config import TrainConfig, learning_encoders
 from ..job import TrainingJob
-from .adapters import Adapter, ParameterGroup
+from .adapters import Adapter
+from .flat_parameters import ParameterGroup
 
 log = logging.getLogger("sdxl_lora")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ...lora.files import read_lora
 from ...lora.modules import LoRAFile
-from ...sdxl.base import load_part, scheduler_config
+from ...sdxl.base import SDXLBase, load_part, scheduler_config
 from ...sdxl.family import ENCODERS, Part
 from ..config.adapter import encoder_rate
 from ..config.train_config import learning_encoders
@@ -18,39 +19,68 @@ from ..data.batches import Batch
 from ..job import TrainingJob
 from .adapter_init import require_same_parts
 from .adapters import Adapter
+from .base_weights import Form, store_weights
+from .flat_parameters import FlatParameters
 from .objective import Objective
 from .text_encoders import TrainedEncoders
+
+LoadPart = Callable[[SDXLBase, Part, torch.dtype, torch.device], Any]
 
 
 class TrainableSDXL(nn.Module):
     """SDXL's UNet with its adapter, the text encoders that are trained, and the objective.
 
-    `groups` are the float32 parameters to train in a fixed order, `parameters_to_train` all of them in a list. Raises
-    ValueError if the LoRA of `continue_from`, or the rank of PiSSA, does not fit.
+    `weights` and `offloaded` say how the UNet's frozen weights are stored (see store_weights). `load` loads a part; the
+    memory plan gives one whose parts have no contents. `flat` holds the trained parameters. Raises ValueError if the
+    LoRA of `continue_from`, or the rank of PiSSA, does not fit.
     """
 
-    def __init__(self, job: TrainingJob, device: torch.device) -> None:
+    def __init__(
+        self,
+        job: TrainingJob,
+        device: torch.device,
+        weights: Form = "full",
+        offloaded: int = 0,
+        load: LoadPart = load_part,
+    ) -> None:
         from diffusers import DDPMScheduler
 
         super().__init__()
         base, config, dtype = job.base, job.config, job.dtype(device)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.objective = Objective(DDPMScheduler.from_config(scheduler_config(base)), config)
         self.objective.to(device)
         start = read_lora(Path(config.continue_from)) if config.continue_from else None
         if start:
             require_same_parts(start, config, [part for part in ENCODERS if encoder_rate(config, part)])
-        self.unet: Any = load_part(base, "unet", dtype, device)
+        stored = weights != "full" or offloaded > 0
+        self.unet: Any = load(base, "unet", dtype, torch.device("cpu") if stored else device)
         self.adapters: dict[Part, Adapter] = {}
         if config.train_unet:
             self.adapters["unet"] = Adapter(self.unet, config, "unet", start)
+        self.offloaded = store_weights(self.unet, weights, offloaded, device) if stored else None
+        self.unet.to(device)
         trains_text = bool(learning_encoders(config))
         self.encoders = TrainedEncoders(job, start, device) if trains_text else None
         if self.encoders:
             self.adapters |= self.encoders.adapters
-        self.groups = [group for adapter in self.adapters.values() for group in adapter.groups]
-        self.groups += self.encoders.token_groups if self.encoders else []
-        self.parameters_to_train = [parameter for group in self.groups for parameter in group.parameters]
+        self.flat = self._flat_parameters()
+
+    def _flat_parameters(self) -> FlatParameters:
+        groups = [group for adapter in self.adapters.values() for group in adapter.groups]
+        groups += self.encoders.token_groups if self.encoders else []
+        scales = {name: scale for adapter in self.adapters.values() for name, scale in adapter.scales.items()}
+        flat = FlatParameters(groups, scales, self.dtype)
+        for adapter in self.adapters.values():
+            adapter.fuse(flat)
+        return flat
+
+    def move(self, device: torch.device) -> None:
+        """Moves all weights, between steps. Offloaded ones are copied to the device of the steps when needed."""
+        self.to(device)
+        self.flat.to(device)
+        if self.offloaded:
+            self.offloaded.evict()
 
     def learned(self) -> LoRAFile:
         """The present weights of the adapters and the new tokens, without metadata."""

@@ -49,7 +49,7 @@ class Gradients:
             Measured(lambda: model.predict(batch), model, shapes_of(batch, config), data.folders.memory_plans),
             config.gradient_checkpointing,
             config.images_per_pass or config.batch_size,
-            copies * size_of(model.parameters_to_train),
+            copies * model.flat.values.nbytes,
             free,
         )
         state.gradient_checkpointing, state.images_per_pass = plan.checkpointing, plan.images_per_pass
@@ -74,8 +74,7 @@ class Gradients:
             self._reduce_memory(state, cause)  # outside of the except block, whose traceback keeps the failed graph
 
     def clear(self) -> None:
-        for parameter in self.model.parameters_to_train:
-            parameter.grad = None
+        self.model.flat.clear_gradients()
 
     def _reduce_memory(self, state: LoopState, cause: str) -> None:
         """Halves the pass, then turns gradient checkpointing on.
@@ -116,6 +115,7 @@ class Gradients:
             with layer_dropout(self.config, current.step, current.first, self.feed.device):
                 loss = self.model.losses(batch).sum() / images
                 self.scaler.scale(loss).backward()
+            self.model.flat.collect()
             losses.append(loss.detach())
         return self._sum_over_processes(torch.stack(losses))
 
@@ -127,15 +127,10 @@ class Gradients:
 
     def _sum_over_processes(self, losses: Tensor) -> Tensor:
         """Adds the other processes' gradients to this one's. Returns the losses of all of them."""
-        gradients = []
-        for parameter in self.model.parameters_to_train:
-            if parameter.grad is None:  # none of the images was this process's, or SDXL does not use the layer's output
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
         if self.processes.count == 1:
             return losses
         total = losses.sum(0, keepdim=True)
-        self.processes.add_up([total, *gradients])
+        self.processes.add_up([total, self.model.flat.gradients])
         return total
 
 
@@ -174,8 +169,3 @@ def shapes_of(batch: Batch, config: TrainConfig) -> list[object]:
     if learning_encoders(config):
         shapes += [batch.captions, config.caption_chunks, config.new_tokens, config.vectors_per_token]
     return shapes
-
-
-def size_of(tensors: Sequence[Tensor]) -> int:
-    """The size of tensors in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config.optimizer import Optimizer
 from ..config.train_config import TrainConfig
-from ..model.adapters import ParameterGroup
+from ..model.flat_parameters import ParameterGroup
 
 CLASSES: dict[Optimizer, str] = {
     "adamw": "torch.optim.AdamW",
@@ -24,11 +24,13 @@ CLASSES: dict[Optimizer, str] = {
     "came": "pytorch_optimizer.CAME",
     "schedule_free": "pytorch_optimizer.ScheduleFreeAdamW",
 }
+# Their update of an element depends on that element only, so that they can update flat buffers.
+ELEMENTWISE: tuple[Optimizer, ...] = ("adamw", "adamw_fused", "lion")
 _PIP = {"pytorch_optimizer": "pytorch-optimizer", "bitsandbytes": "bitsandbytes"}
 
 
 def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of the optimizer's class except the learning rate.
+    """The arguments of the optimizer's class except the learning rate, and whether AdamW is fused.
 
     AdamW: Loshchilov and Hutter, arXiv 1711.05101; 8-bit: Dettmers et al., 2110.02861. Adafactor: Shazeer and Stern,
     1804.04235, without momentum and at the run's own learning rate. Lion: Chen et al., 2302.06675. Prodigy: Mishchenko
@@ -37,7 +39,6 @@ def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
     """
     betas = (config.adam_beta1, config.adam_beta2)
     own: dict[Optimizer, dict[str, Any]] = {
-        "adamw_fused": {"fused": True},
         "adafactor": {"betas": (None, config.adam_beta2), "relative_step": False, "scale_parameter": False},
         "lion": {"betas": (config.adam_beta1, 0.99)},
         "prodigy": {"bias_correction": True, "safeguard_warmup": True},
@@ -72,12 +73,42 @@ def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> tor
             f"optimizer is 'prodigy', which finds one learning rate for all, and the adapter's settings give "
             f"{len(factors)} different ones: choose another optimizer, or make the learning rates equal"
         )
-    if config.optimizer == "adamw_fused":
-        _require_fused(groups[0].parameters[0].device)
+    settings = optimizer_settings(config)
+    if CLASSES[config.optimizer] == CLASSES["adamw"]:
+        settings["fused"] = _fused(config.optimizer, groups[0].parameters[0].device)
     module, _, name = CLASSES[config.optimizer].rpartition(".")
     make = getattr(importlib.import_module(module), name)
     parameters = [{"params": group.parameters} for group in groups]
-    return make(parameters, lr=config.leading_rate, **optimizer_settings(config))
+    return make(parameters, lr=config.leading_rate, **settings)
+
+
+def can_be_masked(optimizer: Any) -> bool:
+    """Whether `masked_step` can skip an update without a wait for the device: fused AdamW and Lion."""
+    return bool(optimizer.defaults.get("fused")) or type(optimizer).__name__ == "Lion"
+
+
+@torch.no_grad()
+def masked_step(optimizer: Any, is_finite: Tensor) -> None:
+    """Takes a step where `is_finite`, a bool [] on the device, is true; otherwise nothing changes, not even moments.
+
+    The fused AdamW reads the flag in its kernel, as with a GradScaler. Lion's result is discarded.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~is_finite).float()
+        optimizer.step()
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [(parameter.clone(), _moment(optimizer, parameter).clone()) for parameter in parameters]
+    optimizer.step()
+    for parameter, (value, moment) in zip(parameters, kept, strict=True):
+        parameter.copy_(torch.where(is_finite, parameter, value))
+        state = optimizer.state[parameter]
+        state["exp_avg"] = torch.where(is_finite, state["exp_avg"], moment)
+
+
+def _moment(optimizer: Any, parameter: Tensor) -> Tensor:
+    """Lion's moment, zero before the first step."""
+    return optimizer.state[parameter].get("exp_avg", torch.zeros_like(parameter))
 
 
 @contextmanager
@@ -98,14 +129,22 @@ def state_on_cpu(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             state[name] = state[name].to(device)
 
 
-def _require_fused(device: torch.device) -> None:
-    """Takes a step with a dummy parameter: torch raises the error only in the first step."""
+def _fused(optimizer: Optimizer, device: torch.device) -> bool:
+    """Whether the device has the fused AdamW. Raises ValueError if it has not and the optimizer is adamw_fused.
+
+    Takes a step with a dummy parameter: torch raises the error only in the first step.
+    """
     probe = nn.Parameter(torch.zeros(1, device=device))
     probe.grad = torch.zeros_like(probe)
     try:
         torch.optim.AdamW([probe], fused=True).step()
     except RuntimeError as error:
-        raise ValueError(f"optimizer is 'adamw_fused', which {device.type} does not support: choose adamw") from error
+        if optimizer == "adamw_fused":
+            raise ValueError(
+                f"optimizer is {optimizer!r}, which {device.type} does not support: choose adamw"
+            ) from error
+        return False
+    return True
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], rate: float) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..config.train_config import TrainConfig
 
@@ -16,19 +15,29 @@ from ..config.train_config import TrainConfig
 class Averaging:
     """The exponential moving average (EMA) of `parameters`, float32, if `config.ema_decay` is set.
 
-    Schedule-free optimizers have an average of their own.
+    Schedule-free optimizers have an average of their own. `on_change` is called whenever the parameters were replaced.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], optimizer: Any, config: TrainConfig) -> None:
-        self.parameters, self.decay = list(parameters), config.ema_decay
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        optimizer: Any,
+        config: TrainConfig,
+        on_change: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.parameters, self.decay, self.on_change = list(parameters), config.ema_decay, on_change
         self.schedule_free = optimizer if config.optimizer == "schedule_free" else None
         self.ema = [parameter.detach().clone() for parameter in parameters] if self.decay else []
 
-    def update(self, step: int) -> None:
-        """Updates the EMA after the 1-based `step`. Early steps decay faster, to forget the initial values."""
-        if self.ema:
-            decay = min(self.decay, (1 + step) / (10 + step))
-            get_ema_multi_avg_fn(decay)(self.ema, self.parameters, step)
+    @torch.no_grad()
+    def update(self, step: int, is_finite: Tensor | float = 1.0) -> None:
+        """Updates the EMA after the 1-based `step`. Early steps decay faster, to forget the initial values.
+
+        `is_finite` is 0 if the update of the parameters was skipped, else 1; on the device, so that nothing waits.
+        """
+        weight = (1 - min(self.decay, (1 + step) / (10 + step))) * is_finite
+        for average, parameter in zip(self.ema, self.parameters, strict=False):
+            average.lerp_(parameter, weight)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -43,7 +52,7 @@ class Averaging:
         finally:
             if self.schedule_free is not None:
                 self.schedule_free.train()  # undoes eval() up to rounding
-            _copy(trained, self.parameters)
+            self._copy(trained)
 
     @contextmanager
     def on_cpu(self) -> Iterator[None]:
@@ -56,13 +65,14 @@ class Averaging:
             self.ema = [tensor.to(device) for tensor, device in zip(self.ema, devices, strict=True)]
 
     def _put_average(self) -> None:
-        if self.schedule_free is not None:
-            self.schedule_free.eval()
+        if self.schedule_free is None:
+            self._copy(self.ema)
         else:
-            _copy(self.ema, self.parameters)
+            self.schedule_free.eval()
+            self.on_change()
 
-
-@torch.no_grad()
-def _copy(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
-    for value, target in zip(values, into, strict=True):
-        target.copy_(value)
+    @torch.no_grad()
+    def _copy(self, values: Sequence[Tensor]) -> None:
+        for value, parameter in zip(values, self.parameters, strict=True):
+            parameter.copy_(value)
+        self.on_change()
