@@ -17,7 +17,7 @@ from ..sdxl.precision import resolve_dtype
 from .config.captions import tokens_of
 from .config.train_config import TrainConfig
 from .monitor.progress import OnStep
-from .run.runs import RunFolders, run_fingerprint
+from .run.runs import RANDOMNESS_VERSION, RunFolders, run_fingerprint
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class TrainingJob:
     def fingerprint(self) -> str:
         """Identifies every step of the run (see run_fingerprint)."""
         return run_fingerprint(self.base, self.dataset, self.config)
+
+    @cached_property
+    def earlier_fingerprints(self) -> list[str]:
+        """Those of the same run with former versions, whose finished runs are still found."""
+        versions = range(1, RANDOMNESS_VERSION)
+        return [run_fingerprint(self.base, self.dataset, self.config, version) for version in versions]
 
     @cached_property
     def entries(self) -> tuple[CaptionEntry, ...]:

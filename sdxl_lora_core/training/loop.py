@@ -130,6 +130,8 @@ class Loop:
             self.restore(checkpoint)
         else:
             self.gradients.plan(self.state)
+            if self.late and not can_be_masked(self.optimizer):
+                self.state.memory += f"; {self.config.optimizer} waits for the loss before each update"
         set_checkpointing(self.model.unet, self.state.gradient_checkpointing)
         self.evaluator.evaluate(self.on_step)  # of the base, or the evaluation that a cancel interrupted
         self.measure_images()

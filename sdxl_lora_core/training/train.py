@@ -121,7 +121,8 @@ def _checked(job: TrainingJob) -> TrainingJob:
 def _claimed(job: TrainingJob, context: RunContext) -> Iterator[Run]:
     """The run that the first process claims; the other processes use the same one."""
     processes = context.processes
-    claim = claim_run(context.folders, job.config, job.fingerprint) if processes.is_first else nullcontext()
+    fingerprints = job.fingerprint, job.earlier_fingerprints
+    claim = claim_run(context.folders, job.config, *fingerprints) if processes.is_first else nullcontext()
     with claim as claimed:
         run = processes.share(claimed)
         assert run

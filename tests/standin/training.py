@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.monitor.sample_images import SampleRenderer
 from sdxl_lora_core.training.optim import accumulation
 from sdxl_lora_core.training.train import TrainResult
-from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, load, parameters_alive
+from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, change_losses, load, parameters_alive
 from tests.standin.accelerator import ACCEL, NAME
 
 DEVICE = torch.device(NAME, 0)
@@ -84,18 +85,63 @@ def test_a_run_that_is_resumed_is_the_one_that_was_not(run: Train) -> None:
     require_equal(whole, run(config, device=DEVICE, on_step=on_step))
 
 
-def test_a_step_waits_for_the_device_once_and_a_checkpoint_hardly_more(run: Train) -> None:
+def test_a_step_waits_for_the_device_once_and_a_checkpoint_hardly_more(
+    run: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one wait is for the loss of the step before; there is none in the step itself."""
+    within: list[int] = []
+    update = Loop.update
+
+    def noting(self: Loop) -> None:
+        before = ACCEL.waits.total()
+        update(self)
+        within.append(ACCEL.waits.total() - before)
+
     seen: list[int] = []
 
     def on_step(report: StepReport) -> None:
         if report.phase == "training":
             seen.append(ACCEL.waits.total())
 
-    config = replace(SMALL, steps=6, checkpoint_every=4, snr_gamma=5.0, precision="bf16")
+    monkeypatch.setattr(Loop, "update", noting)
+    config = replace(SMALL, steps=100, checkpoint_every=98, snr_gamma=5.0, precision="bf16", ema_decay=0.9)
     run(config, device=DEVICE, on_step=on_step)
+    assert within == [0] * 100
+    assert len(seen) == 100
     steps = [after - before for before, after in zip(seen, seen[1:], strict=False)]
-    assert steps[:2] == [1, 1]
-    assert steps[2:4] == [5, 1]  # weights, moments, adapter, and whether it is finite, each in one transfer
+    assert steps[:95] == [1] * 95
+    assert sum(steps[95:]) <= 4 + 5  # weights, average, moments, adapter, and whether it is finite: one transfer each
+
+
+@pytest.mark.parametrize(("optimizer", "own"), [("came", 0), ("schedule_free", 0)])
+def test_an_optimizer_that_cannot_skip_on_the_device_waits_once_before_its_update(
+    run: Train, optimizer: Any, own: int
+) -> None:
+    seen: list[int] = []
+
+    def on_step(report: StepReport) -> None:
+        if report.phase == "training":
+            seen.append(ACCEL.waits.total())
+
+    pytest.importorskip("pytorch_optimizer")
+    result = run(replace(SMALL, steps=6, optimizer=optimizer, precision="bf16"), device=DEVICE, on_step=on_step)
+    steps = [after - before for before, after in zip(seen, seen[1:], strict=False)]
+    assert steps[:4] == [1 + own] * 4 and "waits for the loss" in result.report.memory
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "came"])
+def test_an_update_that_is_not_finite_changes_nothing_and_is_reported(
+    run: Train, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken_at_the_second(losses: Any, model: Any, batch: Any, step: int) -> torch.Tensor:
+        return losses(model, batch) * (float("nan") if step == 1 else 1.0)
+
+    pytest.importorskip("pytorch_optimizer")
+    change_losses(monkeypatch, broken_at_the_second)
+    config = replace(EXACT, steps=4, optimizer=optimizer, ema_decay=0.5)
+    on_cpu, on_device = both(run, config)
+    require_equal(on_cpu, on_device)
+    assert on_device.report.skipped_steps == [2]
 
 
 def test_the_device_is_free_while_samples_are_drawn(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:

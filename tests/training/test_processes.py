@@ -99,7 +99,7 @@ def test_two_processes_train_as_one_and_resume_when_one_is_killed(
     launch(two, cache)
     for ours, theirs in zip(rows(two), expected, strict=True):
         for column in ("step", "loss", "validation_loss"):  # no loss before the first step, no look at most of them
-            assert float(ours[column] or 0) == pytest.approx(float(theirs[column] or 0), rel=1e-4)
+            assert float(ours[column] or 0) == pytest.approx(float(theirs[column] or 0), rel=1e-5)
     assert [path.name for path in (two / "loras").iterdir()] == ["small.safetensors"]
     trained, reference = load_file(two / "loras/small.safetensors"), load_file(alone.lora_path)
     assert all((trained[name] - reference[name]).abs().max() < 1e-4 for name in reference)

@@ -577,3 +577,19 @@ def test_inspect_says_what_a_path_is(
         assert words in capsys.readouterr().out
     with pytest.raises(SystemExit, match="does not exist"):
         main(["inspect", "nowhere"])
+
+
+def test_a_finished_run_of_an_earlier_version_is_found_and_an_unfinished_one_is_not_continued(
+    run: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    identity = tmp_path / "a/runs/small/identity"
+    now = TrainingJob.fingerprint.func
+    monkeypatch.setattr(TrainingJob, "fingerprint", property(lambda job: job.earlier_fingerprints[-1]))
+    earlier = run(SMALL)
+    monkeypatch.setattr(TrainingJob, "fingerprint", property(now))
+    before = identity.read_text()
+    found = run(SMALL)
+    assert found.reused and found.lora_path == earlier.lora_path and identity.read_text() == before
+    (tmp_path / "a/runs/small/finished").unlink()
+    new = run(SMALL)
+    assert not new.reused and new.lora_path != earlier.lora_path

@@ -6,7 +6,7 @@ or scales a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -50,6 +50,7 @@ class FlatParameters:
             for span, group in zip(self._group_spans, groups, strict=True)
         ]
         self.whole = nn.Parameter(self.values)
+        self._on_move: list[Callable[[], None]] = []
         self._rebind()
         self.refresh()
 
@@ -85,6 +86,13 @@ class FlatParameters:
         for name in ("values", "gradients", "low", "pass_gradients"):
             setattr(self, name, getattr(self, name).to(device))
         self._rebind()
+        for take_views in self._on_move:
+            take_views()
+
+    def with_views(self, take_views: Callable[[], None]) -> None:
+        """Calls `take_views` now and whenever the buffers have moved."""
+        self._on_move.append(take_views)
+        take_views()
 
     def low_rows(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The scaled copies of adjacent matrices with equal row length, as one matrix."""
@@ -105,10 +113,10 @@ class FlatParameters:
         for parameter, span in self._spans.items():
             parameter.data = self.values[span].view(parameter.shape)
             parameter.grad = self.gradients[span].view(parameter.shape)
-        self.whole.data, self.whole.grad = self.values, self.gradients
-        for span, group in zip(self._group_spans, self._flat, strict=True):
-            group.parameters[0].data = self.values[span]
-            group.parameters[0].grad = self.gradients[span]
+        spans = [slice(None), *self._group_spans]
+        for span, flat in zip(spans, [self.whole, *(group.parameters[0] for group in self._flat)], strict=True):
+            torch.utils.swap_tensors(flat, nn.Parameter(self.values[span]))  # optimizers know it by its identity
+            flat.grad = self.gradients[span]
 
 
 def _ends(sizes: Sequence[int]) -> list[int]:

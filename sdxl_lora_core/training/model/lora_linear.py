@@ -31,22 +31,21 @@ class LoRAStack:
         self._downs = [layer.lora_A["default"].weight for layer in layers]
         self._ups = [layer.lora_B["default"].weight for layer in layers]
         self.ranks = [len(down) for down in self._downs]
-        self.flat, self._viewed = flat, torch.empty(0)
+        self._flat = flat
+        flat.with_views(self._take_views)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return FusedLoRA.apply(x, self._downs[0], self)
 
-    def bind(self) -> None:
-        """Takes views of the flat buffers, which are others after these have moved.
+    def _take_views(self) -> None:
+        """Views of the flat buffers.
 
         `down` and `of_down` are the down matrices, [sum of ranks, in], and their gradient; `ups` and `of_ups` the
         scaled up matrices, each [out, rank], and theirs.
         """
-        if self._viewed is not self.flat.low:
-            self._viewed = self.flat.low
-            self.down, self.of_down = self.flat.low_rows(self._downs), self.flat.pass_rows(self._downs)
-            self.ups = [self.flat.low_rows([up]) for up in self._ups]
-            self.of_ups = [self.flat.pass_rows([up]) for up in self._ups]
+        self.down, self.of_down = self._flat.low_rows(self._downs), self._flat.pass_rows(self._downs)
+        self.ups = [self._flat.low_rows([up]) for up in self._ups]
+        self.of_ups = [self._flat.pass_rows([up]) for up in self._ups]
 
 
 class FusedLoRA(torch.autograd.Function):
@@ -58,7 +57,6 @@ class FusedLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, trained: Tensor, stack: LoRAStack) -> tuple[Tensor, ...]:  # type: ignore[override]
         rows = x.flatten(0, -2)
-        stack.bind()
         hidden = rows @ stack.down.t()
         outputs = []
         for base, up, part in zip(stack.bases, stack.ups, hidden.split(stack.ranks, dim=1), strict=True):
@@ -133,16 +131,15 @@ def fused_scales(layers: Iterable[Any]) -> dict[nn.Parameter, float]:
     return scales
 
 
-def fuse(model: nn.Module, layers: Iterable[Any], flat: FlatParameters) -> None:
+def fuse(model: Any, layers: Iterable[Any], flat: FlatParameters) -> None:
     """Replaces the forward of peft's LoRA layers on linear layers, and the attention of SDXL's transformer blocks."""
     fused = {layer for layer in layers if _can_be_fused(layer)}
     for layer in fused:
         layer.forward = functools.partial(_forward, LoRAStack([layer], flat))
     for module in model.modules():
         if _is_plain_attention(module) and fused.issuperset((module.to_q, module.to_k, module.to_v)):
-            stacked = (
-                [module.to_k, module.to_v] if module.is_cross_attention else [module.to_q, module.to_k, module.to_v]
-            )
+            own = [] if module.is_cross_attention else [module.to_q]
+            stacked: list[Any] = [*own, module.to_k, module.to_v]
             if flat.are_adjacent([layer.lora_A["default"].weight for layer in stacked]):
                 module.set_processor(StackedAttention(module, flat))
 

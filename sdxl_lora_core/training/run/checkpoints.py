@@ -31,7 +31,7 @@ from .optimizer_state import restore_state, split_state
 
 log = logging.getLogger("sdxl_lora")
 
-SCHEMA = 3
+SCHEMA = 4
 KEPT = 2
 ADAPTER, STATE = "adapter.safetensors", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")

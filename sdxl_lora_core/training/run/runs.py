@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,9 @@ from .checkpoints import Checkpoints
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-RANDOMNESS_VERSION = 1  # raised when noise, order or initialisation change, so that old runs are not continued
+# Raised when noise, order, initialisation or the rounding of a step change, so that old runs are not continued.
+# Finished runs of earlier versions are still found.
+RANDOMNESS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ class Run:
             leftover.unlink(missing_ok=True)
 
 
-def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> str:
+def run_fingerprint(
+    base: SDXLBase, dataset: CaptionDataset, config: TrainConfig, version: int = RANDOMNESS_VERSION
+) -> str:
     """Identifies everything that affects the steps of a run: base, dataset contents and settings, not name or length.
 
     `base` has the prediction type that is trained (train.as_trained). Evaluations are part of it if they decide which
@@ -115,7 +119,7 @@ def run_fingerprint(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig
         "base": base.fingerprint,
         "dataset": dataset.fingerprint,
         "settings": settings,
-        "version": RANDOMNESS_VERSION,
+        "version": version,
     }
     if _pins_fewer_tags(dataset, config):
         content["pinned_tags"] = "trigger words"
@@ -134,22 +138,26 @@ def _pins_fewer_tags(dataset: CaptionDataset, config: TrainConfig) -> bool:
 
 
 @contextmanager
-def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Iterator[Run]:
+def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str, earlier: Sequence[str] = ()) -> Iterator[Run]:
     """The run of this fingerprint and length if there is one, else a new one under the next free name.
 
-    A run that another process holds is skipped, so that two trainings never share a folder. Raises OSError if the
+    `earlier` are the fingerprints that former versions gave the same run; one of these is found if it is finished. A
+    run that another process holds is skipped, so that two trainings never share a folder. Raises OSError if the
     folders cannot be written to.
     """
-    identity = {
-        "fingerprint": fingerprint,
-        "steps": config.steps,
-        "kept": _kept(config),
-        "format": [config.save_format, config.save_dtype],
-    }
+    identities = [
+        {
+            "fingerprint": one,
+            "steps": config.steps,
+            "kept": _kept(config),
+            "format": [config.save_format, config.save_dtype],
+        }
+        for one in (fingerprint, *earlier)
+    ]
     _check_writable(folders, config)
-    run, lock = claim_name(config.lora_name, lambda name: _claim(name, folders, config, identity))
+    run, lock = claim_name(config.lora_name, lambda name: _claim(name, folders, config, identities))
     try:
-        write_text_atomic(run.folder / "identity", json.dumps(identity))
+        write_text_atomic(run.folder / "identity", json.dumps(run.identity))
         run.sweep()
         yield run
     finally:
@@ -157,13 +165,18 @@ def claim_run(folders: RunFolders, config: TrainConfig, fingerprint: str) -> Ite
 
 
 def _claim(
-    name: str, folders: RunFolders, config: TrainConfig, identity: dict[str, Any]
+    name: str, folders: RunFolders, config: TrainConfig, identities: Sequence[dict[str, Any]]
 ) -> tuple[Run, BaseFileLock] | None:
-    """The run of this name and its lock, unless the name belongs to another run, LoRA or process."""
+    """The run of this name and its lock, unless the name belongs to another run, LoRA or process.
+
+    The first of `identities` is that of a new run; the others are those of finished ones.
+    """
     from filelock import FileLock, Timeout
 
-    run = Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identity)
-    known = run.known
+    run = Run(name, folders.runs / name, folders.loras / f"{name}.safetensors", identities[0])
+    if run.known in identities[1:] and run.finished:
+        run = replace(run, identity=run.known)
+    known, identity = run.known, run.identity
     if known not in (None, identity) or (known is None and _is_taken(run, folders, config)):
         return None
     run.folder.mkdir(parents=True, exist_ok=True)
