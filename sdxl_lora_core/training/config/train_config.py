@@ -75,7 +75,6 @@ class TrainConfig(
         "sample_every",
         "clip_model",
         "tensorboard",
-        "offload_blocks",
     )
 
     @property

@@ -50,7 +50,7 @@ class FlatParameters:
             for span, group in zip(self._group_spans, groups, strict=True)
         ]
         self.whole = nn.Parameter(self.values)
-        self._on_move: list[Callable[[], None]] = []
+        self._on_move: list[Callable[[FlatParameters], None]] = []
         self._rebind()
         self.refresh()
 
@@ -87,12 +87,12 @@ class FlatParameters:
             setattr(self, name, getattr(self, name).to(device))
         self._rebind()
         for take_views in self._on_move:
-            take_views()
+            take_views(self)
 
-    def with_views(self, take_views: Callable[[], None]) -> None:
-        """Calls `take_views` now and whenever the buffers have moved."""
+    def with_views(self, take_views: Callable[[FlatParameters], None]) -> None:
+        """Calls `take_views` with these parameters now and whenever the buffers have moved."""
         self._on_move.append(take_views)
-        take_views()
+        take_views(self)
 
     def low_rows(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The scaled copies of adjacent matrices with equal row length, as one matrix."""

@@ -31,21 +31,20 @@ class LoRAStack:
         self._downs = [layer.lora_A["default"].weight for layer in layers]
         self._ups = [layer.lora_B["default"].weight for layer in layers]
         self.ranks = [len(down) for down in self._downs]
-        self._flat = flat
         flat.with_views(self._take_views)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return FusedLoRA.apply(x, self._downs[0], self)
 
-    def _take_views(self) -> None:
+    def _take_views(self, flat: FlatParameters) -> None:
         """Views of the flat buffers.
 
         `down` and `of_down` are the down matrices, [sum of ranks, in], and their gradient; `ups` and `of_ups` the
         scaled up matrices, each [out, rank], and theirs.
         """
-        self.down, self.of_down = self._flat.low_rows(self._downs), self._flat.pass_rows(self._downs)
-        self.ups = [self._flat.low_rows([up]) for up in self._ups]
-        self.of_ups = [self._flat.pass_rows([up]) for up in self._ups]
+        self.down, self.of_down = flat.low_rows(self._downs), flat.pass_rows(self._downs)
+        self.ups = [flat.low_rows([up]) for up in self._ups]
+        self.of_ups = [flat.pass_rows([up]) for up in self._ups]
 
 
 class FusedLoRA(torch.autograd.Function):
