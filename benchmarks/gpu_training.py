@@ -74,7 +74,6 @@ class Bench:
         unused: Any = None
         context = RunContext(self.folders("unused"), DEVICE)
         with Loop(data, context, MagicMock(), unused) as loop, deterministic_steps(config.deterministic):
-            loop.gradients.plan(loop.state)
             resting = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             seconds = statistics.median(self._timed(loop) for _ in range(self.steps))

@@ -150,7 +150,6 @@ def ours(work: Path, size: int) -> Step:
     unused: Any = None
     context = RunContext(RunFolders(work, work, cache, lambda name: False), CPU)
     loop = Loop(data, context, MagicMock(), unused)
-    loop.gradients.plan(loop.state)
     batch = data.batch(PassOfUpdate(0, (0,)))
 
     def step() -> dict[str, float]:

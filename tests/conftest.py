@@ -21,8 +21,8 @@ from sdxl_lora_core.sdxl.base import CONFIGS, SDXLBase, open_base
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.monitor import journal
 from sdxl_lora_core.training.monitor.charts import plot_losses
-from sdxl_lora_core.training.optim import accumulation
-from sdxl_lora_core.training.optim.memory_plan import Measured
+from sdxl_lora_core.training.optim import run_plan
+from sdxl_lora_core.training.optim.memory_measure import MeasuredRun
 from sdxl_lora_core.training.run.runs import RunFolders
 from sdxl_lora_core.training.train import TrainResult
 from tests.micro.published import bare, published_openclip, published_unet, published_vae
@@ -36,8 +36,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-class NothingSaved(Measured):
-    def saved_bytes(self) -> int:
+class NothingTaken:
+    """Says that a run takes no memory."""
+
+    blocks = 4
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def resting(self, weights: object, offloaded: int) -> int:
+        return 0
+
+    def step(self, checkpointing: object, images: int) -> int:
         return 0
 
 
@@ -122,14 +132,14 @@ def quick_collection() -> None:
 def fixed_plan() -> Iterator[None]:
     """A training keeps nothing, says the memory plan, which would count for 3 s for each new shape. See `real_plan`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulation, "Measured", NothingSaved)
+        patch.setattr(run_plan, "MeasuredRun", NothingTaken)
         yield
 
 
 @pytest.fixture
 def real_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory plan counts, as it does outside the tests."""
-    monkeypatch.setattr(accumulation, "Measured", Measured)
+    monkeypatch.setattr(run_plan, "MeasuredRun", MeasuredRun)
 
 
 @pytest.fixture(scope="session", autouse=True)

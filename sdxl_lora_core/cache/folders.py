@@ -37,5 +37,5 @@ class CacheFolders:
 
     @property
     def memory_plans(self) -> Path:
-        """Bytes that a training step keeps for the backward pass, by model and shapes."""
-        return self.root / "memory" / "v1"
+        """Bytes that a training step takes, by model and shapes."""
+        return self.root / "memory" / "v2"

@@ -15,6 +15,7 @@ from ..safetensors_file import read_header, save_tensors
 
 log = logging.getLogger("sdxl_lora")
 
+Load = Callable[[Path], dict[str, Tensor]]
 OnItem = Callable[[str, int, int], None]
 
 

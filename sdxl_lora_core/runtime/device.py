@@ -67,6 +67,25 @@ def copied_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [copies[i] for i in range(len(tensors))]
 
 
+class DeviceMemory:
+    """The memory that a run may use on `device`. A host that manages it overrides this.
+
+    `least` asks for the plan that takes least, however much is free.
+    """
+
+    least = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def free(self) -> float:
+        """Bytes that the run may take."""
+        return free_memory(self.device)
+
+    def take(self, size: int) -> None:
+        """Announces that the run takes `size` bytes, so that the host can make room."""
+
+
 class LateRead:
     """Values that are copied to main memory while the device goes on, float32 [N] on the device."""
 

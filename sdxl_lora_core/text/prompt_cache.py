@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.tensor_cache import OnItem, is_readable, load_tensors, minor_version, store_tensors
+from ..cache.tensor_cache import Load, OnItem, is_readable, load_tensors, minor_version, store_tensors
 from ..files import json_sha256
 from ..runtime.device import release_memory
 from ..sdxl.base import SDXLBase, load_part, load_tokenizers
 from .encoding import encode_prompt_sdxl
 
 
-def load_prompt(path: Path) -> tuple[Tensor, Tensor]:
+def load_prompt(path: Path, load: Load = load_tensors) -> tuple[Tensor, Tensor]:
     """The embeddings [77 n, C] and pooled embeddings [P] of one prompt."""
-    tensors = load_tensors(path)
+    tensors = load(path)
     return tensors["embeds"], tensors["pooled"]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ..dataset.buckets import epoch_batches
 from ..dataset.caption_dataset import CaptionDataset, CaptionEntry
+from ..runtime.device import DeviceMemory
 from ..runtime.distributed import Processes
 from ..runtime.loaded_parts import LoadedParts
 from ..sdxl.base import SDXLBase
@@ -70,7 +71,7 @@ class RunContext:
 
     `on_step` gets a StepReport and may raise to cancel; a checkpoint is written first. `should_stop` ends the run after
     the current step and keeps the LoRA. `on_run` gets the name of the run before its first step. `parts` owns the
-    weights that generate images; by default the run has its own.
+    weights that generate images; by default the run has its own. `memory` is what may be used of the device's.
     """
 
     folders: RunFolders
@@ -79,11 +80,16 @@ class RunContext:
     should_stop: Callable[[], bool] = lambda: False
     on_run: Callable[[str], None] = lambda name: None
     parts: LoadedParts | None = None
+    memory: DeviceMemory | None = None
 
     @cached_property
     def processes(self) -> Processes:
         """The processes that share this run, as launched by accelerate."""
         return Processes.launched(self.device)
+
+    @property
+    def device_memory(self) -> DeviceMemory:
+        return self.memory or DeviceMemory(self.device)
 
     @cached_property
     def owner(self) -> LoadedParts:

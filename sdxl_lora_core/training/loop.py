@@ -40,10 +40,11 @@ from .optim.optimizers import (
     state_copies,
     state_on_cpu,
 )
+from .optim.run_plan import planned_state
 from .optim.weight_average import Averaging
 from .outputs import RunOutputs
 from .run.checkpoints import Checkpoint
-from .run.loop_state import ImageLosses, LoopState, Trained
+from .run.loop_state import ImageLosses, Trained
 
 log = logging.getLogger("sdxl_lora")
 
@@ -66,25 +67,34 @@ def train_adapter(
     data = TrainingData(job, context.folders.cache, context.device)
     with context.processes.one_after_the_other():
         data.cache(lambda phase, done, total: context.on_step(StepReport(phase, done, total)))
-    with Loop(data, context, outputs, journal) as loop, deterministic_steps(job.config.deterministic):
-        return loop.run(start)
+    with Loop(data, context, outputs, journal, start) as loop, deterministic_steps(job.config.deterministic):
+        return loop.run()
 
 
 class Loop:
     """Steps and saves. It owns the model, the optimizer and the state of the run; leaving it frees their memory."""
 
-    def __init__(self, data: TrainingData, context: RunContext, outputs: RunOutputs, journal: Journal) -> None:
+    def __init__(
+        self,
+        data: TrainingData,
+        context: RunContext,
+        outputs: RunOutputs,
+        journal: Journal,
+        start: Checkpoint | None = None,
+    ) -> None:
         self.config, self.data, self.device = data.config, data, context.device
         self.checkpoints, self.outputs, self.journal = outputs.run.checkpoints, outputs, journal
         self.processes, self.on_step, self.should_stop = context.processes, context.on_step, context.should_stop
-        self.model = TrainableSDXL(data.job, self.device)
+        self.start = self.checkpoints.newest() or start
+        self.state = self.start.state if self.start else planned_state(data, context.device_memory)
+        stored = self.state.base_weights, self.state.offloaded_blocks
+        self.model = TrainableSDXL(data.job, self.device, *stored)
         self.flat = self.model.flat
         self.optimizer = make_optimizer(self.flat.groups_for(self.config.optimizer in ELEMENTWISE), self.config)
         self.averaging = Averaging([self.flat.whole], self.optimizer, self.config, self.flat.refresh)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=data.dtype == torch.float16)
         self.feed = Feed(data, self.device)
         self.gradients = Gradients(self.model, self.feed, self.config, self.scaler, self.processes)
-        self.state = LoopState()
         self.saved_step = self.reported = 0
         self.pending: deque[LateRead] = deque()  # losses and gradient norms of updates that were not read yet
         self.counted = time.monotonic()  # the time up to which state.seconds is counted
@@ -122,16 +132,14 @@ class Loop:
         """The tensors of a checkpoint: the trained parameters, their moving average and the best so far, if any."""
         return [self.flat.values, *self.averaging.ema, *self.evaluator.best]
 
-    def run(self, start: Checkpoint | None) -> Trained:
+    def run(self) -> Trained:
         adapter = 2 if self.config.init == "pissa" else 1  # its file has the initial values as well
         copies = len(self.weights) + state_copies(self.config) + adapter
         require_space(self.checkpoints.folder, self.flat.values.nbytes, copies)
-        if checkpoint := self.checkpoints.newest() or start:
-            self.restore(checkpoint)
-        else:
-            self.gradients.plan(self.state)
-            if self.late and not can_be_masked(self.optimizer):
-                self.state.memory += f"; {self.config.optimizer} waits for the loss before each update"
+        if self.start:
+            self.restore(self.start)
+        elif self.late and not can_be_masked(self.optimizer):
+            self.state.memory += f"; {self.config.optimizer} waits for the loss before each update"
         set_checkpointing(self.model.unet, self.state.gradient_checkpointing)
         self.evaluator.evaluate(self.on_step)  # of the base, or the evaluation that a cancel interrupted
         self.measure_images()
@@ -173,7 +181,6 @@ class Loop:
     def restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.restore(self.weights, self.optimizer)
         self.flat.refresh()
-        self.state = self.evaluator.state = checkpoint.state
         self.state.resumed += 1
         self.scaler.load_state_dict(checkpoint.scaler)
         log.info("training resumes at step %d", self.state.step)

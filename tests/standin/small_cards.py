@@ -16,12 +16,12 @@ from sdxl_lora_core.runtime.offload import OffloadedBlocks
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import Adapter
-from sdxl_lora_core.training.model.base_weights import Form, store_weights, stored_bytes
+from sdxl_lora_core.training.model.base_weights import WeightFormat, store_weights, stored_bytes
 from sdxl_lora_core.training.model.flat_parameters import FlatParameters
 from tests.standin.accelerator import ACCEL, NAME
 
 DEVICE, CPU = torch.device(NAME, 0), torch.device("cpu")
-FORMS: tuple[Form, ...] = ("full", "fp8", "int8")
+FORMS: tuple[WeightFormat, ...] = ("full", "fp8", "int8")
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_where_memory_runs_out_the_blocks_can_be_used_again() -> None:
             assert blocks.tensors(index)[0].sum() == 16
 
 
-def loaded(base: SDXLBase, form: Form, offloaded: int, device: torch.device) -> tuple[Any, Any, FlatParameters]:
+def loaded(base: SDXLBase, form: WeightFormat, offloaded: int, device: torch.device) -> tuple[Any, Any, FlatParameters]:
     unet: Any = load_part(base, "unet", torch.float32)
     adapter = Adapter(unet, TrainConfig(rank=2))
     torch.manual_seed(0)
@@ -110,14 +110,14 @@ def step(unet: Any, flat: FlatParameters, device: torch.device) -> list[Tensor]:
         *(pytest.param(form, 6, marks=pytest.mark.accept) for form in ("fp8", "int8")),
     ],
 )
-def test_a_step_is_the_cpus(micro_base: SDXLBase, form: Form, offloaded: int) -> None:
+def test_a_step_is_the_cpus(micro_base: SDXLBase, form: WeightFormat, offloaded: int) -> None:
     reference, _, reference_flat = loaded(micro_base, form, 0, CPU)
     unet, _, flat = loaded(micro_base, form, offloaded, DEVICE)
     assert all(map(torch.equal, step(unet, flat, DEVICE), step(reference, reference_flat, CPU)))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_device_has_what_was_planned(micro_base: SDXLBase, form: Form) -> None:
+def test_the_device_has_what_was_planned(micro_base: SDXLBase, form: WeightFormat) -> None:
     start = ACCEL.allocated
     unet, blocks, flat = loaded(micro_base, form, 1000, DEVICE)
     plain: Any = load_part(micro_base, "unet", torch.float32)
@@ -133,7 +133,7 @@ def test_the_device_has_what_was_planned(micro_base: SDXLBase, form: Form) -> No
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_loading_takes_little_more_than_what_stays(micro_base: SDXLBase, form: Form) -> None:
+def test_loading_takes_little_more_than_what_stays(micro_base: SDXLBase, form: WeightFormat) -> None:
     unet: Any = load_part(micro_base, "unet", torch.float32)
     largest = max(weight.nbytes for weight in unet.parameters())
     planned, start = stored_bytes(unet, form, 6), ACCEL.allocated

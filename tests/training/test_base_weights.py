@@ -16,10 +16,10 @@ from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.base_weights import (
-    Form,
     StoredConv2d,
     StoredLayer,
     StoredLinear,
+    WeightFormat,
     bias_of,
     dense,
     quantised,
@@ -32,7 +32,7 @@ from sdxl_lora_core.training.model.flat_parameters import FlatParameters
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMS: tuple[Form, ...] = ("full", "fp8", "int8")
+FORMS: tuple[WeightFormat, ...] = ("full", "fp8", "int8")
 SHAPES = [(7, 5), (1, 1), (3, 1), (4, 6, 3, 3), (5, 2, 1, 1)]
 
 
@@ -105,7 +105,7 @@ def example(name: str, dtype: torch.dtype) -> tuple[Any, Tensor]:
     return make(dtype=dtype).requires_grad_(False), torch.randn(shape).to(dtype)
 
 
-def stored(layer: Any, form: Form, waits: bool) -> StoredLayer:
+def stored(layer: Any, form: WeightFormat, waits: bool) -> StoredLayer:
     kind: Any = StoredLinear if isinstance(layer, nn.Linear) else StoredConv2d
     result: StoredLayer = kind(layer, form, CPU)
     if waits:
@@ -130,7 +130,9 @@ def results(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS)
-def test_equals_a_plain_layer_with_the_same_weight(name: str, dtype: torch.dtype, form: Form, waits: bool) -> None:
+def test_equals_a_plain_layer_with_the_same_weight(
+    name: str, dtype: torch.dtype, form: WeightFormat, waits: bool
+) -> None:
     plain, x = example(name, dtype)
     layer = stored(plain, form, waits)
     assert (dense(layer) == plain.weight).all() == (form == "full")
@@ -158,7 +160,7 @@ def test_an_input_with_its_axes_exchanged() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_nothing_is_saved_for_the_backward_pass(name: str, form: Form) -> None:
+def test_nothing_is_saved_for_the_backward_pass(name: str, form: WeightFormat) -> None:
     plain, x = example(name, torch.float32)
     layer, saved = stored(plain, form, True), []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: torch.empty(0)):
@@ -179,7 +181,7 @@ def test_the_plain_layers_own_tensors() -> None:
 # Blocks of a UNet
 
 
-def with_lora(base: SDXLBase, form: Form, offloaded: int) -> tuple[Any, FlatParameters, OffloadedBlocks | None]:
+def with_lora(base: SDXLBase, form: WeightFormat, offloaded: int) -> tuple[Any, FlatParameters, OffloadedBlocks | None]:
     unet: Any = load_part(base, "unet", torch.float32)
     adapter = Adapter(unet, TrainConfig(rank=2))
     torch.manual_seed(0)
@@ -269,7 +271,7 @@ def test_a_step_with_offloaded_blocks_is_the_same(
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8"])
-def test_a_step_with_quantised_weights(micro_base: SDXLBase, exact: list[Tensor], form: Form) -> None:
+def test_a_step_with_quantised_weights(micro_base: SDXLBase, exact: list[Tensor], form: WeightFormat) -> None:
     """It is that of the rounded weights, however they are kept, and near to that of the weights."""
     unet, flat, _ = with_lora(micro_base, form, 0)
     found = step(unet, flat)
@@ -338,7 +340,7 @@ def adapted(micro_base: SDXLBase) -> Any:
 
 @pytest.mark.parametrize("offloaded", [0, 1, 5, 1000])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_planned_bytes_are_those_of_the_stored_weights(adapted: Any, form: Form, offloaded: int) -> None:
+def test_the_planned_bytes_are_those_of_the_stored_weights(adapted: Any, form: WeightFormat, offloaded: int) -> None:
     unet = copy.deepcopy(adapted)
     planned = stored_bytes(copy.deepcopy(unet).to("meta"), form, offloaded)
     blocks = store_weights(unet, form, offloaded, CPU)

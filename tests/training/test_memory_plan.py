@@ -1,35 +1,35 @@
+"""The memory plan: what a step takes by the count, which plan is chosen, and that a run follows it."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from sdxl_lora_core.runtime.device import DeviceMemory
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
-from sdxl_lora_core.training.config.memory import Checkpointing
+from sdxl_lora_core.training.config.memory import Checkpointing, MemorySettings
+from sdxl_lora_core.training.config.presets import with_preset
 from sdxl_lora_core.training.config.train_config import TrainConfig
-from sdxl_lora_core.training.data.batches import PassOfUpdate
+from sdxl_lora_core.training.data.batches import PassOfUpdate, TrainingData
 from sdxl_lora_core.training.job import TrainingJob
 from sdxl_lora_core.training.model.adapters import Adapter
+from sdxl_lora_core.training.model.base_weights import StoredLayer
 from sdxl_lora_core.training.model.trainable import TrainableSDXL
-from sdxl_lora_core.training.optim.accumulation import shapes_of
-from sdxl_lora_core.training.optim.memory_plan import Measured, plan_memory, set_checkpointing
-from tests.micro.runs import SMALL, Train, change_losses, data_of, load, parameters_alive
+from sdxl_lora_core.training.optim.memory_measure import MeasuredRun, shapes_of
+from sdxl_lora_core.training.optim.memory_plan import RESERVE, MemoryPlan, plan_memory, set_checkpointing
+from tests.micro.runs import CPU, SMALL, Train, change_losses, data_of, load, parameters_alive
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")
 GB = 10**9
 
 
-def unet_with_lora(base: SDXLBase) -> Any:
-    unet: Any = load_part(base, "unet", torch.float32)
-    Adapter(unet, TrainConfig(rank=2))
-    return unet.train()
+# The count
 
 
 def forward(unet: Any) -> Tensor:
@@ -42,108 +42,113 @@ def forward(unet: Any) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_the_count_is_what_a_real_pass_keeps(micro_base: SDXLBase, mode: Checkpointing, tmp_path: Path) -> None:
-    unet = unet_with_lora(micro_base)
-    set_checkpointing(unet, mode)
-    counted = Measured(lambda: forward(unet), unet, [], tmp_path).saved_bytes()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        result = forward(unet)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    assert counted == sum(size for address, size in storages.items() if address not in weights)
-    assert result.requires_grad
-
-
-@pytest.mark.slow
-def test_each_mode_keeps_less_and_gives_the_same_gradients(micro_base: SDXLBase, tmp_path: Path) -> None:
-    unet = unet_with_lora(micro_base)
-    kept, gradients = [], []
+def test_each_mode_gives_the_same_gradients(micro_base: SDXLBase) -> None:
+    unet: Any = load_part(micro_base, "unet", torch.float32)
+    Adapter(unet, TrainConfig(rank=2))
+    unet.train()
+    gradients = []
     for mode in MODES:
         set_checkpointing(unet, mode)
-        kept.append(Measured(lambda: forward(unet), unet, [], tmp_path).saved_bytes())
         forward(unet).square().sum().backward()
         gradients.append([p.grad.clone() for p in unet.parameters() if p.grad is not None])
         unet.zero_grad()
-    assert kept[0] > 1.1 * kept[1] > 2 * kept[2]
     for others in gradients[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
 
 
-# The count on disk
+def measured(data: TrainingData, folder: Path) -> MeasuredRun:
+    return MeasuredRun(data.job, CPU, lambda images: data.batch(PassOfUpdate(0, (0,) * images)), folder)
 
 
-class Layers(nn.Module):
-    """Keeps what comes between its two layers; `passes` says how often it was asked."""
-
-    def __init__(self, inner: int = 8) -> None:
-        super().__init__()
-        self.first, self.drop, self.second = nn.Linear(4, inner), nn.Dropout(0.5), nn.Linear(inner, 4)
-        self.passes = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.passes += 1
-        return self.second(self.drop(self.first(x)))
+@pytest.fixture
+def data(micro_base: SDXLBase, pictures: Path, cache: Path) -> TrainingData:
+    return data_of(micro_base, load(pictures), cache)
 
 
-def count(layers: Layers, cache: Path, images: int = 1) -> int:
-    return Measured(lambda: layers(torch.ones(images, 4)), layers, [images, 4], cache).saved_bytes()
+def test_each_mode_takes_less_and_each_image_the_same(data: TrainingData, tmp_path: Path) -> None:
+    run = measured(data, tmp_path)
+    off, selective, on = (run.step(mode, 1) for mode in MODES)
+    assert off > 1.1 * selective > 1.2 * on
+    assert run.step("off", 4) == off + 3 * (run.step("off", 2) - off)
+    assert run.step("off", 4) > 2 * off
 
 
-def test_a_count_is_found_on_disk_by_the_next_run(tmp_path: Path) -> None:
-    first, second = Layers(), Layers()
-    assert count(first, tmp_path) == count(second, tmp_path) == count(first, tmp_path) > 0
-    assert (first.passes, second.passes) == (1, 0)
-
-
-def frozen(layers: Layers) -> Layers:
-    layers.first.requires_grad_(False)
-    return layers
-
-
-def double(layers: Layers) -> Layers:
-    return layers.double()  # type: ignore[return-value]
+def test_less_rests_on_the_device_with_fewer_bits_and_offloaded_blocks(data: TrainingData, tmp_path: Path) -> None:
+    run = measured(data, tmp_path)
+    assert run.blocks == 19
+    assert run.resting("full", 0) > run.resting("int8", 0) == run.resting("fp8", 0) > run.resting("int8", run.blocks)
+    assert run.resting("full", 0) > run.resting("full", run.blocks)
 
 
 @pytest.mark.parametrize(
-    "change", [lambda _: Layers(9), nn.Module.eval, frozen, double], ids=["size", "mode", "frozen", "format"]
+    ("settings", "more"), [({"ema_decay": 0.9}, 1), ({"optimizer": "prodigy", "learning_rate": 1.0}, 2)]
 )
-def test_another_model_or_mode_is_counted_anew(change: Callable[[Layers], Layers], tmp_path: Path) -> None:
-    count(Layers(), tmp_path)
-    changed = change(Layers())
-    images = torch.ones(1, 4, dtype=changed.first.weight.dtype)
-    Measured(lambda: changed(images), changed, [1, 4], tmp_path).saved_bytes()
-    assert changed.passes == 1
+def test_averages_and_moments_are_counted(
+    micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path, settings: dict[str, Any], more: int
+) -> None:
+    plain, other = (data_of(micro_base, load(pictures), cache, **values) for values in ({}, settings))
+    values = TrainableSDXL(plain.job, CPU).flat.values.nbytes
+    apart = measured(other, tmp_path).resting("full", 0) - measured(plain, tmp_path).resting("full", 0)
+    assert apart == more * values
 
 
-def test_another_shape_is_counted_anew(tmp_path: Path) -> None:
-    layers = Layers()
-    assert count(layers, tmp_path, images=2) == 2 * count(layers, tmp_path)
-    assert layers.passes == 2
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The counts that are made, not found."""
+    made: list[str] = []
+    count = MeasuredRun._count_step
+
+    def noting(self: MeasuredRun, mode: Checkpointing, images: int) -> int:
+        made.append(f"{mode} {images}")
+        return count(self, mode, images)
+
+    monkeypatch.setattr(MeasuredRun, "_count_step", noting)
+    return made
 
 
-@pytest.mark.parametrize("text", ["", '{"kept_by', "[]", "7", '{"kept_bytes": "7"}', '{"kept_bytes": -7}'])
-def test_a_damaged_count_is_made_again(tmp_path: Path, text: str) -> None:
-    counted = count(Layers(), tmp_path)
+def test_a_count_is_found_on_disk_by_the_next_run(data: TrainingData, tmp_path: Path, counts: list[str]) -> None:
+    first, second = (measured(data, tmp_path).step("on", 1) for _ in range(2))
+    assert first == second > 0 and counts == ["on 1"]
+    assert measured(data, tmp_path).resting("int8", 3) == measured(data, tmp_path / "other").resting("int8", 3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rank": 3}, {"adapter": "dora"}, {"dropout": 0.5}, {"precision": "bf16"}, {"blocks": ""}], ids=str
+)
+def test_another_adapter_or_precision_is_counted_anew(
+    micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path, counts: list[str], changes: dict[str, Any]
+) -> None:
+    for settings in ({}, changes):
+        measured(data_of(micro_base, load(pictures), cache, **settings), tmp_path).step("on", 1)
+    assert len(counts) == 2
+
+
+def test_settings_that_change_no_shape_share_a_count(
+    micro_base: SDXLBase, pictures: Path, cache: Path, tmp_path: Path, counts: list[str]
+) -> None:
+    for settings in ({}, {"learning_rate": 1e-5, "steps": 9, "lora_plus_ratio": 4.0, "seed": 3}):
+        measured(data_of(micro_base, load(pictures), cache, **settings), tmp_path).step("on", 1)
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("text", ["", '{"on 1', "[]", "7", '{"on 1": "7"}', '{"on 1": -7}'])
+def test_a_damaged_count_is_made_again(data: TrainingData, tmp_path: Path, counts: list[str], text: str) -> None:
+    counted = measured(data, tmp_path).step("on", 1)
     (note,) = tmp_path.rglob("*.json")
     note.write_text(text)
-    again, found = Layers(), Layers()
-    assert count(again, tmp_path) == count(found, tmp_path) == counted
-    assert (again.passes, found.passes) == (1, 0)
+    assert measured(data, tmp_path).step("on", 1) == measured(data, tmp_path).step("on", 1) == counted
+    assert len(counts) == 2
 
 
-def test_a_disk_that_cannot_be_written_costs_only_the_count(tmp_path: Path) -> None:
-    (tmp_path / "cache").touch()
-    layers = Layers()
-    assert count(layers, tmp_path / "cache") == count(layers, tmp_path / "cache")
-    assert layers.passes == 2
-
-
-def test_captions_decide_the_shapes_only_for_encoders_that_learn(
-    micro_base: SDXLBase, pictures: Path, cache: Path
+def test_a_disk_that_cannot_be_written_costs_only_the_count(
+    data: TrainingData, tmp_path: Path, counts: list[str]
 ) -> None:
-    data = data_of(micro_base, load(pictures), cache)
+    (tmp_path / "cache").touch()
+    assert measured(data, tmp_path / "cache").step("on", 1) == measured(data, tmp_path / "cache").step("on", 1)
+    assert len(counts) == 2
+
+
+def test_captions_decide_the_shapes_only_for_encoders_that_learn(data: TrainingData) -> None:
     one = data.batch(PassOfUpdate(0, (0,)))
     other = replace(one, captions=("another caption",))
     learns = replace(SMALL, text_encoder_learning_rate=1e-4)
@@ -183,36 +188,145 @@ def test_every_kind_of_training_can_be_planned_and_learns_after_that(run: Train,
     assert result.report.skipped_steps == []
 
 
-class Modes(nn.Module):
-    """A stand-in whose images keep 4 GB, 2 GB or 1 GB."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mode = "off"
+# The choice
 
 
-def planned(free_gb: float, wanted: Checkpointing = "auto", batch: int = 4) -> tuple[str, int, bool]:
-    unet = Modes()
-    sizes = {"off": 4 * GB, "selective": 2 * GB, "on": 1 * GB}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "sdxl_lora_core.training.optim.memory_plan.set_checkpointing",
-            lambda unet, mode: setattr(unet, "mode", mode),
-        )
-        measured: Any = SimpleNamespace(model=SimpleNamespace(unet=unet), saved_bytes=lambda: sizes[unet.mode])
-        plan = plan_memory(measured, wanted, batch, 0, free_gb * GB)
-    return plan.checkpointing, plan.images_per_pass, plan.tight
+class Sizes:
+    """A base of 5 GB, 2.6 GB in int8, in 90 blocks; an image takes 6, 3.6 or 0.8 GB."""
+
+    blocks = 90
+
+    def resting(self, weights: str, offloaded: int) -> int:
+        size = 5.0 if weights == "full" else 2.6
+        return int((size * (1 - offloaded / 90) + 0.2 * bool(offloaded) + 0.5) * GB)
+
+    def step(self, checkpointing: str, images: int) -> int:
+        return int({"off": 6.0, "selective": 3.6, "on": 0.8}[checkpointing] * images * GB)
+
+
+def planned(free: float, batch: int = 1, least: bool = False, **settings: Any) -> tuple[str, str, int, int, bool]:
+    plan = plan_memory(Sizes(), MemorySettings(batch_size=batch, **settings), free * GB, least)
+    assert plan.tight == (plan.needed > free * GB)
+    return plan.checkpointing, plan.base_weights, plan.offloaded_blocks, plan.images_per_pass, plan.tight
 
 
 def test_the_fastest_plan_that_fits_is_taken() -> None:
-    assert planned(80) == ("off", 4, False)
-    assert planned(10) == ("off", 2, False)
-    assert planned(5.5) == ("off", 1, False)
-    assert planned(3.5) == ("selective", 1, False)
-    assert planned(2) == ("on", 1, False)
-    assert planned(1) == ("on", 1, True)
-    assert planned(3, wanted="off") == ("off", 1, True)
-    assert planned(80, wanted="selective") == ("selective", 4, False)
+    assert planned(80) == ("off", "full", 0, 1, False)
+    assert planned(10.5) == ("selective", "full", 0, 1, False) == planned(11)
+    assert planned(11, base_weights="auto") == ("off", "int8", 0, 1, False)
+    assert planned(7, base_weights="auto") == ("on", "full", 0, 1, False)
+    assert planned(4.9, base_weights="auto") == ("on", "int8", 0, 1, False)
+    mode, weights, offloaded, _, tight = planned(4.0, base_weights="auto")
+    assert (mode, weights, tight) == ("on", "int8", False) and 0 < offloaded < 90
+    assert planned(2.2, base_weights="auto") == ("on", "int8", 90, 1, True)
+
+
+def test_only_as_many_blocks_are_offloaded_as_needed() -> None:
+    counts = [planned(free)[2] for free in (7, 6, 5, 4, 3)]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] > 60
+    assert planned(5, offload_blocks=0) == ("on", "full", 0, 1, True)
+    assert planned(80, offload_blocks=1000) == ("off", "full", 90, 1, False)
+
+
+def test_a_pass_is_halved_before_anything_is_computed_again() -> None:
+    assert planned(80, batch=4) == ("off", "full", 0, 4, False)
+    assert planned(20, batch=4) == ("off", "full", 0, 2, False)
+    assert planned(80, batch=4, images_per_pass=2) == ("off", "full", 0, 2, False)
+
+
+def test_what_is_set_is_kept() -> None:
+    assert planned(3, gradient_checkpointing="off", base_weights="fp8", offload_blocks=3)[:3] == ("off", "fp8", 3)
+    assert planned(80, gradient_checkpointing="selective") == ("selective", "full", 0, 1, False)
+
+
+def test_the_least_is_taken_where_it_is_asked_for() -> None:
+    assert planned(80, batch=4, least=True) == ("on", "full", 90, 1, False)
+    assert planned(80, base_weights="auto", least=True) == ("on", "int8", 90, 1, False)
+
+
+def test_the_plan_says_what_it_is() -> None:
+    plan = MemoryPlan("on", 2, "int8", 12, int(4.2 * GB))
+    words = (
+        "gradient checkpointing on, base weights int8, 12 blocks offloaded, 2 images a pass: about 4.2 GB needed of "
+    )
+    assert plan.reason(8 * GB) == words + "8.0 GB free"
+    assert plan.reason(float("inf")) == words + "an unknown amount of memory"
+
+
+@pytest.mark.parametrize(("preset", "limit"), [("low memory (8 GB)", 7.0), ("low memory (6 GB)", 4.5)])
+def test_a_preset_for_a_small_card_asks_for_a_plan_within_it(preset: Any, limit: float) -> None:
+    config = TrainConfig(**with_preset({}, preset)[0])
+    assert (config.memory_limit_gb, config.base_weights, config.offload_blocks) == (limit, "auto", -1)
+    plan = plan_memory(Sizes(), config, config.memory_limit_gb * GB)
+    assert plan.needed <= limit * GB
+
+
+# A run follows its plan
+
+
+class Little(DeviceMemory):
+    """A device with little memory, which notes what is taken."""
+
+    def __init__(self, size: float, least: bool = False) -> None:
+        super().__init__(CPU)
+        self.size, self.least = size, least
+        self.taken: list[int] = []
+
+    def free(self) -> float:
+        return self.size
+
+    def take(self, size: int) -> None:
+        self.taken.append(size)
+
+
+def stored_layers(monkeypatch: pytest.MonkeyPatch) -> list[list[StoredLayer]]:
+    found: list[list[StoredLayer]] = []
+    predict = TrainableSDXL.predict
+
+    def noting(self: TrainableSDXL, batch: Any) -> Tensor:
+        if batch.latents.dtype == torch.float32 and not isinstance(batch.latents, torch._subclasses.FakeTensor):
+            found.append([module for module in self.modules() if isinstance(module, StoredLayer)])
+        return predict(self, batch)
+
+    monkeypatch.setattr(TrainableSDXL, "predict", noting)
+    return found
+
+
+@pytest.mark.usefixtures("real_plan")
+def test_a_run_on_a_small_device_offloads_and_learns_the_same(run: Train) -> None:
+    """An offloaded block changes no bit, and a resumed run keeps the plan."""
+    least = Little(1.0, least=True)
+    config = replace(SMALL, gradient_checkpointing="on")
+    plain = run(config)
+    small = run(config, where="b", memory=least)
+    assert "19 blocks offloaded" in small.report.memory and "offloaded" not in plain.report.memory
+    assert least.taken and least.taken[0] > RESERVE
+    assert all(torch.equal(one, other) for one, other in _pairs(plain, small))
+
+
+def _pairs(one: Any, other: Any) -> list[tuple[Tensor, Tensor]]:
+    ours, theirs = load_file(one.lora_path), load_file(other.lora_path)
+    assert ours.keys() == theirs.keys()
+    return [(ours[name], theirs[name]) for name in ours]
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_base_weights_are_stored_in_the_format_asked_for(
+    run: Train, form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = stored_layers(monkeypatch)
+    plain, small = run(SMALL), run(replace(SMALL, base_weights=form), where="b")
+    kinds = {layer.values.dtype for layer in layers[-1] if layer.values is not None}
+    assert kinds == {torch.int8 if form == "int8" else torch.float8_e4m3fn}
+    assert f"base weights {form}" in small.report.memory
+    assert small.report.loss == pytest.approx(plain.report.loss, rel=0.02)
+    assert not all(torch.equal(one, other) for one, other in _pairs(plain, small))
+
+
+def test_dora_needs_the_base_in_full() -> None:
+    with pytest.raises(ValueError, match="base_weights is 'int8' and adapter is 'dora'"):
+        TrainConfig(adapter="dora", base_weights="int8")
+    TrainConfig(adapter="dora", offload_blocks=3)
 
 
 @pytest.mark.usefixtures("real_plan")

@@ -9,6 +9,9 @@ from ...sdxl.precision import Precision
 from ...settings import Range, setting
 
 Checkpointing = Literal["auto", "off", "selective", "on"]
+WeightFormat = Literal["full", "fp8", "int8"]
+BaseWeights = Literal["auto", "full", "fp8", "int8"]
+ALL_BLOCKS = 1000  # more than any UNet has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,19 @@ class MemorySettings:
         0.0,
         "Memory that the run may use, in GB, if other programs need some. 0: all that is free.",
         Range(0, 4096, step=0.5),
+    )
+    base_weights: BaseWeights = setting(
+        "full",
+        "Format of the UNet's frozen weights. full: that of precision. int8 and fp8 take half of bf16's memory at a "
+        "small error; the LoRA is for the original base all the same. auto: full if it fits, else int8.",
+        since="0.4",
+    )
+    offload_blocks: int = setting(
+        -1,
+        "Blocks of the UNet whose weights wait in main memory and are copied to the GPU when they are needed: less "
+        "memory, longer steps, equal results. 0: none; 1000: all; -1: as many as needed.",
+        Range(-1, ALL_BLOCKS),
+        since="0.4",
     )
     deterministic: bool = setting(
         False,

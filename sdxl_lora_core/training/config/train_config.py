@@ -75,6 +75,7 @@ class TrainConfig(
         "sample_every",
         "clip_model",
         "tensorboard",
+        "offload_blocks",
     )
 
     @property
@@ -102,6 +103,11 @@ class TrainConfig(
         check_captions(self)
         check_watching(self)
         check_memory(self)
+        if self.adapter == "dora" and self.base_weights != "full":
+            raise ValueError(
+                f"base_weights is {self.base_weights!r} and adapter is 'dora', which needs the base's own weights: set "
+                "base_weights to full, or adapter to lora"
+            )
         if self.epochs == 0 and self.lr_warmup_steps >= self.steps and self.lr_warmup_steps > 0:
             raise ValueError(
                 f"lr_warmup_steps is {self.lr_warmup_steps} and steps is {self.steps}: the warm-up must be shorter"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cache.folders import CacheFolders
+from ...cache.kept_tensors import KeptTensors
 from ...cache.tensor_cache import OnItem
 from ...dataset.caption_dataset import CaptionEntry
 from ...dataset.caption_text import contains_word
@@ -99,7 +100,7 @@ class TrainingData:
     """The samples of a job with their captions, by step and position. All tensors are on the CPU.
 
     `captions` are the texts that each image is trained with; `prompt_files` hold the embeddings of all of them. There
-    are none if both text encoders are trained.
+    are none if both text encoders are trained. `kept` are the tensors that stay in main memory.
     """
 
     def __init__(self, job: TrainingJob, cache: CacheFolders, device: torch.device) -> None:
@@ -121,6 +122,7 @@ class TrainingData:
         self.prompt_keys = PromptKeys(job.base, self.dtype, device, config.caption_chunks)
         captions = self._all_captions() if self.reads_prompts else ()
         self.prompt_files = {caption: self.prompt_keys.file(cache.prompts, caption) for caption in captions}
+        self.kept = KeptTensors()
         self._epochs: dict[int, list[list[int]]] = {}
         self._per_epoch = len(self._epoch(0))
 
@@ -194,7 +196,7 @@ class TrainingData:
             captions = self.captions[index]
             caption = captions[random_index(len(captions), self.config.seed, step, position, "caption")]
         timestep = self.noise.timestep(random)
-        latents = _latents(sample, random)
+        latents = self._latents(sample, random)
         noise = self.noise.noise(latents, random)
         weight = self.config.prior_weight if is_regularisation else 1.0
         return Row(sample, caption, latents, noise, self.noise.input_noise(noise, random), timestep, weight)
@@ -204,7 +206,7 @@ class TrainingData:
         for position, sample in enumerate(self.validation):
             for timestep in VALIDATION_TIMESTEPS:
                 random = generator(0, timestep, position)
-                latents = _latents(sample, random)
+                latents = self._latents(sample, random)
                 noise = torch.randn(latents.shape, generator=random)
                 yield self._stack([Row(sample, sample.entry.caption, latents, noise, noise, timestep)])
 
@@ -213,13 +215,18 @@ class TrainingData:
         for variants, captions in zip(self.variants[: self.first_regularisation], self.captions, strict=False):
             for timestep in IMAGE_TIMESTEPS:
                 random = generator(0, timestep, 0)
-                latents = _latents(variants[0], random)
+                latents = self._latents(variants[0], random)
                 noise = torch.randn(latents.shape, generator=random)
                 caption = captions[0] if with_captions else ""
                 yield self._stack([Row(variants[0], caption, latents, noise, noise, timestep)])
 
+    def _latents(self, sample: Sample, random: torch.Generator) -> Tensor:
+        """A sample of the VAE's posterior, [4, H/8, W/8]."""
+        mean, std = sample.posterior(self.kept.load)
+        return mean + std * torch.randn(mean.shape, generator=random)
+
     def _stack(self, rows: Sequence[Row]) -> Batch:
-        prompts = [load_prompt(self.prompt_files[row.caption]) for row in rows if self.reads_prompts]
+        prompts = [load_prompt(self.prompt_files[row.caption], self.kept.load) for row in rows if self.reads_prompts]
         return Batch(
             latents=torch.stack([row.latents for row in rows]),
             noise=torch.stack([row.noise for row in rows]),
@@ -230,14 +237,8 @@ class TrainingData:
             pooled=torch.stack([row for _, row in prompts]).to(self.dtype) if prompts else None,
             time_ids=torch.stack([row.sample.time_ids() for row in rows]),
             weights=torch.tensor([row.weight for row in rows]),
-            masks=torch.stack([row.sample.mask() for row in rows]) if self.config.masked_loss else None,
+            masks=torch.stack([row.sample.mask(self.kept.load) for row in rows]) if self.config.masked_loss else None,
         )
-
-
-def _latents(sample: Sample, random: torch.Generator) -> Tensor:
-    """A sample of the VAE's posterior, [4, H/8, W/8]."""
-    mean, std = sample.posterior()
-    return mean + std * torch.randn(mean.shape, generator=random)
 
 
 def small_batches(job: TrainingJob) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...cache.tensor_cache import OnItem, is_readable, load_tensors, minor_version, store_tensors
+from ...cache.tensor_cache import Load, OnItem, is_readable, load_tensors, minor_version, store_tensors
 from ...dataset.caption_dataset import CaptionEntry
 from ...files import file_sha256, json_sha256
 from ...images.crop import Crop
@@ -31,16 +31,16 @@ class Sample:
     latents_file: Path
     mask_file: Path | None
 
-    def posterior(self) -> tuple[Tensor, Tensor]:
+    def posterior(self, load: Load = load_tensors) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, float32 [4, H/8, W/8]."""
-        tensors = load_tensors(self.latents_file)
+        tensors = load(self.latents_file)
         return tensors["mean"], tensors["std"]
 
-    def mask(self) -> Tensor:
+    def mask(self, load: Load = load_tensors) -> Tensor:
         """The mask, float32 [1, H/8, W/8] from 0 to 1; ones if the image has no mask."""
         if self.mask_file is None:
             return torch.ones(1, self.crop.bucket_h // 8, self.crop.bucket_w // 8)
-        return load_tensors(self.mask_file)["mask"]
+        return load(self.mask_file)["mask"]
 
     def time_ids(self) -> Tensor:
         return time_ids((self.entry.width, self.entry.height), self.crop, self.mirrored)

@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear
 
 from ...runtime.offload import OffloadedBlocks, largest_window, packed_bytes
-
-Form = Literal["full", "fp8", "int8"]
+from ..config.memory import WeightFormat
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}  # of fp8 with 4 bits of exponent and 3 of mantissa, arXiv 2209.05433
 _STORED = ("values", "scale", "shift")
+_LAYERS = (nn.Linear, nn.Conv2d)
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ class StoredLayer(nn.Module):
     scale: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, layer: Any, form: Form, device: torch.device) -> None:
+    def __init__(self, layer: Any, form: WeightFormat, device: torch.device) -> None:
         """Quantises on `device`, and leaves the values there."""
         super().__init__()
         weight = layer.weight.detach()
@@ -108,7 +108,7 @@ class StoredLayer(nn.Module):
 class StoredLinear(StoredLayer):
     """nn.Linear with a stored weight."""
 
-    def __init__(self, layer: nn.Linear, form: Form, device: torch.device) -> None:
+    def __init__(self, layer: nn.Linear, form: WeightFormat, device: torch.device) -> None:
         super().__init__(layer, form, device)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
@@ -122,7 +122,7 @@ class StoredLinear(StoredLayer):
 class StoredConv2d(StoredLayer):
     """nn.Conv2d with a stored weight and zeros as padding."""
 
-    def __init__(self, layer: nn.Conv2d, form: Form, device: torch.device) -> None:
+    def __init__(self, layer: nn.Conv2d, form: WeightFormat, device: torch.device) -> None:
         super().__init__(layer, form, device)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size, self.stride = layer.kernel_size, layer.stride
@@ -196,12 +196,14 @@ def spread(count: int, total: int) -> list[int]:
 
 
 @torch.no_grad()
-def store_weights(unet: Any, form: Form, offloaded: int, device: torch.device) -> OffloadedBlocks | None:
-    """Replaces frozen layers of the UNet, which is on the CPU, by stored ones. Returns what is in main memory.
+def store_weights(unet: Any, form: WeightFormat, offloaded: int, device: torch.device) -> OffloadedBlocks | None:
+    """Replaces frozen layers of the UNet by stored ones. Returns what is in main memory, None if nothing is.
 
     Quantises on `device` layer by layer, so that it never has more than one weight in full: the layers of
     `weight_blocks`, and the projections around transformer blocks. The other weights are small, and errors in them
-    count more. Layers of `offloaded` blocks, at most all, stay in main memory. Move the UNet to `device` afterwards.
+    count more. Layers of `offloaded` blocks, at most all, stay in main memory. Move the UNet, which is on the CPU if
+    anything is quantised or offloaded, to `device` afterwards. Convolutions in full are replaced, too: torch's own save
+    their input for a gradient of the weight, which a frozen one does not have.
     """
     order = weight_blocks(unet)
     waiting = set(spread(offloaded, len(order)))
@@ -209,8 +211,8 @@ def store_weights(unet: Any, form: Form, offloaded: int, device: torch.device) -
     for index, block in enumerate(order):
         if blocks and index in waiting:
             _offload(_replace(block, form, device), blocks)
-        elif form != "full":
-            _replace(block, form, device)
+        else:
+            _replace(block, form, device, nn.Conv2d if form == "full" else _LAYERS)
     if form != "full":
         for transformer in _transformers(unet):
             _replace(transformer, form, device)
@@ -222,21 +224,20 @@ def _transformers(unet: Any) -> Iterator[nn.Module]:
         yield from getattr(stage, "attentions", ())
 
 
-def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:
+def _places(module: nn.Module, kinds: Any = _LAYERS) -> list[tuple[nn.Module, str]]:
     """Where frozen layers are, as their parent and their name in it. A peft layer is the parent of its base."""
     return [
         (parent, name)
         for parent in module.modules()
         for name, layer in parent.named_children()
-        if isinstance(layer, (nn.Linear, nn.Conv2d))
-        and not any(parameter.requires_grad for parameter in layer.parameters())
+        if isinstance(layer, kinds) and not any(parameter.requires_grad for parameter in layer.parameters())
     ]
 
 
-def _replace(module: nn.Module, form: Form, device: torch.device) -> list[StoredLayer]:
+def _replace(module: nn.Module, form: WeightFormat, device: torch.device, kinds: Any = _LAYERS) -> list[StoredLayer]:
     """Replaces one layer after the other, so that the original weight of each is freed before the next."""
     stored: list[StoredLayer] = []
-    for parent, name in _places(module):
+    for parent, name in _places(module, kinds):
         layer = getattr(parent, name)
         kind: Any = StoredLinear if isinstance(layer, nn.Linear) else StoredConv2d
         stored.append(kind(layer, form, device))
@@ -264,7 +265,7 @@ class StoredBytes(NamedTuple):
     window: int
 
 
-def stored_bytes(unet: Any, form: Form, offloaded: int) -> StoredBytes:
+def stored_bytes(unet: Any, form: WeightFormat, offloaded: int) -> StoredBytes:
     """What the frozen weights would take after `store_weights`, from the shapes and dtypes of a UNet before it."""
     groups = [_layers(block) for block in weight_blocks(unet)]
     waiting = spread(offloaded, len(groups))
@@ -284,11 +285,11 @@ def _layers(module: nn.Module) -> list[Any]:
     return [getattr(parent, name) for parent, name in _places(module)]
 
 
-def _bytes(layers: list[Any], form: Form) -> int:
+def _bytes(layers: list[Any], form: WeightFormat) -> int:
     return sum(size for layer in layers for size in _sizes(layer, form))
 
 
-def _sizes(layer: Any, form: Form) -> list[int]:
+def _sizes(layer: Any, form: WeightFormat) -> list[int]:
     """Bytes of the layer's stored tensors."""
     weight, bias = layer.weight, layer.bias
     sizes = [weight.nbytes] if form == "full" else [weight.numel(), weight.shape[0] * weight.element_size()]

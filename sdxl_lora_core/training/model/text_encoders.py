@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...lora.modules import LoRAFile
-from ...sdxl.base import load_part, load_tokenizers
+from ...sdxl.base import SDXLBase, load_part, load_tokenizers
 from ...sdxl.family import ENCODERS, Part
 from ...text.encoding import TokenIds, encode_text, stack_embeds
 from ...text.new_tokens import TokenEmbedding, add_tokens, start_vectors
@@ -23,6 +23,8 @@ from .flat_parameters import ParameterGroup
 
 log = logging.getLogger("sdxl_lora")
 
+LoadPart = Callable[[SDXLBase, Part, torch.dtype, torch.device], Any]
+
 # CLIP's vocabulary is ordered by frequency: from this id on, words such as ohwx (47993) hardly occur.
 _RARE = 40_000
 
@@ -30,7 +32,9 @@ _RARE = 40_000
 class TrainedEncoders(nn.Module):
     """Text encoders with a LoRA, new tokens, or both. `start` is the file that training continues from."""
 
-    def __init__(self, job: TrainingJob, start: LoRAFile | None, device: torch.device) -> None:
+    def __init__(
+        self, job: TrainingJob, start: LoRAFile | None, device: torch.device, load: LoadPart = load_part
+    ) -> None:
         super().__init__()
         base, config, dtype = job.base, job.config, job.dtype(device)
         self.chunks = config.caption_chunks
@@ -40,7 +44,7 @@ class TrainedEncoders(nn.Module):
         self.embeddings: dict[Part, TokenEmbedding] = {}
         self.token_ids: TokenIds = {}
         for part in learning_encoders(config):
-            self.encoders[part] = load_part(base, part, dtype, device)
+            self.encoders[part] = load(base, part, dtype, device)
             self.add_module(part, self.encoders[part])
             if encoder_rate(config, part):
                 self.adapters[part] = Adapter(self.encoders[part], config, part, start)

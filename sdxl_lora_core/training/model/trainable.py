@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ...lora.files import read_lora
 from ...lora.modules import LoRAFile
-from ...sdxl.base import SDXLBase, load_part, scheduler_config
+from ...sdxl.base import load_part, scheduler_config
 from ...sdxl.family import ENCODERS, Part
 from ..config.adapter import encoder_rate
 from ..config.train_config import learning_encoders
@@ -19,12 +18,10 @@ from ..data.batches import Batch
 from ..job import TrainingJob
 from .adapter_init import require_same_parts
 from .adapters import Adapter
-from .base_weights import Form, store_weights
+from .base_weights import WeightFormat, store_weights
 from .flat_parameters import FlatParameters
 from .objective import Objective
-from .text_encoders import TrainedEncoders
-
-LoadPart = Callable[[SDXLBase, Part, torch.dtype, torch.device], Any]
+from .text_encoders import LoadPart, TrainedEncoders
 
 
 class TrainableSDXL(nn.Module):
@@ -39,7 +36,7 @@ class TrainableSDXL(nn.Module):
         self,
         job: TrainingJob,
         device: torch.device,
-        weights: Form = "full",
+        weights: WeightFormat = "full",
         offloaded: int = 0,
         load: LoadPart = load_part,
     ) -> None:
@@ -53,15 +50,15 @@ class TrainableSDXL(nn.Module):
         start = read_lora(Path(config.continue_from)) if config.continue_from else None
         if start:
             require_same_parts(start, config, [part for part in ENCODERS if encoder_rate(config, part)])
-        stored = weights != "full" or offloaded > 0
-        self.unet: Any = load(base, "unet", dtype, torch.device("cpu") if stored else device)
+        shrinks = weights != "full" or offloaded > 0
+        self.unet: Any = load(base, "unet", dtype, torch.device("cpu") if shrinks else device)
         self.adapters: dict[Part, Adapter] = {}
         if config.train_unet:
             self.adapters["unet"] = Adapter(self.unet, config, "unet", start)
-        self.offloaded = store_weights(self.unet, weights, offloaded, device) if stored else None
+        self.offloaded = store_weights(self.unet, weights, offloaded, device)
         self.unet.to(device)
         trains_text = bool(learning_encoders(config))
-        self.encoders = TrainedEncoders(job, start, device) if trains_text else None
+        self.encoders = TrainedEncoders(job, start, device, load) if trains_text else None
         if self.encoders:
             self.adapters |= self.encoders.adapters
         self.flat = self._flat_parameters()

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from ...dataset.caption_dataset import image_count
 from ...hashed_random import generator
-from ...runtime.device import free_memory, is_out_of_memory, release_memory, seeded
+from ...runtime.device import is_out_of_memory, release_memory, seeded
 from ...runtime.distributed import Processes
-from ..config.train_config import TrainConfig, learning_encoders
-from ..data.batches import Batch, PassOfUpdate
+from ..config.train_config import TrainConfig
+from ..data.batches import PassOfUpdate
 from ..data.feed import Feed
 from ..model.trainable import TrainableSDXL
 from ..run.loop_state import LoopState
-from .memory_plan import Measured, plan_memory, set_checkpointing
-from .optimizers import state_copies
+from .memory_plan import set_checkpointing
 
 log = logging.getLogger("sdxl_lora")
 
@@ -32,30 +31,6 @@ class Gradients:
     ) -> None:
         self.model, self.feed, self.config = model, feed, config
         self.scaler, self.processes = scaler, processes
-
-    def plan(self, state: LoopState) -> None:
-        """Chooses how the run fits into memory, before its first step. A resumed run keeps the choice."""
-        config, model, data = self.config, self.model, self.feed.data
-        free = free_memory(self.feed.device)
-        if config.memory_limit_gb:
-            free = min(free, config.memory_limit_gb * 1e9)
-        areas = [entry.bucket[0] * entry.bucket[1] for entry in data.job.entries]
-        batch = data.batch(PassOfUpdate(0, (areas.index(max(areas)),))).to(self.feed.device)
-        model.train()
-        if config.adapter in ("loha", "lokr"):  # their dropout depends on random values, which cannot be traced
-            model.eval()
-        copies = 1 + state_copies(config) + bool(config.ema_decay)
-        plan = plan_memory(
-            Measured(lambda: model.predict(batch), model, shapes_of(batch, config), data.folders.memory_plans),
-            config.gradient_checkpointing,
-            config.images_per_pass or config.batch_size,
-            copies * model.flat.values.nbytes,
-            free,
-        )
-        state.gradient_checkpointing, state.images_per_pass = plan.checkpointing, plan.images_per_pass
-        state.memory = f"{str(model.dtype).removeprefix('torch.')}, {plan.reason}"
-        if plan.tight:
-            log.warning("this run may not fit, or use shared memory that is many times slower: %s", plan.reason)
 
     def of_update(self, state: LoopState) -> Tensor:
         """Stores the gradient of the mean loss over the effective batch in the parameters.
@@ -95,6 +70,7 @@ class Gradients:
             self._note(state, "gradient checkpointing is on from here, steps take longer")
         else:
             remedy = "" if state.gradient_checkpointing == "on" else "set gradient_checkpointing to auto, or "
+            remedy += "" if state.offloaded_blocks else "offload_blocks to 1000, or "
             raise torch.OutOfMemoryError(
                 f"out of memory at step {step} with a single image a pass: {remedy}lower the dataset's resolution "
                 f"or the rank (now {self.config.rank}), or close other programs that use the memory ({cause})"
@@ -157,15 +133,3 @@ def layer_dropout(config: TrainConfig, step: int, position: int, device: torch.d
         return
     with seeded(generator(config.seed, step, position).initial_seed(), device):
         yield
-
-
-def shapes_of(batch: Batch, config: TrainConfig) -> list[object]:
-    """Everything that the tensor shapes of the forward pass depend on.
-
-    Captions are part of it only if a text encoder is trained, which reads captions of any length; otherwise datasets
-    share a measurement.
-    """
-    shapes: list[object] = [list(batch.latents.shape), None if batch.embeds is None else list(batch.embeds.shape)]
-    if learning_encoders(config):
-        shapes += [batch.captions, config.caption_chunks, config.new_tokens, config.vectors_per_token]
-    return shapes

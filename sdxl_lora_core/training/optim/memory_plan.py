@@ -1,149 +1,129 @@
-"""Plans how a run fits into memory: gradient checkpointing and images per pass.
+"""Plans how a run fits into memory: checkpointing, images per pass, format of the base's weights, offloaded blocks.
 
-The plan is based on the bytes that a forward pass saves for its backward pass. They are measured on fake tensors, which
-takes no memory and is exact for this UNet, adapter and image size. It takes seconds, so the result is cached on disk.
+The plan is made before the weights are loaded, from the bytes that a step takes by the count of memory_measure.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...cache.tensor_cache import minor_version
-from ...files import json_sha256, write_text_atomic
-from ..config.memory import Checkpointing
+from ..config.memory import Checkpointing, MemorySettings, WeightFormat
 
-_OVERHEAD = 1.15  # factor on the saved bytes for temporary tensors of the backward pass
-_RESERVE = 512 * 2**20  # bytes for the workspace of libraries
+RESERVE = 512 * 2**20  # bytes for the workspaces of libraries
+_OVERHEAD = 1.05  # factor on the bytes of a step, because an allocator cannot use all of its memory
 _GEGLU = "GEGLU"
+
+# Estimated durations relative to a step that recomputes nothing, from the operations of SDXL at 1024x1024: forward 6.8
+# of 14.7 TFLOP, the feed-forward layers' first half 1.9.
+_RECOMPUTED = {"off": 1.0, "selective": 1.13, "on": 1.46}
+_DEQUANTISED = 1.08  # each weight is read once more
+_TRANSFERRED = 0.5  # of all weights over PCIe, twice; blocks between the offloaded ones hide a part of it
+_SMALLER_PASS = 1.02  # for each halving
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a run uses memory. `reason` is a sentence for the report; `tight` says that it may not fit nevertheless."""
+    """How a run uses memory. `needed` is in bytes; `tight` says that it may not fit nevertheless."""
 
     checkpointing: Checkpointing
     images_per_pass: int
-    reason: str
+    base_weights: WeightFormat
+    offloaded_blocks: int
+    needed: int
     tight: bool = False
 
+    def reason(self, free: float) -> str:
+        """A sentence for the report."""
+        room = "an unknown amount of memory" if math.isinf(free) else f"{free / 1e9:.1f} GB free"
+        weights = "" if self.base_weights == "full" else f"base weights {self.base_weights}, "
+        offloaded = f"{self.offloaded_blocks} blocks offloaded, " if self.offloaded_blocks else ""
+        return (
+            f"gradient checkpointing {self.checkpointing}, {weights}{offloaded}{self.images_per_pass} images a pass: "
+            f"about {self.needed / 1e9:.1f} GB needed of {room}"
+        )
 
-@dataclass(frozen=True)
-class Measured:
-    """The forward pass of one image of the largest size through `model`, to be measured.
 
-    `shapes`, JSON values, are what the shapes of its tensors depend on. `folder` caches the results: the same model in
-    the same mode saves the same for the same shapes, so it is measured once for all runs.
+class Measured(Protocol):
+    """The bytes of a run on the device (see memory_measure)."""
+
+    @property
+    def blocks(self) -> int: ...
+
+    def resting(self, weights: WeightFormat, offloaded: int) -> int:
+        """Between the passes: weights, trained parameters, their gradients, moments and averages."""
+        ...
+
+    def step(self, checkpointing: Checkpointing, images: int) -> int:
+        """What a forward and backward pass adds at its peak."""
+        ...
+
+
+def plan_memory(measured: Measured, settings: MemorySettings, free: float, least: bool = False) -> MemoryPlan:
+    """The plan of the shortest estimated step among those that fit into `free` bytes; the smallest one if none does.
+
+    Only what a setting leaves to the plan is chosen. `least` asks for the smallest plan in any case.
     """
+    chosen: MemoryPlan | None = None
+    shortest = math.inf
+    candidates = sorted(_candidates(settings), key=lambda candidate: _seconds(*candidate, 0))
+    for candidate in [] if least else candidates:
+        if _seconds(*candidate, 0) >= shortest:
+            break  # offloading only makes it longer
+        for offloaded in _offloads(settings, measured.blocks):
+            plan = _plan(measured, candidate, offloaded)
+            if plan.needed <= free:
+                seconds = _seconds(*candidate, offloaded / measured.blocks)
+                if seconds < shortest:
+                    chosen, shortest = plan, seconds
+                break
+    if chosen:
+        return chosen
+    most = max(_offloads(settings, measured.blocks))
+    smallest = min((_plan(measured, candidate, most) for candidate in candidates), key=lambda plan: plan.needed)
+    return MemoryPlan(**{**vars(smallest), "tight": smallest.needed > free})
 
-    forward: Callable[[], object]
-    model: Any
-    shapes: Sequence[object]
-    folder: Path
 
-    def saved_bytes(self) -> int:
-        """Bytes saved for the backward pass, without the model's own weights. Nothing is computed."""
-        note = self.folder / f"{json_sha256(_dependencies(self.model, self.shapes))}.json"
-        known = _read_count(note)
-        if known is None:
-            known = _count(self.forward, self.model)
-            with contextlib.suppress(OSError):  # on a full or read-only disk the next run measures again
-                write_text_atomic(note, json.dumps({"kept_bytes": known}))
-        return known
+Candidate = tuple[Checkpointing, WeightFormat, int, int]  # with the images of a pass, and of the batch
 
 
-def plan_memory(
-    measured: Measured, requested: Checkpointing, batch_size: int, training_bytes: int, free: float
-) -> MemoryPlan:
-    """The fastest plan that fits into `free` bytes.
-
-    Halving the pass costs least and comes first, then recomputing the feed-forward layers, then recomputing every
-    block. If `requested` is not auto, only the images per pass are chosen. `training_bytes` are those of gradients,
-    optimizer state and averages.
-    """
-    fixed = _RESERVE + training_bytes
-    modes: tuple[Checkpointing, ...] = ("off", "selective", "on") if requested == "auto" else (requested,)
-    needed = 0
+def _candidates(settings: MemorySettings) -> Iterator[Candidate]:
+    requested = settings.gradient_checkpointing
+    modes: Sequence[Checkpointing] = ("off", "selective", "on") if requested == "auto" else (requested,)
+    weights = settings.base_weights
+    formats: Sequence[WeightFormat] = ("full", "int8") if weights == "auto" else (weights,)
+    most = settings.images_per_pass or settings.batch_size
     for mode in modes:
-        set_checkpointing(measured.model.unet, mode)
-        an_image = measured.saved_bytes()
-        images = batch_size
-        while images > 1 and fixed + _OVERHEAD * an_image * images > free:
-            images = (images + 1) // 2
-        needed = int(fixed + _OVERHEAD * an_image * images)
-        if needed <= free:
-            return MemoryPlan(mode, images, _reason(mode, images, needed, free))
-    return MemoryPlan(modes[-1], 1, _reason(modes[-1], 1, needed, free), tight=True)
+        for form in formats:
+            images = most
+            yield mode, form, images, most
+            while images > 1:
+                images = (images + 1) // 2
+                yield mode, form, images, most
 
 
-def _reason(mode: Checkpointing, images: int, needed: int, free: float) -> str:
-    room = "an unknown amount of memory" if math.isinf(free) else f"{free / 1e9:.1f} GB free"
-    return f"gradient checkpointing {mode}, {images} images a pass: about {needed / 1e9:.1f} GB needed of {room}"
+def _offloads(settings: MemorySettings, blocks: int) -> Sequence[int]:
+    return range(blocks + 1) if settings.offload_blocks < 0 else [min(settings.offload_blocks, blocks)]
 
 
-def _read_count(note: Path) -> int | None:
-    """The cached result; None if there is none or it is damaged."""
-    try:
-        known = json.loads(note.read_text(encoding="ascii"))["kept_bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return known if type(known) is int and known >= 0 else None
+def _seconds(mode: Checkpointing, form: WeightFormat, images: int, most: int, offloaded: float) -> float:
+    """The estimated duration of an update, relative to one of the whole batch that saves no memory."""
+    smaller = _SMALLER_PASS ** math.log2(most / images)
+    dequantised = 1.0 if form == "full" else _DEQUANTISED
+    bytes_of = 1.0 if form == "full" else 0.5
+    return _RECOMPUTED[mode] * smaller * dequantised + _TRANSFERRED * offloaded * bytes_of * math.ceil(most / images)
 
 
-def _dependencies(model: nn.Module, shapes: Sequence[object]) -> dict[str, object]:
-    """Everything that a result depends on. The code of this module is identified by the version of the folder."""
-    device = next(model.parameters()).device
-    return {
-        "modules": [_mode(name, module) for name, module in model.named_modules()],
-        "inputs": shapes,
-        "device": [device.type, *(torch.cuda.get_device_capability(device) if device.type == "cuda" else ())],
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "libraries": {name: minor_version(name) for name in ("torch", "diffusers", "peft", "transformers")},
-    }
-
-
-def _mode(name: str, module: nn.Module) -> list[object]:
-    return [
-        name,
-        type(module).__name__,
-        module.extra_repr(),
-        [[list(own.shape), str(own.dtype), own.requires_grad] for own in module.parameters(recurse=False)],
-        module.training,
-        "forward" in vars(module),
-        getattr(module, "gradient_checkpointing", False),
-    ]
-
-
-def _count(forward: Callable[[], object], model: nn.Module) -> int:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def note(tensor: Tensor) -> None:
-        """Returns None: a graph that holds its own tensors is a cycle through C++ that is never collected."""
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage._cdata not in weights:
-            kept[storage._cdata] = storage
-
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        without_contents = [mode.from_tensor(weight) for weight in model.parameters()]
-        weights = {weight.untyped_storage()._cdata for weight in without_contents}
-        with torch.autograd.graph.saved_tensors_hooks(note, _never_unpacked):
-            forward()
-        return sum(storage.nbytes() for storage in kept.values())
-
-
-def _never_unpacked(_: object) -> Tensor:
-    raise AssertionError("the memory plan runs no backward pass")
+def _plan(measured: Measured, candidate: Candidate, offloaded: int) -> MemoryPlan:
+    mode, form, images, _ = candidate
+    needed = measured.resting(form, offloaded) + _OVERHEAD * measured.step(mode, images) + RESERVE
+    return MemoryPlan(mode, images, form, offloaded, int(needed))
 
 
 def set_checkpointing(unet: Any, mode: Checkpointing) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...lora.modules import LoRAFile
-from ..config.memory import Checkpointing
+from ..config.memory import Checkpointing, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class LoopState:
     checkpoints: list[int] = field(default_factory=list)
     images_per_pass: int = 0  # at most the batch; fewer where memory is short
     gradient_checkpointing: Checkpointing = "off"
-    memory: str = ""  # the reason for these two
+    base_weights: WeightFormat = "full"  # the format of the UNet's frozen weights
+    offloaded_blocks: int = 0  # of the UNet, in main memory
+    memory: str = ""  # the reason for these four
     schedule_start: int = 0  # the step at which the learning rate schedule starts
     continued_from: str | None = None  # the run that the first steps were taken from
     seconds: float = 0.0  # of training, samples and validation included, over all sessions
