@@ -73,7 +73,10 @@ class Bench:
         data.cache(lambda phase, done, total: None)
         unused: Any = None
         context = RunContext(self.folders("unused"), DEVICE)
-        with Loop(data, context, MagicMock(), unused) as loop, deterministic_steps(config.deterministic):
+        with (
+            Loop(data, context, MagicMock(**{"run.checkpoints.newest.return_value": None}), unused) as loop,
+            deterministic_steps(config.deterministic),
+        ):
             resting = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             seconds = statistics.median(self._timed(loop) for _ in range(self.steps))

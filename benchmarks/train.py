@@ -149,7 +149,7 @@ def ours(work: Path, size: int) -> Step:
     data.cache(lambda phase, done, total: None)
     unused: Any = None
     context = RunContext(RunFolders(work, work, cache, lambda name: False), CPU)
-    loop = Loop(data, context, MagicMock(), unused)
+    loop = Loop(data, context, MagicMock(**{"run.checkpoints.newest.return_value": None}), unused)
     batch = data.batch(PassOfUpdate(0, (0,)))
 
     def step() -> dict[str, float]:

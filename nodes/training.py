@@ -16,7 +16,7 @@ from ..sdxl_lora_core.training.run.runs import RunFolders
 from . import choices
 from .host.comfy import nothing
 from .host.folders import cache_folders, output_folder
-from .host.memory import device, loaded_parts, training_mode
+from .host.memory import device, device_memory, loaded_parts, training_mode
 from .host.progress import Progress
 from .host.server import stop_button
 from .previews import show
@@ -106,7 +106,9 @@ def _train(base: SDXLBase, dataset: CaptionDataset, config: TrainConfig) -> Trai
     with training_mode(), loaded_parts() as parts, Progress() as progress, stop_button.offered() as should_stop:
         largest = max((entry.resolution for entry in dataset.entries), default=0)
         progress.note(size_note(base, largest, "resolution of Load Caption Dataset"))
-        context = RunContext(_run_folders(), device(), progress.on_step, should_stop, progress.on_run, parts)
+        context = RunContext(
+            _run_folders(), device(), progress.on_step, should_stop, progress.on_run, parts, device_memory()
+        )
         return train(TrainingJob(base, dataset, config), context)
 
 

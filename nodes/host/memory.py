@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...sdxl_lora_core.runtime.device import default_device, trim_heap
+from ...sdxl_lora_core.runtime.device import DeviceMemory, default_device, trim_heap
 from ...sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from .comfy import running
 
@@ -144,6 +144,32 @@ def loaded_parts() -> Iterator[LoadedParts]:
     finally:
         if isinstance(owner, ComfyParts):
             owner.in_use.clear()
+
+
+class ComfyMemory(DeviceMemory):
+    """What ComfyUI leaves to a training: without --reserve-vram, and as little as possible with --lowvram."""
+
+    @property
+    def least(self) -> bool:
+        from comfy.cli_args import args
+
+        return bool(args.lowvram or args.novram)
+
+    def free(self) -> float:
+        import comfy.model_management
+
+        unused = comfy.model_management.get_free_memory(self.device)
+        return max(0.0, unused - comfy.model_management.extra_reserved_memory())
+
+    def take(self, size: int) -> None:
+        import comfy.model_management
+
+        reserved = comfy.model_management.extra_reserved_memory()
+        comfy.model_management.free_memory(size + reserved, self.device)
+
+
+def device_memory() -> DeviceMemory:
+    return ComfyMemory(device()) if running() else DeviceMemory(device())
 
 
 @contextmanager

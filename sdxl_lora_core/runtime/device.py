@@ -68,15 +68,15 @@ def copied_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class DeviceMemory:
-    """The memory that a run may use on `device`. A host that manages it overrides this.
-
-    `least` asks for the plan that takes least, however much is free.
-    """
-
-    least = False
+    """The memory that a run may use on `device`. A host that manages it overrides this."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    @property
+    def least(self) -> bool:
+        """Whether to take as little as possible, however much is free."""
+        return False
 
     def free(self) -> float:
         """Bytes that the run may take."""

@@ -1,4 +1,6 @@
 class _Arguments:
     disable_metadata: bool
+    lowvram: bool
+    novram: bool
 
 args: _Arguments

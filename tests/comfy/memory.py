@@ -21,6 +21,7 @@ if find_spec("comfy_aimdo"):
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+import comfy.cli_args  # noqa: E402
 import comfy.model_management as management  # noqa: E402
 import comfy.model_patcher as patchers  # noqa: E402
 import torch  # noqa: E402
@@ -88,6 +89,21 @@ def classic():
     use("vae", "unet")
     yield "our parts were used again", now()
     yield "training has begun", while_training(core)
+    yield from memory_of_a_training(core)
+
+
+def memory_of_a_training(core):
+    memory = MEMORY.ComfyMemory(DEVICE)
+    management.load_models_gpu([core])
+    before = now()["on the device"]
+    memory.take(3.2 * SIZE + management.minimum_inference_memory())
+    yield "memory for a training", {"least": memory.least, "before": before, "after": now()["on the device"]}
+    reserved, management.EXTRA_RESERVED_VRAM = management.EXTRA_RESERVED_VRAM, 1000  # as by --reserve-vram
+    yield "memory for a training, reserved", {"withheld": management.get_free_memory(DEVICE) - memory.free()}
+    management.EXTRA_RESERVED_VRAM = reserved
+    comfy.cli_args.args.lowvram = True
+    yield "memory for a training, --lowvram", {"least": memory.least}
+    comfy.cli_args.args.lowvram = False
 
 
 def dynamic():

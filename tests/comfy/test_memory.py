@@ -81,6 +81,12 @@ def test_beside_a_model_in_dynamic_vram(dynamic: dict[str, Any]) -> None:
     assert dynamic["all models were unloaded"] == NOTHING
 
 
+def test_a_training_respects_what_comfyui_reserves_and_makes_room_for_what_it_takes(classic: dict[str, Any]) -> None:
+    plain, reserved, low = (classic[f"memory for a training{case}"] for case in ("", ", reserved", ", --lowvram"))
+    assert reserved["withheld"] == 1000 and not plain["least"] and low["least"]
+    assert plain["before"] == [CORE] and plain["after"] == []
+
+
 @pytest.fixture(scope="module")
 def small(start_server: Callable[..., AbstractContextManager[Server]], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A server of its own with a small model of ComfyUI's."""

@@ -8,18 +8,28 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from sdxl_lora_core.cache.folders import CacheFolders
+from sdxl_lora_core.dataset.caption_dataset import load_caption_dataset
+from sdxl_lora_core.dataset.config import DatasetConfig
 from sdxl_lora_core.sdxl.base import SDXLBase, empty_part, load_part, open_base
 from sdxl_lora_core.training.config.memory import Checkpointing
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.data.batches import PassOfUpdate, TrainingData
+from sdxl_lora_core.training.job import RunContext, TrainingJob
+from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.flat_parameters import FlatParameters
 from sdxl_lora_core.training.optim.memory_count import StorageCount, fake_tensors
+from sdxl_lora_core.training.optim.memory_measure import MeasuredRun
 from sdxl_lora_core.training.optim.memory_plan import set_checkpointing
+from sdxl_lora_core.training.run.runs import RunFolders
 from tests.standin.accelerator import ACCEL, NAME
 
 SIDE = 64  # of the latents, so that activations weigh more than weights
@@ -106,3 +116,47 @@ def test_a_step_takes_what_was_counted(base: SDXLBase, adapter: Any, mode: Check
     expected_before, expected_peak = counted(base, config, mode)
     assert expected_before == before
     assert expected_peak - before == pytest.approx(peak - before, rel=0.005)
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    "nothing saved": {"gradient_checkpointing": "off"},
+    "selective": {"gradient_checkpointing": "selective"},
+    "checkpointing": {"gradient_checkpointing": "on"},
+    "two images": {"gradient_checkpointing": "off", "batch_size": 2, "ema_decay": 0.9},
+    "int8": {"gradient_checkpointing": "on", "base_weights": "int8"},
+    "everything offloaded": {"gradient_checkpointing": "on", "offload_blocks": 1000},
+}
+
+
+@pytest.mark.usefixtures("real_plan")
+@pytest.mark.parametrize("settings", PLANS.values(), ids=PLANS)
+def test_a_plan_is_right_within_ten_percent(micro_base: SDXLBase, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Without the reserve for libraries, against the peak of three updates of the real loop."""
+    images = [Image.new("RGB", (512, 512), (40 * number, 90, 10)) for number in range(2)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    dataset = load_caption_dataset(tmp_path, DatasetConfig(resolution=512))
+    config = TrainConfig(rank=2, precision="bf16", **settings)
+    data = TrainingData(
+        TrainingJob(micro_base, dataset, config), CacheFolders(tmp_path / "cache"), torch.device(NAME, 0)
+    )
+    data.cache(lambda *_: None)
+    gc.collect()
+    start = ACCEL.allocated
+    unused: Any = None
+    context = RunContext(RunFolders(tmp_path, tmp_path, data.folders, lambda name: False), data.device)
+    loop = Loop(data, context, MagicMock(**{"run.checkpoints.newest.return_value": None}), unused)
+    set_checkpointing(loop.model.unet, loop.state.gradient_checkpointing)
+    ACCEL.peak = ACCEL.allocated
+    for _ in range(3):
+        loop.update()
+    taken = ACCEL.peak - start
+    measured = MeasuredRun(
+        data.job, data.device, lambda n: data.batch(PassOfUpdate(0, (0,) * n)), data.folders.memory_plans
+    )
+    state = loop.state
+    planned = measured.resting(state.base_weights, state.offloaded_blocks)
+    planned += measured.step(state.gradient_checkpointing, state.images_per_pass)
+    loop.__exit__()
+    assert planned == pytest.approx(taken, rel=0.1)

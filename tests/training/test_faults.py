@@ -102,7 +102,10 @@ def test_out_of_memory_with_one_image_turns_checkpointing_on(
     assert "gradient checkpointing is on from here" in caplog.text
 
 
-@pytest.mark.parametrize(("checkpointing", "remedy"), [("off", "set gradient_checkpointing"), ("auto", "lower the")])
+@pytest.mark.parametrize(
+    ("checkpointing", "remedy"),
+    [("off", "set gradient_checkpointing"), ("auto", "set offload_blocks to 1000, or lower the")],
+)
 def test_out_of_memory_for_good_says_what_to_change_and_keeps_what_was_trained(
     run: Train, small_memory: Any, tmp_path: Path, checkpointing: str, remedy: str
 ) -> None:

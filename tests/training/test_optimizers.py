@@ -21,9 +21,7 @@ from sdxl_lora_core.training.config.optimizer import Optimizer
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.evaluator import Evaluator
 from sdxl_lora_core.training.model.flat_parameters import ParameterGroup
-from sdxl_lora_core.training.optim import accumulation
 from sdxl_lora_core.training.optim.lr_schedule import lr_factor
-from sdxl_lora_core.training.optim.memory_plan import plan_memory
 from sdxl_lora_core.training.optim.optimizers import CLASSES, make_optimizer, set_learning_rates
 from sdxl_lora_core.training.optim.weight_average import Averaging
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
@@ -186,14 +184,6 @@ def test_a_cancelled_run_continues_to_the_same_bytes(run: Train, name: Any) -> N
         assert file.metadata()["ss_optimizer"].startswith(CLASSES[name] + "(betas=(")
     ups = [tensor for key, tensor in load_file(whole.lora_path).items() if key.endswith("lora_up.weight")]
     assert ups and all(tensor.abs().max() > 0 for tensor in ups)
-
-
-def test_the_memory_plan_counts_the_state(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(accumulation, "plan_memory", lambda *args: asked.append(args[3]) or plan_memory(*args))
-    run(replace(SMALL, steps=1))
-    run(with_optimizer("prodigy", steps=1, ema_decay=0.9), where="b")
-    assert asked[1] / asked[0] == (1 + 4 + 1) / (1 + 2)
 
 
 def test_groups_keep_their_own_rate() -> None:

@@ -70,7 +70,7 @@ class Gradients:
             self._note(state, "gradient checkpointing is on from here, steps take longer")
         else:
             remedy = "" if state.gradient_checkpointing == "on" else "set gradient_checkpointing to auto, or "
-            remedy += "" if state.offloaded_blocks else "offload_blocks to 1000, or "
+            remedy += "" if state.offloaded_blocks else "set offload_blocks to 1000, or "
             raise torch.OutOfMemoryError(
                 f"out of memory at step {step} with a single image a pass: {remedy}lower the dataset's resolution "
                 f"or the rank (now {self.config.rank}), or close other programs that use the memory ({cause})"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...cache.tensor_cache import minor_version
 from ...files import json_sha256, write_text_atomic
@@ -92,11 +93,11 @@ class MeasuredRun:
         return {**frozen, "values": flat.values.nbytes, "trained": trained + text}
 
     def _count_step(self, checkpointing: Checkpointing, images: int) -> int:
-        model = self._model
+        model, batch = self._model, self._batch_of(images)
         set_checkpointing(model.unet, checkpointing)
         with torch.random.fork_rng(devices=[]), self._mode, StorageCount() as count:
-            model.losses(self._batch_of(images)).sum().backward()
-        return count.peak
+            model.losses(batch).sum().backward()
+        return count.peak + sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
 
     @cached_property
     def _mode(self) -> Any:
