@@ -330,6 +330,7 @@ def test_the_report_of_a_run(run: Train, tmp_path: Path, monkeypatch: pytest.Mon
         "trigger_words": ["zxq"],
         "memory": Whole(
             r"float32, gradient checkpointing off, 2 images a pass: about .* GB needed of .* GB free; "
+            r"latents and prompts in main memory up to .* GB; "
             r"out of memory at step \d: from here 1 image a pass, not 2"
         ),
         "skipped_steps": [3],

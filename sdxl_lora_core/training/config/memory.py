@@ -39,6 +39,10 @@ class MemorySettings:
         "Memory that the run may use, in GB, if other programs need some. 0: all that is free.",
         Range(0, 4096, step=0.5),
     )
+    deterministic: bool = setting(
+        False,
+        "Bit-identical results on a GPU, at some cost in speed. On the CPU they always are.",
+    )
     base_weights: BaseWeights = setting(
         "full",
         "Format of the UNet's frozen weights. full: that of precision. int8 and fp8 take half of bf16's memory at a "
@@ -51,10 +55,6 @@ class MemorySettings:
         "memory, longer steps, equal results. 0: none; 1000: all; -1: as many as needed.",
         Range(-1, ALL_BLOCKS),
         since="0.4",
-    )
-    deterministic: bool = setting(
-        False,
-        "Bit-identical results on a GPU, at some cost in speed. On the CPU they always are.",
     )
 
 
