@@ -1,7 +1,7 @@
 """Operations and memory of a training step's forward and backward pass: full-size SDXL, 1024 x 1024, batch 1, rank 8.
 
     python -m benchmarks.step_anatomy           (operations of the frozen UNet, of peft's LoRA and of ours)
-    python -m benchmarks.step_anatomy --peak    (bytes of a step of ours with AdamW, for each way of checkpointing)
+    python -m benchmarks.step_anatomy --peak    (bytes of a step of ours with AdamW by the memory plan, rank 16)
 
 Nothing is computed. Operations are what reaches the kernels of meta tensors, where attention is taken apart into
 products and softmax; views, whose result shares an input's memory without writing to it, and allocations are left out.
@@ -12,10 +12,12 @@ The frozen UNet is counted with gradients of its sample, so that the backward pa
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.train import ATTENTION
 from sdxl_lora_core.sdxl.base import SDXLBase, empty_part
 from sdxl_lora_core.sdxl.family import CONFIGS
-from sdxl_lora_core.training.config.memory import Checkpointing
+from sdxl_lora_core.training.config.presets import PRESETS
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.data.batches import Batch
+from sdxl_lora_core.training.job import TrainingJob
 from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.flat_parameters import FlatParameters
-from sdxl_lora_core.training.optim.memory_count import StorageCount, fake_tensors
-from sdxl_lora_core.training.optim.memory_plan import set_checkpointing
+from sdxl_lora_core.training.optim.memory_measure import MeasuredRun
+from sdxl_lora_core.training.optim.memory_plan import plan_memory
 
 SIDE = 128  # of the latents
 DTYPE = torch.bfloat16
 CONFIG = TrainConfig(rank=8, alpha=8.0)
-MODES = [mode for mode in get_args(Checkpointing) if mode != "auto"]
 BASE = SDXLBase(
     path=CONFIGS,
     layout="single_file",
@@ -167,33 +170,48 @@ VARIANTS = {FROZEN: leave_frozen, "peft": add_by_peft, "ours": add_ours}
 # Memory
 
 
+CARDS: dict[str, dict[str, Any]] = {
+    "bf16, nothing saved": {"gradient_checkpointing": "off", "offload_blocks": 0},
+    "8 GB preset": dict(PRESETS["low memory (8 GB)"]),
+    "6 GB preset": dict(PRESETS["low memory (6 GB)"]),
+    "everything offloaded": {"gradient_checkpointing": "on", "offload_blocks": 1000},
+    "everything offloaded, int8": {"gradient_checkpointing": "on", "offload_blocks": 1000, "base_weights": "int8"},
+}
+
+
 def print_peaks() -> None:
-    print("| checkpointing | before GB | after forward GB | peak GB | seconds of the count |\n|---|---|---|---|---|")
-    with fake_tensors(), StorageCount() as count:
-        unet: Any = empty_part(BASE, "unet", DTYPE).train()
-        flat = with_flat_parameters(unet)
-        trained = [parameter for group in flat.groups_for(elementwise=True) for parameter in group.parameters]
-        optimizer = torch.optim.AdamW(trained)
-        optimizer.step()  # makes the moments
-        for mode in MODES:
-            set_checkpointing(unet, mode)
-            started = time.perf_counter()
-            sizes = [f"{size / 1e9:.3f}" for size in peaks(unet, flat, optimizer, count)]
-            print(f"| {mode} | {' | '.join(sizes)} | {time.perf_counter() - started:.1f} |")
+    """What a step takes by the count, and the plan with its reserve: rank 16 on attention, batch 1."""
+    print("| case | plan | counted peak GB | planned with reserve GB | seconds |")
+    print("|---|---|---|---|---|")
+    for name, settings in CARDS.items():
+        started = time.perf_counter()
+        config = TrainConfig(rank=16, alpha=16.0, precision="bf16", **settings)
+        nothing: Any = None
+        with tempfile.TemporaryDirectory() as folder:
+            job = TrainingJob(BASE, nothing, config)
+            measured = MeasuredRun(job, torch.device("cpu"), batch_of, Path(folder))
+            plan = plan_memory(measured, config, config.memory_limit_gb * 1e9 or float("inf"))
+            resting = measured.resting(plan.base_weights, plan.offloaded_blocks)
+            peak = resting + measured.step(plan.checkpointing, plan.images_per_pass)
+        chosen = f"{plan.checkpointing}, {plan.base_weights}, {plan.offloaded_blocks} blocks offloaded"
+        seconds = time.perf_counter() - started
+        print(f"| {name} | {chosen} | {peak / 1e9:.2f} | {plan.needed / 1e9:.2f} | {seconds:.0f} |", flush=True)
 
 
-def peaks(
-    unet: Any, flat: FlatParameters, optimizer: torch.optim.Optimizer, count: StorageCount
-) -> tuple[int, int, int]:
-    """Bytes before a step, after its forward pass, and at most."""
-    before = count.peak = count.allocated
-    loss = loss_of(unet, unet_inputs(unet))
-    after_forward = count.allocated
-    loss.backward()
-    flat.collect()
-    optimizer.step()
-    flat.refresh()
-    return before, after_forward, count.peak
+def batch_of(images: int) -> Batch:
+    latents = torch.zeros(images, 4, SIDE, SIDE)
+    return Batch(
+        latents=latents,
+        noise=latents,
+        input_noise=latents,
+        timesteps=torch.zeros(images, dtype=torch.long),
+        captions=("",) * images,
+        embeds=torch.zeros(images, 77, 2048, dtype=DTYPE),
+        pooled=torch.zeros(images, 1280, dtype=DTYPE),
+        time_ids=torch.zeros(images, 6),
+        weights=torch.ones(images),
+        masks=None,
+    )
 
 
 if __name__ == "__main__":

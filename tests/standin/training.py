@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from sdxl_lora_core.dataset.caption_dataset import CaptionDataset, load_caption_dataset
 from sdxl_lora_core.dataset.config import DatasetConfig
+from sdxl_lora_core.runtime import device
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.monitor.progress import StepReport
 from sdxl_lora_core.training.monitor.sample_images import SampleRenderer
-from sdxl_lora_core.training.optim import accumulation
 from sdxl_lora_core.training.train import TrainResult
 from tests.micro.runs import SMALL, Cancelled, Train, cancel_at, change_losses, load, parameters_alive
 from tests.standin.accelerator import ACCEL, NAME
@@ -164,7 +164,7 @@ def test_where_memory_runs_out_the_passes_are_halved(
     run: Train, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(EXACT, batch_size=4, steps=2, blocks="")
-    monkeypatch.setattr(accumulation, "free_memory", lambda device: 1e12)  # another program takes memory after the plan
+    monkeypatch.setattr(device, "free_memory", lambda where: 1e12)  # another program takes memory after the plan
     whole = run(config, where="whole", device=DEVICE)
     peak = ACCEL.peak - ACCEL.allocated
     with ACCEL.limited(int(0.7 * peak)):

@@ -270,7 +270,8 @@ def stored_bytes(unet: Any, form: WeightFormat, offloaded: int) -> StoredBytes:
     groups = [_layers(block) for block in weight_blocks(unet)]
     waiting = spread(offloaded, len(groups))
     inside = [layer for group in groups for layer in group]
-    around = [layer for part in _transformers(unet) for layer in _layers(part) if layer not in inside]
+    known = set(inside)
+    around = [layer for part in _transformers(unet) for layer in _layers(part) if layer not in known]
     staying = [layer for index, group in enumerate(groups) if index not in waiting for layer in group] + around
     frozen = sum(weight.nbytes for weight in unet.parameters() if not weight.requires_grad)
     resident = frozen - _bytes(inside + around, "full") + _bytes(staying, form)
