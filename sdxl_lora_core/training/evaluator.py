@@ -11,7 +11,6 @@ from torch import Tensor
 from ..lora.files import LoRAFile
 from ..runtime.device import release_memory
 from ..runtime.distributed import Processes
-from .config.train_config import TrainConfig
 from .data.batches import IMAGE_TIMESTEPS, VALIDATION_TIMESTEPS, Batch, TrainingData
 from .model.trainable import TrainableSDXL
 from .monitor.journal import Journal
@@ -26,7 +25,7 @@ Sample = Callable[[LoRAFile, int, OnStep], Samples]
 
 @dataclass
 class Evaluator:
-    """Evaluates the model after the steps that `config` chooses, and adds the results to `state`.
+    """Evaluates the model after the steps that the run's settings choose, and adds the results to `state`.
 
     `sample` generates images with a LoRA while the device is free. `best` is a copy on the CPU of the parameters that
     keep_best would save, if it is on.
@@ -35,15 +34,14 @@ class Evaluator:
     model: TrainableSDXL
     averaging: Averaging
     data: TrainingData
-    config: TrainConfig
     processes: Processes
     sample: Sample
     journal: Journal
     state: LoopState
-    device: torch.device
     best: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.config, self.device = self.data.config, self.data.device
         self.best = [self.model.flat.values.to("cpu", copy=True)] if self.config.keep_best != "off" else []
 
     def evaluate(self, on_step: OnStep, last: bool = False) -> Evaluation | None:

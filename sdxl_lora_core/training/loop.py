@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
-import shutil
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..lora.modules import LoRAFile
 from ..runtime.determinism import deterministic_steps
-from ..runtime.device import LateRead, release_memory
+from ..runtime.device import release_memory
 from .data.batches import TrainingData
 from .data.feed import Feed
 from .evaluator import Evaluator
 from .job import RunContext, TrainingJob
+from .model.checkpointing import set_checkpointing
 from .model.trainable import TrainableSDXL
 from .monitor.journal import Journal
 from .monitor.progress import Meter, OnStep, StepReport
 from .monitor.sample_images import Samples
 from .monitor.validation import best_evaluation, converged, samples_due, validation_due
 from .optim.accumulation import Gradients
-from .optim.lr_schedule import learning_rate
-from .optim.memory_plan import set_checkpointing
-from .optim.optimizers import (
-    ELEMENTWISE,
-    can_be_masked,
-    make_optimizer,
-    masked_step,
-    set_learning_rates,
-    state_copies,
-    state_on_cpu,
-)
+from .optim.optimizers import state_copies, state_on_cpu
 from .optim.run_plan import planned_state
-from .optim.weight_average import Averaging
+from .optim.updates import Updates
 from .outputs import RunOutputs
-from .run.checkpoints import Checkpoint
+from .run.checkpoints import Checkpoint, require_space
 from .run.loop_state import ImageLosses, Trained
 
 log = logging.getLogger("sdxl_lora")
@@ -90,32 +77,18 @@ class Loop:
         stored = self.state.base_weights, self.state.offloaded_blocks
         self.model = TrainableSDXL(data.job, self.device, *stored)
         self.flat = self.model.flat
-        self.optimizer = make_optimizer(self.flat.groups_for(self.config.optimizer in ELEMENTWISE), self.config)
-        self.averaging = Averaging([self.flat.whole], self.optimizer, self.config, self.flat.refresh)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=data.dtype == torch.float16)
+        self.updates = Updates(self.flat, self.config, self.scaler)
         self.feed = Feed(data, self.device)
         self.gradients = Gradients(self.model, self.feed, self.config, self.scaler, self.processes)
         self.saved_step = self.reported = 0
-        self.pending: deque[LateRead] = deque()  # losses and gradient norms of updates that were not read yet
         self.counted = time.monotonic()  # the time up to which state.seconds is counted
-        self.evaluator = self._make_evaluator()
-
-    def _make_evaluator(self) -> Evaluator:
-        return Evaluator(
-            self.model,
-            self.averaging,
-            self.data,
-            self.config,
-            self.processes,
-            self._sample,
-            self.journal,
-            self.state,
-            self.device,
-        )
+        averaging = self.updates.averaging
+        self.evaluator = Evaluator(self.model, averaging, data, context.processes, self._sample, journal, self.state)
 
     def _sample(self, learned: LoRAFile, step: int, on_step: OnStep) -> Samples:
         """Samples while the optimizer's state and the averages are in main memory, so that the device is free."""
-        with state_on_cpu(self.optimizer), self.averaging.on_cpu():
+        with state_on_cpu(self.updates.optimizer), self.updates.averaging.on_cpu():
             return self.outputs.sample_images(learned, step, on_step)
 
     def __enter__(self) -> Loop:
@@ -124,13 +97,13 @@ class Loop:
     def __exit__(self, *_: object) -> None:
         """Drops the references here, because the traceback of an exception keeps this object alive."""
         self.feed.close()
-        del self.model, self.gradients, self.optimizer, self.averaging, self.evaluator, self.flat, self.feed
+        del self.model, self.gradients, self.updates, self.evaluator, self.flat, self.feed
         release_memory(self.device)
 
     @property
     def weights(self) -> list[Tensor]:
         """The tensors of a checkpoint: the trained parameters, their moving average and the best so far, if any."""
-        return [self.flat.values, *self.averaging.ema, *self.evaluator.best]
+        return [self.flat.values, *self.updates.averaging.ema, *self.evaluator.best]
 
     def run(self) -> Trained:
         adapter = 2 if self.config.init == "pissa" else 1  # its file has the initial values as well
@@ -138,7 +111,7 @@ class Loop:
         require_space(self.checkpoints.folder, self.flat.values.nbytes, copies)
         if self.start:
             self.restore(self.start)
-        elif self.late and not can_be_masked(self.optimizer):
+        elif self.late and self.updates.wait_for_loss:
             self.state.memory += f"; {self.config.optimizer} waits for the loss before each update"
         set_checkpointing(self.model.unet, self.state.gradient_checkpointing)
         self.evaluator.evaluate(self.on_step)  # of the base, or the evaluation that a cancel interrupted
@@ -179,7 +152,7 @@ class Loop:
         return 0 if self.device.type == "cpu" else 1
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        checkpoint.restore(self.weights, self.optimizer)
+        checkpoint.restore(self.weights, self.updates.optimizer)
         self.flat.refresh()
         self.state.resumed += 1
         self.scaler.load_state_dict(checkpoint.scaler)
@@ -259,7 +232,7 @@ class Loop:
             self.checkpoints.save(
                 self.state,
                 self.weights,
-                self.optimizer,
+                self.updates.optimizer,
                 self.scaler.state_dict(),
                 lambda path: self.outputs.write_checkpoint_adapter(path, self.evaluator.learned(), self.state.step),
             )
@@ -283,42 +256,14 @@ class Loop:
         self.counted = now
 
     def update(self) -> None:
-        """One optimizer update; skipped if the loss or the gradient is not finite.
-
-        Nothing here waits for the device, unless the optimizer cannot skip an update on the device.
-        """
-        step = self.state.step
-        rate = learning_rate(self.config, step, self.state.schedule_start)
-        set_learning_rates(self.optimizer, self.flat.groups, rate)
+        """One update of the parameters. Nothing here waits for the device, unless the optimizer has to."""
         with self.saved_on_failure():
             losses = self.gradients.of_update(self.state)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.flat.whole, self.config.max_grad_norm or math.inf)
-        values = torch.cat([losses, norm.reshape(1)])
-        is_finite = values.isfinite().all()
-        self.pending.append(LateRead(values))
-        if can_be_masked(self.optimizer):
-            masked_step(self.optimizer, is_finite)
-        else:
-            self.read_losses()
-            if self.state.skipped[-1:] != [step + 1]:
-                self.optimizer.step()
-        self.flat.refresh()
-        self.averaging.update(step + 1, is_finite)
-        self.scaler.update()
-        self.gradients.clear()
-        self.state.step = step + 1
-        self.state.learning_rates.append(rate)
+        self.updates.apply(losses, self.state)
 
     def read_losses(self, late: int = 0) -> None:
-        """Reads the losses of all updates but the last `late`. They are added up in the order of the passes."""
-        while len(self.pending) > late:
-            *losses, norm = self.pending.popleft().read()
-            loss, step = sum(losses), len(self.state.losses) + 1
-            self.state.losses.append(loss)
-            if not (all(map(math.isfinite, losses)) and math.isfinite(norm)):
-                self.state.skipped.append(step)
-                log.warning("step %d is skipped: loss %s, gradient norm %s", step, loss, norm)
+        """Reads the losses of all updates but the last `late`."""
+        self.updates.read_losses(self.state, late)
 
     def check_recent_steps(self) -> None:
         """Gives up after some skipped steps in a row, and restores the state before them.
@@ -326,12 +271,12 @@ class Loop:
         Repeating them would fail again, because randomness depends on the step only. The loss scale of fp16 is found by
         failing steps, so it must be at its minimum first.
         """
-        if not self._fails_for_long():
+        if self.state.failing < GIVE_UP_AFTER:
             return
         self.read_losses()
-        if not self._fails_for_long() or self.scaler.get_scale() > 1:
+        failed = self.state.failing
+        if failed < GIVE_UP_AFTER or self.scaler.get_scale() > 1:
             return
-        failed = trailing_steps(self.state.skipped, self.state.step)
         first = self.state.step - failed + 1
         self.state.rewind(failed)
         self.save()
@@ -343,36 +288,9 @@ class Loop:
             "use precision bf16 or fp32, or a lower learning_rate"
         )
 
-    def _fails_for_long(self) -> bool:
-        return trailing_steps(self.state.skipped, len(self.state.losses)) >= GIVE_UP_AFTER
-
     def check_result(self) -> None:
         if not any(math.isfinite(loss) for loss in self.state.losses):
             raise Diverged(
                 f"the loss was not finite in any of {self.state.step} steps, so there is no LoRA to save: "
                 "use precision bf16 or fp32, or a lower learning_rate"
             )
-
-
-def trailing_steps(steps: Sequence[int], last: int) -> int:
-    """The number of the ascending `steps` that end consecutively at `last`."""
-    count = 0
-    while count < len(steps) and steps[-1 - count] == last - count:
-        count += 1
-    return count
-
-
-def require_space(folder: Path, size: int, copies: int) -> None:
-    """Raises OSError unless there is space for three checkpoints of `copies` times the parameters, and the LoRA.
-
-    `size` is that of the parameters in bytes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = (3 * copies + 1) * size
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"the run needs about {needed / 1e6:.0f} MB for its checkpoints and {free / 1e6:.0f} MB are free: "
-            "free some space or lower the rank; training has not started",
-        )

@@ -25,10 +25,10 @@ from sdxl_lora_core.training.data.batches import PassOfUpdate, TrainingData
 from sdxl_lora_core.training.job import RunContext, TrainingJob
 from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.model.adapters import Adapter
+from sdxl_lora_core.training.model.checkpointing import set_checkpointing
 from sdxl_lora_core.training.model.flat_parameters import FlatParameters
 from sdxl_lora_core.training.optim.memory_count import StorageCount, fake_tensors
 from sdxl_lora_core.training.optim.memory_measure import MeasuredRun
-from sdxl_lora_core.training.optim.memory_plan import set_checkpointing
 from sdxl_lora_core.training.run.runs import RunFolders
 from tests.standin.accelerator import ACCEL, NAME
 

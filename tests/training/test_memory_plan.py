@@ -12,17 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdxl_lora_core.runtime.device import DeviceMemory
-from sdxl_lora_core.sdxl.base import SDXLBase, load_part
+from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.memory import Checkpointing, MemorySettings
 from sdxl_lora_core.training.config.presets import with_preset
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.data.batches import PassOfUpdate, TrainingData
 from sdxl_lora_core.training.job import TrainingJob
-from sdxl_lora_core.training.model.adapters import Adapter
 from sdxl_lora_core.training.model.base_weights import StoredLayer
 from sdxl_lora_core.training.model.trainable import TrainableSDXL
 from sdxl_lora_core.training.optim.memory_measure import MeasuredRun, shapes_of
-from sdxl_lora_core.training.optim.memory_plan import RESERVE, MemoryPlan, plan_memory, set_checkpointing
+from sdxl_lora_core.training.optim.memory_plan import RESERVE, MemoryPlan, plan_memory
 from tests.micro.runs import CPU, SMALL, Train, change_losses, data_of, load, parameters_alive
 
 MODES: tuple[Checkpointing, ...] = ("off", "selective", "on")
@@ -30,30 +29,6 @@ GB = 10**9
 
 
 # The count
-
-
-def forward(unet: Any) -> Tensor:
-    return unet(
-        torch.ones(1, 4, 16, 16),
-        torch.tensor([500]),
-        encoder_hidden_states=torch.ones(1, 77, 20),
-        added_cond_kwargs={"text_embeds": torch.ones(1, 16), "time_ids": torch.ones(1, 6)},
-    ).sample
-
-
-@pytest.mark.slow
-def test_each_mode_gives_the_same_gradients(micro_base: SDXLBase) -> None:
-    unet: Any = load_part(micro_base, "unet", torch.float32)
-    Adapter(unet, TrainConfig(rank=2))
-    unet.train()
-    gradients = []
-    for mode in MODES:
-        set_checkpointing(unet, mode)
-        forward(unet).square().sum().backward()
-        gradients.append([p.grad.clone() for p in unet.parameters() if p.grad is not None])
-        unet.zero_grad()
-    for others in gradients[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
 
 
 def measured(data: TrainingData, folder: Path) -> MeasuredRun:

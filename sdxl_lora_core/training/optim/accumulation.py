@@ -16,9 +16,9 @@ from ...runtime.distributed import Processes
 from ..config.train_config import TrainConfig
 from ..data.batches import PassOfUpdate
 from ..data.feed import Feed
+from ..model.checkpointing import set_checkpointing
 from ..model.trainable import TrainableSDXL
 from ..run.loop_state import LoopState
-from .memory_plan import set_checkpointing
 
 log = logging.getLogger("sdxl_lora")
 

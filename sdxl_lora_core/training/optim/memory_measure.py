@@ -28,9 +28,9 @@ from ..config.train_config import TrainConfig, learning_encoders
 from ..data.batches import Batch
 from ..job import TrainingJob
 from ..model.base_weights import stored_bytes, weight_blocks
+from ..model.checkpointing import set_checkpointing
 from ..model.trainable import TrainableSDXL
 from .memory_count import StorageCount, fake_tensors
-from .memory_plan import set_checkpointing
 from .optimizers import state_copies
 
 _FORMATS: tuple[WeightFormat, ...] = ("full", "fp8", "int8")

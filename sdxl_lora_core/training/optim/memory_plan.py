@@ -5,20 +5,15 @@ The plan is made before the weights are loaded, from the bytes that a step takes
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import Protocol
 
 from ..config.memory import Checkpointing, MemorySettings, WeightFormat
 
 RESERVE = 512 * 2**20  # bytes for the workspaces of libraries
 _OVERHEAD = 1.05  # factor on the bytes of a step, because an allocator cannot use all of its memory
-_GEGLU = "GEGLU"
 
 # Estimated durations relative to a step that recomputes nothing, from the operations of SDXL at 1024x1024: forward 6.8
 # of 14.7 TFLOP, the feed-forward layers' first half 1.9.
@@ -124,23 +119,3 @@ def _plan(measured: Measured, candidate: Candidate, offloaded: int) -> MemoryPla
     mode, form, images, _ = candidate
     needed = measured.resting(form, offloaded) + _OVERHEAD * measured.step(mode, images) + RESERVE
     return MemoryPlan(mode, images, form, offloaded, int(needed))
-
-
-def set_checkpointing(unet: Any, mode: Checkpointing) -> None:
-    """off: saves everything. selective: recomputes the feed-forward layers. on: recomputes every block."""
-    unet.disable_gradient_checkpointing()
-    for module in unet.modules():
-        if type(module).__name__ == _GEGLU:
-            vars(module).pop("forward", None)
-            if mode == "selective":
-                module.forward = functools.partial(_recomputed, module.forward)
-    if mode == "on":
-        unet.enable_gradient_checkpointing()
-
-
-def _recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    from torch.utils.checkpoint import checkpoint
-
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -7,6 +7,7 @@ folder gets its name only after everything has been written to disk.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -163,3 +164,19 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
+
+
+def require_space(folder: Path, size: int, copies: int) -> None:
+    """Raises OSError unless there is space for three checkpoints of `copies` times the parameters, and the LoRA.
+
+    `size` is that of the parameters in bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = (3 * copies + 1) * size
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the run needs about {needed / 1e6:.0f} MB for its checkpoints and {free / 1e6:.0f} MB are free: "
+            "free some space or lower the rank; training has not started",
+        )

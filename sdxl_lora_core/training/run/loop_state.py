@@ -59,6 +59,14 @@ class LoopState:
     resumed: int = 0  # how often the run was resumed from a checkpoint
     image_losses: ImageLosses | None = None
 
+    @property
+    def failing(self) -> int:
+        """How many of the last steps in a row were skipped."""
+        last, count = len(self.losses), 0
+        while count < len(self.skipped) and self.skipped[-1 - count] == last - count:
+            count += 1
+        return count
+
     def rewind(self, steps: int) -> None:
         """Removes the last `steps`, none of which was applied."""
         self.step -= steps
