@@ -74,8 +74,8 @@ def demo() -> int:
 def pytest(selection: str) -> int:
     """In a process for each core, each with one thread: the models are too small for more.
 
-    A process that dies is not replaced: its file would start again, and the run might never end. Files keep their order,
-    of which the number of tests, by which xdist would sort them, says nothing.
+    A process that dies is not replaced: its file would start again, and the run might never end. Files keep their
+    order: xdist would sort them by the number of their tests, which says little about their time.
     """
     several = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0")
     return run("-m", "pytest", "-q", "--ignore=tests/comfy", *several, "-m", selection, OMP_NUM_THREADS="1")
