@@ -29,6 +29,7 @@ from .data.class_images import with_class_images
 from .image_report import CHART, captions_to_check, rated_images, write_image_losses
 from .job import RunContext, TrainingJob
 from .loop import train_adapter
+from .model.base_weights import require_format
 from .monitor.journal import Journal
 from .monitor.progress import StepReport
 from .monitor.sample_images import Samples
@@ -65,7 +66,7 @@ def train(job: TrainingJob, context: RunContext) -> TrainResult:
     Raises what `context.on_step` raises, after a checkpoint; OSError if a folder cannot be written to; ValueError for
     data that cannot be trained on; Diverged if losses are not finite; torch.OutOfMemoryError if the GPU is too small.
     """
-    job = _checked(job)
+    job = _checked(job, context.device)
     processes = context.processes
     for note in without_effect(job.config).values():
         log.warning(note)
@@ -94,7 +95,7 @@ def train(job: TrainingJob, context: RunContext) -> TrainResult:
         )
 
 
-def _checked(job: TrainingJob) -> TrainingJob:
+def _checked(job: TrainingJob, device: torch.device) -> TrainingJob:
     """The job with its base as it is trained and its length in steps. Raises ValueError for what cannot be trained."""
     dataset, config = job.dataset, job.config
     if not dataset.entries:
@@ -114,6 +115,7 @@ def _checked(job: TrainingJob) -> TrainingJob:
     require_new_tokens(config, [caption for entry in dataset.entries for caption in entry.captions])
     job = replace(job, base=as_trained(job.base, config))
     require_library(config)
+    require_format(config.base_weights, device)
     return with_steps(job)
 
 

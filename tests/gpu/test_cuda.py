@@ -15,6 +15,7 @@ from sdxl_lora_core.generation.config import GenerateConfig
 from sdxl_lora_core.runtime.loaded_parts import LoadedParts
 from sdxl_lora_core.sdxl.base import SDXLBase
 from sdxl_lora_core.training.config.train_config import TrainConfig
+from sdxl_lora_core.training.loop import Loop
 from tests.micro.images import draw
 from tests.micro.runs import Cancelled, Train, cancel_at, parameters_alive
 
@@ -67,3 +68,32 @@ def test_a_deterministic_run_that_is_resumed_ends_in_the_same_bytes(run: Train, 
     resumed = load_file(run(config, where="resumed", device=CUDA).lora_path)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.usefixtures("real_plan")
+@pytest.mark.parametrize("weights", ["full", "int8", "fp8"])
+def test_offloaded_blocks_change_no_bit(run: Train, weights: Any) -> None:
+    """Copies on the side stream arrive before they are used, and no memory is used again too early."""
+    config = TrainConfig(steps=8, base_weights=weights, offload_blocks=0, deterministic=True)
+    plain = load_file(run(config, where="plain", device=CUDA).lora_path)
+    for number in (13, 1000):
+        offloaded = run(replace(config, offload_blocks=number), where=f"offloaded {number}", device=CUDA)
+        found = load_file(offloaded.lora_path)
+        assert "blocks offloaded" in offloaded.report.memory
+        assert all(torch.equal(tensor, found[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_an_update_never_waits_for_the_device(run: Train, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Loop.update
+
+    def watched(self: Loop) -> None:
+        torch.cuda.set_sync_debug_mode("error" if self.state.step else "default")  # the first step makes moments
+        try:
+            update(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Loop, "update", watched)
+    result = run(TrainConfig(steps=6, optimizer=optimizer, snr_gamma=5.0, ema_decay=0.9), device=CUDA)
+    assert result.report.steps == 6 and not result.report.skipped_steps

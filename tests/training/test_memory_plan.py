@@ -299,6 +299,21 @@ def test_base_weights_are_stored_in_the_format_asked_for(
     assert not all(torch.equal(one, other) for one, other in _pairs(plain, small))
 
 
+def test_a_device_without_fp8_is_answered_before_anything_else(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.float8_e4m3fn in args:
+            raise TypeError("Trying to convert Float8_e4m3fn to the MPS backend but it does not have support for it")
+        return moved(self, *args, **kwargs)
+
+    moved = Tensor.to
+    monkeypatch.setattr(Tensor, "to", to)
+    phases: list[str] = []
+    with pytest.raises(ValueError, match="base_weights is 'fp8', which cpu does not support: choose int8"):
+        run(replace(SMALL, base_weights="fp8"), on_step=lambda report: phases.append(report.phase))
+    assert not phases
+    run(replace(SMALL, base_weights="int8", steps=1))
+
+
 def test_dora_needs_the_base_in_full() -> None:
     with pytest.raises(ValueError, match="base_weights is 'int8' and adapter is 'dora'"):
         TrainConfig(adapter="dora", base_weights="int8")

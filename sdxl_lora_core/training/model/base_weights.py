@@ -15,11 +15,21 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear
 
 from ...runtime.offload import OffloadedBlocks, largest_window, packed_bytes
-from ..config.memory import WeightFormat
+from ..config.memory import BaseWeights, WeightFormat
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}  # of fp8 with 4 bits of exponent and 3 of mantissa, arXiv 2209.05433
 _STORED = ("values", "scale", "shift")
 _LAYERS = (nn.Linear, nn.Conv2d)
+
+
+def require_format(form: BaseWeights, device: torch.device) -> None:
+    """Raises ValueError if the device has no numbers of this format, as MPS has no fp8."""
+    if form != "fp8":
+        return
+    try:
+        torch.zeros(1, device=device).to(torch.float8_e4m3fn).float()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"base_weights is 'fp8', which {device.type} does not support: choose int8") from error
 
 
 @torch.no_grad()
