@@ -30,7 +30,9 @@ class KeptTensors:
             return self._tensors[path]
         tensors = load_tensors(path)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if self.size + size <= self.limit:
-            self._tensors[path] = tensors
-            self.size += size
-        return tensors
+        if self.size + size > self.limit:
+            return tensors
+        self.size += size
+        # Copies, because those of a file are mapped: the system may drop them, and allows only so many mappings.
+        self._tensors[path] = {name: tensor.clone() for name, tensor in tensors.items()}
+        return self._tensors[path]

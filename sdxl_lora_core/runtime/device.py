@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..messages import brief
 
@@ -87,7 +87,10 @@ class DeviceMemory:
 
 
 class LateRead:
-    """Values that are copied to main memory while the device goes on, float32 [N] on the device."""
+    """Values that are copied to main memory while the device goes on, float32 [N] on the device.
+
+    Only devices that `can_pin` go on; others finish their work when the values are read.
+    """
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._copied = values, None
@@ -102,6 +105,26 @@ class LateRead:
         if self._copied:
             self._copied.synchronize()
         return self._values.tolist()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor in main memory on the device, for which the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if can_pin(device) else tensor.to(device)
+
+
+def move_module(module: nn.Module, device: torch.device) -> None:
+    """Module.to that keeps the parameter objects, also on devices of other packages, such as DirectML.
+
+    There torch makes new parameters, unless it is told to exchange their contents.
+    """
+    future, foreign = torch.__future__, torch._C._get_privateuse1_backend_name()
+    types = {device.type, *(parameter.device.type for parameter in module.parameters())}
+    exchanges = future.get_swap_module_params_on_conversion()
+    future.set_swap_module_params_on_conversion(exchanges or foreign in types)
+    try:
+        module.to(device)
+    finally:
+        future.set_swap_module_params_on_conversion(exchanges)
 
 
 def can_pin(device: torch.device) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.device import sent
+
 CHUNK_TOKENS = 75  # CLIP's 77 without the start and end tokens
 TokenIds = Mapping[str, Sequence[int]]  # new tokens, and the ids of each
 
@@ -124,6 +126,6 @@ def _row(tokens: Sequence[int], tokenizer: Any) -> list[int]:
 
 def _run(rows: Sequence[Sequence[int]], encoder: Any, last_layer: bool = False) -> tuple[Tensor, Tensor | None]:
     """The hidden states [N, 77, C] of N rows of ids, and the pooled embeddings [N, P]."""
-    output = encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=True)
+    output = encoder(sent(torch.tensor(rows), encoder.device), output_hidden_states=True)
     hidden = output.last_hidden_state if last_layer else output.hidden_states[-2]
     return hidden, getattr(output, "text_embeds", None)

@@ -97,7 +97,7 @@ class Loop:
     def __exit__(self, *_: object) -> None:
         """Drops the references here, because the traceback of an exception keeps this object alive."""
         self.feed.close()
-        del self.model, self.gradients, self.updates, self.evaluator, self.flat, self.feed
+        del self.model, self.gradients, self.updates, self.evaluator, self.flat, self.feed, self.data
         release_memory(self.device)
 
     @property
@@ -116,6 +116,8 @@ class Loop:
         set_checkpointing(self.model.unet, self.state.gradient_checkpointing)
         self.evaluator.evaluate(self.on_step)  # of the base, or the evaluation that a cancel interrupted
         self.measure_images()
+        if self.saved_step == self.state.step:
+            self.save_lora()  # a cancel may have come between the step and this
         self.journal.open(self.state)
         meter, stopped = Meter(self.state.losses, self.device), False
         self.reported = self.state.step
@@ -182,8 +184,7 @@ class Loop:
         saves = state.step % self.config.checkpoint_every == 0
         if saves:
             self.save()
-        if self.config.save_every and state.step % self.config.save_every == 0:
-            self.save_lora()
+        self.save_lora()
         if evaluation or saves:
             self.journal.plot(state, best_evaluation(self.config, state.looks))
         return report
@@ -242,8 +243,9 @@ class Loop:
             log.warning("no checkpoint at step %d: %s", self.state.step, error)
 
     def save_lora(self) -> None:
-        """Keeps the LoRA of this step; the last step's is the finished one. A full disk costs it, not the run."""
-        if self.state.step >= self.config.steps or not self.processes.is_first:
+        """Keeps the LoRA of this step if one is due before the last step. A full disk costs it, not the run."""
+        step, every = self.state.step, self.config.save_every
+        if not every or step % every or not 0 < step < self.config.steps or not self.processes.is_first:
             return
         try:
             self.outputs.write_step(self.evaluator.learned(), self.state.step)

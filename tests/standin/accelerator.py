@@ -90,7 +90,6 @@ def install() -> None:
     """Registers the device with torch, for the rest of this process."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    torch.__future__.set_swap_module_params_on_conversion(True)  # Module.to keeps the identity of parameters
     _setup_privateuseone_for_python_backend(NAME, _Module())
     library = torch.library.Library("aten", "IMPL")
     for operation in _operations():

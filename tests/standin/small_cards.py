@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdxl_lora_core.runtime.device import move_module
 from sdxl_lora_core.runtime.offload import OffloadedBlocks
 from sdxl_lora_core.sdxl.base import SDXLBase, load_part
 from sdxl_lora_core.training.config.train_config import TrainConfig
@@ -82,7 +83,7 @@ def loaded(base: SDXLBase, form: WeightFormat, offloaded: int, device: torch.dev
         if parameter.requires_grad:
             parameter.data.normal_(std=0.1)
     blocks = store_weights(unet, form, offloaded, device)
-    unet.to(device)
+    move_module(unet, device)
     flat = FlatParameters(adapter.groups, adapter.scales, torch.float32)
     adapter.fuse(flat)
     return unet, blocks, flat
@@ -139,7 +140,7 @@ def test_loading_takes_little_more_than_what_stays(micro_base: SDXLBase, form: W
     planned, start = stored_bytes(unet, form, 6), ACCEL.allocated
     ACCEL.peak = start
     store_weights(unet, form, 6, DEVICE)
-    unet.to(DEVICE)
+    move_module(unet, DEVICE)
     assert ACCEL.allocated - start == planned.resident
     assert ACCEL.peak - start <= planned.resident + 3 * largest
 

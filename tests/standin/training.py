@@ -62,6 +62,12 @@ def test_a_run_is_the_cpus(run: Train, adapter: Any, precision: Any) -> None:
     require_equal(*both(run, replace(SMALL, adapter=adapter, precision=precision)))
 
 
+def test_a_run_with_stored_weights_is_the_cpus(run: Train) -> None:
+    """The weights are quantised and moved after the adapter was added, and again for each sample."""
+    config = replace(EXACT, base_weights="int8", offload_blocks=3, sample_prompts=("a red circle",), sample_every=2)
+    require_equal(*both(run, replace(config, sample_steps=2)))
+
+
 @pytest.mark.usefixtures("real_plan")
 @pytest.mark.parametrize(
     "adapter", [pytest.param(kind, marks=() if kind in ("lora", "loha") else pytest.mark.accept) for kind in ADAPTERS]
@@ -206,6 +212,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rank and module dropout": {"adapter": "lokr", "rank_dropout": 0.2, "module_dropout": 0.2},
     "rslora": {"use_rslora": True},
     "gaussian": {"init": "gaussian"},
+    "pissa": {"init": "pissa"},
+    "ranks and rates by block": {"block_ranks": "mid_block=4", "block_learning_rates": "mid_block=0.5"},
     "lora+": {"lora_plus_ratio": 4.0},
     "convolutions": {"target_modules": "all-linear+conv", "blocks": "down_blocks.1,mid_block"},
     "accumulation": {"gradient_accumulation": 2},

@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdxl_lora_core.training.config.train_config import TrainConfig
 from sdxl_lora_core.training.evaluator import Evaluator
+from sdxl_lora_core.training.loop import Loop
 from sdxl_lora_core.training.monitor.progress import Meter, Smoothing, StepReport
 from sdxl_lora_core.training.monitor.validation import best_evaluation, converged
 from sdxl_lora_core.training.run.checkpoints import Checkpoints
@@ -272,3 +273,17 @@ def test_the_chart_is_drawn_while_it_runs(run: Train, tmp_path: Path) -> None:
 
     run(replace(SMALL, checkpoint_every=2), on_step=on_step)
     assert sizes == [(960, 540)]
+
+
+def test_a_lora_that_a_cancel_came_before_is_kept_by_the_resumed_run(
+    run: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where losses are read one step late, the next step has run when the report of a step is cancelled."""
+    monkeypatch.setattr(Loop, "late", 1)
+    config = replace(SMALL, steps=5, save_every=2)
+    kept = sorted(path.name for path in run(config, where="b").lora_path.parent.rglob("*.safetensors"))
+    with pytest.raises(Cancelled):
+        run(config, on_step=cancel_at(1))
+    resumed = run(config)
+    assert len(kept) == 3
+    assert sorted(path.name for path in resumed.lora_path.parent.rglob("*.safetensors")) == kept

@@ -19,9 +19,12 @@ from sdxl_lora_core.cache.folders import CacheFolders
 from sdxl_lora_core.lora.files import read_lora, write_lora
 from sdxl_lora_core.lora.modules import LoRAFile, LoRAModule
 from sdxl_lora_core.sdxl.base import SDXLBase
-from sdxl_lora_core.training.data.batches import Batch
+from sdxl_lora_core.training.data.batches import Batch, PassOfUpdate
 from sdxl_lora_core.training.loop import Diverged
+from sdxl_lora_core.training.model.lora_linear import FusedLoRA
 from sdxl_lora_core.training.model.trainable import TrainableSDXL
+from sdxl_lora_core.training.optim.accumulation import Gradients
+from sdxl_lora_core.training.run.loop_state import LoopState
 from sdxl_lora_core.training.run.runs import RunFolders
 from tests.micro.runs import (
     SMALL,
@@ -81,6 +84,37 @@ def test_out_of_memory_halves_the_pass_and_repeats_the_step(
     assert max(passes) == 3 and max(passes[3:]) == 2 and caplog.text.count("images a pass, not 3") == 1
     assert survived.report.steps == 3
     close_to(survived.lora_path, plain.lora_path)
+
+
+def test_memory_that_runs_out_within_a_backward_pass_leaves_no_part_of_a_gradient(
+    run: Train, trained: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = trained(CONFIG)
+    calls, backward = [0], FusedLoRA.backward
+
+    def failing(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 40:
+            raise torch.OutOfMemoryError("injected")
+        return backward(*arguments)
+
+    monkeypatch.setattr(FusedLoRA, "backward", staticmethod(failing))
+    survived = run(CONFIG)
+    assert "images a pass, not 3" in caplog.text
+    tensors = load_file(plain.lora_path)
+    for name, tensor in load_file(survived.lora_path).items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_process_without_an_image_in_the_first_step_trains_in_fp16(run: Train, monkeypatch: Any) -> None:
+    of_process = Gradients._passes
+
+    def none_at_first(self: Gradients, step: int, state: LoopState) -> list[PassOfUpdate]:
+        return of_process(self, step, state) if step else []
+
+    monkeypatch.setattr(Gradients, "_passes", none_at_first)
+    result = run(replace(SMALL, precision="fp16", steps=2))
+    assert result.report.steps == 2 and not result.report.skipped_steps
 
 
 def test_smaller_passes_stay_small_after_a_resume(run: Train, small_memory: Any) -> None:

@@ -94,3 +94,22 @@ def test_no_thread_outlives_a_run(run: Train, more: dict[str, Any]) -> None:
     else:
         run()
     assert feed_threads() == []
+
+
+def test_a_pass_whose_preparation_failed_is_prepared_again(
+    feed: Feed, data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [torch.OutOfMemoryError("injected")]
+
+    def failing(wanted: PassOfUpdate) -> Batch:
+        if wanted.step == 1 and failures:
+            raise failures.pop()
+        return batch(wanted)
+
+    batch = data.batch
+    monkeypatch.setattr(data, "batch", failing)
+    first, second = PassOfUpdate(0, (0,)), PassOfUpdate(1, (0,))
+    feed.batch(first, second)
+    with pytest.raises(torch.OutOfMemoryError):
+        feed.batch(second, None)
+    assert same(feed.batch(second, None), batch(second))

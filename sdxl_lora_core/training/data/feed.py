@@ -26,6 +26,7 @@ class Feed:
     def batch(self, current: PassOfUpdate, following: PassOfUpdate | None) -> Batch:
         """The batch of `current` on the device; then prepares that of `following`, if there is one."""
         prepared = self._next[1] if self._next and self._next[0] == current else None
+        self._next = None  # if preparing it has failed, the next attempt must not find the failure
         batch = (prepared or self._thread.submit(self._load, current)).result().to(self.device)
         self._next = (following, self._thread.submit(self._load, following)) if following else None
         return batch

@@ -41,7 +41,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
 class Adapter:
     """The adapter of `config` on one part of SDXL, added in place. `layers` are peft's layers by diffusers' names.
 
-    Initially it has no effect, or that of `start`. Random initial values depend on `config.seed` only.
+    Initially it has no effect, or that of `start`. Random initial values depend on `config.seed` only; those of PiSSA
+    also on the device.
     Raises ValueError if `start`, or the rank of PiSSA, does not fit.
     """
 

@@ -25,7 +25,8 @@ def set_checkpointing(unet: Any, mode: Checkpointing) -> None:
     unet.disable_gradient_checkpointing()
     for module in unet.modules():
         if type(module).__name__ == _GEGLU:
-            forward = functools.partial(_geglu, module)
+            own = module.proj.weight.device.type == "mps"  # whose kernels may not write into a part of a buffer
+            forward = functools.partial(type(module).forward if own else _geglu, module)
             module.forward = functools.partial(_recomputed, forward) if mode == "selective" else forward
     if mode == "on":
         unet.enable_gradient_checkpointing()

@@ -71,27 +71,30 @@ class FusedLoRA(torch.autograd.Function):
         rows, hidden = ctx.saved_tensors
         stack: LoRAStack = ctx.stack
         of_outputs = [grad.flatten(0, -2) for grad in grads]
-        of_hidden = _into_hidden(of_outputs, stack.ups, hidden)
+        of_hidden = _into_hidden(of_outputs, stack.ups)
         for of_up, of_output, part in zip(stack.of_ups, of_outputs, hidden.split(stack.ranks, dim=1), strict=True):
-            of_up.addmm_(of_output.t(), part)
-        stack.of_down.addmm_(of_hidden.t(), rows)
+            _add_product(of_up, of_output.t(), part)
+        _add_product(stack.of_down, of_hidden.t(), rows)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        weights = [dense(base) for base in stack.bases]
-        of_rows = of_outputs[0] @ weights[0]
-        for of_output, weight in zip(of_outputs[1:], weights[1:], strict=True):
-            of_rows.addmm_(of_output, weight)
+        of_rows = of_outputs[0] @ dense(stack.bases[0])
+        for of_output, base in zip(of_outputs[1:], stack.bases[1:], strict=True):
+            of_rows.addmm_(of_output, dense(base))
         return of_rows.addmm_(of_hidden, stack.down).view(ctx.shape), None, None
 
 
-def _into_hidden(of_outputs: Sequence[Tensor], ups: Sequence[Tensor], hidden: Tensor) -> Tensor:
+def _into_hidden(of_outputs: Sequence[Tensor], ups: Sequence[Tensor]) -> Tensor:
     """The gradient of the hidden values, [rows, sum of ranks], from those of each layer's output."""
-    if len(ups) == 1:
-        return of_outputs[0] @ ups[0]
-    of_hidden = torch.empty_like(hidden)
-    for of_output, up, part in zip(of_outputs, ups, of_hidden.split([up.shape[1] for up in ups], dim=1), strict=True):
-        torch.mm(of_output, up, out=part)
-    return of_hidden
+    parts = [of_output @ up for of_output, up in zip(of_outputs, ups, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """total += one @ other. Before macOS 15, MPS writes no product into a part of a buffer (pytorch pull 193385)."""
+    if total.device.type == "mps":
+        total.add_(one @ other)
+    else:
+        total.addmm_(one, other)
 
 
 class StackedAttention:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...lora.files import read_lora
 from ...lora.modules import LoRAFile
+from ...runtime.device import move_module
 from ...sdxl.base import load_part, scheduler_config
 from ...sdxl.family import ENCODERS, Part
 from ..config.adapter import encoder_rate
@@ -56,7 +57,7 @@ class TrainableSDXL(nn.Module):
         if config.train_unet:
             self.adapters["unet"] = Adapter(self.unet, config, "unet", start)
         self.offloaded = store_weights(self.unet, weights, offloaded, device)
-        self.unet.to(device)
+        move_module(self.unet, device)
         trains_text = bool(learning_encoders(config))
         self.encoders = TrainedEncoders(job, start, device, load) if trains_text else None
         if self.encoders:
@@ -74,7 +75,7 @@ class TrainableSDXL(nn.Module):
 
     def move(self, device: torch.device) -> None:
         """Moves all weights, between steps. Offloaded ones are copied to the device of the steps when needed."""
-        self.to(device)
+        move_module(self, device)
         self.flat.to(device)
         if self.offloaded:
             self.offloaded.evict()

@@ -85,7 +85,7 @@ class Meter:
         self._updates.append((images, time.perf_counter() - start))
 
     def report(self, step: int, steps: int, loss: float, learning_rate: float) -> StepReport:
-        """To be called once after each update."""
+        """The report of a step, with the time per image of the updates that were measured so far."""
         images, seconds = (sum(column) for column in zip(*self._updates, strict=True))
         return StepReport(
             "training",

@@ -86,6 +86,7 @@ class Gradients:
         images = sum(map(len, self.feed.data.micro_batches(state.step)))
         self.model.train()
         losses = [torch.zeros((), device=self.feed.device)]
+        self.scaler.scale(losses[0])  # a scaler that has scaled nothing, in a process without an image, raises later
         for number, current in enumerate(own):
             batch = self.feed.batch(current, next(iter([*own[number + 1 :], *following]), None))
             with layer_dropout(self.config, current.step, current.first, self.feed.device):

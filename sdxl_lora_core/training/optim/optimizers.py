@@ -95,8 +95,10 @@ def masked_step(optimizer: Any, is_finite: Tensor) -> None:
     """
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = (~is_finite).float()
-        optimizer.step()
-        del optimizer.found_inf
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kept = [(parameter.clone(), _moment(optimizer, parameter).clone()) for parameter in parameters]

@@ -47,4 +47,8 @@ def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], 
             return {key: value_of(item) for key, item in content}
         return (tuple if kind == "tuple" else list)(value_of(item) for item in content)
 
-    optimizer.load_state_dict(value_of(plan))
+    state = value_of(plan)
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        if "fused" in group:
+            group["fused"] = own["fused"]  # of this device, not of the one that the state was saved on
+    optimizer.load_state_dict(state)
