@@ -38,4 +38,4 @@ class CacheFolders:
     @property
     def memory_plans(self) -> Path:
         """Bytes that a training step takes, by model and shapes."""
-        return self.root / "memory" / "v2"
+        return self.root / "memory" / "v3"
