@@ -29,6 +29,7 @@ CANCELLED = {
         "CompareLoRAs",
         "PickCheckpoint",
         "FindStrength",
+        "HumanCompare",
     ),
 }
 ENDINGS = {
